@@ -1,0 +1,390 @@
+"""Who serves which model: providers, models and endpoints as values, and the look-up by slug.
+
+The values come from the config file or from presets; how they are read is theirs. Here are also the
+rules both hold texts to (a URL, a key), which refuse without quoting what may be a secret.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+# `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
+# GET /v1/models the same across restarts and workers.
+DEFAULT_CREATED = 1709000000
+MAX_SLUG_LENGTH = 256
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Refusal(ValueError):
+    """One value is wrong: what was expected, what came (never a secret), what to do."""
+
+    def __init__(self, expected: str, got: str, advice: str) -> None:
+        super().__init__(f"expected {expected}, got {got}; {advice}")
+
+
+class ConfigError(Exception):
+    """All that is wrong with a config, each problem as "dotted.path: expected …, got …; do …"."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True, slots=True)
+class TimeLimits:
+    """How long one attempt on an endpoint may take, in seconds."""
+
+    # DNS, TCP and TLS. A server that is up answers in well under a second; five leave room for two
+    # lost SYNs (sent again after 1 s and 3 s) before the next endpoint gets its chance.
+    connect: float = 5.0
+    # Of a stream, from the request to its first content. Reasoning models think for minutes in
+    # silence; whoever has a faster model to fall over to sets this lower.
+    first_content: float = 300.0
+    # Between bytes after that, and of a body. Tokens come every few milliseconds, tool calls and
+    # hidden reasoning pause for a minute; beyond two the peer is gone without a FIN.
+    idle: float = 120.0
+    # The whole attempt. 100,000 tokens at 60 a second take 28 minutes.
+    total: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A server of models: where it is, what opens it, what is passed on to it and from it."""
+
+    name: str
+    scheme: str  # "http" or "https"
+    host: str  # lower case, IPv6 without brackets
+    port: int
+    path: str  # of base_url, without a trailing slash; may be ""
+    api_key: str | None = field(default=None, repr=False)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # may hold a key as well
+    limits: TimeLimits = TimeLimits()
+    stream_options: bool = True  # understands `stream_options.include_usage`
+    ca_file: str | None = None
+    forward_headers: tuple[str, ...] = ()  # lower case, of the client's request
+    response_headers: tuple[str, ...] = ()  # lower case, of this upstream's response
+    # Seconds an idle connection is kept: servers and balancers drop theirs after 60 or more, and
+    # one that closes earlier is seen to close.
+    keepalive: float = 60.0
+    max_idle_connections: int = 1024
+
+    @property
+    def chat_path(self) -> str:
+        return self.path + "/chat/completions"
+
+    @property
+    def authority(self) -> str:
+        """The Host header (RFC 9110 section 7.2): the scheme's default port is left out."""
+        host = bracketed(self.host)
+        return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """USD per million tokens, exact."""
+
+    prompt: Decimal = Decimal(0)
+    completion: Decimal = Decimal(0)
+
+    @property
+    def is_free(self) -> bool:
+        return not self.prompt and not self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A model at a provider, under the name it has there. None is "not known"."""
+
+    provider: str
+    upstream_model: str
+    context_length: int | None = None  # tokens
+    max_output: int | None = None  # tokens
+    prices: Prices | None = None
+    limits: TimeLimits | None = None  # instead of the provider's
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A catalog entry.
+
+    Under a slug that ends in "/*", the "*" in an endpoint's upstream_model stands for the rest of
+    the slug a client asks for.
+    """
+
+    slug: str
+    endpoints: tuple[Endpoint, ...]
+    owned_by: str = "hoberproxy"
+    created: int = DEFAULT_CREATED  # unix seconds
+    context_length: int | None = None  # tokens
+
+    @property
+    def is_wildcard(self) -> bool:
+        return self.slug.endswith("/*")
+
+
+# Texts to values
+
+_HOST = r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))"
+_ADDRESS = re.compile(_HOST + r":(?P<port>[0-9]{1,5})")
+_AUTHORITY = re.compile(_HOST + r"(?::(?P<port>[0-9]{1,5}))?")
+_URL = re.compile(r"(?P<scheme>[^:/?#]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<rest>.*)")
+_VISIBLE = re.compile(r"[!-~]+")  # ASCII without spaces and controls
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token, RFC 9110 section 5.6.2
+_HEADER_VALUE = re.compile(r"[!-~](?:[\t -~]*[!-~])?")
+
+_HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
+    " transfer-encoding upgrade".split()
+)
+OWN_HEADERS = _HOP_BY_HOP | frozenset(
+    "host authorization content-length content-type content-encoding accept accept-encoding"
+    " expect".split()
+)
+# What the contract keeps from upstreams (the client's key, cookies, organisation and address), and
+# the trace headers, which are passed on anyway.
+NOT_FORWARDED = OWN_HEADERS | frozenset(
+    "cookie api-key x-api-key openai-organization openai-project forwarded via x-forwarded-for"
+    " x-forwarded-host x-forwarded-proto x-real-ip traceparent tracestate".split()
+)
+NOT_RETURNED = _HOP_BY_HOP | frozenset(
+    "content-length content-type content-encoding set-cookie x-request-id".split()
+)
+
+
+class BaseUrl(NamedTuple):
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+
+def bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def is_visible(text: str) -> bool:
+    """Not empty, and only ASCII characters that leave ink: safe in a header and in a log."""
+    return _VISIBLE.fullmatch(text) is not None
+
+
+def parse_host_and_port(text: str) -> tuple[str, int]:
+    """host:port or [IPv6]:port. Raises Refusal."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None:
+        raise Refusal("host:port", "something else", 'write it like "127.0.0.1:8080"')
+    return _host_of(match), _port_of(match["port"])
+
+
+def parse_base_url(text: str) -> BaseUrl:
+    """A server's address up to and including the API's version. Raises Refusal."""
+    match = _URL.fullmatch(text)
+    if match is None or not is_visible(text):
+        raise Refusal("a URL", "something else", 'write it like "https://host/v1"')
+    scheme = match["scheme"].lower()
+    if scheme not in DEFAULT_PORTS:
+        raise Refusal("http:// or https://", "another scheme", "use one of them")
+    if match["rest"]:
+        raise Refusal("a URL without query or fragment", "one with it", "end it with the path")
+    path = match["path"].rstrip("/")
+    if path.endswith("/chat/completions"):
+        raise Refusal("the URL up to its version", "the path of a call", "end it before /chat")
+    return BaseUrl(scheme, *_authority_of(match["authority"], scheme), path)
+
+
+def parse_key(text: str) -> str:
+    """A provider's key; white space around it goes (files end in a newline). Raises Refusal."""
+    key = text.strip()
+    if not key:
+        raise Refusal("a key", "nothing", "put the provider's key there")
+    if not is_visible(key):
+        got = "a space, a line break or another character inside"
+        raise Refusal("one line of visible ASCII characters", got, "copy the key anew")
+    return key
+
+
+def header_name_parser(refused: frozenset[str]) -> Callable[[str], str]:
+    """A parser of header names, to lower case; it refuses those in `refused` and our own."""
+
+    def parse(text: str) -> str:
+        # Before lower(): the Kelvin sign becomes an ASCII k.
+        if not _HEADER_NAME.fullmatch(text):
+            raise Refusal("a header's name", "something else", "use letters, digits and hyphens")
+        name = text.lower()
+        if name in refused or name.startswith("x-hober-"):
+            raise Refusal("another header", f'"{name}"', "take it out: the proxy sees to this one")
+        return name
+
+    return parse
+
+
+def parse_header_value(text: str) -> str:
+    if not _HEADER_VALUE.fullmatch(text):
+        got = "an empty one, a line break or another character"
+        raise Refusal("one line of visible ASCII", got, "write it without")
+    return text
+
+
+def parse_slug(slug: str) -> str:
+    """A model's name for clients, or "prefix/*". Raises Refusal."""
+    stem = slug.removesuffix("/*")
+    if not is_visible(stem) or "*" in stem or len(slug) > MAX_SLUG_LENGTH:
+        expected = f'visible ASCII, at most {MAX_SLUG_LENGTH}, "*" only in a "/*" at the end'
+        raise Refusal(expected, "something else", 'write it like "deepseek/deepseek-chat"')
+    if slug.endswith((":nitro", ":floor")):
+        raise Refusal("a slug without routing suffix", f'"{slug}"', "clients add the suffix")
+    if slug.startswith("hober/auto") or slug == "hober/*":
+        raise Refusal("a slug of your own", f'"{slug}", which the router serves', "choose another")
+    return slug
+
+
+def upstream_model_parser(slug: str) -> Callable[[str], str]:
+    """A parser of the name that a provider has for the model under `slug`."""
+    stars = 1 if slug.endswith("/*") else 0
+
+    def parse(name: str) -> str:
+        if not name or not name.isprintable():
+            raise Refusal("printable characters", "none or others", "write the provider's name")
+        if name.count("*") != stars:
+            got = f"{name.count('*')}"
+            advice = 'it stands for the rest of a slug that ends in "/*"'
+            raise Refusal(f'{stars} "*" under this slug', got, advice)
+        return name
+
+    return parse
+
+
+def _authority_of(text: str, scheme: str) -> tuple[str, int]:
+    if "@" in text:
+        raise Refusal("a URL without user name", "one with it", "use api_key_env or api_key_file")
+    match = _AUTHORITY.fullmatch(text)
+    if match is None:
+        raise Refusal("a host and perhaps a port", "something else", 'write it like "host:8000"')
+    port = DEFAULT_PORTS[scheme] if match["port"] is None else _port_of(match["port"])
+    if port == 0:
+        raise Refusal("a port from 1 to 65535", "0", "name the port the server listens on")
+    return _host_of(match), port
+
+
+def _host_of(match: re.Match[str]) -> str:
+    host = match["v6"] or match["name"].lower()
+    if match["v6"] or not host.strip("0123456789."):
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            raise Refusal("a host", "no valid IP address", "write 127.0.0.1 or [::1]") from None
+    return host
+
+
+def _port_of(text: str) -> int:
+    if int(text) > 65535:
+        raise Refusal("a port up to 65535", text, "choose another port")
+    return int(text)
+
+
+# The look-up
+
+
+class Catalog:
+    """The models by slug, in the config's order."""
+
+    # Clients choose what comes after a wildcard's prefix: without a bound they could fill memory.
+    CACHE_SIZE = 1024
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        self._all = {model.slug: model for model in models}
+        self._models = {slug: model for slug, model in self._all.items() if not model.is_wildcard}
+        self._wildcards = {
+            slug.removesuffix("*"): model for slug, model in self._all.items() if model.is_wildcard
+        }
+        self._filled: dict[str, Model] = {}
+
+    def find(self, slug: str) -> Model | None:
+        """The entry of this very slug, else the longest wildcard's, filled in with the rest.
+
+        A wildcard's own pattern is no model: it is listed, not served.
+        """
+        return self._models.get(slug) or self._filled.get(slug) or self._fill(slug)
+
+    def listing(self) -> list[dict[str, Any]]:
+        """The entries of GET /v1/models; a wildcard stands under its pattern ("openai/*")."""
+        return [_describe(model) for model in self._all.values()]
+
+    def describe(self, slug: str) -> dict[str, Any] | None:
+        """One entry of the listing, also of a model that a wildcard serves."""
+        model = self._all.get(slug) or self.find(slug)
+        return None if model is None else _describe(model)
+
+    def label(self, slug: str) -> str:
+        """The entry a slug belongs to, of which there is a bounded number: for metrics."""
+        if slug in self._all:
+            return slug
+        cut = slug.rfind("/") + 1
+        while cut > 0:
+            if slug[:cut] in self._wildcards:
+                return slug[:cut] + "*"
+            cut = slug.rfind("/", 0, cut - 1) + 1
+        return "other"
+
+    def _fill(self, slug: str) -> Model | None:
+        # The slug goes into a response header and upstream: what no model can be called stops here.
+        if len(slug) > MAX_SLUG_LENGTH or "*" in slug or not is_visible(slug):
+            return None
+        cut = slug.rfind("/", 0, -1) + 1  # what follows the last slash that has a rest
+        while cut > 0:
+            wildcard = self._wildcards.get(slug[:cut])
+            if wildcard is not None:
+                return self._keep(slug, _filled_in(wildcard, slug, slug[cut:]))
+            cut = slug.rfind("/", 0, cut - 1) + 1
+        return None
+
+    def _keep(self, slug: str, model: Model) -> Model:
+        if len(self._filled) >= self.CACHE_SIZE:
+            del self._filled[next(iter(self._filled))]  # the oldest
+        self._filled[slug] = model
+        return model
+
+
+def _filled_in(wildcard: Model, slug: str, rest: str) -> Model:
+    endpoints = tuple(
+        replace(endpoint, upstream_model=endpoint.upstream_model.replace("*", rest))
+        for endpoint in wildcard.endpoints
+    )
+    return replace(wildcard, slug=slug, endpoints=endpoints)
+
+
+def _describe(model: Model) -> dict[str, Any]:
+    prices = _cheapest(model)
+    lengths = [endpoint.context_length for endpoint in model.endpoints]
+    known = [length for length in (model.context_length, *lengths) if length is not None]
+    return {
+        "id": model.slug,
+        "object": "model",
+        "created": model.created,
+        "owned_by": model.owned_by,
+        "context_length": max(known, default=None),
+        # An unknown price is no promise: clients that add up read "0", `free` stays false.
+        "free": prices is not None and prices.is_free,
+        "pricing": {
+            "prompt": _per_token(prices.prompt if prices else Decimal(0)),
+            "completion": _per_token(prices.completion if prices else Decimal(0)),
+        },
+    }
+
+
+def _cheapest(model: Model) -> Prices | None:
+    """The lowest sum of both prices among the endpoints whose prices are known."""
+    known = [endpoint.prices for endpoint in model.endpoints if endpoint.prices is not None]
+    return min(known, key=lambda prices: prices.prompt + prices.completion, default=None)
+
+
+def _per_token(price: Decimal) -> str:
+    """USD per token in plain notation; exact, since no arithmetic context rounds it."""
+    sign, digits, exponent = price.as_tuple()
+    assert isinstance(exponent, int), "prices are finite: the config refuses others"
+    text = format(Decimal((sign, digits, exponent - 6)), "f")
+    return (text.rstrip("0").rstrip(".") or "0") if "." in text else text

@@ -1,0 +1,746 @@
+"""The TOML file as frozen values, with every problem named by its dotted path.
+
+Environment and files are handed in, so nothing here touches the machine; the caller opens the
+config file and resolves relative paths. Secrets come by reference and are never in a message: what
+a user may have pasted into the wrong place (a URL, a header, a variable's name) is not quoted.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from .catalog import (
+    DEFAULT_CREATED,
+    NOT_FORWARDED,
+    NOT_RETURNED,
+    OWN_HEADERS,
+    BaseUrl,
+    ConfigError,
+    Endpoint,
+    Model,
+    Prices,
+    Provider,
+    Refusal,
+    TimeLimits,
+    bracketed,
+    header_name_parser,
+    parse_base_url,
+    parse_header_value,
+    parse_host_and_port,
+    parse_key,
+    parse_slug,
+    upstream_model_parser,
+)
+from .presets import PRESETS, Preset, first_set, preset_key, preset_url
+
+__all__ = [
+    "EXAMPLE",
+    "Address",
+    "Config",
+    "ConfigError",
+    "Endpoint",
+    "KeySettings",
+    "LogSettings",
+    "Model",
+    "Prices",
+    "Provider",
+    "RecordSettings",
+    "ServerSettings",
+    "TimeLimits",
+    "parse_config",
+]
+
+T = TypeVar("T")
+D = TypeVar("D", int, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen; port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{bracketed(self.host)}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # where another name leads is not known here
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """The client's side. Times in seconds."""
+
+    listen: tuple[Address, ...] = (Address("127.0.0.1", 8080),)
+    metrics_listen: Address | None = Address("127.0.0.1", 9464)
+    max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
+    head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
+    body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
+    keepalive_timeout: float = 75.0  # over the 60 s of common balancers: they close first, safely
+    write_timeout: float = 300.0  # a client that reads nothing for so long is cut
+    drain_timeout: float = 600.0  # most answers end within; orchestrators often allow less
+    comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
+    cors_origins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeySettings:
+    required: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RecordSettings:
+    file: str = "hoberproxy.db"
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    level: str = "info"
+    access: bool = True
+    format: str = "auto"  # human on a terminal, JSON elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole file. Each object of the program receives its own part, never all of it."""
+
+    server: ServerSettings
+    keys: KeySettings
+    records: RecordSettings
+    log: LogSettings
+    providers: Mapping[str, Provider]
+    models: tuple[Model, ...]
+
+
+def parse_config(
+    text: str, *, environ: Mapping[str, str], read_file: Callable[[str], str]
+) -> Config:
+    """The config that `text` (TOML) describes. Raises ConfigError with all problems at once.
+
+    `read_file` returns a file's text and raises OSError; it is called for key files and, to see
+    that they are readable, for certificate files.
+    """
+    problems: list[str] = []
+    root = _Table(_load(text), "", problems)
+    config = _read_config(root, _Sources(environ, read_file))
+    root.finish()
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _load(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text.removeprefix("\ufeff"), parse_float=Decimal)
+    except tomllib.TOMLDecodeError as error:
+        # The parser's words hold a place and at most a character or a key, never a value.
+        words = str(error)
+        line = re.search(r"line [0-9]+", words)
+        place = line[0] if line else f"line {len(text.splitlines())}"  # at its end
+        problem = Refusal("TOML", f"{words[:1].lower()}{words[1:]}", "mend the line")
+    except (ValueError, RecursionError):
+        place, problem = "file", Refusal("TOML", "an endless number or nesting", "shorten it")
+    raise ConfigError([f"{place}: {problem}"])
+
+
+# What each part of the file holds
+
+
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """The machine, as far as the config may ask it."""
+
+    environ: Mapping[str, str]
+    read_file: Callable[[str], str]
+
+
+def _read_config(root: _Table, sources: _Sources) -> Config:
+    server = _read_server(root.table("server"))
+    keys = _read_keys(root.table("keys"), server)
+    providers = _read_providers(root.table("providers"), sources)
+    models = _read_models(root, providers)
+    root.require("providers", "at least one provider", "add a [providers.NAME] table")
+    return Config(
+        server=server,
+        keys=keys,
+        records=_read_records(root.table("records")),
+        log=_read_log(root.table("log")),
+        providers=providers,
+        models=models,
+    )
+
+
+def _read_server(table: _Table) -> ServerSettings:
+    default = ServerSettings()
+    listen = _read_listen(table, default.listen)
+    metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
+    if metrics is not None and metrics.port and metrics in listen:
+        problem = Refusal("an address of its own", "one of server.listen", "change its port")
+        table.note("metrics_listen", problem)
+    return ServerSettings(
+        listen=listen,
+        metrics_listen=metrics,
+        max_body_bytes=table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30),
+        head_timeout=table.seconds("head_timeout", default.head_timeout),
+        body_timeout=table.seconds("body_timeout", default.body_timeout),
+        keepalive_timeout=table.seconds("keepalive_timeout", default.keepalive_timeout),
+        write_timeout=table.seconds("write_timeout", default.write_timeout),
+        drain_timeout=table.seconds("drain_timeout", default.drain_timeout, low="0"),
+        comment_after=table.seconds("comment_after", default.comment_after, low="0"),
+        cors_origins=table.strings("cors_origins", _parse_origin),
+    )
+
+
+def _read_listen(table: _Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
+    if isinstance(table.values.get("listen"), str):
+        return (table.parse("listen", default[0], _parse_address),)
+    if "listen" not in table.values:
+        table.know("listen")
+        return default
+    addresses = table.strings("listen", _parse_address)
+    table.require("listen", "at least one address", 'add "127.0.0.1:8080"')
+    for address in {each for each in addresses if each.port and addresses.count(each) > 1}:
+        table.note("listen", Refusal("different addresses", f"{address} twice", "take one out"))
+    return addresses
+
+
+def _read_keys(table: _Table, server: ServerSettings) -> KeySettings:
+    required = table.boolean("required", KeySettings().required)
+    public = [str(address) for address in server.listen if not address.is_loopback]
+    if public and not required:
+        got = f"false while server.listen has {', '.join(public)}"
+        advice = "require keys, or listen on 127.0.0.1 alone"
+        table.note("required", Refusal("true unless only this machine is served", got, advice))
+    return KeySettings(required)
+
+
+def _read_records(table: _Table) -> RecordSettings:
+    return RecordSettings(file=table.parse("file", RecordSettings().file, _parse_path))
+
+
+def _read_log(table: _Table) -> LogSettings:
+    default = LogSettings()
+    return LogSettings(
+        level=table.choice("level", default.level, ("debug", "info", "warning", "error")),
+        access=table.boolean("access", default.access),
+        format=table.choice("format", default.format, ("auto", "human", "json")),
+    )
+
+
+def _read_providers(table: _Table, sources: _Sources) -> dict[str, Provider]:
+    providers = {}
+    for name, below in table.each_table():
+        if not _PROVIDER_NAME.fullmatch(name):  # it is a header's value and a metric's label
+            expected = "a name of up to 64 letters, digits, dots, hyphens and underscores"
+            table.note(name, Refusal(expected, "another name", "rename it"))
+        providers[name] = _read_provider(name, below, sources)
+    return providers
+
+
+def _read_provider(name: str, table: _Table, sources: _Sources) -> Provider:
+    preset = table.parse("preset", None, _parse_preset)
+    provider = Provider(name, *_read_base_url(table, preset, sources))
+    understood = preset.stream_options if preset else provider.stream_options
+    idle_connections = provider.max_idle_connections
+    provider = replace(
+        provider,
+        api_key=_read_key(table, preset, sources),
+        headers=_read_headers(table.table("headers")),
+        limits=_read_limits(table.table("limits"), provider.limits),
+        stream_options=table.boolean("stream_options", understood),
+        ca_file=_read_ca_file(table, sources),
+        forward_headers=table.strings("forward_headers", header_name_parser(NOT_FORWARDED)),
+        response_headers=table.strings("response_headers", header_name_parser(NOT_RETURNED)),
+        keepalive=table.seconds("keepalive", provider.keepalive, low="0"),
+        max_idle_connections=table.integer("max_idle_connections", idle_connections, 0, 65536),
+    )
+    _check_headers(table, provider)
+    return provider
+
+
+def _check_headers(table: _Table, provider: Provider) -> None:
+    own = {name.lower() for name, _ in provider.headers}
+    for name in own.intersection(provider.forward_headers):
+        got = f'"{name}" in headers too'
+        table.note("forward_headers", Refusal("other headers", got, "take one of the two out"))
+
+
+# Stands in for a URL that could not be read, until all problems are raised.
+_NO_URL = BaseUrl("https", "invalid", 443, "")
+
+
+def _read_base_url(table: _Table, preset: Preset | None, sources: _Sources) -> BaseUrl:
+    url = table.parse("base_url", None, parse_base_url)
+    if url is not None or "base_url" in table.values:
+        return url or _NO_URL
+    if preset is not None:
+        return table.from_environment(preset_url, preset, sources) or _NO_URL
+    if "preset" not in table.values:
+        table.require("base_url", "a URL", 'add one like "https://host/v1", or a preset')
+    return _NO_URL
+
+
+def _read_key(table: _Table, preset: Preset | None, sources: _Sources) -> str | None:
+    if "api_key" in table.values:
+        table.know("api_key")
+        advice = "use api_key_env or api_key_file"
+        table.note("api_key", Refusal("a reference to the key", "the key itself", advice))
+    given = {"api_key", "api_key_env", "api_key_file"} & set(table.values)
+    if {"api_key_env", "api_key_file"} <= given:
+        got = "api_key_env and api_key_file"
+        table.note("api_key_env", Refusal("one place for the key", got, "take one of them out"))
+    from_variable = table.parse("api_key_env", None, _variable_reader(sources))
+    from_file = table.parse("api_key_file", None, lambda path: parse_key(_text_of(path, sources)))
+    if preset is not None and not given:
+        return _read_preset_key(table, preset, sources)
+    return from_variable or from_file
+
+
+def _read_preset_key(table: _Table, preset: Preset, sources: _Sources) -> str | None:
+    if first_set(preset.key_variables, sources.environ):
+        return table.from_environment(preset_key, preset, sources)
+    if not preset.is_local:
+        names = " or ".join(preset.key_variables)
+        got = "an environment without it"
+        table.note("preset", Refusal(f"{names} to be set", got, "set it, or name api_key_env"))
+    return None
+
+
+def _variable_reader(sources: _Sources) -> Callable[[str], str]:
+    def read(name: str) -> str:
+        # A key that was pasted here in place of a name is of mixed case: it is not shown.
+        shown = name if _VARIABLE.fullmatch(name) else "a variable (not shown: is it the key?)"
+        if not sources.environ.get(name, "").strip():
+            raise Refusal("the name of a variable that is set", f"{shown}, not set", "set it")
+        return parse_key(sources.environ[name])
+
+    return read
+
+
+def _text_of(path: str, sources: _Sources) -> str:
+    try:
+        return sources.read_file(path)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+    except ValueError:  # not UTF-8, or NUL in the name
+        reason = "no text file"
+    raise Refusal("a readable file", reason, "mend the path or the file's permissions")
+
+
+def _read_ca_file(table: _Table, sources: _Sources) -> str | None:
+    def parse(path: str) -> str:
+        if "-----BEGIN CERTIFICATE-----" not in _text_of(path, sources):
+            raise Refusal("certificates in PEM form", "a file without one", "name another file")
+        return path
+
+    return table.parse("ca_file", None, parse)
+
+
+def _read_headers(table: _Table) -> tuple[tuple[str, str], ...]:
+    headers = []
+    check, seen = header_name_parser(OWN_HEADERS), set[str]()
+    for name in table.values:
+        value = table.parse(name, "", parse_header_value)
+        try:
+            lower = check(name)
+        except Refusal as refusal:
+            table.note(name, refusal)
+            continue
+        if lower in seen:
+            table.note(name, Refusal("each header once", "one in two spellings", "take one out"))
+        seen.add(lower)
+        headers.append((name, value))
+    return tuple(headers)
+
+
+def _read_limits(table: _Table, default: TimeLimits) -> TimeLimits:
+    return TimeLimits(
+        connect=table.seconds("connect", default.connect),
+        first_content=table.seconds("first_content", default.first_content),
+        idle=table.seconds("idle", default.idle),
+        total=table.seconds("total", default.total),
+    )
+
+
+def _read_models(root: _Table, providers: Mapping[str, Provider]) -> tuple[Model, ...]:
+    tables = root.tables("models")
+    root.require("models", "at least one model", "add a [[models]] table")
+    models = [_read_model(table, providers) for table in tables]
+    first: dict[str, str] = {}
+    for table, model in zip(tables, models, strict=True):
+        place = first.setdefault(model.slug, table.path)
+        if model.slug and place != table.path:
+            got = f'"{model.slug}" again, as in {place}'
+            table.note("slug", Refusal("a slug once", got, "merge their endpoints"))
+    return tuple(models)
+
+
+def _read_model(table: _Table, providers: Mapping[str, Provider]) -> Model:
+    slug = table.parse("slug", "", parse_slug)
+    table.require("slug", "a name for clients", 'add one like "deepseek/deepseek-chat"')
+    owner = slug.partition("/")[0] if "/" in slug else "hoberproxy"
+    return Model(
+        slug=slug,
+        endpoints=_read_endpoints(table, slug, providers),
+        owned_by=table.parse("owned_by", owner, _parse_owner),
+        created=table.integer("created", DEFAULT_CREATED, 0, 2**53),
+        context_length=table.integer("context_length", None, 1, 2**53),
+    )
+
+
+def _read_endpoints(
+    model: _Table, slug: str, providers: Mapping[str, Provider]
+) -> tuple[Endpoint, ...]:
+    tables = model.tables("endpoints")
+    model.require("endpoints", "at least one endpoint", "add [[models.endpoints]] below the model")
+    first: dict[tuple[str, str], str] = {}
+    endpoints = [_read_endpoint(table, slug, providers) for table in tables]
+    for table, endpoint in zip(tables, endpoints, strict=True):
+        same = first.setdefault((endpoint.provider, endpoint.upstream_model), table.path)
+        if endpoint.provider and same != table.path:
+            got = f"the provider and model of {same}"
+            table.note("provider", Refusal("another endpoint", got, "take one of them out"))
+    return tuple(endpoints)
+
+
+def _read_endpoint(table: _Table, slug: str, providers: Mapping[str, Provider]) -> Endpoint:
+    name = table.parse("provider", "", _provider_parser(providers))
+    table.require("provider", "a name from [providers]", "add it")
+    default = providers[name].limits if name else TimeLimits()
+    limits = _read_limits(table.table("limits"), default)
+    upstream_model = "*" if slug.endswith("/*") else slug
+    return Endpoint(
+        provider=name,
+        upstream_model=table.parse("model", upstream_model, upstream_model_parser(slug)),
+        context_length=table.integer("context_length", None, 1, 2**53),
+        max_output=table.integer("max_output", None, 1, 2**53),
+        prices=_read_prices(table),
+        limits=limits if "limits" in table.values else None,
+    )
+
+
+def _read_prices(table: _Table) -> Prices | None:
+    prices = table.table("price")
+    prompt, completion = (_read_price(prices, name) for name in ("prompt", "completion"))
+    return Prices(prompt, completion) if "price" in table.values else None
+
+
+def _read_price(table: _Table, name: str) -> Decimal:
+    table.know(name)
+    value = table.values.get(name, 0)
+    text = value if isinstance(value, str) else _plain_number(value)
+    if _PRICE.fullmatch(text):
+        return Decimal(text)
+    expected = "USD per million tokens, 0 to 9999999, at most 12 decimals"
+    got = "another string" if isinstance(value, str) else _shown(value)
+    table.note(name, Refusal(expected, got, 'write it like "0.14"'))
+    return Decimal(0)
+
+
+# Texts to values; the rules of providers and models are in catalog.py
+
+_PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\[\]:-]+")
+# Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
+_PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def _parse_address(text: str) -> Address:
+    return Address(*parse_host_and_port(text))
+
+
+def _parse_address_or_off(text: str) -> Address | None:
+    return None if text == "off" else _parse_address(text)
+
+
+def _parse_path(text: str) -> str:
+    if not text.strip():
+        raise Refusal("a path", "an empty string", "name a file")
+    return text
+
+
+def _parse_origin(text: str) -> str:
+    if not _ORIGIN.fullmatch(text):
+        raise Refusal("an origin", "something else", 'write it like "https://host", without path')
+    return text.lower()  # as browsers send it
+
+
+def _parse_owner(text: str) -> str:
+    if not text or not text.isprintable():
+        raise Refusal("printable characters", "none or others", "name who makes the model")
+    return text
+
+
+def _parse_preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise Refusal("a known preset", "an unknown name", _nearest(name, PRESETS))
+    return PRESETS[name]
+
+
+def _provider_parser(providers: Mapping[str, Provider]) -> Callable[[str], str]:
+    def parse(name: str) -> str:
+        if name not in providers:
+            raise Refusal("a name from [providers]", "an unknown name", _nearest(name, providers))
+        return name
+
+    return parse
+
+
+# Tables, and how a problem in them is told
+
+
+class _Table:
+    """One table being read: a problem is noted under its dotted path, and the default goes on.
+
+    Every name asked for is a known one; `finish` refuses the others, here and below.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str, problems: list[str]) -> None:
+        self.values = values
+        self.path = path
+        self._problems = problems
+        self._known: dict[str, None] = {}  # a set in order
+        self._below: list[_Table] = []
+
+    def know(self, name: str) -> None:
+        self._known[name] = None
+
+    def note(self, name: str, problem: Refusal) -> None:
+        self._problems.append(f"{self._at(name)}: {problem}")
+
+    def finish(self) -> None:
+        for name in self.values:
+            if name not in self._known:
+                advice = _nearest(name, self._known)
+                self.note(name, Refusal("a known setting", "an unknown name", advice))
+        for table in self._below:
+            table.finish()
+
+    def require(self, name: str, expected: str, advice: str) -> None:
+        if name not in self.values or self.values[name] in ([], {}):
+            self.note(name, Refusal(expected, "none", advice))
+
+    def take(self, name: str, kind: type[T] | tuple[type[T], ...], expected: str) -> T | None:
+        """The value if it is of that kind, None if absent or refused. TOML has no null."""
+        self.know(name)
+        value = self.values.get(name)
+        # A boolean is an int to Python, not to the reader of a config.
+        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+            return value
+        if value is not None:
+            self.note(name, Refusal(expected, _shown(value), _ADVICE[expected]))
+        return None
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.take(name, bool, "true or false")
+        return default if value is None else value
+
+    def integer(self, name: str, default: D, low: int, high: int) -> int | D:
+        value = self.take(name, int, "an integer")
+        if value is None or low <= value <= high:
+            return default if value is None else value
+        self.note(name, Refusal(f"{low} to {high}", _shown(value), "choose one in this range"))
+        return default
+
+    def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
+        value = self.take(name, (int, Decimal), "a number of seconds")
+        if not isinstance(value, (int, Decimal)):
+            return default
+        number = Decimal(value)
+        if not number.is_nan() and Decimal(low) <= number <= 86400:
+            return float(number)
+        expected = f"{low} to 86400 seconds"
+        self.note(name, Refusal(expected, _shown(value), "choose one in this range"))
+        return default
+
+    def parse(self, name: str, default: T, parse: Callable[[str], T]) -> T:
+        """A string, as what `parse` makes of it; its Refusal becomes a problem."""
+        text = self.take(name, str, "a string")
+        if text is None:
+            return default
+        try:
+            return parse(text)
+        except Refusal as refusal:
+            self.note(name, refusal)
+            return default
+
+    def strings(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+        """An array of strings, each as what `parse` makes of it."""
+        items = self.take(name, list, "an array of strings") or []
+        below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
+        parsed = [below.parse(index, None, parse) for index in below.values]
+        return tuple(value for value in parsed if value is not None)
+
+    def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
+        def parse(text: str) -> str:
+            if text not in choices:
+                raise Refusal("a known choice", "another string", _nearest(text, choices))
+            return text
+
+        return self.parse(name, default, parse)
+
+    def from_environment(
+        self, read: Callable[[Preset, Mapping[str, str]], T], preset: Preset, sources: _Sources
+    ) -> T | None:
+        """What a preset's variable holds; its problems go under `preset`."""
+        try:
+            return read(preset, sources.environ)
+        except ConfigError as error:
+            self._problems.extend(f"{self._at('preset')}: {each}" for each in error.problems)
+            return None
+
+    def table(self, name: str) -> _Table:
+        return self._child(self._at(name), self.take(name, dict, "a table") or {})
+
+    def tables(self, name: str) -> list[_Table]:
+        """An array of tables, written [[name]]."""
+        items = self.take(name, list, "an array of tables") or []
+        below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
+        return [below.table(index) for index in below.values]
+
+    def each_table(self) -> Iterator[tuple[str, _Table]]:
+        """Every member: tables under names of the user's choice."""
+        for name in self.values:
+            yield name, self.table(name)
+
+    def _at(self, name: str) -> str:
+        return _join(self.path, name)
+
+    def _child(self, path: str, values: Mapping[str, Any]) -> _Table:
+        child = _Table(values, path, self._problems)
+        self._below.append(child)
+        return child
+
+
+_ADVICE = {
+    "a string": "write it in quotes",
+    "true or false": "write it without quotes",
+    "an integer": "write a whole number without quotes",
+    "a number of seconds": "write it without quotes or unit, like 2.5",
+    "an array of strings": 'write it like ["one", "two"]',
+    "a table": "write it under a [heading], or in braces",
+    "an array of tables": "write it under a heading in [[double brackets]]",
+}
+
+
+def _shown(value: object) -> str:
+    """A value of the file as a message may show it: numbers as they are, of the rest the type."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, Decimal)):
+        return f"{Decimal(value):.12g}"
+    kinds: dict[type, str] = {str: "a string", dict: "a table", list: "an array"}
+    return kinds.get(type(value), "a date or time")
+
+
+def _plain_number(value: object) -> str:
+    """In plain notation; nothing if it is no number or one of very many digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        return ""
+    number = Decimal(value)
+    return f"{number:f}" if -20 < number.adjusted() < 20 else ""
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = get_close_matches(name, names, n=1)
+    if close:
+        return f'did you mean "{close[0]}"?'
+    return f"known here: {', '.join(names)}" if names else "take it out"
+
+
+def _join(path: str, name: str) -> str:
+    if name.startswith("["):
+        return path + name
+    name = name if _BARE_KEY.fullmatch(name) else json.dumps(name)
+    return f"{path}.{name}" if path else name
+
+
+EXAMPLE = """\
+# hoberproxy.toml. A setting behind "#" shows its default. All of them: docs/settings.md
+
+[server]
+#listen = ["127.0.0.1:8080"]
+#metrics_listen = "127.0.0.1:9464"
+#max_body_bytes = 33554432
+# seconds
+#head_timeout = 10
+#body_timeout = 60
+#keepalive_timeout = 75
+#write_timeout = 300
+#drain_timeout = 600
+# comment lines to streams that wait, so that no balancer cuts them; 0 is never
+#comment_after = 10
+#cors_origins = []
+
+[keys]
+# make one with: hoberproxy keys create --label NAME
+#required = true
+
+[records]
+#file = "hoberproxy.db"
+
+[log]
+#level = "info"
+#access = true
+#format = "auto"
+
+# A provider that hoberproxy knows: address, variable of the key and quirks come from the preset.
+[providers.deepseek]
+preset = "deepseek"
+
+# Any other that speaks OpenAI's API. Keys are read from a variable or a file, never written here.
+[providers.example]
+base_url = "https://models.example.com/v1"
+api_key_env = "EXAMPLE_API_KEY"
+headers = { x-title = "hoberproxy" }
+#forward_headers = []
+#response_headers = []
+#stream_options = true
+#keepalive = 60
+#max_idle_connections = 1024
+
+# seconds of one attempt
+[providers.example.limits]
+#connect = 5
+#first_content = 300
+#idle = 120
+#total = 1800
+
+# A model, and the endpoints that serve it, in the order they are tried.
+[[models]]
+slug = "deepseek/deepseek-chat"
+context_length = 131072
+
+[[models.endpoints]]
+provider = "deepseek"
+model = "deepseek-chat"
+max_output = 8192
+# USD per million tokens
+price = { prompt = "0.14", completion = "0.28" }
+
+[[models.endpoints]]
+provider = "example"
+price = { prompt = "0.20", completion = "0.30" }
+limits = { first_content = 30 }
+
+# Every model of a provider without listing them: example/NAME is NAME there.
+[[models]]
+slug = "example/*"
+endpoints = [{ provider = "example" }]
+"""

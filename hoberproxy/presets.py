@@ -1,0 +1,175 @@
+"""Known providers as one table: address, the variable that holds the key, quirks.
+
+With a provider's variable in the environment it can be served without a config file, every model of
+it under "name/*". Addresses are those that the providers document for OpenAI's SDK.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .catalog import (
+    BaseUrl,
+    ConfigError,
+    Endpoint,
+    Model,
+    Provider,
+    Refusal,
+    bracketed,
+    parse_base_url,
+    parse_key,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """One provider. A local server has `url_variables` and needs no key."""
+
+    title: str
+    key_variables: tuple[str, ...]  # the first that is set holds the key
+    base_url: str
+    stream_options: bool = True  # understands `stream_options.include_usage`
+    url_variables: tuple[str, ...] = ()  # the first that is set holds the base URL
+
+    @property
+    def is_local(self) -> bool:
+        return bool(self.url_variables)
+
+
+PRESETS: Mapping[str, Preset] = {
+    "openai": Preset("OpenAI", ("OPENAI_API_KEY",), "https://api.openai.com/v1"),
+    "anthropic": Preset("Anthropic", ("ANTHROPIC_API_KEY",), "https://api.anthropic.com/v1"),
+    "gemini": Preset(
+        "Google Gemini",
+        ("GEMINI_API_KEY",),
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+    "deepseek": Preset("DeepSeek", ("DEEPSEEK_API_KEY",), "https://api.deepseek.com/v1"),
+    # 422 "extra_forbidden" on stream_options; usage comes with the last event unasked.
+    "mistral": Preset(
+        "Mistral", ("MISTRAL_API_KEY",), "https://api.mistral.ai/v1", stream_options=False
+    ),
+    "xai": Preset("xAI", ("XAI_API_KEY",), "https://api.x.ai/v1"),
+    "groq": Preset("Groq", ("GROQ_API_KEY",), "https://api.groq.com/openai/v1"),
+    "cerebras": Preset("Cerebras", ("CEREBRAS_API_KEY",), "https://api.cerebras.ai/v1"),
+    "together": Preset("Together AI", ("TOGETHER_API_KEY",), "https://api.together.ai/v1"),
+    "fireworks": Preset(
+        "Fireworks AI", ("FIREWORKS_API_KEY",), "https://api.fireworks.ai/inference/v1"
+    ),
+    "deepinfra": Preset(
+        "DeepInfra",
+        ("DEEPINFRA_API_KEY", "DEEPINFRA_TOKEN"),
+        "https://api.deepinfra.com/v1/openai",
+    ),
+    "nvidia": Preset("NVIDIA NIM", ("NVIDIA_API_KEY",), "https://integrate.api.nvidia.com/v1"),
+    "sambanova": Preset("SambaNova", ("SAMBANOVA_API_KEY",), "https://api.sambanova.ai/v1"),
+    "moonshot": Preset("Moonshot AI", ("MOONSHOT_API_KEY",), "https://api.moonshot.ai/v1"),
+    "zai": Preset("Z.ai", ("ZAI_API_KEY",), "https://api.z.ai/api/paas/v4"),
+    # The compatibility API rejects stream_options.
+    "cohere": Preset(
+        "Cohere",
+        ("COHERE_API_KEY",),
+        "https://api.cohere.ai/compatibility/v1",
+        stream_options=False,
+    ),
+    # Model names hold a slash there: openrouter/deepseek/deepseek-chat.
+    "openrouter": Preset("OpenRouter", ("OPENROUTER_API_KEY",), "https://openrouter.ai/api/v1"),
+    "ollama": Preset("Ollama", (), "http://127.0.0.1:11434/v1", url_variables=("OLLAMA_HOST",)),
+    "vllm": Preset(
+        "vLLM", ("VLLM_API_KEY",), "http://127.0.0.1:8000/v1", url_variables=("VLLM_BASE_URL",)
+    ),
+    "llamacpp": Preset(
+        "llama.cpp",
+        ("LLAMACPP_API_KEY",),
+        "http://127.0.0.1:8080/v1",
+        url_variables=("LLAMACPP_BASE_URL", "LLAMA_CPP_URL"),
+    ),
+}
+
+
+def presets_from_environment(environ: Mapping[str, str]) -> tuple[list[Provider], list[Model]]:
+    """Every preset whose variable is set, as a provider and its wildcard model.
+
+    An empty variable counts as not set. Raises ConfigError with the variables that hold no key or
+    no URL, in place of dotted paths.
+    """
+    providers: list[Provider] = []
+    problems: list[str] = []
+    for name, preset in PRESETS.items():
+        if first_set(preset.url_variables or preset.key_variables, environ) is None:
+            continue
+        try:
+            providers.append(_provider(name, preset, environ))
+        except ConfigError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise ConfigError(problems)
+    return providers, [_wildcard(provider.name) for provider in providers]
+
+
+def preset_key(preset: Preset, environ: Mapping[str, str]) -> str | None:
+    """The key that the preset's variable holds, None if none is set. Raises ConfigError."""
+    variable = first_set(preset.key_variables, environ)
+    return None if variable is None else _read(variable, environ, parse_key)
+
+
+def preset_url(preset: Preset, environ: Mapping[str, str]) -> BaseUrl:
+    """The address that the preset's variable holds, else its default. Raises ConfigError."""
+    variable = first_set(preset.url_variables, environ)
+    if variable is None:
+        return parse_base_url(preset.base_url)
+    return _read(variable, environ, _ollama_url if variable == "OLLAMA_HOST" else _local_url)
+
+
+def first_set(variables: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    return next((name for name in variables if environ.get(name, "").strip()), None)
+
+
+def _provider(name: str, preset: Preset, environ: Mapping[str, str]) -> Provider:
+    return Provider(
+        name,
+        *preset_url(preset, environ),
+        api_key=preset_key(preset, environ),
+        stream_options=preset.stream_options,
+    )
+
+
+def _wildcard(name: str) -> Model:
+    return Model(slug=f"{name}/*", endpoints=(Endpoint(name, "*"),), owned_by=name)
+
+
+def _read(variable: str, environ: Mapping[str, str], parse: Callable[[str], T]) -> T:
+    try:
+        return parse(environ[variable].strip())
+    except Refusal as refusal:
+        raise ConfigError([f"{variable}: {refusal}"]) from None
+
+
+def _local_url(text: str) -> BaseUrl:
+    url = parse_base_url(text)
+    return url._replace(path=url.path or "/v1")  # users write the server's address alone
+
+
+def _ollama_url(text: str) -> BaseUrl:
+    """OLLAMA_HOST is also what Ollama's server listens on: no scheme, no port, any address."""
+    scheme, slashes, rest = text.rpartition("://")
+    authority, slash, path = rest.partition("/")
+    if not slashes:
+        authority = _with_port(authority)
+    url = _local_url(f"{scheme or 'http'}://{authority}{slash}{path}")
+    return url._replace(host={"0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.host, url.host))
+
+
+def _with_port(authority: str) -> str:
+    try:
+        return f"{bracketed(str(ipaddress.ip_address(authority.strip('[]'))))}:11434"
+    except ValueError:
+        host, colon, port = authority.rpartition(":")
+        if not colon:
+            host, port = authority, ""
+        return f"{host or '127.0.0.1'}:{port or '11434'}"
