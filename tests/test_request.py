@@ -1,0 +1,609 @@
+"""The rules of a chat request's body, and that what was checked is what goes upstream."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hoberproxy.errors import RequestError
+from hoberproxy.request import Call, ProviderPreferences, parse_call, serialize_upstream_body
+
+USER = {"role": "user", "content": "hello"}
+SECRET = "do-not-tell"
+
+
+def body(**members: Any) -> bytes:
+    return orjson.dumps({"model": "a/b", "messages": [USER], **members})
+
+
+def chat(*messages: Any) -> bytes:
+    return body(messages=list(messages))
+
+
+def upstream(call: Call, *, stream_options: bool = True) -> bytes:
+    return serialize_upstream_body(call, "up", stream_options=stream_options)
+
+
+# Refusals: (body, param, code)
+
+TYPE, VALUE = "invalid_type", "invalid_value"
+MISSING, DUPLICATE = "missing_required_parameter", "duplicate_parameter"
+
+BAD_FIELDS: dict[str, tuple[bytes, str | None, str]] = {
+    "array as a body": (b"[]", None, TYPE),
+    "string as a body": (b'"x"', None, TYPE),
+    "no model": (b'{"messages":[{"role":"user","content":""}]}', "model", MISSING),
+    "no model but an empty list": (b'{"models":[],"messages":[]}', "model", MISSING),
+    "model null": (body(model=None), "model", TYPE),
+    "model a number": (body(model=1), "model", TYPE),
+    "model empty": (body(model=""), "model", VALUE),
+    "models a string": (body(models="a"), "models", TYPE),
+    "models of numbers": (body(models=["a", 1]), "models[1]", TYPE),
+    "models with null": (body(models=[None]), "models[0]", TYPE),
+    "models with an empty slug": (body(models=["a", ""]), "models[1]", VALUE),
+    "no messages": (b'{"model":"a"}', "messages", MISSING),
+    "messages null": (body(messages=None), "messages", TYPE),
+    "messages an object": (body(messages={}), "messages", TYPE),
+    "messages empty": (body(messages=[]), "messages", VALUE),
+    "message a string": (chat(USER, "x"), "messages[1]", TYPE),
+    "message null": (chat(None), "messages[0]", TYPE),
+    "role missing": (chat(USER, USER, {"content": ""}), "messages[2].role", MISSING),
+    "role null": (chat({"role": None, "content": ""}), "messages[0].role", TYPE),
+    "role an array": (chat({"role": [], "content": ""}), "messages[0].role", TYPE),
+    "role unknown": (chat({"role": SECRET, "content": ""}), "messages[0].role", VALUE),
+    "role in capitals": (chat({"role": "User", "content": ""}), "messages[0].role", VALUE),
+    "content missing": (chat({"role": "user"}), "messages[0].content", MISSING),
+    "content null": (chat({"role": "user", "content": None}), "messages[0].content", TYPE),
+    "content a number": (chat({"role": "user", "content": 1}), "messages[0].content", TYPE),
+    "content an object": (chat({"role": "user", "content": {}}), "messages[0].content", TYPE),
+    "content false": (
+        chat({"role": "assistant", "content": False, "tool_calls": [{}]}),
+        "messages[0].content",
+        TYPE,
+    ),
+    "content null beside no tool calls": (
+        chat({"role": "assistant", "content": None, "tool_calls": []}),
+        "messages[0].content",
+        TYPE,
+    ),
+    "content absent on a user's message with tool calls": (
+        chat({"role": "user", "tool_calls": [{}]}),
+        "messages[0].content",
+        MISSING,
+    ),
+    "content part a string": (
+        chat(USER, {"role": "user", "content": [{"type": "text"}, SECRET]}),
+        "messages[1].content[1]",
+        TYPE,
+    ),
+    "stream a string": (body(stream="true"), "stream", TYPE),
+    "stream a number": (body(stream=1), "stream", TYPE),
+    "temperature a boolean": (body(temperature=True), "temperature", TYPE),
+    "temperature a string": (body(temperature="1"), "temperature", TYPE),
+    "temperature over 2": (body(temperature=2.001), "temperature", VALUE),
+    "temperature under 0": (body(temperature=-1), "temperature", VALUE),
+    "top_p over 1": (body(top_p=2), "top_p", VALUE),
+    "top_p a boolean": (body(top_p=False), "top_p", TYPE),
+    "max_tokens 0": (body(max_tokens=0), "max_tokens", VALUE),
+    "max_tokens 1.0": (body(max_tokens=1.0), "max_tokens", TYPE),
+    "max_tokens a boolean": (body(max_tokens=True), "max_tokens", TYPE),
+    "max_tokens beyond 64 bits": (
+        b'{"model":"a","messages":[{"role":"user","content":""}],"max_tokens":98765432109876543210}',
+        "max_tokens",
+        TYPE,
+    ),
+    "max_completion_tokens -5": (body(max_completion_tokens=-5), "max_completion_tokens", VALUE),
+    "max_completion_tokens a string": (
+        body(max_completion_tokens="5"),
+        "max_completion_tokens",
+        TYPE,
+    ),
+    "tools an object": (body(tools={}), "tools", TYPE),
+    "tool_choice a boolean": (body(tool_choice=True), "tool_choice", TYPE),
+    "tool_choice unknown": (body(tool_choice=SECRET), "tool_choice", VALUE),
+    "response_format a string": (body(response_format="json_object"), "response_format", TYPE),
+    "response_format without type": (body(response_format={}), "response_format.type", MISSING),
+    "response_format type null": (
+        body(response_format={"type": None}),
+        "response_format.type",
+        TYPE,
+    ),
+    "response_format unknown": (
+        body(response_format={"type": SECRET}),
+        "response_format.type",
+        VALUE,
+    ),
+    "stream_options an array": (body(stream_options=[]), "stream_options", TYPE),
+    "include_usage a number": (
+        body(stream_options={"include_usage": 1}),
+        "stream_options.include_usage",
+        TYPE,
+    ),
+    "usage a boolean": (body(usage=True), "usage", TYPE),
+    "usage.include a string": (body(usage={"include": "true"}), "usage.include", TYPE),
+    "provider a string": (body(provider="x"), "provider", TYPE),
+    "provider.only a string": (body(provider={"only": "x"}), "provider.only", TYPE),
+    "provider.only of numbers": (body(provider={"only": [1]}), "provider.only[0]", TYPE),
+    "provider.ignore with null": (
+        body(provider={"ignore": ["x", None]}),
+        "provider.ignore[1]",
+        TYPE,
+    ),
+    "provider.order empty name": (body(provider={"order": [""]}), "provider.order[0]", VALUE),
+    "provider.allow_fallbacks a number": (
+        body(provider={"allow_fallbacks": 0}),
+        "provider.allow_fallbacks",
+        TYPE,
+    ),
+    "provider.require_parameters a string": (
+        body(provider={"require_parameters": "yes"}),
+        "provider.require_parameters",
+        TYPE,
+    ),
+    "provider.sort unknown": (body(provider={"sort": SECRET}), "provider.sort", VALUE),
+    "provider.sort an object": (body(provider={"sort": {}}), "provider.sort", TYPE),
+    "max_price a number": (body(provider={"max_price": 1}), "provider.max_price", TYPE),
+    "max_price a boolean": (
+        body(provider={"max_price": {"prompt": True}}),
+        "provider.max_price.prompt",
+        TYPE,
+    ),
+    "max_price below 0": (
+        body(provider={"max_price": {"completion": -0.1}}),
+        "provider.max_price.completion",
+        VALUE,
+    ),
+    **{
+        f"max_price as the text {text!r}": (
+            body(provider={"max_price": {"prompt": text}}),
+            "provider.max_price.prompt",
+            VALUE,
+        )
+        for text in [
+            "",
+            "-1",
+            "NaN",
+            "Infinity",
+            "1_000",
+            " 1",
+            "1\n",
+            "0x1",
+            "\u0661",
+            "1e999",
+            SECRET,
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize(("data", "param", "code"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_a_wrong_body_is_refused_naming_the_field(data: bytes, param: str, code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(data)
+    error = caught.value
+    assert (error.param, error.code) == (param, code)
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert "expected" in error.message
+    assert (param or "the body") in error.message
+    assert SECRET not in error.message
+
+
+NO_JSON = {
+    "nothing": b"",
+    "text": SECRET.encode(),
+    "a string that does not end": b'{"model":"' + SECRET.encode(),
+    "two documents": b"{}{}",
+    "a comma too many": b'{"a":1,}',
+    "no UTF-8": b'{"a":"' + SECRET.encode() + b'\xff"}',
+    "a lone surrogate": b'{"a":"\\ud800"}',
+    "a byte order mark": b"\xef\xbb\xbf{}",
+    "NaN": b'{"temperature":NaN}',
+    "a number without bound": b'{"temperature":1e400}',
+    "a raw newline in a string": b'{"a":"\n"}',
+    "too deep nesting": b'{"a":' * 5000 + b"1" + b"}" * 5000,
+}
+
+
+@pytest.mark.parametrize("data", NO_JSON.values(), ids=NO_JSON.keys())
+def test_what_is_no_json_is_refused_without_showing_it(data: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(data)
+    assert (caught.value.param, caught.value.code) == (None, "invalid_json")
+    assert SECRET not in caught.value.message
+    assert caught.value.__cause__ is None
+
+
+def test_the_place_of_the_json_error_is_told() -> None:
+    with pytest.raises(RequestError, match="line 2, column 5"):
+        parse_call(b'{"model":\n"a" "b"}')
+
+
+@pytest.mark.parametrize(
+    ("twice", "param"),
+    [
+        (b'"model":"x","model":"y"', "model"),
+        (b'"model":"x","\\u006dodel":"y"', "model"),
+        (b'"model":"x","seed":1,"seed":1', "seed"),
+        (b'"model":"x","do not tell":1,"do not tell":1', None),
+        (b'"model":null,"model":"x"', "model"),
+    ],
+    ids=["plain", "escaped", "unknown parameter", "no name of a parameter", "null first"],
+)
+def test_a_name_given_twice_is_refused(twice: bytes, param: str | None) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(b'{"messages":[{"role":"user","content":""}],' + twice + b"}")
+    assert (caught.value.param, caught.value.code) == (param, DUPLICATE)
+    assert "tell" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Model",
+        "STREAM",
+        "Max_Tokens",
+        "PROVIDER",
+        "\u017ftream",  # long s
+        "tool\u017f",
+        "max_to\u212aens",  # Kelvin sign
+        "U\u017fage",
+        "\ufb06ream",  # the ligature st
+        "prov\u0131der",  # dotless i
+        "prov\u0130der",  # capital I with a dot
+    ],
+)
+def test_a_name_that_other_servers_take_for_a_parameter_is_refused(name: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(body(**{name: "x"}))
+    assert (caught.value.param, caught.value.code) == (name, DUPLICATE)
+
+
+def test_no_character_that_folds_to_a_plain_letter_gets_through() -> None:
+    lookalikes = [
+        (char, folded)
+        for char in map(chr, range(0x80, 0x110000))
+        for folded in {char.lower(), char.casefold(), char.upper().lower()}
+        if folded.isascii() and folded in "model stream"
+    ]
+    assert {"\u017f", "\u212a", "\u0131"} & {char for char, _ in lookalikes}
+    for char, folded in lookalikes:
+        name = ("model" if folded in "model" else "stream").replace(folded, char)
+        with pytest.raises(RequestError):
+            parse_call(body(**{name: "x"}))
+
+
+@pytest.mark.parametrize("name", ["seed", "", "123", "X-Extra", "modèle", "modell", "mo del", "元"])
+def test_names_that_are_no_parameter_pass(name: str) -> None:
+    call = parse_call(body(**{name: 1}))
+    assert name in call.parameters
+    assert json.loads(upstream(call))[name] == 1
+
+
+# What is accepted
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "system", "content": ""},
+        {"role": "developer", "content": "x"},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
+        {"role": "function", "content": "x", "name": "f"},
+        {"role": "user", "content": []},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "assistant", "audio": {"id": "1"}},
+    ],
+)
+def test_every_form_of_a_message_is_accepted(message: dict[str, Any]) -> None:
+    call = parse_call(chat(USER, message))
+    assert call.prompt_bytes == len(orjson.dumps([USER, message]))
+    assert not call.needs_images
+
+
+def test_the_bounds_themselves_are_accepted() -> None:
+    for members in (
+        {"temperature": 0, "top_p": 0, "max_tokens": 1},
+        {"temperature": 2, "top_p": 1, "max_completion_tokens": 2**63},
+        {"temperature": 2.0, "top_p": 1.0},
+    ):
+        assert parse_call(body(**members)).parameters == {"model", "messages", *members}
+
+
+def test_null_is_absent_for_every_optional_parameter() -> None:
+    optional = (
+        "stream temperature top_p max_tokens max_completion_tokens tools tool_choice "
+        "response_format stream_options usage models provider"
+    ).split()
+    call = parse_call(body(**dict.fromkeys(optional)))
+    assert call.parameters == {"model", "messages"}
+    assert call.provider == ProviderPreferences()
+    assert (call.stream, call.wants_usage, call.max_output) == (False, False, None)
+    assert not (call.needs_tools or call.needs_json or call.needs_images)
+
+
+@pytest.mark.parametrize(
+    ("members", "candidates"),
+    [
+        ({"model": "a:floor"}, ("a:floor",)),
+        ({"model": "a", "models": []}, ("a",)),
+        ({"model": "a", "models": ["b", "a", "c", "b"]}, ("a", "b", "c")),
+        ({"model": None, "models": ["b", "a"]}, ("b", "a")),
+    ],
+)
+def test_candidates_are_model_then_models_without_repeats(
+    members: dict[str, Any], candidates: tuple[str, ...]
+) -> None:
+    assert parse_call(body(**members)).candidates == candidates
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"stream_options": {"include_usage": True}}, True),
+        ({"usage": {"include": True, "more": 1}}, True),
+        ({"stream_options": {"include_usage": False}, "usage": {"include": True}}, True),
+        ({"stream_options": {"include_usage": None, "other": 1}, "usage": {}}, False),
+        ({}, False),
+    ],
+)
+def test_usage_is_wanted_by_either_way_of_asking(members: dict[str, Any], expected: bool) -> None:
+    assert parse_call(body(stream=True, **members)).wants_usage is expected
+
+
+@pytest.mark.parametrize(
+    ("members", "needs"),
+    [
+        ({"tools": []}, set()),
+        ({"tools": [{"type": "function"}]}, {"tools"}),
+        ({"response_format": {"type": "text"}}, set()),
+        ({"response_format": {"type": "json_object"}}, {"json"}),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, {"json"}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, USER]},
+            {"images"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url"}]},
+                    {"role": "user", "content": [{"type": "text"}, {"type": ["image_url"]}]},
+                ]
+            },
+            {"images"},
+        ),
+    ],
+)
+def test_a_call_knows_what_its_model_must_be_able_to_do(
+    members: dict[str, Any], needs: set[str]
+) -> None:
+    call = parse_call(body(**members))
+    found = {"tools": call.needs_tools, "json": call.needs_json, "images": call.needs_images}
+    assert {name for name, needed in found.items() if needed} == needs
+
+
+def test_the_newer_limit_of_the_output_wins() -> None:
+    assert parse_call(body(max_tokens=5)).max_output == 5
+    assert parse_call(body(max_tokens=5, max_completion_tokens=7)).max_output == 7
+    assert parse_call(body(max_tokens=5, max_completion_tokens=None)).max_output == 5
+
+
+def test_provider_preferences_are_read() -> None:
+    provider = {
+        "only": ["a", "b"],
+        "ignore": [],
+        "order": ["b"],
+        "allow_fallbacks": False,
+        "sort": "throughput",
+        "max_price": {"prompt": 0.1, "completion": "2.50", "image": "much"},
+        "require_parameters": True,
+        "data_collection": {"what": "ever"},
+    }
+    assert parse_call(body(provider=provider)).provider == ProviderPreferences(
+        only=("a", "b"),
+        ignore=None,
+        order=("b",),
+        allow_fallbacks=False,
+        sort="throughput",
+        max_price_prompt=Decimal("0.1"),
+        max_price_completion=Decimal("2.50"),
+        require_parameters=True,
+    )
+
+
+def test_null_in_provider_preferences_is_absent() -> None:
+    fields = "only ignore order allow_fallbacks sort max_price require_parameters".split()
+    call = parse_call(body(provider=dict.fromkeys(fields)))
+    assert call.provider == ProviderPreferences()
+    call = parse_call(body(provider={"max_price": {"prompt": None}}))
+    assert call.provider == ProviderPreferences()
+
+
+# The body that goes upstream
+
+
+def test_untouched_members_keep_their_bytes_and_order() -> None:
+    data = (
+        b' {"seed" : 12345678901234567890123, "mo\\u0064el" :"a",\n"t\\u006fp_k":1.0,'
+        b'"messages":[ {"role":"user","content":"\\u0041\\/"} ],"models":["b"],"x":1.50E+3,'
+        b'"provider":{"sort":"price"},"usage":{"include":true},"y":-0.0,"z":null} '
+    )
+    assert upstream(parse_call(data)) == (
+        b'{"seed" : 12345678901234567890123,"mo\\u0064el" :"up","t\\u006fp_k":1.0,'
+        b'"messages":[ {"role":"user","content":"\\u0041\\/"} ],"x":1.50E+3,"y":-0.0,"z":null}'
+    )
+
+
+def test_the_model_is_appended_where_the_client_gave_only_a_list() -> None:
+    data = b'{"models":["a"],"messages":[{"role":"user","content":""}]}'
+    assert upstream(parse_call(data)) == (
+        b'{"messages":[{"role":"user","content":""}],"model":"up"}'
+    )
+
+
+def test_a_name_of_a_model_is_escaped() -> None:
+    sent = serialize_upstream_body(parse_call(body()), 'q"\\ü', stream_options=True)
+    assert json.loads(sent)["model"] == 'q"\\ü'
+
+
+STREAM_OPTIONS = {
+    "absent": (b"", b',"stream_options":{"include_usage":true}'),
+    "null": (b',"stream_options":null', b',"stream_options":{"include_usage":true}'),
+    "true already": (
+        b',"stream_options":{ "x":1.0, "include_usage":true}',
+        b',"stream_options":{ "x":1.0, "include_usage":true}',
+    ),
+    "false": (
+        b',"stream_options": {"include_usage":false,"x":[1]}',
+        b',"stream_options": {"include_usage":true,"x":[1]}',
+    ),
+    "other members": (
+        b',"stream_options":{"continuous_usage_stats":true}',
+        b',"stream_options":{"continuous_usage_stats":true,"include_usage":true}',
+    ),
+}
+STREAMED = b'{"model":%b,"messages":[{"role":"user","content":""}],"stream":%b%b}'
+
+
+@pytest.mark.parametrize(("given_", "sent"), STREAM_OPTIONS.values(), ids=STREAM_OPTIONS.keys())
+def test_a_stream_always_asks_for_usage_where_that_is_understood(
+    given_: bytes, sent: bytes
+) -> None:
+    call = parse_call(STREAMED % (b'"a"', b"true", given_))
+    assert upstream(call) == STREAMED % (b'"up"', b"true", sent)
+    assert upstream(call, stream_options=False) == STREAMED % (b'"up"', b"true", b"")
+
+
+def test_stream_options_without_a_stream_pass_where_they_are_understood() -> None:
+    options = b',"stream_options":{"include_usage":false}'
+    call = parse_call(STREAMED % (b'"a"', b"false", options))
+    assert upstream(call) == STREAMED % (b'"up"', b"false", options)
+    assert upstream(call, stream_options=False) == STREAMED % (b'"up"', b"false", b"")
+
+
+# Properties
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+FIELDS = st.fixed_dictionaries(
+    {"messages": st.just([USER])},
+    optional={
+        "model": st.text(min_size=1, max_size=5),
+        "models": st.lists(st.text(min_size=1, max_size=3), min_size=1, max_size=3),
+        "provider": st.fixed_dictionaries({}, optional={"sort": st.just("price"), "x": JSON}),
+        "usage": st.fixed_dictionaries({}, optional={"include": st.booleans()}),
+        "stream": st.booleans() | st.none(),
+        "stream_options": st.none()
+        | st.fixed_dictionaries({}, optional={"include_usage": st.booleans(), "x": JSON}),
+        "seed": JSON,
+        "metadata": JSON,
+    },
+)
+
+
+def expected_upstream(members: dict[str, Any], stream_options: bool) -> dict[str, Any]:
+    expected = {
+        name: "up" if name == "model" else value
+        for name, value in members.items()
+        if name not in ("models", "provider", "usage")
+    }
+    expected.setdefault("model", "up")
+    if not stream_options:
+        expected.pop("stream_options", None)
+    elif members.get("stream"):
+        options = expected.get("stream_options") or {}
+        expected["stream_options"] = {**options, "include_usage": True}
+    return expected
+
+
+@given(FIELDS, st.booleans(), st.sampled_from([None, 1]), st.booleans(), st.randoms())
+def test_the_body_sent_is_the_body_checked_but_for_our_changes(
+    members: dict[str, Any], stream_options: bool, indent: int | None, ascii_: bool, random: Any
+) -> None:
+    if not members.keys() & {"model", "models"}:
+        members["model"] = "a"
+    names = list(members)
+    random.shuffle(names)
+    members = {name: members[name] for name in names}
+    call = parse_call(json.dumps(members, indent=indent, ensure_ascii=ascii_).encode())
+    sent = upstream(call, stream_options=stream_options)
+    expected = expected_upstream(members, stream_options)
+    assert json.loads(sent) == expected
+    assert list(json.loads(sent)) == list(expected)
+
+
+NUMBERS = st.from_regex(
+    r"-?(0|[1-9][0-9]{0,30})(\.[0-9]{1,20})?([eE][+-]?[0-9]{1,2})?", fullmatch=True
+)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=5))
+def test_numbers_keep_every_digit(numbers: list[str]) -> None:
+    data = body()[:-1] + f',"logit_bias":[{",".join(numbers)}],"z":{numbers[0]}}}'.encode()
+    texts = re.findall(rb"(?<=[\[,:])-?[0-9][^,\]}]*", upstream(parse_call(data)))
+    assert [text.decode() for text in texts] == [*numbers, numbers[0]]
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: orjson.dumps(value)))
+def test_arbitrary_bytes_raise_nothing_but_request_errors(data: bytes) -> None:
+    with pytest.raises(RequestError):
+        parse_call(data)
+
+
+NAMES = st.sampled_from(
+    "model messages stream temperature top_p max_tokens max_completion_tokens tools tool_choice "
+    "response_format stream_options usage models provider".split()
+)
+
+
+@given(NAMES, JSON)
+def test_any_value_of_a_parameter_is_refused_or_goes_up_as_json(name: str, value: Any) -> None:
+    try:
+        call = parse_call(body(**{name: value}))
+    except RequestError as error:
+        assert error.param is not None
+        assert error.param.startswith(name)
+    else:
+        assert parse_call(upstream(call)).candidates == ("up",)
+
+
+@given(
+    st.sampled_from(["messages", "provider", "response_format", "usage", "stream_options"]),
+    st.dictionaries(
+        st.sampled_from("role content tool_calls type only sort max_price include".split()), JSON
+    ),
+)
+def test_any_members_of_a_known_object_are_refused_or_accepted(
+    name: str, value: dict[str, Any]
+) -> None:
+    try:
+        parse_call(body(**{name: [value] if name == "messages" else value}))
+    except RequestError as error:
+        assert error.param is not None
+        assert error.param.startswith(name)
+
+
+def test_a_large_body_is_copied_once() -> None:
+    import tracemalloc
+
+    call = parse_call(chat({"role": "user", "content": "x" * 4_000_000}))
+    tracemalloc.start()
+    try:
+        upstream(call)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
