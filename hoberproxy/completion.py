@@ -1,0 +1,108 @@
+"""A whole chat completion as one JSON body: is it complete, what does it say, how is it passed on.
+
+Also turns one into the events of a stream, for upstreams that answer `stream: true` with a body.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from .events import DONE, serialize_event
+from .members import find_member, replace_member
+from .usage import Usage, read_usage
+
+
+class CompletionError(Exception):
+    """A 200 whose body is no completion. `is_error_body` says that it is an upstream's error."""
+
+    def __init__(self, message: str, *, is_error_body: bool = False) -> None:
+        super().__init__(message)
+        self.is_error_body = is_error_body
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A checked completion: `body` names the catalog's slug, the rest is what it said."""
+
+    body: bytes
+    document: dict[str, Any]
+    usage: Usage | None
+    finish_reason: str
+    upstream_model: str
+    upstream_id: str
+
+
+def parse_completion(body: bytes, slug: str) -> Completion:
+    """Check a non-streaming answer and give it the catalog's name for its model.
+
+    Raises CompletionError for anything but a JSON object with a non-empty `choices` array.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise CompletionError("expected a JSON body, got something else or a part of one") from None
+    if not isinstance(document, dict):
+        raise CompletionError("expected a JSON object as the body")
+    if document.get("error"):
+        raise CompletionError("the upstream sent an error with status 200", is_error_body=True)
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise CompletionError("expected `choices` in the body, got none")
+    return Completion(
+        body=_rename(body, document, slug),
+        document=document,
+        usage=read_usage(document),
+        finish_reason=_text(choices[0].get("finish_reason")) if _is_object(choices[0]) else "",
+        upstream_model=_text(document.get("model")),
+        upstream_id=_text(document.get("id")),
+    )
+
+
+def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:
+    """The same answer as a stream of one chunk, and the usage event if it was asked for."""
+    chunk = {
+        name: value for name, value in completion.document.items() if name not in ("usage", "model")
+    }
+    chunk["object"] = "chat.completion.chunk"
+    chunk["model"] = slug
+    chunk["choices"] = [_delta_choice(choice) for choice in completion.document["choices"]]
+    events = [serialize_event(orjson.dumps(chunk))]
+    if wants_usage and isinstance(completion.document.get("usage"), dict):
+        usage = chunk | {"choices": [], "usage": completion.document["usage"]}
+        events.append(serialize_event(orjson.dumps(usage)))
+    events.append(serialize_event(DONE))
+    return b"".join(events)
+
+
+def _delta_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice
+    delta = choice.get("message")
+    if isinstance(delta, dict) and isinstance(delta.get("tool_calls"), list):
+        # Deltas of a stream are told apart by their index; messages have none.
+        calls = [
+            {"index": index} | call if isinstance(call, dict) else call
+            for index, call in enumerate(delta["tool_calls"])
+        ]
+        delta = delta | {"tool_calls": calls}
+    rest = {name: value for name, value in choice.items() if name != "message"}
+    return rest | {"delta": delta if delta is not None else {}}
+
+
+def _rename(body: bytes, document: dict[str, Any], slug: str) -> bytes:
+    if not isinstance(document.get("model"), str):
+        return body
+    member = find_member(body, "model")
+    assert member is not None, "orjson has just seen it"
+    return replace_member(body, member, orjson.dumps(slug))
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

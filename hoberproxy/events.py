@@ -1,0 +1,66 @@
+"""One server-sent event: where it ends, and what its lines say (WHATWG HTML, 9.2.6).
+
+Works on whole bytes and keeps no state; the stream as a whole is stream.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# Lines end with CRLF, LF or CR; atomic groups, lest the CR and LF of one line end count as two.
+BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_BOM = b"\xef\xbb\xbf"
+
+DONE = b"[DONE]"
+
+
+class Data(NamedTuple):
+    """The data of an event: its lines, joined by LF."""
+
+    payload: bytes
+    starts: tuple[int, ...]  # where each line of it stands in the event's bytes
+    is_error: bool  # the event has the line `event: error`
+
+    def place_of(self, offset: int) -> int:
+        """Where in the event's bytes that stands which is at `offset` in the payload."""
+        line = self.payload.count(b"\n", 0, offset)
+        return self.starts[line] + offset - (self.payload.rfind(b"\n", 0, offset) + 1)
+
+
+def parse_event(event: bytes) -> Data | None:
+    """The data of one whole event; None if it has none (comments, `retry:`, blank lines)."""
+    # Nearly every event of a model server is one `data: ` line and two LF.
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return Data(event[6:-2], (6,), False)
+    return _parse_lines(event)
+
+
+def _parse_lines(event: bytes) -> Data | None:
+    parts: list[bytes] = []
+    starts: list[int] = []
+    is_error = False
+    position = len(_BOM) if event.startswith(_BOM) else 0
+    while position < len(event):
+        end_of_line = _LINE_END.search(event, position)
+        end, following = end_of_line.span() if end_of_line else (len(event), len(event))
+        name, colon, value = event[position:end].partition(b":")
+        skipped = len(name) + len(colon)
+        if value.startswith(b" "):
+            value = value[1:]
+            skipped += 1
+        if name == b"data":
+            starts.append(position + skipped)
+            parts.append(value)
+        elif name == b"event" and value == b"error":
+            is_error = True
+        position = following
+    if not parts:
+        return None
+    return Data(b"\n".join(parts), tuple(starts), is_error)
+
+
+def serialize_event(payload: bytes) -> bytes:
+    """An event with `payload` as its data, one line for each of its lines."""
+    return b"data: %b\n\n" % payload.replace(b"\n", b"\ndata: ")

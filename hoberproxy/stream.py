@@ -1,0 +1,375 @@
+"""What passes through of a stream of events, and what is learnt from it on the way.
+
+The scanner takes the payload of an upstream's SSE response in pieces of any size and returns the
+bytes to pass on: the same bytes, but for the top-level `model` of each event, which becomes the
+catalog's slug, and the usage event, which is left out where the client did not ask for it.
+
+Theory of operation. Until the first content everything is held back, so that another endpoint can
+still be tried, and every event is parsed. After it bytes flow: whole events in which nothing is
+unusual pass together (`_pass_whole`, a handful of C calls for however many events), otherwise
+event by event (`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer
+one cannot be a usage event and flows through a MemberRewriter in flat memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from .events import BLANK_LINE, DONE, Data, parse_event
+from .members import Member, MemberRewriter, find_member
+from .usage import Usage, read_usage
+
+HOLD_LIMIT_BYTES = 16 * 1024
+OPENING_LIMIT_BYTES = 64 * 1024
+_LF_LF = b"\n\n"
+
+
+class StreamFailure(Exception):
+    """The stream itself says that it failed, or is no stream of completion chunks.
+
+    `is_error_event` tells an upstream's own error from bytes that are not what they should be;
+    `upstream_status` is the HTTP status an error event names, if it names one.
+    """
+
+    def __init__(self, message: str, *, is_error_event: bool, upstream_status: int | None = None):
+        super().__init__(message)
+        self.is_error_event = is_error_event
+        self.upstream_status = upstream_status
+
+
+class StreamScanner:
+    """One response. Feed it pieces, send what it returns, read what it learnt.
+
+    `slug` is the name the client sees. Look at `failure` after each feed: once it is set, what
+    that feed returned is the last that came before the failure, and nothing more may be fed.
+    """
+
+    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+        self._slug = orjson.dumps(slug)
+        self._wants_usage = wants_usage
+        self._tail = b""  # an event not yet finished
+        self._held: list[bytes] = []  # whole events before the first content
+        self._held_bytes = 0
+        self._pattern = b""  # the member `"model":"…"` as this upstream writes it
+        self._replacement = b""
+        self._long: MemberRewriter | None = None  # an event longer than we hold
+        self._long_end = b""  # its last bytes, for a blank line cut in two
+        self._was_dropped = False  # the event that ended last
+        self._ended_in_cr = False  # … and its LF may be still to come
+
+        self.failure: StreamFailure | None = None
+        self.has_content = False
+        self.is_done = False  # [DONE] was seen
+        self.content_events = 0
+        self.usage: Usage | None = None
+        self.finish_reason = ""
+        self.upstream_model = ""
+        self.upstream_id = ""
+
+    @property
+    def is_at_boundary(self) -> bool:
+        """What was passed on ends with a whole event."""
+        return self._long is None
+
+    @property
+    def is_finished(self) -> bool:
+        """The stream said that its answer is complete, in one way or the other."""
+        return self.is_done or bool(self.finish_reason)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take the next piece; returns what can be sent now."""
+        if self.has_content and self._long is None and not self._ended_in_cr:
+            if self._tail:
+                data = self._tail + data
+                self._tail = b""
+            end = data.rfind(_LF_LF) + 2  # 1 if no event ends here
+            if end > 1 and len(data) - end <= HOLD_LIMIT_BYTES and b"\r" not in data:
+                if (passed := self._pass_whole(data[:end])) is not None:
+                    self._tail = data[end:]
+                    return passed
+        return self._feed_events(data)
+
+    def feed_eof(self) -> bytes:
+        """The body ended properly; returns what was still held.
+
+        Some servers end without the last blank line: what they left is an event all the same.
+        """
+        out: list[bytes] = []
+        if self._long is not None:
+            out.append(self._long.feed_eof())
+            self._long = None
+        elif self._tail:
+            event, self._tail = self._tail, b""
+            self._take_event(event, out)
+        return self._release(out)
+
+    def _pass_whole(self, data: bytes) -> bytes | None:
+        """`data`, whole events, if all are plain content; None if they want a closer look.
+
+        Only an event that repeats the member verbatim inside a nested object, next to one that
+        has no `model` at all, would fool the count; inside a string its quotes are escaped.
+        """
+        events = data.count(_LF_LF)
+        if (
+            not self._pattern
+            or data.count(self._pattern) != events
+            or b"event:" in data  # of an error, perhaps
+            or _wants_parsing(data)
+        ):
+            return None
+        self.content_events += events
+        if self._pattern == self._replacement:
+            return data
+        return data.replace(self._pattern, self._replacement)
+
+    def _feed_events(self, data: bytes) -> bytes:
+        """The general path: any line ends, any cut, anything in the events."""
+        out: list[bytes] = []
+        if self._ended_in_cr and data:
+            data = self._take_late_lf(data, out)
+        if self._long is not None:
+            data = self._feed_long(data, out)
+        if data:
+            self._split(data, out)
+        return self._release(out)
+
+    def _split(self, data: bytes, out: list[bytes]) -> None:
+        search_from = max(0, len(self._tail) - 3)
+        buffer = self._tail + data if self._tail else data
+        start = 0
+        while blank := BLANK_LINE.search(buffer, max(search_from, start)):
+            end = blank.end()
+            self._take_event(buffer[start:end], out)
+            if self.failure is not None:
+                return
+            start = end
+        self._ended_in_cr = start == len(buffer) and buffer.endswith(b"\r")
+        self._tail = buffer[start:]
+        if len(self._tail) > HOLD_LIMIT_BYTES:
+            self._start_long(out)
+
+    def _take_late_lf(self, data: bytes, out: list[bytes]) -> bytes:
+        """An event ended in CR; an LF right behind it is part of that line end, not a new line."""
+        self._ended_in_cr = False
+        if not data.startswith(b"\n"):
+            return data
+        if not self._was_dropped:
+            out.append(b"\n")
+        return data[1:]
+
+    def _release(self, out: list[bytes]) -> bytes:
+        """What can go: nothing before the first content, then all that was held and is new."""
+        if self.has_content:
+            if self._held:
+                out = self._held + out
+                self._held = []
+            return out[0] if len(out) == 1 else b"".join(out)
+        self._held += out
+        self._held_bytes += sum(map(len, out))
+        if self.failure is None and self._held_bytes + len(self._tail) > OPENING_LIMIT_BYTES:
+            self.has_content = True  # can't be held any longer: it counts as content
+            out = []
+            if len(self._tail) > HOLD_LIMIT_BYTES:
+                self._start_long(out)
+            return self._release(out)
+        return b""
+
+    # Events longer than we hold
+
+    def _start_long(self, out: list[bytes]) -> None:
+        if not self.has_content:
+            return  # the opening's own limit decides
+        self.content_events += 1
+        self._was_dropped = False
+        self._long = MemberRewriter(b"model", self._slug)
+        data, self._tail = self._tail, b""
+        self._long_end = data[-3:]
+        out.append(self._long.feed(data))
+
+    def _feed_long(self, data: bytes, out: list[bytes]) -> bytes:
+        """Pass on the rest of a long event; returns what comes after it."""
+        rewriter = self._long
+        assert rewriter is not None, "only called inside a long event"
+        buffer = self._long_end + data
+        blank = BLANK_LINE.search(buffer)
+        if blank is None:
+            out.append(rewriter.feed(data))
+            self._long_end = buffer[-3:]
+            return b""
+        end = blank.end() - len(self._long_end)
+        out += (rewriter.feed(data[:end]), rewriter.feed_eof())
+        if not self.upstream_model and rewriter.original:
+            self.upstream_model = decode_string(rewriter.original)
+        self._long = None
+        self._ended_in_cr = end == len(data) and data.endswith(b"\r")
+        return data[end:]
+
+    # Single events
+
+    def _take_event(self, event: bytes, out: list[bytes]) -> None:
+        try:
+            passed = self._pass_event(event)
+        except StreamFailure as failure:
+            self.failure = failure
+            return
+        self._was_dropped = passed is None
+        if passed is not None:
+            out.append(passed)
+
+    def _pass_event(self, event: bytes) -> bytes | None:
+        """One whole event as the client is to see it; None if it is not to see it."""
+        data = parse_event(event)
+        if data is None:
+            return event
+        payload = data.payload
+        if payload == DONE:
+            self.is_done = True
+            return event
+        if data.is_error:
+            raise _error_event(_load(payload))
+        if not self.has_content or _wants_parsing(payload):
+            document = _parse_chunk(payload)
+            self._learn(document)
+            if _is_usage_event(document) and not self._wants_usage:
+                return None
+        else:
+            self.content_events += 1
+        return self._rename(event, data)
+
+    def _learn(self, document: dict[str, Any]) -> None:
+        if document.get("error"):
+            raise _error_event(document)
+        self.usage = read_usage(document) or self.usage
+        if not self.upstream_id and isinstance(document.get("id"), str):
+            self.upstream_id = document["id"]
+        finish_reason, has_delta = _content(document)
+        self.finish_reason = finish_reason or self.finish_reason
+        self.content_events += has_delta
+        if has_delta or finish_reason:
+            self.has_content = True
+
+    def _rename(self, event: bytes, data: Data) -> bytes:
+        """`event` with the catalog's name for the model, where it names one."""
+        payload = data.payload
+        named = payload.count(b'"model"')
+        # A pattern that goes over a line's end is in the payload, not in the event.
+        if named == 1 and self._pattern and self._pattern in event:
+            return event.replace(self._pattern, self._replacement)
+        # The name may be written with escapes; a backslash elsewhere costs one look, no more.
+        if not named and b"\\u" not in payload:
+            return event
+        member = _find_model(payload)
+        if member is None:
+            return event
+        self._learn_member(payload[member.start : member.end], member.value_start - member.start)
+        start = data.place_of(member.value_start)  # a string is within one line
+        return event[:start] + self._slug + event[start + member.end - member.value_start :]
+
+    def _learn_member(self, raw: bytes, value_offset: int) -> None:
+        if not self.upstream_model:
+            self.upstream_model = decode_string(raw[value_offset:])
+        self._pattern = raw
+        self._replacement = raw[:value_offset] + self._slug
+
+
+def _wants_parsing(data: bytes) -> bool:
+    """Whether events after the first content can carry more than content."""
+    return (
+        b'"error"' in data
+        or b'"finish_reason":"' in data
+        or b'"finish_reason": "' in data
+        # OpenAI puts `"usage":null` on every event once usage is asked for.
+        or (
+            b'"usage"' in data
+            and data.count(b'"usage"')
+            != data.count(b'"usage":null') + data.count(b'"usage": null')
+        )
+    )
+
+
+def _load(payload: bytes) -> Any:
+    """The JSON of an event; None if it is none."""
+    try:
+        return orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _find_model(payload: bytes) -> Member | None:
+    """The top-level `model`, if it is a string."""
+    # Spans mean nothing in bytes that are no JSON, and after the opening nobody has looked yet.
+    document = _load(payload)
+    if isinstance(document, dict) and isinstance(document.get("model"), str):
+        return find_member(payload, "model")
+    return None
+
+
+def _parse_chunk(payload: bytes) -> dict[str, Any]:
+    document = _load(payload)
+    if not isinstance(document, dict):
+        raise StreamFailure("expected a JSON object as the data of an event", is_error_event=False)
+    return document
+
+
+def _is_usage_event(document: dict[str, Any]) -> bool:
+    """The event that `include_usage` adds: no choices, and a usage object."""
+    return document.get("choices") == [] and isinstance(document.get("usage"), dict)
+
+
+_CONTENT_MEMBERS = (
+    "content",
+    "reasoning_content",  # DeepSeek, vLLM, llama.cpp
+    "reasoning",  # OpenRouter, Groq
+    "tool_calls",
+    "refusal",
+    "audio",
+    "function_call",
+)
+
+
+def _content(document: dict[str, Any]) -> tuple[str, bool]:
+    """The finish reason of an event, and whether a delta holds content as the contract has it."""
+    finish_reason = ""
+    has_delta = False
+    choices = document.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if not isinstance(choice, dict):
+            continue
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str):
+            finish_reason = reason
+        delta = choice.get("delta")
+        if isinstance(delta, dict) and any(map(delta.get, _CONTENT_MEMBERS)):
+            has_delta = True
+    return finish_reason, has_delta
+
+
+def _error_event(document: object) -> StreamFailure:
+    """The failure that an error event tells; of what it says only the status is kept."""
+    error = document.get("error") if isinstance(document, dict) else None
+    return StreamFailure(
+        "the upstream sent an error event",
+        is_error_event=True,
+        upstream_status=_status_of(error or document),
+    )
+
+
+def _status_of(error: object) -> int | None:
+    """The HTTP status that an error object names, as `code` or `status`."""
+    if isinstance(error, dict):
+        for name in ("code", "status", "status_code"):
+            value = error.get(name)
+            if type(value) is int and 400 <= value <= 599:
+                return value
+    return None
+
+
+def decode_string(raw: bytes) -> str:
+    """The text of a JSON string; empty if it is none."""
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return ""
+    return value if isinstance(value, str) else ""

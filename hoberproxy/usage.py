@@ -1,0 +1,74 @@
+"""Token usage as model servers report it, and estimates where they do not.
+
+One reader for every dialect seen on the wire. Where the numbers stand in a stream is the
+scanner's business (stream.py), where they go is the ledger's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# English prose has about 4 bytes a token with today's vocabularies; code and CJK have fewer.
+BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request. `cached` are part of `prompt`, `reasoning` of `completion`."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    is_estimated: bool = False
+
+
+def read_usage(document: dict[str, Any]) -> Usage | None:
+    """The usage of a completion or of one event of a stream; None where there is none.
+
+    Groq nests it in `x_groq` on the last event; everyone else has it on top.
+    """
+    usage = document.get("usage")
+    if not isinstance(usage, dict):
+        nested = document.get("x_groq")
+        usage = nested.get("usage") if isinstance(nested, dict) else None
+    return parse_usage(usage) if isinstance(usage, dict) else None
+
+
+def parse_usage(usage: dict[str, Any]) -> Usage | None:
+    """Counts from a `usage` object; None if it has neither prompt nor completion tokens."""
+    prompt = _count(usage, "prompt_tokens")
+    completion = _count(usage, "completion_tokens")
+    if prompt is None and completion is None:
+        return None
+    return Usage(
+        prompt_tokens=prompt or 0,
+        completion_tokens=completion or 0,
+        # `prompt_cache_hit_tokens` is DeepSeek's older name for the same number.
+        cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens")
+        or _count(usage, "prompt_cache_hit_tokens")
+        or 0,
+        reasoning_tokens=_count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
+    )
+
+
+def estimate_usage(*, prompt_bytes: int, content_events: int, content_bytes: int = 0) -> Usage:
+    """A guess for a request whose upstream told nothing.
+
+    In a stream one content event is about one token; a body has its bytes alone.
+    """
+    completion = content_events or -(-content_bytes // BYTES_PER_TOKEN)
+    return Usage(
+        prompt_tokens=-(-prompt_bytes // BYTES_PER_TOKEN),
+        completion_tokens=completion,
+        is_estimated=True,
+    )
+
+
+def _count(container: object, name: str) -> int | None:
+    """A non-negative integer member of `container`, else None: upstreams send nulls and floats."""
+    value = container.get(name) if isinstance(container, dict) else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and value >= 0 else None
