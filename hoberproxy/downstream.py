@@ -1,0 +1,110 @@
+"""The answer to one client, framed for its version of HTTP.
+
+Knows framing and counts bytes; what is said is the exchange's and the relay's. HTTP/1.1 gets
+chunks, HTTP/1.0 a body until close (RFC 9112, 6.3).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .http11 import Headers, serialize_response_head
+
+
+class Transport(Protocol):
+    """The part of a transport that an answer needs."""
+
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Owner(Protocol):
+    """The connection an answer belongs to."""
+
+    def on_answer_end(self, *, keep_alive: bool) -> None:
+        """The last byte was written; the connection may go on if `keep_alive`."""
+
+
+class Answer:
+    """One response: `send` it whole, or `start`, `write` and `finish` it; or `abort` it."""
+
+    def __init__(
+        self, transport: Transport, owner: Owner, *, version_minor: int, keep_alive: bool
+    ) -> None:
+        self._transport = transport
+        self._owner = owner
+        self._is_chunked = version_minor >= 1
+        self._keep_alive = keep_alive
+        self._version_minor = version_minor
+        self._pending_head = b""  # joined with the first bytes of the body: one write, one segment
+        self.status = 0  # sent status, 0 before
+        self.is_ended = False
+        self.body_bytes = 0
+
+    @property
+    def is_started(self) -> bool:
+        """The status line is spent."""
+        return self.status != 0
+
+    def send(self, status: int, headers: Headers, body: bytes, *, close: bool = False) -> None:
+        """The whole answer at once."""
+        assert not self.is_started, "one answer per request"
+        self.status = status
+        self.body_bytes = len(body)
+        if close:
+            self._keep_alive = False
+        head = serialize_response_head(
+            status, [*headers, (b"content-length", b"%d" % len(body)), *self._connection()]
+        )
+        self._transport.write(head + body)
+        self._end()
+
+    def start(self, status: int, headers: Headers) -> None:
+        """The head of an answer whose length is not known; goes out with the first `write`."""
+        assert not self.is_started, "one answer per request"
+        self.status = status
+        if self._is_chunked:
+            framing = [(b"transfer-encoding", b"chunked")]
+        else:
+            framing = []
+            self._keep_alive = False
+        self._pending_head = serialize_response_head(
+            status, [*headers, *framing, *self._connection()]
+        )
+
+    def write(self, data: bytes) -> None:
+        """A part of the body."""
+        self.body_bytes += len(data)
+        if self._is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._pending_head:
+            data = self._pending_head + data
+            self._pending_head = b""
+        self._transport.write(data)
+
+    def finish(self, data: bytes = b"", *, close: bool = False) -> None:
+        """The last part of the body, possibly empty, and its end."""
+        self.body_bytes += len(data)
+        if close:
+            self._keep_alive = False
+        if self._is_chunked:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
+        if self._pending_head or data:
+            self._transport.write(self._pending_head + data)
+            self._pending_head = b""
+        self._end()
+
+    def abort(self) -> None:
+        """Cut the connection: the client must see that the answer is not complete."""
+        if not self.is_ended:
+            self.is_ended = True
+            self._transport.abort()
+
+    def _end(self) -> None:
+        self.is_ended = True
+        self._owner.on_answer_end(keep_alive=self._keep_alive)
+
+    def _connection(self) -> Headers:
+        if not self._keep_alive:
+            return [(b"connection", b"close")]
+        return [(b"connection", b"keep-alive")] if self._version_minor == 0 else []

@@ -1,0 +1,199 @@
+"""Connections to one provider: kept alive, lent last-in first-out, or made anew.
+
+Deciding is synchronous (`acquire`, `release`); only `connect` waits, and within the connect limit:
+looking the name up, reaching an address (IPv6 and IPv4 raced), and the TLS handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+import ssl
+from functools import cache
+
+import aiohappyeyeballs
+
+from .catalog import Provider
+from .errors import Phase, UpstreamError
+from .upstream import UpstreamConnection
+
+logger = logging.getLogger("hoberproxy.upstream")
+
+# How long an answer of the name service is used: short enough to follow a fail-over by DNS.
+NAME_TTL = 30.0
+HAPPY_EYEBALLS_DELAY = 0.25  # RFC 8305, section 8
+
+AddressInfos = list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]]
+
+
+class Pool:
+    """The connections of one provider. All methods belong to the loop that made it."""
+
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
+        self.provider = provider
+        self._loop = loop
+        self._tls = _tls_context(provider.ca_file) if provider.scheme == "https" else None
+        self._idle: list[UpstreamConnection] = []
+        self._addresses: AddressInfos = _literal_addresses(provider)
+        self._addresses_until = float("inf") if self._addresses else 0.0
+        self._lookup: asyncio.Task[AddressInfos] | None = None
+        self.open = 0  # connections that exist, idle and busy
+
+    @property
+    def idle(self) -> int:
+        """How many connections wait to be used again."""
+        return len(self._idle)
+
+    # Lending
+
+    def acquire(self) -> UpstreamConnection | None:
+        """An idle connection, the one used last; None if a new one must be made."""
+        now = self._loop.time()
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed and now < connection.idle_until:
+                return connection
+            connection.abort()
+        return None
+
+    def release(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
+        """Take a connection back whose answer ended exactly.
+
+        `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds: we leave a second early,
+        lest our request and its close cross on the wire.
+        """
+        keep = self.provider.keepalive
+        if keepalive_hint is not None:
+            keep = min(keep, keepalive_hint - 1.0)
+        if keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
+            connection.abort()
+            return
+        connection.idle_until = self._loop.time() + keep
+        self._idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """An idle connection was closed by its peer: it must not be lent any more."""
+        with contextlib.suppress(ValueError):
+            self._idle.remove(connection)
+
+    def close_expired(self, now: float) -> None:
+        """Close what has been idle for too long. `now` is loop time."""
+        keep = [connection for connection in self._idle if now < connection.idle_until]
+        expired = [connection for connection in self._idle if now >= connection.idle_until]
+        self._idle = keep
+        for connection in expired:
+            connection.abort()
+
+    def close_idle(self) -> None:
+        """Close every idle connection."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+
+    # Connecting
+
+    async def connect(self, limit: float) -> UpstreamConnection:
+        """A new connection, within `limit` seconds. Raises UpstreamError (phase connect)."""
+        try:
+            async with asyncio.timeout(limit):
+                return await self._connect()
+        except TimeoutError as exc:
+            self._forget_addresses()
+            raise UpstreamError(
+                f"provider {self.provider.name}: no connection within {limit:g} s",
+                phase=Phase.CONNECT,
+                code="upstream_timeout",
+                status=504,
+            ) from exc
+        except OSError as exc:  # ssl.SSLError and socket.gaierror among them
+            self._forget_addresses()
+            logger.info("provider %s: %s", self.provider.name, describe_os_error(exc))
+            raise UpstreamError(
+                f"provider {self.provider.name}: could not connect", phase=Phase.CONNECT
+            ) from exc
+
+    async def _connect(self) -> UpstreamConnection:
+        addresses = await self._resolve()
+        sock = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=self._loop
+        )
+        try:
+            # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _, connection = await self._loop.create_connection(
+                lambda: UpstreamConnection(self),
+                sock=sock,
+                ssl=self._tls,
+                server_hostname=self.provider.host if self._tls else None,
+            )
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    # Names
+
+    async def _resolve(self) -> AddressInfos:
+        """The provider's addresses, looked up off the loop, one look-up at a time."""
+        if self._loop.time() < self._addresses_until:
+            return self._addresses
+        if self._lookup is None:
+            self._lookup = self._loop.create_task(self._look_up(), name="look up provider")
+        lookup = self._lookup
+        # Shielded: whoever gives up must not take the answer from the others.
+        return await asyncio.shield(lookup)
+
+    async def _look_up(self) -> AddressInfos:
+        try:
+            infos = await self._loop.getaddrinfo(
+                self.provider.host, self.provider.port, type=socket.SOCK_STREAM
+            )
+            self._addresses = infos  # type: ignore[assignment]
+            self._addresses_until = self._loop.time() + NAME_TTL
+            return self._addresses
+        finally:
+            self._lookup = None
+
+    def _forget_addresses(self) -> None:
+        if self._addresses_until != float("inf"):
+            self._addresses_until = 0.0
+
+    async def aclose(self) -> None:
+        """Close what is idle and end a look-up under way."""
+        self.close_idle()
+        if self._lookup is not None:
+            self._lookup.cancel()
+            with contextlib.suppress(asyncio.CancelledError, OSError):
+                await self._lookup
+
+
+def describe_os_error(exc: OSError) -> str:
+    """What went wrong in the system's words: no address of ours, no key, no text of the peer."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"certificate not accepted: {exc.verify_message}"
+    return (
+        f"{type(exc).__name__}: {exc.strerror or exc.args[-1] if exc.args else 'no reason given'}"
+    )
+
+
+@cache
+def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """One for all who trust the same authorities: reading the system's takes 20 ms."""
+    context = ssl.create_default_context(cafile=ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _literal_addresses(provider: Provider) -> AddressInfos:
+    """The address itself where the host is one, so that it never waits for a name service."""
+    try:
+        ipaddress.ip_address(provider.host)
+    except ValueError:
+        return []
+    infos = socket.getaddrinfo(
+        provider.host, provider.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )
+    return infos  # type: ignore[return-value]

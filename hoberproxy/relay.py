@@ -1,0 +1,293 @@
+"""The answer of a model server on its way to the client: as a stream, or as a body.
+
+A relay takes the payload of one response (`Receiver` in upstream.py), feeds the core (stream.py,
+completion.py), writes downstream, and tells its attempt how it ended. Framing is the connection's,
+time limits are the attempt's. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import orjson
+
+from .completion import Completion, CompletionError, parse_completion, serialize_as_stream
+from .downstream import Answer
+from .errors import UpstreamError
+from .http11 import ResponseHead
+from .members import MemberRewriter
+from .refusal import MAX_BODY_BYTES
+from .stream import StreamScanner, decode_string
+from .upstream import Loss
+from .usage import Usage, parse_usage
+
+COLLECT_LIMIT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an answer told of itself, for the record; as far as it came."""
+
+    usage: Usage | None = None
+    finish_reason: str = ""
+    upstream_model: str = ""
+    upstream_id: str = ""
+    content_events: int = 0
+    content_bytes: int = 0  # of a body; streams are counted in events
+
+
+class Reporter(Protocol):
+    """What a relay tells its attempt; `finish` and `fail` end it."""
+
+    def touch(self) -> None:
+        """Bytes have come."""
+
+    def open_answer(self, *, is_stream: bool) -> None:
+        """Content is about to be written: start the answer, nothing is retried from here on."""
+
+    def finish(self) -> None:
+        """The answer was passed on to its end."""
+
+    def fail(self, error: UpstreamError) -> None:
+        """The answer broke."""
+
+    def send_answer(self, body: bytes) -> None:
+        """Send a whole JSON answer at once."""
+
+    def refuse(self, body: bytes) -> None:
+        """The upstream answered with another status than 200, and this body."""
+
+    def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
+        """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
+
+
+class Relay(ABC):
+    """One attempt, one answer: a Receiver that has its head already."""
+
+    def __init__(self, attempt: Reporter, answer: Answer) -> None:
+        self._attempt = attempt
+        self._answer = answer
+
+    def on_head(self, head: ResponseHead) -> None:
+        raise AssertionError("a relay is made from the head")
+
+    @abstractmethod
+    def on_body(self, data: bytes) -> None:
+        """The next piece of the payload."""
+
+    @abstractmethod
+    def on_end(self) -> None:
+        """The payload is complete as far as its framing goes."""
+
+    def on_lost(self, loss: Loss) -> None:
+        """There will be no more."""
+        self.give_up(self._attempt.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
+
+    def give_up(self, error: UpstreamError) -> None:
+        """The rest is lost or late: fail with `error`, or make do with what has come."""
+        self._attempt.fail(error)
+
+    def outcome(self) -> Outcome:
+        """What the answer has told so far."""
+        return Outcome()
+
+
+class StreamRelay(Relay):
+    """SSE in, SSE out."""
+
+    def __init__(self, attempt: Reporter, answer: Answer, scanner: StreamScanner) -> None:
+        super().__init__(attempt, answer)
+        self._scanner = scanner
+        self._is_open = False
+
+    @property
+    def is_at_boundary(self) -> bool:
+        """The client has whole events only: one of our own may follow."""
+        return self._scanner.is_at_boundary
+
+    def on_body(self, data: bytes) -> None:
+        scanner = self._scanner
+        out = scanner.feed(data)
+        self._attempt.touch()
+        if out:
+            if not self._is_open:
+                self._open()
+            self._answer.write(out)
+        if scanner.failure is not None:
+            self._fail_stream()
+
+    def on_end(self) -> None:
+        scanner = self._scanner
+        out = scanner.feed_eof()
+        if out and not self._is_open:
+            self._open()
+        if scanner.failure is not None:
+            if out:
+                self._answer.write(out)
+            self._fail_stream()
+        elif not scanner.has_content:
+            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
+        elif not scanner.is_finished:
+            if out:
+                self._answer.write(out)
+            self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
+        else:
+            self._answer.finish(out)
+            self._attempt.finish()
+
+    def give_up(self, error: UpstreamError) -> None:
+        if self._scanner.is_done and self._is_open:
+            # [DONE] has gone out: only the end of the framing is missing.
+            self._answer.finish()
+            self._attempt.finish()
+        else:
+            super().give_up(error)
+
+    def outcome(self) -> Outcome:
+        scanner = self._scanner
+        return Outcome(
+            usage=scanner.usage,
+            finish_reason=scanner.finish_reason,
+            upstream_model=scanner.upstream_model,
+            upstream_id=scanner.upstream_id,
+            content_events=scanner.content_events,
+        )
+
+    def _open(self) -> None:
+        self._is_open = True
+        self._attempt.open_answer(is_stream=True)
+
+    def _fail_stream(self) -> None:
+        failure = self._scanner.failure
+        assert failure is not None
+        error = self._attempt.broken(str(failure), is_invalid=not failure.is_error_event)
+        error.upstream_status = failure.upstream_status
+        self._attempt.fail(error)
+
+
+class BodyRelay(Relay):
+    """A JSON body in; out as it is, or as a stream where the client asked for one.
+
+    Collected and checked up to COLLECT_LIMIT_BYTES. A longer body is passed on in pieces, and if
+    it breaks then the connection is cut, since its status is spent.
+    """
+
+    def __init__(
+        self, attempt: Reporter, answer: Answer, slug: str, *, as_stream: bool, wants_usage: bool
+    ) -> None:
+        super().__init__(attempt, answer)
+        self._slug = slug
+        self._as_stream = as_stream
+        self._wants_usage = wants_usage
+        self._collected: list[bytes] = []
+        self._bytes = 0
+        self._completion: Completion | None = None
+        self._rewriter: MemberRewriter | None = None
+
+    def on_body(self, data: bytes) -> None:
+        self._attempt.touch()
+        self._bytes += len(data)
+        if self._rewriter is not None:
+            self._write(self._rewriter.feed(data))
+            return
+        self._collected.append(data)
+        if self._bytes > COLLECT_LIMIT_BYTES:
+            self._pass_on()
+
+    def on_end(self) -> None:
+        if self._rewriter is not None:
+            self._end_large(self._rewriter)
+            return
+        try:
+            completion = parse_completion(b"".join(self._collected), self._slug)
+        except CompletionError as exc:
+            error = self._attempt.broken(str(exc), is_invalid=not exc.is_error_body)
+            self._attempt.fail(error)
+            return
+        self._completion = completion
+        self._collected.clear()
+        if self._as_stream:
+            self._attempt.open_answer(is_stream=True)
+            self._answer.finish(
+                serialize_as_stream(completion, self._slug, wants_usage=self._wants_usage)
+            )
+        else:
+            self._attempt.send_answer(completion.body)
+        self._attempt.finish()
+
+    def outcome(self) -> Outcome:
+        if self._completion is not None:
+            completion = self._completion
+            return Outcome(
+                usage=completion.usage,
+                finish_reason=completion.finish_reason,
+                upstream_model=completion.upstream_model,
+                upstream_id=completion.upstream_id,
+                content_bytes=self._bytes,
+            )
+        if self._rewriter is not None:
+            return Outcome(
+                usage=_parse_captured_usage(self._rewriter.captured),
+                upstream_model=decode_string(self._rewriter.original or b""),
+                content_bytes=self._bytes,
+            )
+        return Outcome()
+
+    def _pass_on(self) -> None:
+        if self._as_stream:
+            self._attempt.fail(
+                self._attempt.broken(
+                    f"expected a stream, got a JSON body of more than {COLLECT_LIMIT_BYTES} bytes",
+                    is_invalid=True,
+                )
+            )
+            return
+        self._rewriter = rewriter = MemberRewriter(
+            b"model", orjson.dumps(self._slug), capture=b"usage"
+        )
+        body = b"".join(self._collected)
+        self._collected.clear()
+        self._attempt.open_answer(is_stream=False)
+        self._write(rewriter.feed(body))
+
+    def _end_large(self, rewriter: MemberRewriter) -> None:
+        self._write(rewriter.feed_eof())
+        if rewriter.is_complete:
+            self._answer.finish()
+            self._attempt.finish()
+        else:
+            self._attempt.fail(self._attempt.broken("the body is not complete", is_invalid=True))
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            self._answer.write(data)
+
+
+class RefusalReader(Relay):
+    """The body of an answer other than 200, for the message in it; a broken one is as good."""
+
+    def __init__(self, attempt: Reporter, answer: Answer) -> None:
+        super().__init__(attempt, answer)
+        self._collected = bytearray()
+
+    def on_body(self, data: bytes) -> None:
+        self._collected += data
+        if len(self._collected) > MAX_BODY_BYTES:
+            self.on_end()
+
+    def on_end(self) -> None:
+        self._attempt.refuse(bytes(self._collected[:MAX_BODY_BYTES]))
+
+    def give_up(self, error: UpstreamError) -> None:
+        self.on_end()
+
+
+def _parse_captured_usage(raw: bytes | None) -> Usage | None:
+    """The usage of a body that was too long to be parsed as a whole."""
+    try:
+        usage = orjson.loads(raw or b"null")
+    except orjson.JSONDecodeError:
+        return None
+    return parse_usage(usage) if isinstance(usage, dict) else None

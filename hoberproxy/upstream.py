@@ -1,0 +1,228 @@
+"""One connection to a model server: sends a request, walks the framing of the answer.
+
+What the bytes mean is the receiver's business (relay.py), who may use the connection next is the
+pool's (pool.py). A chunk passes socket → `data_received` → receiver with no task switch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+from .http11 import (
+    MAX_RESPONSE_HEAD_BYTES,
+    BodyReader,
+    FramingError,
+    HeadError,
+    ResponseHead,
+    body_reader,
+    find_head_end,
+    parse_response_head,
+)
+
+if TYPE_CHECKING:
+    from .pool import Pool
+
+MAX_INTERIM_ANSWERS = 16
+
+
+class State(Enum):
+    """Where a connection is between requests and their answers."""
+
+    IDLE = "idle"
+    ACTIVE = "active"
+    CLOSED = "closed"
+
+
+class Loss(Enum):
+    """Why an answer will not be completed."""
+
+    STALE = "the kept connection had been closed before it was used again"
+    CUT = "the connection was closed before the answer was complete"
+    MALFORMED = "the answer is not well-formed HTTP/1.1"
+
+
+class Receiver(Protocol):
+    """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last."""
+
+    def on_head(self, head: ResponseHead) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_end(self) -> None: ...
+    def on_lost(self, loss: Loss) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """Reports to `receiver` while ACTIVE; in any other state bytes from the peer close it."""
+
+    receiver: Receiver | None
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self.state = State.IDLE
+        self.receiver = None
+        self._head = bytearray()
+        self._head_searched = 0
+        self._interim_answers = 0
+        self._response: ResponseHead | None = None
+        self._body: BodyReader | None = None
+        self.has_served = False  # an answer has ended on it: the peer may be about to close it
+        self._has_answered = False  # a byte of the current answer has come
+        self.idle_until = 0.0  # loop time; the pool's
+
+    # What the attempt does
+
+    def send(self, request: bytes, receiver: Receiver) -> None:
+        """Send a whole request; its answer goes to `receiver`."""
+        assert self.state is State.IDLE and self._transport is not None, "not ready for a request"
+        self.state = State.ACTIVE
+        self.receiver = receiver
+        self._body = None
+        self._has_answered = False
+        self._interim_answers = 0
+        self._transport.write(request)
+
+    def pause_upstream(self) -> None:
+        """Stop reading: the client is slower than the model server."""
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def resume_upstream(self) -> None:
+        """Read on."""
+        if self._transport is not None and not self._transport.is_reading():
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close at once, without a word to the receiver."""
+        self.receiver = None
+        self._close()
+
+    @property
+    def is_closed(self) -> bool:
+        """No request can be sent on it."""
+        return self.state is State.CLOSED or self._transport is None or self._transport.is_closing()
+
+    # What the loop does
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+        self._pool.open += 1
+
+    def data_received(self, data: bytes) -> None:
+        body = self._body
+        if body is None:
+            self._receive_head(data)
+            return
+        try:
+            pieces = body.feed(data)
+        except FramingError:
+            self._lose(Loss.MALFORMED)
+            return
+        receiver = self.receiver
+        if pieces and receiver is not None:
+            receiver.on_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if body.is_complete and self.state is State.ACTIVE:
+            self._end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        was_active = self.state is State.ACTIVE
+        if self.state is State.IDLE:
+            self._pool.forget(self)
+        self.state = State.CLOSED
+        self._pool.open -= 1
+        self._transport = None
+        if not was_active or self.receiver is None:
+            return
+        if exc is None and self._body is not None:
+            try:
+                self._body.feed_eof()
+            except FramingError:
+                pass
+            else:  # a body until close ends like this
+                receiver, self.receiver = self.receiver, None
+                receiver.on_end()
+                return
+        is_stale = self.has_served and not self._has_answered
+        self._report(Loss.STALE if is_stale else Loss.CUT)
+
+    # The answer
+
+    def _receive_head(self, data: bytes) -> None:
+        if self.state is not State.ACTIVE:
+            self._close()  # nobody asked: the peer is out of step, nothing on it can be trusted
+            return
+        self._has_answered = True
+        self._head += data
+        while self.state is State.ACTIVE and self._body is None:
+            end = find_head_end(self._head, self._head_searched)
+            if end < 0:
+                self._head_searched = max(0, len(self._head) - 3)
+                if len(self._head) > MAX_RESPONSE_HEAD_BYTES:
+                    self._lose(Loss.MALFORMED)
+                return
+            raw = bytes(self._head[:end])
+            del self._head[:end]
+            self._head_searched = 0
+            self._take_head(raw)
+
+    def _take_head(self, raw: bytes) -> None:
+        try:
+            head = parse_response_head(raw)
+        except HeadError:
+            self._lose(Loss.MALFORMED)
+            return
+        if head.status < 200:
+            # 100, 102, 103: the final answer is still to come (RFC 9110, 15.2).
+            self._interim_answers += 1
+            if self._interim_answers > MAX_INTERIM_ANSWERS:
+                self._lose(Loss.MALFORMED)
+            return
+        self._response = head
+        self._body = body = body_reader(head)
+        rest = bytes(self._head)
+        self._head.clear()
+        if self.receiver is not None:
+            self.receiver.on_head(head)
+        if self.state is not State.ACTIVE:
+            return
+        if rest:
+            self.data_received(rest)
+        elif body.is_complete:
+            self._end()
+
+    def _end(self) -> None:
+        """The answer is complete: back to the pool if nothing is in doubt, then tell."""
+        body, head, transport = self._body, self._response, self._transport
+        assert body is not None and head is not None and transport is not None
+        receiver, self.receiver = self.receiver, None
+        self._body = None
+        self.has_served = True
+        if (
+            head.keep_alive
+            and not body.leftover
+            and not transport.is_closing()
+            # An early answer while the request is still being sent: out of step.
+            and not transport.get_write_buffer_size()
+        ):
+            self.state = State.IDLE
+            self.resume_upstream()
+            self._pool.release(self, head.keepalive_hint)
+        else:
+            self._close()
+        if receiver is not None:
+            receiver.on_end()
+
+    def _lose(self, loss: Loss) -> None:
+        self._close()
+        self._report(loss)
+
+    def _report(self, loss: Loss) -> None:
+        receiver, self.receiver = self.receiver, None
+        if receiver is not None:
+            receiver.on_lost(loss)
+
+    def _close(self) -> None:
+        self.state = State.CLOSED
+        if self._transport is not None:
+            self._transport.abort()
