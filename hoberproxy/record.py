@@ -1,0 +1,89 @@
+"""What is kept of one request: the record every request ends in, however it went.
+
+The record holds numbers, names and our own words, never a prompt, an answer or a key. It leaves
+writing to the ledger and the access log, and deciding what goes in to the modules of the path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .errors import FailedAttempt
+
+CLIENT_CLOSED = 499  # nginx's number for a client that went away; never sent, only recorded
+
+
+@dataclass(slots=True)
+class Record:
+    """The one mutable thing of a request: each step of the path adds what it learnt.
+
+    `started` is in unix seconds; `first_content` and `total` are seconds from there. Whoever hands
+    a record to the ledger or the access log changes it no more: other threads read it.
+    """
+
+    id: str
+    started: float
+    key_id: str = ""
+    key_label: str = ""
+    path: str = ""
+    requested: tuple[str, ...] = ()  # slugs asked for, in order
+    slug: str = ""  # the one that answered
+    provider: str = ""
+    upstream_model: str = ""  # upstream's own values, through `clip_text`
+    upstream_id: str = ""
+    client_request_id: str = ""  # through `escape_client_text`
+    streamed: bool = False
+    status: int = 0  # HTTP status; CLIENT_CLOSED when the client went away
+    code: str = ""  # of the error, also of one told within a stream
+    phase: str = ""  # where the last attempt failed
+    finish_reason: str = ""
+    attempts: int = 0
+    failures: list[FailedAttempt] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # reasoning included, as upstreams count
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0  # part of prompt_tokens
+    has_usage: bool = False  # the upstream gave its own numbers
+    estimated: bool = False  # the numbers are ours
+    events: int = 0
+    bytes_out: int = 0  # body bytes relayed downstream
+    first_content: float | None = None
+    total: float = 0.0
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the proxy or an upstream failed the client, or the request was refused.
+
+        A stream that broke after its 200 is a failure; a client that went away is not.
+        """
+        if self.status == CLIENT_CLOSED:
+            return False
+        return self.code != "" or not 200 <= self.status < 400
+
+
+def clip_text(text: str, limit: int = 128) -> str:
+    """At most `limit` characters of an upstream's text, fit for any encoding."""
+    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
+    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+
+
+# One entry a byte. The backslash is escaped too, so that "\x0a" in the text is not taken for ours.
+_ESCAPED = tuple(
+    chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in range(256)
+)
+
+
+def escape_client_text(raw: bytes, limit_bytes: int = 128) -> str:
+    """A header value of the client as printable ASCII, other bytes as `\\xNN`.
+
+    At most `limit_bytes` long, never cut inside an escape.
+    """
+    pieces: list[str] = []
+    room = limit_bytes
+    for byte in raw[:limit_bytes]:  # a byte gives a character at least
+        piece = _ESCAPED[byte]
+        room -= len(piece)
+        if room < 0:
+            break
+        pieces.append(piece)
+    return "".join(pieces)

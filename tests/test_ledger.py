@@ -1,0 +1,429 @@
+"""The ledger on real files and threads: nothing lost, nothing twice, and the loop never waits."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hoberproxy.access import Keyring
+from hoberproxy.errors import AccessError
+from hoberproxy.ledger import BUSY_TIMEOUT, Ledger
+from hoberproxy.record import Record
+from hoberproxy.store import Store, StoreError
+
+PATIENCE = 30.0  # seconds; only a failing test waits so long
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+def make(path: Path) -> Iterator[Callable[..., Ledger]]:
+    made: list[Ledger] = []
+
+    def make(keyring: Keyring | None = None, **options: Any) -> Ledger:
+        options = {"tick": 0.005, "reload_interval": 0.005} | options
+        ledger = Ledger(path, keyring or Keyring(), **options)
+        made.append(ledger)
+        return ledger
+
+    yield make
+    for ledger in made:
+        ledger.close()
+
+
+def record(number: int) -> Record:
+    return Record(id=f"req_{number}", started=float(number), status=200)
+
+
+def stored(path: Path) -> int:
+    db = sqlite3.connect(path)
+    count: int = db.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+    db.close()
+    return count
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.002)
+
+
+class Lock:
+    """Another process's write lock on the store."""
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(path, isolation_level=None)
+
+    def __enter__(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, *_: object) -> None:
+        self._db.execute("ROLLBACK")
+        self._db.close()
+
+
+def authenticates(keyring: Keyring, key: str) -> bool:
+    try:
+        keyring.authenticate(b"Bearer " + key.encode(), time.time())
+    except AccessError:
+        return False
+    return True
+
+
+# Records
+
+
+def test_records_reach_the_store_by_themselves(make: Callable[..., Ledger], path: Path) -> None:
+    ledger = make()
+    ledger.start()
+    for number in range(3):
+        ledger.put(record(number))
+    wait_until(lambda: ledger.written == 3)
+    assert stored(path) == 3
+    assert (ledger.depth, ledger.lost) == (0, 0)
+
+
+def test_a_full_batch_does_not_wait_for_the_tick(make: Callable[..., Ledger]) -> None:
+    ledger = make(tick=10 * PATIENCE, batch_size=10)
+    ledger.start()
+    for number in range(10):
+        ledger.put(record(number))
+    wait_until(lambda: ledger.written == 10)
+
+
+def test_a_backlog_is_written_without_waiting_for_ticks(make: Callable[..., Ledger]) -> None:
+    ledger = make(tick=10 * PATIENCE, batch_size=10)
+    for number in range(30):
+        ledger.put(record(number))
+    ledger.start()
+    wait_until(lambda: ledger.written == 30)
+
+
+def test_closing_writes_what_is_left(make: Callable[..., Ledger], path: Path) -> None:
+    ledger = make(tick=10 * PATIENCE, batch_size=100)
+    ledger.start()
+    for number in range(1234):
+        ledger.put(record(number))
+    assert ledger.close(PATIENCE) == 0
+    assert (stored(path), ledger.written, ledger.depth) == (1234, 1234, 0)
+
+
+async def test_closing_from_the_loop_writes_what_is_left(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    ledger = make(tick=10 * PATIENCE)
+    ledger.start()
+    ledger.put(record(1))
+    assert await ledger.aclose(PATIENCE) == 0
+    assert stored(path) == 1
+
+
+def test_records_wait_while_the_store_is_locked_and_are_written_once(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make(batch_size=10)
+    ledger.start()
+    with Lock(path):
+        for number in range(35):
+            ledger.put(record(number))
+        wait_until(lambda: "records wait" in caplog.text)
+        assert (ledger.written, ledger.depth, ledger.lost) == (0, 35, 0)
+    wait_until(lambda: ledger.written == 35)
+    assert (stored(path), ledger.depth, ledger.lost) == (35, 0, 0)
+    assert [one.message.split(",")[0] for one in caplog.records] == [
+        "records wait",
+        "records are written again",
+    ]
+
+
+def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Make the next `times` writes fail as on a full disk."""
+    insert = Store.insert_records
+    failures = iter(range(times))
+
+    def insert_or_fail(store: Store, records: list[Record]) -> int:
+        if next(failures, None) is not None:
+            raise StoreError("the disk is full", is_transient=True)
+        return insert(store, records)
+
+    monkeypatch.setattr(Store, "insert_records", insert_or_fail)
+
+
+def test_an_outage_is_logged_once_however_often_it_is_tried(
+    make: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_at_first(monkeypatch, 4)
+    ledger = make()
+    ledger.start()
+    ledger.put(record(1))
+    wait_until(lambda: "written again" in caplog.text)
+    assert caplog.text.count("records wait") == 1
+    assert (ledger.written, ledger.lost) == (1, 0)
+
+
+def test_closing_does_not_sit_out_the_back_off(
+    make: Callable[..., Ledger],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fail_at_first(monkeypatch, 1)
+    ledger = make(tick=10 * PATIENCE, batch_size=1)
+    ledger.start()
+    ledger.put(record(1))
+    wait_until(lambda: "records wait" in caplog.text)
+    assert ledger.close(PATIENCE) == 0
+    assert stored(path) == 1
+
+
+def test_an_outage_with_a_full_queue_does_not_keep_the_thread_busy(
+    make: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fail_at_first(monkeypatch, 1)
+    turns: list[int] = []
+    look = Store.data_version
+    monkeypatch.setattr(Store, "data_version", lambda store: turns.append(1) or look(store))
+    ledger = make(tick=10 * PATIENCE, batch_size=1)
+    ledger.put(record(1))
+    ledger.put(record(2))
+    ledger.start()
+    wait_until(lambda: "records wait" in caplog.text)
+    time.sleep(0.05)
+    assert len(turns) < 10  # a thread that turns without a pause makes hundreds
+    assert ledger.close(PATIENCE) == 0
+
+
+def test_put_does_not_wait_for_a_locked_store(make: Callable[..., Ledger], path: Path) -> None:
+    ledger = make()
+    ledger.start()
+    with Lock(path):
+        for number in range(20_000):
+            ledger.put(record(number))
+        assert (ledger.written, ledger.depth) == (0, 20_000)  # all while the lock is held
+
+
+def test_beyond_its_capacity_the_ledger_counts_what_it_loses(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    ledger = make(capacity=100)
+    ledger.start()
+    with Lock(path):
+        for number in range(130):
+            ledger.put(record(number))
+        assert (ledger.depth, ledger.lost) == (100, 30)
+    wait_until(lambda: ledger.written == 100)
+    ledger.put(record(1000))
+    wait_until(lambda: ledger.written == 101)
+    assert (stored(path), ledger.lost) == (101, 30)
+
+
+def test_closing_on_a_locked_store_gives_up_in_time_and_says_how_many(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make()
+    ledger.start()
+    with Lock(path):
+        for number in range(7):
+            ledger.put(record(number))
+        assert ledger.close(0.05) == 7
+        assert ledger._thread is not None
+        ledger._thread.join(PATIENCE)
+        assert not ledger._thread.is_alive()
+    assert "7 records were not written" in caplog.text
+
+
+def test_closing_outlasts_a_short_lock(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make()
+    ledger.start()
+    unwritten: list[int] = []
+    closing = threading.Thread(target=lambda: unwritten.append(ledger.close(PATIENCE)))
+    with Lock(path):
+        ledger.put(record(1))
+        closing.start()
+        wait_until(lambda: "records wait" in caplog.text)
+    closing.join()
+    assert unwritten == [0]
+    assert stored(path) == 1
+
+
+def test_a_record_put_after_closing_is_counted_as_lost(make: Callable[..., Ledger]) -> None:
+    ledger = make()
+    ledger.start()
+    ledger.close()
+    ledger.put(record(1))
+    assert (ledger.depth, ledger.lost) == (0, 1)
+
+
+def test_a_fault_of_ours_loses_its_batch_and_not_the_thread(
+    make: Callable[..., Ledger],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    insert = Store.insert_records
+
+    def stumble(store: Store, records: list[Record]) -> int:
+        if any(one.id == "req_1" for one in records):
+            raise RuntimeError("text that may be a secret")
+        return insert(store, records)
+
+    monkeypatch.setattr(Store, "insert_records", stumble)
+    ledger = make()
+    ledger.start()
+    ledger.put(record(1))
+    wait_until(lambda: ledger.lost == 1)
+    ledger.put(record(2))
+    wait_until(lambda: ledger.written == 1)
+    assert ledger.depth == 0
+    assert "1 records lost: RuntimeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_two_ledgers_share_one_store(make: Callable[..., Ledger], path: Path) -> None:
+    ledgers = [make(batch_size=20), make(batch_size=20)]
+    for ledger in ledgers:
+        ledger.start()
+    for number in range(500):
+        ledgers[number % 2].put(record(number))
+    wait_until(lambda: sum(ledger.written for ledger in ledgers) == 500)
+    assert stored(path) == 500
+
+
+# Start
+
+
+def test_starting_on_a_missing_directory_says_so(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "nowhere" / "store.db", Keyring())
+    with pytest.raises(StoreError, match="nowhere"):
+        ledger.start()
+    assert ledger.close() == 0
+
+
+def test_starting_on_a_file_that_is_no_database_says_so(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    path.write_bytes(b"no database" * 100)
+    with pytest.raises(StoreError, match="not a database"):
+        make().start()
+
+
+def test_starting_waits_while_another_process_sets_the_store_up(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    Store(path).close()
+    ledger = make()
+    starting = threading.Thread(target=ledger.start)
+    with Lock(path):
+        starting.start()
+        time.sleep(2 * BUSY_TIMEOUT)
+        assert starting.is_alive()
+    starting.join()
+    ledger.put(record(1))
+    wait_until(lambda: ledger.written == 1)
+
+
+def test_the_keys_are_known_as_soon_as_it_has_started(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    store = Store(path)
+    key, _ = store.create_key("x")
+    store.close()
+    keyring = Keyring()
+    make(keyring).start()
+    assert authenticates(keyring, key)
+
+
+def test_a_ledger_never_started_closes_at_once(make: Callable[..., Ledger]) -> None:
+    assert make().close() == 0
+
+
+# Keys
+
+
+def test_keys_made_and_revoked_elsewhere_take_effect(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    keyring = Keyring()
+    make(keyring).start()
+    store = Store(path)
+    key, row = store.create_key("x")
+    wait_until(lambda: authenticates(keyring, key))
+    store.revoke_key(row.key_id)
+    wait_until(lambda: not authenticates(keyring, key))
+    store.close()
+
+
+def test_keys_are_reloaded_while_records_cannot_be_written(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: Store, records: list[Record]) -> int:
+        raise StoreError("the disk is full", is_transient=True)
+
+    monkeypatch.setattr(Store, "insert_records", refuse)
+    keyring = Keyring()
+    ledger = make(keyring)
+    ledger.start()
+    ledger.put(record(1))
+    store = Store(path)
+    key, _ = store.create_key("x")
+    store.close()
+    wait_until(lambda: authenticates(keyring, key))
+    assert ledger.depth == 1
+    ledger.close(0.01)
+
+
+def test_records_of_another_process_are_no_reason_to_load_keys(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+    looks: list[int] = []
+    load, look = Store.load_keys, Store.keys_version
+    monkeypatch.setattr(Store, "load_keys", lambda store: loads.append(1) or load(store))
+    monkeypatch.setattr(Store, "keys_version", lambda store: looks.append(1) or look(store))
+    make().start()
+    store = Store(path)
+    for number in range(3):
+        seen = len(looks)
+        store.insert_records([record(number)])
+        wait_until(lambda seen=seen: len(looks) > seen)
+    store.close()
+    time.sleep(0.05)  # several turns more
+    assert len(loads) == 1
+    assert len(looks) == 1 + 3  # and without a write there is not even a look
+
+
+def test_keys_stay_in_force_while_they_cannot_be_reloaded(
+    make: Callable[..., Ledger],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Store(path)
+    key, _ = store.create_key("x")
+    keyring = Keyring()
+    make(keyring).start()
+    with monkeypatch.context() as patch:
+
+        def fail(store: Store) -> int:
+            raise StoreError("cannot read: disk I/O error", is_transient=True)
+
+        patch.setattr(Store, "data_version", fail)
+        wait_until(lambda: "keys cannot be reloaded" in caplog.text)
+        time.sleep(0.05)  # several turns more
+        assert authenticates(keyring, key)
+    assert caplog.text.count("keys cannot be reloaded") == 1
+    other, _ = store.create_key("y")
+    wait_until(lambda: authenticates(keyring, other))
+    store.close()
