@@ -1,0 +1,205 @@
+"""aiohttp's side of the door: every path but the chat POST, on the same port.
+
+Models, health, refusals with the paths that exist, CORS; and /metrics, an application of its own
+for a listener of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+from aiohttp import web
+
+from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
+from .gateway import Gateway
+from .metrics import CONTENT_TYPE, Gauges
+from .origin import cors_headers
+
+logger = logging.getLogger("hoberproxy.server")
+
+GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
+PREFIXES = ("/v1", "", "/api/v1")
+_NOT_SERVED = frozenset(
+    ("/responses", "/completions", "/embeddings", "/messages", "/audio", "/images", "/moderations")
+)
+_PATHS = (
+    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{slug}, GET /healthz, GET /readyz"
+)
+_CORS_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+    "Access-Control-Max-Age": "600",
+}
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(gateway: Gateway) -> web.Application:
+    """The application behind the door of every request that is no chat POST."""
+    app = web.Application(middlewares=[_in_the_contracts_form])
+    app[GATEWAY] = gateway
+    app.on_response_prepare.append(_finish_head)
+    for prefix in PREFIXES:
+        app.router.add_get(prefix + "/models", _list_models)
+        app.router.add_get(prefix + "/models/{slug:.+}", _show_model)
+        app.router.add_route("*", prefix + "/chat/completions", _post_only)
+    for path in ("/healthz", "/health"):
+        app.router.add_get(path, _health)
+    app.router.add_get("/readyz", _ready)
+    return app
+
+
+def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> web.Application:
+    """The application of the metrics listener."""
+
+    async def show(request: web.Request) -> web.Response:
+        body = gateway.metrics.render(_gauges(gateway, count_connections()))
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    app = web.Application()
+    app.router.add_get("/metrics", show)
+    return app
+
+
+def _gauges(gateway: Gateway, connections: int) -> Gauges:
+    log = gateway.access_log
+    return Gauges(
+        streams_open=len(gateway.exchanges),
+        connections_open=connections,
+        upstream_connections={
+            name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
+            for name, upstream in gateway.upstreams.items()
+        },
+        records_queued=gateway.ledger.depth,
+        records_lost=gateway.ledger.lost,
+        log_lines_lost=log.lost if log is not None else 0,
+    )
+
+
+# The paths
+
+
+async def _list_models(request: web.Request) -> web.Response:
+    return _json({"object": "list", "data": request.app[GATEWAY].catalog.listing()})
+
+
+async def _show_model(request: web.Request) -> web.Response:
+    # A slug contains a slash, which clients send plain or as %2F.
+    slug = unquote(request.match_info["slug"])
+    entry = request.app[GATEWAY].catalog.describe(slug)
+    if entry is None:
+        raise RouteError(
+            f"no model {slug[:128]!r} in the catalog; GET /v1/models lists what there is",
+            code="model_not_found",
+            param="model",
+        )
+    return _json(entry)
+
+
+async def _health(request: web.Request) -> web.Response:
+    return _json({"status": "ok"})
+
+
+async def _ready(request: web.Request) -> web.Response:
+    if request.app[GATEWAY].is_draining:
+        raise UnavailableError("shutting down", code="draining", retry_after=1.0)
+    return _json({"status": "ready"})
+
+
+async def _post_only(request: web.Request) -> web.Response:
+    raise RequestError(
+        f"expected POST on {request.path}, got {request.method}",
+        code="method_not_allowed",
+        status=405,
+    )
+
+
+def _preflight(request: web.Request) -> web.Response:
+    response = web.Response(status=204, headers={"Allow": "GET, POST, OPTIONS"})
+    if _cors(request):
+        response.headers.update(_CORS_PREFLIGHT)
+        asked = request.headers.get("Access-Control-Request-Headers")
+        if asked is not None:
+            response.headers["Access-Control-Allow-Headers"] = asked
+    return response
+
+
+# Around them
+
+
+@web.middleware
+async def _in_the_contracts_form(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Every error as the contract's JSON, aiohttp's own among them."""
+    try:
+        if request.method == "OPTIONS":
+            return _preflight(request)
+        return await handler(request)
+    except ProxyError as error:
+        return _refusal(request, error)
+    except web.HTTPNotFound:
+        return _refusal(request, _unknown_path(request.path))
+    except web.HTTPMethodNotAllowed as exc:
+        allowed = ", ".join(sorted(exc.allowed_methods))
+        refusal = RequestError(
+            f"expected {allowed} on {request.path[:128]}, got {request.method}",
+            code="method_not_allowed",
+            status=405,
+        )
+        response = _refusal(request, refusal)
+        response.headers["Allow"] = allowed
+        return response
+    except Exception:
+        logger.exception("a handler failed")  # a fault of ours: the path is in the traceback
+        return _refusal(request, ProxyError("this proxy failed", code="internal_error"))
+
+
+def _unknown_path(path: str) -> RequestError:
+    tail = path.removeprefix("/api").removeprefix("/v1")
+    if any(tail == known or tail.startswith(known + "/") for known in _NOT_SERVED):
+        message = f"{path[:128]} is not served yet; this proxy serves {_PATHS}"
+    else:
+        message = f"no such path: {path[:128]}; this proxy serves {_PATHS}"
+    return RequestError(message, code="not_found", status=404)
+
+
+def _refusal(request: web.Request, error: ProxyError) -> web.Response:
+    body = serialize_error(error, numeric_code=request.path.startswith("/api/"))
+    response = web.Response(status=error.status, body=body, content_type="application/json")
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(round(error.retry_after) or 1)
+    elif error.status < 500:
+        response.headers["X-Should-Retry"] = "false"
+    return response
+
+
+async def _finish_head(request: web.Request, response: web.StreamResponse) -> None:
+    """Headers that every answer has, and the end of aiohttp's part: one answer a handler.
+
+    The connection itself goes on under wire.py, which learns here whether it may.
+    """
+    del response.headers["Server"]
+    response.headers["X-Request-Id"] = request.app[GATEWAY].new_request_id()
+    response.headers.update(_cors(request))
+    transport = request.transport
+    if transport is not None and hasattr(transport, "wants_keep_alive"):
+        is_open = transport.wants_keep_alive and not request.app[GATEWAY].is_draining
+        transport.keep_alive = is_open  # type: ignore[attr-defined]
+        if not is_open:
+            response.headers["Connection"] = "close"
+        response.force_close()
+
+
+def _cors(request: web.Request) -> dict[str, str]:
+    origins = request.app[GATEWAY].config.server.cors_origins
+    origin = request.headers.get("Origin")
+    if not origins or origin is None:
+        return {}
+    fields = cors_headers(origins, origin.encode("latin-1", "replace"))
+    return {name.decode(): value.decode("latin-1") for name, value in fields}
+
+
+def _json(document: Any) -> web.Response:
+    return web.Response(body=orjson.dumps(document), content_type="application/json")

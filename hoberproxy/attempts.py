@@ -1,0 +1,293 @@
+"""One try on one endpoint: connect, send, judge the head, relay, within its time limits.
+
+What is tried next, and what the client is told in the end, is the exchange's to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from .catalog import TimeLimits
+from .downstream import Answer
+from .errors import Phase, UpstreamError
+from .http11 import ResponseHead
+from .pool import Pool
+from .refusal import parse_refusal
+from .relay import BodyRelay, Outcome, RefusalReader, Relay, StreamRelay
+from .request import Call
+from .routing import Step
+from .stream import StreamScanner
+from .upstream import Loss, UpstreamConnection
+
+logger = logging.getLogger("hoberproxy.upstream")
+
+# Some servers label their streams carelessly; what is no stream then has no content and fails.
+_STREAM_TYPES = frozenset((b"text/event-stream", b"", b"text/plain", b"application/octet-stream"))
+_BEFORE_CONTENT = frozenset((Phase.CONNECT, Phase.HEAD, Phase.OPENING))
+
+
+class Owner(Protocol):
+    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it."""
+
+    @property
+    def now(self) -> float:
+        """Loop time, as of the wheel's last turn."""
+
+    def limits_changed(self) -> None: ...
+    def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None: ...
+    def send_answer(self, head: ResponseHead, body: bytes) -> None: ...
+    def attempt_finished(self, attempt: Attempt) -> None: ...
+    def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None: ...
+
+
+class Attempt:
+    """Made for one step of the plan; `start` it, ask `check_limits`, `abort` it at any time."""
+
+    def __init__(
+        self,
+        owner: Owner,
+        call: Call,
+        step: Step,
+        pool: Pool,
+        answer: Answer,
+        request: bytes,
+    ) -> None:
+        self._owner = owner
+        self._is_stream = call.stream  # not the call itself: it holds the body
+        self._wants_usage = call.wants_usage
+        self.step = step
+        self._pool = pool
+        self._answer = answer
+        self._request = request
+        self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
+        self.phase = Phase.CONNECT
+        self.started = owner.now
+        self._last_activity = self.started
+        self._is_paused = False
+        self._is_ended = False
+        self._connection: UpstreamConnection | None = None
+        self._connecting: asyncio.Task[UpstreamConnection] | None = None
+        self._head: ResponseHead | None = None
+        self._relay: Relay | None = None
+
+    # Connect
+
+    def start(self) -> None:
+        """Send the request on a kept connection, or on a new one as soon as there is one."""
+        connection = self._pool.acquire()
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        self.phase = Phase.CONNECT
+        self._connecting = asyncio.get_running_loop().create_task(
+            self._pool.connect(self.limits.connect), name=f"connect {self._pool.provider.name}"
+        )
+        self._connecting.add_done_callback(self._connected)
+
+    def _connected(self, task: asyncio.Task[UpstreamConnection]) -> None:
+        self._connecting = None
+        if task.cancelled():
+            return
+        error = task.exception()
+        if self._is_ended:
+            if error is None:
+                task.result().abort()
+        elif isinstance(error, UpstreamError):
+            self.fail(error)
+        elif error is not None:
+            logger.error("connecting failed unexpectedly", exc_info=error)
+            self.fail(self.broken("could not connect"))
+        elif task.result().is_closed:
+            self.fail(self.broken("the connection was closed as soon as it was made"))
+        else:
+            self._send(task.result())
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        self.phase = Phase.HEAD
+        self._connection = connection
+        if self._is_paused:
+            connection.pause_upstream()
+        connection.send(self._request, self)
+
+    # The answer's head (Receiver)
+
+    def on_head(self, head: ResponseHead) -> None:
+        assert self._connection is not None
+        self._head = head
+        self._request = b""
+        self.touch()
+        relay = self._choose_relay(head)
+        if relay is not None:
+            self._relay = self._connection.receiver = relay
+            self._owner.limits_changed()
+
+    def _choose_relay(self, head: ResponseHead) -> Relay | None:
+        if head.status != 200:
+            return RefusalReader(self, self._answer)
+        if head.content_encoding not in (b"", b"identity"):
+            self._reject("a content encoding we did not ask for")
+            return None
+        slug = self.step.slug
+        if head.content_type == b"application/json":
+            self.phase = Phase.OPENING if self._is_stream else Phase.BODY
+            return BodyRelay(
+                self,
+                self._answer,
+                slug,
+                as_stream=self._is_stream,
+                wants_usage=self._wants_usage,
+            )
+        if self._is_stream and head.content_type in _STREAM_TYPES:
+            self.phase = Phase.OPENING
+            scanner = StreamScanner(slug, wants_usage=self._wants_usage)
+            return StreamRelay(self, self._answer, scanner)
+        self._reject("something else")
+        return None
+
+    def _reject(self, got: str) -> None:
+        expected = "a stream" if self._is_stream else "a JSON body"
+        self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
+
+    def on_body(self, data: bytes) -> None:
+        raise AssertionError("the head has chosen a relay")
+
+    def on_end(self) -> None:
+        raise AssertionError("the head has chosen a relay")
+
+    def on_lost(self, loss: Loss) -> None:
+        """The connection went before any head came."""
+        self._connection = None
+        if loss is Loss.STALE:
+            # It had been closed while idle and nothing of an answer came: not a failure of the
+            # endpoint. Not another kept one: they were likely closed together.
+            self._connect()
+        else:
+            self.fail(self.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
+
+    # What the relay reports (Reporter)
+
+    def touch(self) -> None:
+        """The upstream was heard."""
+        self._last_activity = self._owner.now
+
+    def open_answer(self, *, is_stream: bool) -> None:
+        assert self._head is not None
+        self.phase = Phase.CONTENT
+        self._owner.open_answer(self._head, is_stream=is_stream)
+
+    def send_answer(self, body: bytes) -> None:
+        assert self._head is not None
+        self._owner.send_answer(self._head, body)
+
+    def refuse(self, body: bytes) -> None:
+        head = self._head
+        assert head is not None
+        name = self._pool.provider.name
+        self.fail(parse_refusal(name, head.status, head.get, body, time.time()))
+
+    def finish(self) -> None:
+        if not self._is_ended:
+            self._close()
+            self._owner.attempt_finished(self)
+
+    def fail(self, error: UpstreamError) -> None:
+        if not self._is_ended:
+            self._close()
+            self._owner.attempt_failed(self, error)
+
+    def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
+        return UpstreamError(
+            f"provider {self._pool.provider.name}: {message}",
+            phase=self.phase,
+            code="upstream_invalid_response" if is_invalid else "upstream_error",
+            upstream_status=self._head.status if self._head is not None else None,
+            is_retryable=self.phase is not Phase.CONTENT,
+        )
+
+    # What the exchange asks for
+
+    @property
+    def can_take_comment(self) -> bool:
+        """A comment line may stand at this place of the client's stream."""
+        return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
+
+    @property
+    def idle_since(self) -> float:
+        """Loop time at which the upstream was last heard of, or we stopped listening."""
+        return self._last_activity
+
+    def outcome(self) -> Outcome:
+        """What the answer has told so far."""
+        return self._relay.outcome() if self._relay is not None else Outcome()
+
+    def pause(self) -> None:
+        """The client is slow: read no more of the upstream."""
+        self._is_paused = True
+        if self._connection is not None:
+            self._connection.pause_upstream()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        self._is_paused = False
+        self.touch()
+        if self._connection is not None:
+            self._connection.resume_upstream()
+
+    def abort(self) -> None:
+        """Close the upstream connection now; nothing is reported any more."""
+        self._close()
+
+    @property
+    def due(self) -> float:
+        """Loop time at which a limit will have passed if nothing comes before."""
+        return self._next_limit()[1]
+
+    def check_limits(self, now: float) -> None:
+        """Fail if a time limit has passed."""
+        what, due = self._next_limit()
+        if now < due:
+            return
+        error = self.broken(f"no answer within {what}")
+        error.code, error.status = "upstream_timeout", 504
+        if self._relay is not None:
+            self._relay.give_up(error)
+        else:
+            self.fail(error)
+
+    def _next_limit(self) -> tuple[str, float]:
+        limits = self.limits
+        total = (f"{limits.total:g} s in all", self.started + limits.total)
+        if self.phase in _BEFORE_CONTENT:
+            if not self._is_stream:
+                return total
+            due = self.started + limits.first_content
+            first = (f"{limits.first_content:g} s before the first content", due)
+            return min(first, total, key=_due)
+        if self._is_paused:  # we are not listening: its silence is ours
+            return total
+        idle = (f"{limits.idle:g} s between bytes", self._last_activity + limits.idle)
+        return min(idle, total, key=_due)
+
+    def _close(self) -> None:
+        """The attempt is over; an answer that did not end exactly takes its connection along."""
+        self._is_ended = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+        connection, self._connection = self._connection, None
+        if (
+            connection is not None
+            and connection.receiver is not None
+            and connection.receiver in (self, self._relay)
+        ):
+            connection.abort()
+
+
+def _due(limit: tuple[str, float]) -> float:
+    return limit[1]

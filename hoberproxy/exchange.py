@@ -1,0 +1,443 @@
+"""One chat request: authenticate → parse → route → connect → relay → account.
+
+The methods stand in that order. The exchange decides what is tried next and what the client is
+told; how one endpoint is tried is attempts.py's, how bytes pass is relay.py's. Callbacks instead
+of a coroutine: a task and its wake-ups cost as much as the rest of a small request.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Protocol
+
+from .access import ANONYMOUS, Caller
+from .attempts import Attempt
+from .downstream import Answer
+from .errors import (
+    FailedAttempt,
+    Phase,
+    ProxyError,
+    RequestError,
+    UnavailableError,
+    UpstreamError,
+    serialize_error,
+    serialize_error_event,
+)
+from .gateway import Gateway, unix_time
+from .http11 import Headers, RequestHead, ResponseHead
+from .origin import check_local_request, cors_headers
+from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .request import Call, parse_call, serialize_upstream_body
+from .routing import Plan, make_plan
+from .usage import Usage, estimate_usage
+
+logger = logging.getLogger("hoberproxy.server")
+
+COMMENT = b": HOBER PROCESSING\n\n"
+RETRY_AFTER_DRAIN = 1.0  # seconds; by then another worker or the new process has the socket
+_JSON = (b"content-type", b"application/json")
+_SSE = (b"content-type", b"text/event-stream; charset=utf-8")
+_TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
+_SENT_PHASES = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
+
+
+class Downstream(Protocol):
+    """What an exchange needs of the client's connection beside its answer."""
+
+    @property
+    def is_paused(self) -> bool:
+        """The client reads slower than we write."""
+
+
+class Exchange:
+    """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
+
+    The door tells `pause` and `resume` as the client's watermarks say. However it goes, exactly
+    one record is closed.
+    """
+
+    def __init__(
+        self, gateway: Gateway, downstream: Downstream, head: RequestHead, answer: Answer
+    ) -> None:
+        self._gateway = gateway
+        self._downstream = downstream
+        self._head = head
+        self._answer = answer
+        self._clock_start = time.monotonic()
+        self._numeric_code = head.path.startswith(b"/api/")
+        self.record = Record(
+            id=gateway.new_request_id(), started=unix_time(), path=head.path.decode("latin-1")
+        )
+        if (client_id := head.get(b"x-request-id")) is not None:
+            self.record.client_request_id = escape_client_text(client_id)
+        self._refusal: ProxyError | None = None
+        self._call: Call | None = None
+        self._prompt_bytes = 0
+        self._plan: Plan | None = None
+        self._position = 0
+        self._attempt: Attempt | None = None
+        self._bodies: dict[tuple[str, bool], bytes] = {}
+        self._failures: list[FailedAttempt] = []
+        self._quiet_since = 0.0
+        # The client may be behind already, with the answer to an earlier request.
+        self._paused_since = self.now
+        self._is_closed = False
+        self.wheel_slot = 0
+        gateway.exchanges.add(self)
+
+    # Authenticate
+
+    def admit(self) -> bool:
+        """Whether the request may go on to its body; if not, `run` tells the client why."""
+        try:
+            caller = self._authenticate()
+        except ProxyError as error:
+            self._refusal = error
+            return False
+        self.record.key_id, self.record.key_label = caller.key_id, caller.label
+        return True
+
+    @property
+    def is_admitted(self) -> bool:
+        """The body is worth keeping."""
+        return self._refusal is None
+
+    def _authenticate(self) -> Caller:
+        gateway, head = self._gateway, self._head
+        if gateway.is_draining:
+            raise UnavailableError(
+                "this process is shutting down; try again",
+                code="draining",
+                retry_after=RETRY_AFTER_DRAIN,
+            )
+        if gateway.config.keys.required:
+            caller = gateway.keyring.authenticate(head.get(b"authorization"), self.record.started)
+        else:
+            check_local_request(head)
+            caller = ANONYMOUS
+        _check_media_type(head)
+        return caller
+
+    # Parse, route
+
+    def run(self, body: bytes, *, close: bool = False) -> None:
+        """The whole body has come: serve it. `close`: the connection ends with a refusal."""
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            self._call = call = parse_call(body)
+            self.record.streamed = call.stream
+            self.record.requested = tuple(clip_text(slug) for slug in call.candidates[:16])
+            self._prompt_bytes = call.prompt_bytes
+            self._plan = make_plan(call, self._gateway.catalog)
+        except ProxyError as error:
+            self.refuse(error, close=close)
+            return
+        except Exception:  # ours to answer for, and not to be taken for a client that went away
+            logger.exception("request %s failed", self.record.id)
+            self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
+            return
+        self._quiet_since = self._gateway.loop.time()
+        self._try_step()
+
+    # Connect, relay
+
+    def _try_step(self) -> None:
+        call, plan = self._call, self._plan
+        assert call is not None and plan is not None, "nothing is tried after the first content"
+        step = plan.steps[self._position]
+        upstream = self._gateway.upstreams[step.endpoint.provider]
+        request = upstream.serialize_request(
+            self._body_for(step.endpoint.upstream_model, upstream.provider.stream_options),
+            self._forwarded_headers(upstream.provider.forward_headers),
+            stream=call.stream,
+        )
+        self.record.attempts += 1
+        self._attempt = Attempt(self, call, step, upstream.pool, self._answer, request)
+        if self._downstream.is_paused:
+            self._attempt.pause()
+        self._attempt.start()
+        if not self._is_closed:
+            self.limits_changed()
+
+    def _body_for(self, upstream_model: str, stream_options: bool) -> bytes:
+        """The body under an upstream's name for the model, built once per name."""
+        key = (upstream_model, stream_options)
+        body = self._bodies.get(key)
+        if body is None:
+            assert self._call is not None
+            body = serialize_upstream_body(
+                self._call, upstream_model, stream_options=stream_options
+            )
+            self._bodies[key] = body
+        return body
+
+    def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
+        head = self._head
+        forwarded = [(name, value) for name in _TRACE_HEADERS if (value := head.get(name))]
+        for text in names:
+            name = text.encode()
+            if (value := head.get(name)) is not None and name not in _TRACE_HEADERS:
+                forwarded.append((name, value))
+        return forwarded
+
+    @property
+    def now(self) -> float:
+        """Loop time, as of the wheel's last turn."""
+        return self._gateway.wheel.now
+
+    def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
+        """The first content is here: the body is not needed any more, nor another endpoint."""
+        self.record.first_content = time.monotonic() - self._clock_start
+        self._call = None
+        self._bodies.clear()
+        if not self._answer.is_started:
+            self._answer.start(200, [_SSE if is_stream else _JSON, *self._answer_headers(head)])
+        self.limits_changed()
+
+    def send_answer(self, head: ResponseHead, body: bytes) -> None:
+        """A whole answer, checked."""
+        self.record.first_content = time.monotonic() - self._clock_start
+        self._answer.send(200, [_JSON, *self._answer_headers(head)], body)
+
+    def _answer_headers(self, head: ResponseHead) -> Headers:
+        attempt = self._attempt
+        assert attempt is not None
+        step = attempt.step
+        headers = [
+            *self._common_headers(),
+            (b"x-hober-provider", step.endpoint.provider.encode()),
+            (b"x-hober-model", step.slug.encode()),
+        ]
+        if self.record.attempts > 1:
+            headers.append((b"x-hober-attempts", b"%d" % self.record.attempts))
+        provider = self._gateway.upstreams[step.endpoint.provider].provider
+        for text in provider.response_headers:
+            if (value := head.get(text.encode())) is not None:
+                headers.append((text.encode(), value))
+        return headers
+
+    def _common_headers(self) -> Headers:
+        headers = [(b"x-request-id", self.record.id.encode())]
+        origins = self._gateway.config.server.cors_origins
+        return headers + cors_headers(origins, self._head.get(b"origin")) if origins else headers
+
+    # What the attempt reports
+
+    def attempt_finished(self, attempt: Attempt) -> None:
+        """The answer was passed on to its end."""
+        self._account(200)
+
+    def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
+        """Another endpoint, another model, or the end."""
+        self._note_failure(attempt, error)
+        plan = self._plan
+        assert plan is not None
+        following = None
+        if self._call is not None and (error.is_retryable or error.is_refusal):
+            following = plan.after(self._position, other_model=error.is_refusal)
+        if following is None:
+            self._fail(attempt, error)
+            return
+        self._position = following
+        self._try_step()
+
+    def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
+        self._failures.append(
+            FailedAttempt(
+                provider=attempt.step.endpoint.provider,
+                status=error.upstream_status,
+                code=error.code,
+                phase=error.phase.value,
+                milliseconds=round((self._gateway.loop.time() - attempt.started) * 1000),
+            )
+        )
+
+    def _fail(self, attempt: Attempt, error: UpstreamError) -> None:
+        error.metadata["provider"] = attempt.step.endpoint.provider
+        if self._failures[:-1]:
+            error.metadata["previous_errors"] = [
+                {
+                    "provider": failure.provider,
+                    "status": failure.status,
+                    "code": failure.code,
+                    "phase": failure.phase,
+                    "milliseconds": failure.milliseconds,
+                }
+                for failure in self._failures[:-1]
+            ]
+        self.record.phase = error.phase.value
+        self.refuse(error)
+
+    # Refuse: the ends that are not an answer
+
+    def refuse(self, error: ProxyError, *, close: bool = False) -> None:
+        """Tell the client that its request failed, in the form that is still possible."""
+        if self._is_closed:
+            return
+        if self._attempt is not None:
+            self._attempt.abort()
+        answer = self._answer
+        if not answer.is_started:
+            status = error.status
+            body = serialize_error(error, numeric_code=self._numeric_code)
+            answer.send(status, [_JSON, *self._error_headers(error)], body, close=close)
+        elif self.record.streamed:
+            status = answer.status
+            # In the middle of a long event a blank line ends what can't be completed.
+            is_whole = self._attempt is None or self._attempt.can_take_comment
+            event = serialize_error_event(error, numeric_code=self._numeric_code)
+            answer.finish(event if is_whole else b"\n\n" + event, close=True)
+        else:
+            status = answer.status
+            answer.abort()
+        self.record.code = error.code
+        self._account(status)
+
+    def _error_headers(self, error: ProxyError) -> Headers:
+        headers = self._common_headers()
+        if error.retry_after is not None:
+            milliseconds = math.ceil(error.retry_after * 1000)
+            headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
+            headers.append((b"retry-after-ms", b"%d" % milliseconds))
+        # The SDKs try 5xx three times by themselves, which would multiply our own tries.
+        is_final = 400 <= error.status < 500 and error.status != 429
+        is_tried = error.status in (502, 504) and self.record.attempts >= 2
+        if is_final or is_tried:
+            headers.append((b"x-should-retry", b"false"))
+        return headers
+
+    def abandon(self) -> None:
+        """The client went away: its upstream goes in this very turn of the loop."""
+        if not self._is_closed:
+            if self._attempt is not None:
+                self._attempt.abort()
+            self.record.code = "client_closed"
+            self._account(CLIENT_CLOSED)
+
+    # Flow control and deadlines
+
+    def pause(self) -> None:
+        """The client's buffer is full."""
+        self._paused_since = self.now
+        if self._attempt is not None:
+            self._attempt.pause()
+        self.limits_changed()
+
+    def resume(self) -> None:
+        """The client has caught up."""
+        if self._attempt is not None:
+            self._attempt.resume()
+        self.limits_changed()
+
+    def limits_changed(self) -> None:
+        """Look at the deadlines anew."""
+        if not self._is_closed and self._attempt is not None:
+            self._gateway.wheel.schedule(self, self._next_due())
+
+    def on_deadline(self, now: float) -> float | None:
+        """What is due: a limit of the attempt, a comment line, a client that does not read."""
+        if self._attempt is not None:
+            self._attempt.check_limits(now)
+        if not self._is_closed and now >= self._stall_due():
+            self._answer.abort()
+            self.abandon()
+        if not self._is_closed and now >= self._comment_due():
+            self._write_comment(now)
+        if self._is_closed or self._attempt is None:
+            return None
+        return self._next_due()
+
+    def _next_due(self) -> float:
+        assert self._attempt is not None
+        return min(self._attempt.due, self._comment_due(), self._stall_due())
+
+    def _stall_due(self) -> float:
+        if not self._downstream.is_paused:
+            return math.inf
+        return self._paused_since + self._gateway.config.server.write_timeout
+
+    def _comment_due(self) -> float:
+        attempt, after = self._attempt, self._gateway.config.server.comment_after
+        if not self.record.streamed or not after or attempt is None or self._downstream.is_paused:
+            return math.inf
+        if attempt.phase is Phase.CONTENT:
+            if not attempt.can_take_comment:
+                return math.inf
+            return max(self._quiet_since, attempt.idle_since) + after
+        return self._quiet_since + after
+
+    def _write_comment(self, now: float) -> None:
+        """Keep a waiting client's connection alive; the first one spends the status line."""
+        if not self._answer.is_started:
+            self._answer.start(200, [_SSE, *self._common_headers()])
+        self._answer.write(COMMENT)
+        self._quiet_since = now
+
+    # Account
+
+    def _account(self, status: int) -> None:
+        """Close the record; the exchange is over."""
+        self._is_closed = True
+        gateway, record, attempt = self._gateway, self.record, self._attempt
+        gateway.wheel.cancel(self)
+        gateway.exchanges.discard(self)
+        record.status = status
+        record.total = time.monotonic() - self._clock_start
+        record.bytes_out = self._answer.body_bytes
+        record.failures = self._failures
+        if attempt is not None:
+            self._account_answer(attempt)
+        gateway.close_record(record)
+
+    def _account_answer(self, attempt: Attempt) -> None:
+        record, outcome = self.record, attempt.outcome()
+        record.slug = attempt.step.slug
+        record.provider = attempt.step.endpoint.provider
+        record.upstream_model = clip_text(outcome.upstream_model)
+        record.upstream_id = clip_text(outcome.upstream_id)
+        record.finish_reason = clip_text(outcome.finish_reason)
+        record.events = outcome.content_events
+        usage = outcome.usage
+        if usage is not None:
+            record.has_usage = True
+        elif record.first_content is not None or (
+            record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
+        ):
+            usage = estimate_usage(
+                prompt_bytes=self._prompt_bytes,
+                content_events=outcome.content_events,
+                content_bytes=outcome.content_bytes,
+            )
+        _fill_usage(record, usage)
+
+
+def _fill_usage(record: Record, usage: Usage | None) -> None:
+    if usage is not None:
+        record.prompt_tokens = usage.prompt_tokens
+        record.completion_tokens = usage.completion_tokens
+        record.cached_tokens = usage.cached_tokens
+        record.reasoning_tokens = usage.reasoning_tokens
+        record.estimated = usage.is_estimated
+
+
+def _check_media_type(head: RequestHead) -> None:
+    coding = head.get(b"content-encoding")
+    if coding is not None and coding.lower() != b"identity":
+        raise RequestError(
+            "expected a request body without content-encoding; send it uncompressed",
+            code="unsupported_media_type",
+            status=415,
+        )
+    given = head.get(b"content-type")
+    if given is not None:
+        media_type = given.partition(b";")[0].strip().lower()
+        if media_type != b"application/json" and not media_type.endswith(b"+json"):
+            raise RequestError(
+                "expected content-type application/json; "
+                "with curl add -H 'content-type: application/json'",
+                code="unsupported_media_type",
+                status=415,
+            )

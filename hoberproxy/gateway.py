@@ -1,0 +1,119 @@
+"""All that the requests of one process share, built once from the config.
+
+Holds, does not decide: the exchange walks the path, the door owns the sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import ssl
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from . import __version__
+from .access import Keyring
+from .accesslog import AccessLog
+from .catalog import Catalog, Provider
+from .config import Config, ConfigError
+from .deadlines import Wheel
+from .http11 import serialize_request_head
+from .ledger import Ledger
+from .metrics import Metrics
+from .pool import Pool
+from .record import Record
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+USER_AGENT = f"hoberproxy/{__version__}"
+
+
+class Upstream:
+    """A provider ready to be asked: its pool, and the head that every request to it begins with."""
+
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
+        self.provider = provider
+        self.pool = Pool(provider, loop)
+        self._stream_head = _request_head(provider, b"text/event-stream")
+        self._json_head = _request_head(provider, b"application/json")
+
+    def serialize_request(
+        self, body: bytes, extra: list[tuple[bytes, bytes]], *, stream: bool
+    ) -> bytes:
+        """The whole request; `extra` are header fields of the client that may pass."""
+        head = self._stream_head if stream else self._json_head
+        fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
+        return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body)
+
+
+def _request_head(provider: Provider, accept: bytes) -> bytes:
+    """The head's constant part: without content-length, without the empty line."""
+    headers = [
+        (b"host", provider.authority.encode()),
+        (b"content-type", b"application/json"),
+        (b"accept", accept),
+        (b"accept-encoding", b"identity"),
+        (b"user-agent", USER_AGENT.encode()),
+    ]
+    if provider.api_key is not None:
+        headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
+    added = {name.lower().encode(): value.encode() for name, value in provider.headers}
+    # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
+    headers = [(name, value) for name, value in headers if name not in added]
+    headers += added.items()
+    return serialize_request_head(b"POST", provider.chat_path.encode(), headers)[:-2]
+
+
+@dataclass(slots=True)
+class Gateway:
+    """One per process; every exchange has it."""
+
+    config: Config
+    loop: asyncio.AbstractEventLoop
+    wheel: Wheel
+    catalog: Catalog
+    keyring: Keyring
+    ledger: Ledger
+    access_log: AccessLog | None
+    metrics: Metrics
+    upstreams: dict[str, Upstream]
+    exchanges: set[Exchange] = field(default_factory=set)
+    is_draining: bool = False
+    _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
+    _last_id: int = 0
+
+    def new_request_id(self) -> str:
+        """Ours for one request: 64 random bits of this process and a count."""
+        self._last_id += 1
+        return f"req_{self._id_prefix}{self._last_id:08x}"
+
+    def close_record(self, record: Record) -> None:
+        """Account for a request that has ended; nothing may change its record after this."""
+        self.metrics.observe(record)
+        self.ledger.put(record)
+        if self.access_log is not None:
+            self.access_log.write(record)
+
+
+def make_upstreams(config: Config, loop: asyncio.AbstractEventLoop) -> dict[str, Upstream]:
+    """One for each provider. Raises ConfigError if a certificate file cannot be used."""
+    upstreams: dict[str, Upstream] = {}
+    problems: list[str] = []
+    for name, provider in config.providers.items():
+        try:
+            upstreams[name] = Upstream(provider, loop)
+        except (OSError, ssl.SSLError):
+            problems.append(
+                f"providers.{name}.ca_file: expected a readable file of PEM certificates, "
+                f"got {provider.ca_file!r}; check the path and the file"
+            )
+    if problems:
+        raise ConfigError(problems)
+    return upstreams
+
+
+def unix_time() -> float:
+    """The one wall clock of the request path."""
+    return time.time()

@@ -1,0 +1,223 @@
+"""The running process: opens store and sockets, waits for its end, drains, closes in order.
+
+What is served is wire.py's and app.py's; this module only owns what lives as long as the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+import uvloop
+from aiohttp import web
+
+from .access import Keyring
+from .accesslog import AccessLog
+from .app import make_app, make_metrics_app
+from .catalog import Catalog
+from .config import Address, Config
+from .deadlines import Ticker, Wheel
+from .errors import UnavailableError
+from .gateway import Gateway, make_upstreams
+from .http11 import MAX_REQUEST_HEAD_BYTES
+from .ledger import Ledger
+from .metrics import Metrics
+from .wire import DownstreamConnection
+
+logger = logging.getLogger("hoberproxy.server")
+
+BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
+POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
+
+
+class StartError(Exception):
+    """The process cannot start; the message says what was in the way."""
+
+
+class Server:
+    """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._listeners: list[asyncio.Server] = []
+        self._runners: list[web.AppRunner] = []
+        self._connections: set[DownstreamConnection] = set()
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._gateway: Gateway | None = None
+        self._ticker: Ticker | None = None
+        self.wheel_slot = 0
+        self.addresses: list[Address] = []  # where it really listens
+
+    async def start(self) -> None:
+        """Open the store, then listen. Raises StartError, StoreError or ConfigError."""
+        self._gateway = gateway = self._build()
+        gateway.ledger.start()
+        self._ticker = Ticker(gateway.wheel, gateway.loop)
+        gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
+        handlers = await self._handlers(make_app(gateway))
+        for address in self._config.server.listen:
+            listener = await self._listen(
+                lambda: DownstreamConnection(gateway, handlers, self._connections), address
+            )
+            self._listeners.append(listener)
+            port = listener.sockets[0].getsockname()[1]
+            self.addresses.append(Address(address.host, port))
+        if self._config.server.metrics_listen is not None:
+            await self._listen_for_metrics(gateway, self._config.server.metrics_listen)
+
+    def _build(self) -> Gateway:
+        config, loop = self._config, asyncio.get_running_loop()
+        upstreams = make_upstreams(config, loop)
+        keyring = Keyring()
+        catalog = Catalog(config.models)
+        return Gateway(
+            config=config,
+            loop=loop,
+            wheel=Wheel(loop.time()),
+            catalog=catalog,
+            keyring=keyring,
+            ledger=Ledger(config.records.file, keyring),
+            access_log=AccessLog(sys.stderr, config.log.format) if config.log.access else None,
+            metrics=Metrics(catalog.label),
+            upstreams=upstreams,
+        )
+
+    async def _handlers(self, app: web.Application) -> web.Server:
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            # The check in front of aiohttp has its own limits; here only it must not be stricter.
+            max_line_size=MAX_REQUEST_HEAD_BYTES,
+            max_field_size=MAX_REQUEST_HEAD_BYTES,
+        )
+        await runner.setup()
+        self._runners.append(runner)
+        assert runner.server is not None, "set up above"
+        return runner.server
+
+    async def _listen(
+        self, protocol: Callable[[], asyncio.Protocol], address: Address
+    ) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.create_server(
+                protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
+            )
+        except OSError as exc:
+            advice = "choose another with --listen"
+            raise StartError(f"{_explain(address, exc)}; {advice}") from exc
+
+    async def _listen_for_metrics(self, gateway: Gateway, address: Address) -> None:
+        app = make_metrics_app(gateway, lambda: len(self._connections))
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        self._runners.append(runner)
+        try:
+            await web.TCPSite(runner, address.host, address.port).start()
+        except OSError as exc:
+            advice = 'choose another, or "off", as server.metrics_listen'
+            raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
+
+    def on_deadline(self, now: float) -> float:
+        """Sweep the pools."""
+        assert self._gateway is not None
+        for upstream in self._gateway.upstreams.values():
+            upstream.pool.close_expired(now)
+        return now + POOL_SWEEP
+
+    # The end
+
+    def stop(self) -> None:
+        """First call: take no more requests and let running ones end. Second: end them now."""
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()
+
+    def stop_on_signals(self) -> None:
+        """SIGTERM and SIGINT stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    async def wait_closed(self) -> None:
+        """Serve until stopped, then drain and close everything that `start` opened."""
+        await self._stop.wait()
+        await self.drain_connections()
+        await self.aclose()
+
+    async def drain_connections(self) -> None:
+        """Let running requests end, for `drain_timeout` at most; then end them with an error."""
+        gateway = self._gateway
+        assert gateway is not None
+        gateway.is_draining = True
+        for listener in self._listeners:
+            listener.close()
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        running = len(gateway.exchanges)
+        if running:
+            logger.info("draining: %d requests are running", running)
+        await self._wait_for_exchanges(gateway)
+        for exchange in list(gateway.exchanges):
+            exchange.refuse(
+                UnavailableError(
+                    "this process is shutting down and the answer took too long",
+                    code="draining",
+                    retry_after=1.0,
+                ),
+                close=True,
+            )
+
+    async def _wait_for_exchanges(self, gateway: Gateway) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.server.drain_timeout
+        while gateway.exchanges and loop.time() < deadline and not self._stop_now.is_set():
+            try:
+                async with asyncio.timeout(gateway.wheel.tick):
+                    await self._stop_now.wait()
+            except TimeoutError:
+                pass
+
+    async def aclose(self) -> None:
+        """Close what is open, the store last: it takes the last records."""
+        for listener in self._listeners:
+            listener.close()
+        gateway = self._gateway
+        if gateway is None:
+            return
+        await self._flush_connections(gateway)
+        for runner in self._runners:
+            await runner.cleanup()
+        if self._ticker is not None:
+            self._ticker.close()
+        for upstream in gateway.upstreams.values():
+            await upstream.pool.aclose()
+        await gateway.ledger.aclose()
+        if gateway.access_log is not None:
+            gateway.access_log.close()
+
+    async def _flush_connections(self, gateway: Gateway) -> None:
+        """Give the last answers a moment to reach their clients."""
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        for _ in range(100):
+            if not self._connections:
+                break
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
+
+
+def _explain(address: Address, exc: OSError) -> str:
+    return f"cannot listen on {address}: {exc.strerror or exc}"
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a coroutine function on uvloop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())  # type: ignore[arg-type]
