@@ -35,7 +35,7 @@ _REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
 FIELD_LINE = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 _SECRET_NAME = re.compile(rb"auth|cookie|key|secret|session|token")
-_BLOCK_OUT = re.compile(rb"(?:%b: %b\r\n)*+" % (TOKEN, VALUE))
+_BLOCK_OUT = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
 _REQUEST_LINE_OUT = re.compile(rb"%b %b HTTP/1\.1\r\n" % (TOKEN, _TARGET))
 _ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]++)([^?]*+)(?:\?(.*+))?")
 # Narrower than reg-name (RFC 3986 3.2.2): no sub-delims, which no real host name has.
