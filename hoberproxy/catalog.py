@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 DEFAULT_CREATED = 1709000000
 MAX_SLUG_LENGTH = 256
 DEFAULT_PORTS = {"http": 80, "https": 443}
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 
 class Refusal(ValueError):
@@ -53,6 +54,66 @@ class TimeLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an endpoint says of itself; None: it does not say."""
+
+    tools: bool | None = None
+    json_mode: bool | None = None  # response_format json_object
+    json_schema: bool | None = None
+    vision: bool | None = None  # image_url parts
+    parameters: frozenset[str] | None = None  # members of a request that it supports
+
+    def over(self, default: Abilities) -> Abilities:
+        """These, and the default's where they say nothing."""
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(
+            default, **{name: value for name, value in said.items() if value is not None}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Adaptation:
+    """How a request's body is changed for an endpoint, in this order.
+
+    No member is in two rules. One renamed to itself, and a role that becomes itself, says that a
+    default's rule does not hold; `over` leaves them out, and gives NO_ADAPTATION where nothing is
+    left, so that the path of a request can tell by identity.
+    """
+
+    rename: tuple[tuple[str, str], ...] = ()  # member to member
+    drop: frozenset[str] = frozenset()
+    set: tuple[tuple[str, bytes], ...] = ()  # member to JSON text
+    roles: tuple[tuple[str, str], ...] = ()  # role of a message to role
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every member it speaks of."""
+        renamed = frozenset(name for pair in self.rename for name in pair)
+        return renamed | self.drop | dict(self.set).keys()
+
+    def over(self, default: Adaptation) -> Adaptation:
+        """These rules, and those of the default that speak of other members and roles."""
+        names, roles = self.names, dict(self.roles)
+        kept = [pair for pair in default.rename if names.isdisjoint(pair)]
+        merged = Adaptation(
+            rename=_without_same((*kept, *self.rename)),
+            drop=self.drop | (default.drop - names),
+            set=(*((name, value) for name, value in default.set if name not in names), *self.set),
+            roles=_without_same(tuple({**dict(default.roles), **roles}.items())),
+        )
+        return merged if merged != NO_ADAPTATION else NO_ADAPTATION
+
+
+# Of an endpoint that says nothing and is spoken to as any other.
+NO_ABILITIES = Abilities()
+NO_ADAPTATION = Adaptation()
+
+
+def _without_same(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(pair for pair in pairs if pair[0] != pair[1])
+
+
+@dataclass(frozen=True, slots=True)
 class Provider:
     """A server of models: where it is, what opens it, what is passed on to it and from it."""
 
@@ -72,6 +133,9 @@ class Provider:
     # one that closes earlier is seen to close.
     keepalive: float = 60.0
     max_idle_connections: int = 1024
+    # Defaults of its endpoints, which hold their own already merged with these.
+    abilities: Abilities = NO_ABILITIES
+    adaptation: Adaptation = NO_ADAPTATION
 
     @property
     def chat_path(self) -> str:
@@ -106,6 +170,9 @@ class Endpoint:
     max_output: int | None = None  # tokens
     prices: Prices | None = None
     limits: TimeLimits | None = None  # instead of the provider's
+    weight: float | None = None  # its share of the requests, against those beside it
+    abilities: Abilities = NO_ABILITIES
+    adaptation: Adaptation = NO_ADAPTATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +376,10 @@ class Catalog:
         A wildcard's own pattern is no model: it is listed, not served.
         """
         return self._models.get(slug) or self._filled.get(slug) or self._fill(slug)
+
+    def models(self) -> Iterable[Model]:
+        """The models under a slug of their own, in the config's order; no wildcards."""
+        return self._models.values()
 
     def listing(self) -> list[dict[str, Any]]:
         """The entries of GET /v1/models; a wildcard stands under its pattern ("openai/*")."""

@@ -8,20 +8,23 @@ a user may have pasted into the wrong place (a URL, a header, a variable's name)
 from __future__ import annotations
 
 import ipaddress
-import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from .adaptations import read_abilities, read_adaptation
 from .catalog import (
     DEFAULT_CREATED,
+    NO_ABILITIES,
+    NO_ADAPTATION,
     NOT_FORWARDED,
     NOT_RETURNED,
     OWN_HEADERS,
+    Abilities,
+    Adaptation,
     BaseUrl,
     ConfigError,
     Endpoint,
@@ -39,10 +42,14 @@ from .catalog import (
     parse_slug,
     upstream_model_parser,
 )
+from .example import EXAMPLE
 from .presets import PRESETS, Preset, first_set, preset_key, preset_url
+from .tables import Table, nearest, plain_number, shown
 
 __all__ = [
     "EXAMPLE",
+    "Abilities",
+    "Adaptation",
     "Address",
     "Config",
     "ConfigError",
@@ -53,13 +60,13 @@ __all__ = [
     "Prices",
     "Provider",
     "RecordSettings",
+    "RoutingSettings",
     "ServerSettings",
     "TimeLimits",
     "parse_config",
 ]
 
 T = TypeVar("T")
-D = TypeVar("D", int, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,16 @@ class RecordSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """How long one request is tried, over all its endpoints and models."""
+
+    # Real catalogs have two or three endpoints a model; more tries are a hunt that nobody awaits.
+    max_attempts: int = 6
+    # Seconds after which no further attempt is begun: SDKs give up after ten minutes by default.
+    attempts_timeout: float = 900.0
+
+
+@dataclass(frozen=True, slots=True)
 class LogSettings:
     level: str = "info"
     access: bool = True
@@ -123,6 +140,7 @@ class Config:
     log: LogSettings
     providers: Mapping[str, Provider]
     models: tuple[Model, ...]
+    routing: RoutingSettings = RoutingSettings()
 
 
 def parse_config(
@@ -134,7 +152,7 @@ def parse_config(
     that they are readable, for certificate files.
     """
     problems: list[str] = []
-    root = _Table(_load(text), "", problems)
+    root = Table(_load(text), "", problems)
     config = _read_config(root, _Sources(environ, read_file))
     root.finish()
     if problems:
@@ -167,7 +185,7 @@ class _Sources:
     read_file: Callable[[str], str]
 
 
-def _read_config(root: _Table, sources: _Sources) -> Config:
+def _read_config(root: Table, sources: _Sources) -> Config:
     server = _read_server(root.table("server"))
     keys = _read_keys(root.table("keys"), server)
     providers = _read_providers(root.table("providers"), sources)
@@ -180,10 +198,11 @@ def _read_config(root: _Table, sources: _Sources) -> Config:
         log=_read_log(root.table("log")),
         providers=providers,
         models=models,
+        routing=_read_routing(root.table("routing")),
     )
 
 
-def _read_server(table: _Table) -> ServerSettings:
+def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
@@ -204,7 +223,7 @@ def _read_server(table: _Table) -> ServerSettings:
     )
 
 
-def _read_listen(table: _Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
+def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
     if isinstance(table.values.get("listen"), str):
         return (table.parse("listen", default[0], _parse_address),)
     if "listen" not in table.values:
@@ -217,7 +236,7 @@ def _read_listen(table: _Table, default: tuple[Address, ...]) -> tuple[Address, 
     return addresses
 
 
-def _read_keys(table: _Table, server: ServerSettings) -> KeySettings:
+def _read_keys(table: Table, server: ServerSettings) -> KeySettings:
     required = table.boolean("required", KeySettings().required)
     public = [str(address) for address in server.listen if not address.is_loopback]
     if public and not required:
@@ -227,11 +246,19 @@ def _read_keys(table: _Table, server: ServerSettings) -> KeySettings:
     return KeySettings(required)
 
 
-def _read_records(table: _Table) -> RecordSettings:
+def _read_records(table: Table) -> RecordSettings:
     return RecordSettings(file=table.parse("file", RecordSettings().file, _parse_path))
 
 
-def _read_log(table: _Table) -> LogSettings:
+def _read_routing(table: Table) -> RoutingSettings:
+    default = RoutingSettings()
+    return RoutingSettings(
+        max_attempts=table.integer("max_attempts", default.max_attempts, 1, 100),
+        attempts_timeout=table.seconds("attempts_timeout", default.attempts_timeout),
+    )
+
+
+def _read_log(table: Table) -> LogSettings:
     default = LogSettings()
     return LogSettings(
         level=table.choice("level", default.level, ("debug", "info", "warning", "error")),
@@ -240,7 +267,7 @@ def _read_log(table: _Table) -> LogSettings:
     )
 
 
-def _read_providers(table: _Table, sources: _Sources) -> dict[str, Provider]:
+def _read_providers(table: Table, sources: _Sources) -> dict[str, Provider]:
     providers = {}
     for name, below in table.each_table():
         if not _PROVIDER_NAME.fullmatch(name):  # it is a header's value and a metric's label
@@ -250,7 +277,7 @@ def _read_providers(table: _Table, sources: _Sources) -> dict[str, Provider]:
     return providers
 
 
-def _read_provider(name: str, table: _Table, sources: _Sources) -> Provider:
+def _read_provider(name: str, table: Table, sources: _Sources) -> Provider:
     preset = table.parse("preset", None, _parse_preset)
     provider = Provider(name, *_read_base_url(table, preset, sources))
     understood = preset.stream_options if preset else provider.stream_options
@@ -266,12 +293,14 @@ def _read_provider(name: str, table: _Table, sources: _Sources) -> Provider:
         response_headers=table.strings("response_headers", header_name_parser(NOT_RETURNED)),
         keepalive=table.seconds("keepalive", provider.keepalive, low="0"),
         max_idle_connections=table.integer("max_idle_connections", idle_connections, 0, 65536),
+        abilities=read_abilities(table, preset.abilities if preset else NO_ABILITIES),
+        adaptation=read_adaptation(table, preset.adaptation if preset else NO_ADAPTATION),
     )
     _check_headers(table, provider)
     return provider
 
 
-def _check_headers(table: _Table, provider: Provider) -> None:
+def _check_headers(table: Table, provider: Provider) -> None:
     own = {name.lower() for name, _ in provider.headers}
     for name in own.intersection(provider.forward_headers):
         got = f'"{name}" in headers too'
@@ -282,18 +311,18 @@ def _check_headers(table: _Table, provider: Provider) -> None:
 _NO_URL = BaseUrl("https", "invalid", 443, "")
 
 
-def _read_base_url(table: _Table, preset: Preset | None, sources: _Sources) -> BaseUrl:
+def _read_base_url(table: Table, preset: Preset | None, sources: _Sources) -> BaseUrl:
     url = table.parse("base_url", None, parse_base_url)
     if url is not None or "base_url" in table.values:
         return url or _NO_URL
     if preset is not None:
-        return table.from_environment(preset_url, preset, sources) or _NO_URL
+        return _from_environment(table, preset_url, preset, sources) or _NO_URL
     if "preset" not in table.values:
         table.require("base_url", "a URL", 'add one like "https://host/v1", or a preset')
     return _NO_URL
 
 
-def _read_key(table: _Table, preset: Preset | None, sources: _Sources) -> str | None:
+def _read_key(table: Table, preset: Preset | None, sources: _Sources) -> str | None:
     if "api_key" in table.values:
         table.know("api_key")
         advice = "use api_key_env or api_key_file"
@@ -309,14 +338,28 @@ def _read_key(table: _Table, preset: Preset | None, sources: _Sources) -> str | 
     return from_variable or from_file
 
 
-def _read_preset_key(table: _Table, preset: Preset, sources: _Sources) -> str | None:
+def _read_preset_key(table: Table, preset: Preset, sources: _Sources) -> str | None:
     if first_set(preset.key_variables, sources.environ):
-        return table.from_environment(preset_key, preset, sources)
+        return _from_environment(table, preset_key, preset, sources)
     if not preset.is_local:
         names = " or ".join(preset.key_variables)
         got = "an environment without it"
         table.note("preset", Refusal(f"{names} to be set", got, "set it, or name api_key_env"))
     return None
+
+
+def _from_environment(
+    table: Table,
+    read: Callable[[Preset, Mapping[str, str]], T],
+    preset: Preset,
+    sources: _Sources,
+) -> T | None:
+    """What a preset's variable holds; its problems go under `preset`."""
+    try:
+        return read(preset, sources.environ)
+    except ConfigError as error:
+        table.note_all("preset", error.problems)
+        return None
 
 
 def _variable_reader(sources: _Sources) -> Callable[[str], str]:
@@ -340,7 +383,7 @@ def _text_of(path: str, sources: _Sources) -> str:
     raise Refusal("a readable file", reason, "mend the path or the file's permissions")
 
 
-def _read_ca_file(table: _Table, sources: _Sources) -> str | None:
+def _read_ca_file(table: Table, sources: _Sources) -> str | None:
     def parse(path: str) -> str:
         if "-----BEGIN CERTIFICATE-----" not in _text_of(path, sources):
             raise Refusal("certificates in PEM form", "a file without one", "name another file")
@@ -349,7 +392,7 @@ def _read_ca_file(table: _Table, sources: _Sources) -> str | None:
     return table.parse("ca_file", None, parse)
 
 
-def _read_headers(table: _Table) -> tuple[tuple[str, str], ...]:
+def _read_headers(table: Table) -> tuple[tuple[str, str], ...]:
     headers = []
     check, seen = header_name_parser(OWN_HEADERS), set[str]()
     for name in table.values:
@@ -366,7 +409,7 @@ def _read_headers(table: _Table) -> tuple[tuple[str, str], ...]:
     return tuple(headers)
 
 
-def _read_limits(table: _Table, default: TimeLimits) -> TimeLimits:
+def _read_limits(table: Table, default: TimeLimits) -> TimeLimits:
     return TimeLimits(
         connect=table.seconds("connect", default.connect),
         first_content=table.seconds("first_content", default.first_content),
@@ -375,7 +418,7 @@ def _read_limits(table: _Table, default: TimeLimits) -> TimeLimits:
     )
 
 
-def _read_models(root: _Table, providers: Mapping[str, Provider]) -> tuple[Model, ...]:
+def _read_models(root: Table, providers: Mapping[str, Provider]) -> tuple[Model, ...]:
     tables = root.tables("models")
     root.require("models", "at least one model", "add a [[models]] table")
     models = [_read_model(table, providers) for table in tables]
@@ -388,7 +431,7 @@ def _read_models(root: _Table, providers: Mapping[str, Provider]) -> tuple[Model
     return tuple(models)
 
 
-def _read_model(table: _Table, providers: Mapping[str, Provider]) -> Model:
+def _read_model(table: Table, providers: Mapping[str, Provider]) -> Model:
     slug = table.parse("slug", "", parse_slug)
     table.require("slug", "a name for clients", 'add one like "deepseek/deepseek-chat"')
     owner = slug.partition("/")[0] if "/" in slug else "hoberproxy"
@@ -402,7 +445,7 @@ def _read_model(table: _Table, providers: Mapping[str, Provider]) -> Model:
 
 
 def _read_endpoints(
-    model: _Table, slug: str, providers: Mapping[str, Provider]
+    model: Table, slug: str, providers: Mapping[str, Provider]
 ) -> tuple[Endpoint, ...]:
     tables = model.tables("endpoints")
     model.require("endpoints", "at least one endpoint", "add [[models.endpoints]] below the model")
@@ -416,11 +459,11 @@ def _read_endpoints(
     return tuple(endpoints)
 
 
-def _read_endpoint(table: _Table, slug: str, providers: Mapping[str, Provider]) -> Endpoint:
+def _read_endpoint(table: Table, slug: str, providers: Mapping[str, Provider]) -> Endpoint:
     name = table.parse("provider", "", _provider_parser(providers))
     table.require("provider", "a name from [providers]", "add it")
-    default = providers[name].limits if name else TimeLimits()
-    limits = _read_limits(table.table("limits"), default)
+    provider = providers.get(name)
+    limits = _read_limits(table.table("limits"), provider.limits if provider else TimeLimits())
     upstream_model = "*" if slug.endswith("/*") else slug
     return Endpoint(
         provider=name,
@@ -429,23 +472,26 @@ def _read_endpoint(table: _Table, slug: str, providers: Mapping[str, Provider]) 
         max_output=table.integer("max_output", None, 1, 2**53),
         prices=_read_prices(table),
         limits=limits if "limits" in table.values else None,
+        weight=table.number("weight", "0", "1000000"),
+        abilities=read_abilities(table, provider.abilities if provider else NO_ABILITIES),
+        adaptation=read_adaptation(table, provider.adaptation if provider else NO_ADAPTATION),
     )
 
 
-def _read_prices(table: _Table) -> Prices | None:
+def _read_prices(table: Table) -> Prices | None:
     prices = table.table("price")
     prompt, completion = (_read_price(prices, name) for name in ("prompt", "completion"))
     return Prices(prompt, completion) if "price" in table.values else None
 
 
-def _read_price(table: _Table, name: str) -> Decimal:
+def _read_price(table: Table, name: str) -> Decimal:
     table.know(name)
     value = table.values.get(name, 0)
-    text = value if isinstance(value, str) else _plain_number(value)
+    text = value if isinstance(value, str) else plain_number(value)
     if _PRICE.fullmatch(text):
         return Decimal(text)
     expected = "USD per million tokens, 0 to 9999999, at most 12 decimals"
-    got = "another string" if isinstance(value, str) else _shown(value)
+    got = "another string" if isinstance(value, str) else shown(value)
     table.note(name, Refusal(expected, got, 'write it like "0.14"'))
     return Decimal(0)
 
@@ -457,7 +503,6 @@ _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def _parse_address(text: str) -> Address:
@@ -488,259 +533,14 @@ def _parse_owner(text: str) -> str:
 
 def _parse_preset(name: str) -> Preset:
     if name not in PRESETS:
-        raise Refusal("a known preset", "an unknown name", _nearest(name, PRESETS))
+        raise Refusal("a known preset", "an unknown name", nearest(name, PRESETS))
     return PRESETS[name]
 
 
 def _provider_parser(providers: Mapping[str, Provider]) -> Callable[[str], str]:
     def parse(name: str) -> str:
         if name not in providers:
-            raise Refusal("a name from [providers]", "an unknown name", _nearest(name, providers))
+            raise Refusal("a name from [providers]", "an unknown name", nearest(name, providers))
         return name
 
     return parse
-
-
-# Tables, and how a problem in them is told
-
-
-class _Table:
-    """One table being read: a problem is noted under its dotted path, and the default goes on.
-
-    Every name asked for is a known one; `finish` refuses the others, here and below.
-    """
-
-    def __init__(self, values: Mapping[str, Any], path: str, problems: list[str]) -> None:
-        self.values = values
-        self.path = path
-        self._problems = problems
-        self._known: dict[str, None] = {}  # a set in order
-        self._below: list[_Table] = []
-
-    def know(self, name: str) -> None:
-        self._known[name] = None
-
-    def note(self, name: str, problem: Refusal) -> None:
-        self._problems.append(f"{self._at(name)}: {problem}")
-
-    def finish(self) -> None:
-        for name in self.values:
-            if name not in self._known:
-                advice = _nearest(name, self._known)
-                self.note(name, Refusal("a known setting", "an unknown name", advice))
-        for table in self._below:
-            table.finish()
-
-    def require(self, name: str, expected: str, advice: str) -> None:
-        if name not in self.values or self.values[name] in ([], {}):
-            self.note(name, Refusal(expected, "none", advice))
-
-    def take(self, name: str, kind: type[T] | tuple[type[T], ...], expected: str) -> T | None:
-        """The value if it is of that kind, None if absent or refused. TOML has no null."""
-        self.know(name)
-        value = self.values.get(name)
-        # A boolean is an int to Python, not to the reader of a config.
-        if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
-            return value
-        if value is not None:
-            self.note(name, Refusal(expected, _shown(value), _ADVICE[expected]))
-        return None
-
-    def boolean(self, name: str, default: bool) -> bool:
-        value = self.take(name, bool, "true or false")
-        return default if value is None else value
-
-    def integer(self, name: str, default: D, low: int, high: int) -> int | D:
-        value = self.take(name, int, "an integer")
-        if value is None or low <= value <= high:
-            return default if value is None else value
-        self.note(name, Refusal(f"{low} to {high}", _shown(value), "choose one in this range"))
-        return default
-
-    def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
-        value = self.take(name, (int, Decimal), "a number of seconds")
-        if not isinstance(value, (int, Decimal)):
-            return default
-        number = Decimal(value)
-        if not number.is_nan() and Decimal(low) <= number <= 86400:
-            return float(number)
-        expected = f"{low} to 86400 seconds"
-        self.note(name, Refusal(expected, _shown(value), "choose one in this range"))
-        return default
-
-    def parse(self, name: str, default: T, parse: Callable[[str], T]) -> T:
-        """A string, as what `parse` makes of it; its Refusal becomes a problem."""
-        text = self.take(name, str, "a string")
-        if text is None:
-            return default
-        try:
-            return parse(text)
-        except Refusal as refusal:
-            self.note(name, refusal)
-            return default
-
-    def strings(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
-        """An array of strings, each as what `parse` makes of it."""
-        items = self.take(name, list, "an array of strings") or []
-        below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
-        parsed = [below.parse(index, None, parse) for index in below.values]
-        return tuple(value for value in parsed if value is not None)
-
-    def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
-        def parse(text: str) -> str:
-            if text not in choices:
-                raise Refusal("a known choice", "another string", _nearest(text, choices))
-            return text
-
-        return self.parse(name, default, parse)
-
-    def from_environment(
-        self, read: Callable[[Preset, Mapping[str, str]], T], preset: Preset, sources: _Sources
-    ) -> T | None:
-        """What a preset's variable holds; its problems go under `preset`."""
-        try:
-            return read(preset, sources.environ)
-        except ConfigError as error:
-            self._problems.extend(f"{self._at('preset')}: {each}" for each in error.problems)
-            return None
-
-    def table(self, name: str) -> _Table:
-        return self._child(self._at(name), self.take(name, dict, "a table") or {})
-
-    def tables(self, name: str) -> list[_Table]:
-        """An array of tables, written [[name]]."""
-        items = self.take(name, list, "an array of tables") or []
-        below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
-        return [below.table(index) for index in below.values]
-
-    def each_table(self) -> Iterator[tuple[str, _Table]]:
-        """Every member: tables under names of the user's choice."""
-        for name in self.values:
-            yield name, self.table(name)
-
-    def _at(self, name: str) -> str:
-        return _join(self.path, name)
-
-    def _child(self, path: str, values: Mapping[str, Any]) -> _Table:
-        child = _Table(values, path, self._problems)
-        self._below.append(child)
-        return child
-
-
-_ADVICE = {
-    "a string": "write it in quotes",
-    "true or false": "write it without quotes",
-    "an integer": "write a whole number without quotes",
-    "a number of seconds": "write it without quotes or unit, like 2.5",
-    "an array of strings": 'write it like ["one", "two"]',
-    "a table": "write it under a [heading], or in braces",
-    "an array of tables": "write it under a heading in [[double brackets]]",
-}
-
-
-def _shown(value: object) -> str:
-    """A value of the file as a message may show it: numbers as they are, of the rest the type."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, Decimal)):
-        return f"{Decimal(value):.12g}"
-    kinds: dict[type, str] = {str: "a string", dict: "a table", list: "an array"}
-    return kinds.get(type(value), "a date or time")
-
-
-def _plain_number(value: object) -> str:
-    """In plain notation; nothing if it is no number or one of very many digits."""
-    if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
-        return ""
-    number = Decimal(value)
-    return f"{number:f}" if -20 < number.adjusted() < 20 else ""
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    close = get_close_matches(name, names, n=1)
-    if close:
-        return f'did you mean "{close[0]}"?'
-    return f"known here: {', '.join(names)}" if names else "take it out"
-
-
-def _join(path: str, name: str) -> str:
-    if name.startswith("["):
-        return path + name
-    name = name if _BARE_KEY.fullmatch(name) else json.dumps(name)
-    return f"{path}.{name}" if path else name
-
-
-EXAMPLE = """\
-# hoberproxy.toml. A setting behind "#" shows its default. All of them: docs/settings.md
-
-[server]
-#listen = ["127.0.0.1:8080"]
-#metrics_listen = "127.0.0.1:9464"
-#max_body_bytes = 33554432
-# seconds
-#head_timeout = 10
-#body_timeout = 60
-#keepalive_timeout = 75
-#write_timeout = 300
-#drain_timeout = 600
-# comment lines to streams that wait, so that no balancer cuts them; 0 is never
-#comment_after = 10
-#cors_origins = []
-
-[keys]
-# make one with: hoberproxy keys create --label NAME
-#required = true
-
-[records]
-#file = "hoberproxy.db"
-
-[log]
-#level = "info"
-#access = true
-#format = "auto"
-
-# A provider that hoberproxy knows: address, variable of the key and quirks come from the preset.
-[providers.deepseek]
-preset = "deepseek"
-
-# Any other that speaks OpenAI's API. Keys are read from a variable or a file, never written here.
-[providers.example]
-base_url = "https://models.example.com/v1"
-api_key_env = "EXAMPLE_API_KEY"
-headers = { x-title = "hoberproxy" }
-#forward_headers = []
-#response_headers = []
-#stream_options = true
-#keepalive = 60
-#max_idle_connections = 1024
-
-# seconds of one attempt
-[providers.example.limits]
-#connect = 5
-#first_content = 300
-#idle = 120
-#total = 1800
-
-# A model, and the endpoints that serve it, in the order they are tried.
-[[models]]
-slug = "deepseek/deepseek-chat"
-context_length = 131072
-
-[[models.endpoints]]
-provider = "deepseek"
-model = "deepseek-chat"
-max_output = 8192
-# USD per million tokens
-price = { prompt = "0.14", completion = "0.28" }
-
-[[models.endpoints]]
-provider = "example"
-price = { prompt = "0.20", completion = "0.30" }
-limits = { first_content = 30 }
-
-# Every model of a provider without listing them: example/NAME is NAME there.
-[[models]]
-slug = "example/*"
-endpoints = [{ provider = "example" }]
-"""

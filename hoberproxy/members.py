@@ -1,7 +1,8 @@
 """The top-level members of a JSON object as spans of its bytes: nothing below is decoded.
 
-Whole documents are scanned at once (`scan_members`); one that passes in pieces has one member
-replaced on its way (`MemberRewriter`). Whether the bytes are valid JSON is orjson's business.
+Whole documents are scanned at once (`scan_members`, and `scan_elements` for an array in them); one
+that passes in pieces has one member replaced on its way (`MemberRewriter`). Whether the bytes are
+valid JSON is orjson's business.
 
 Neither steps through a string byte by byte or escape by escape: the next quote is looked for, and
 what stands before it tells whether the string ends there.
@@ -10,7 +11,7 @@ what stands before it tells whether the string ends there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ import orjson
 _QUOTE, _OPENING, _CLOSING_BRACE = ord('"'), frozenset(b"[{"), ord("}")
 _FILL = rb'[^"\[\]{}]*+'  # numbers, literals, commas, colons, whitespace
 _PLAIN_STRING = rb'"[^"]*+"'  # where escapes are hidden
-_SHORT_STRING = rb'"[^"\\]*+(?:\\[\x00-\xff][^"\\]*+)*+"'  # right for every string; 7 ns a byte
+_SHORT_STRING = rb'"[^"\\]*+(?>(?:\\[\x00-\xff][^"\\]*+)*)"'  # right for every string; 7 ns a byte
+# Repeated groups are atomic, `(?>(?:…)*)`, instead of possessive, `(?:…)*+`: before Python 3.11.5
+# the latter do not match when their body backtracks (CPython issue 106052), and Debian has 3.11.2.
 # A quote behind no backslash ends a string, one behind a single backslash does not: 0.8 ns a byte.
 # Only where a quote stands behind a longer run is the string read again the other way.
-_STRING = rb'(?:"[^"]*+(?:(?<=[^\\]\\)"[^"]*+)*+(?<!\\)"|%b)' % _SHORT_STRING
+_STRING = rb'(?:"[^"]*+(?>(?:(?<=[^\\]\\)"[^"]*+)*)(?<!\\)"|%b)' % _SHORT_STRING
 
 
 def _container_pattern(levels: int, string: bytes) -> bytes:
@@ -30,9 +33,9 @@ def _container_pattern(levels: int, string: bytes) -> bytes:
 
     Kinds of brackets are not paired: the input is valid JSON, or nobody relies on the answer.
     """
-    pattern = rb"[\[{]%b(?:%b%b)*+[\]}]" % (_FILL, string, _FILL)
+    pattern = rb"[\[{]%b(?>(?:%b%b)*)[\]}]" % (_FILL, string, _FILL)
     for _ in range(levels - 1):
-        pattern = rb"[\[{]%b(?:(?:%b|%b)%b)*+[\]}]" % (_FILL, string, pattern, _FILL)
+        pattern = rb"[\[{]%b(?>(?:(?:%b|%b)%b)*)[\]}]" % (_FILL, string, pattern, _FILL)
     return pattern
 
 
@@ -43,7 +46,7 @@ def _walk_pattern(string: bytes) -> re.Pattern[bytes]:
     found costs five times what orjson spends on it.
     """
     parts = (_FILL, string, _container_pattern(4, string), _FILL)
-    return re.compile(rb"%b(?:(?:%b|%b)%b)*+([\[{]++|[\]}]++|)" % parts)
+    return re.compile(rb"%b(?>(?:(?:%b|%b)%b)*)([\[{]++|[\]}]++|)" % parts)
 
 
 # Eight levels hold real messages and most tool schemas in one step, as fast as orjson reads them;
@@ -51,6 +54,9 @@ def _walk_pattern(string: bytes) -> re.Pattern[bytes]:
 _match_member = re.compile(
     rb'[\s,{]*+(%b)\s*+:\s*+(%b|%b|[^\s,"\[\]{}]++|)'
     % (_SHORT_STRING, _STRING, _container_pattern(8, _STRING))
+).match
+_match_element = re.compile(
+    rb'[\s,]*+(%b|%b|[^\s,"\[\]{}]++|)' % (_STRING, _container_pattern(8, _STRING))
 ).match
 _WALK = _walk_pattern(_STRING)
 _PLAIN_WALK = _walk_pattern(_PLAIN_STRING)
@@ -87,6 +93,21 @@ def scan_members(data: bytes) -> list[Member]:
         name = orjson.loads(data[start:name_end]) if has_escapes and b"\\" in raw else raw.decode()
         members.append(new(Member, (name, start, value_start, position)))
     return members
+
+
+def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:
+    """Where the elements of the array that opens at `start` begin and end, each when asked for.
+
+    `data` must be a document that `orjson.loads` accepts; for other bytes the answer means nothing.
+    """
+    position = start + 1
+    while found := _match_element(data, position):
+        begin, position = found.span(1)
+        if begin == position:  # an empty match: the array's end, or nested deeper than the pattern
+            if data[begin] not in _OPENING:
+                break
+            position = _container_end(data, begin)
+        yield begin, position
 
 
 def _container_end(data: bytes, position: int) -> int:

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .catalog import (
+    NO_ABILITIES,
+    NO_ADAPTATION,
+    Abilities,
+    Adaptation,
     BaseUrl,
     ConfigError,
     Endpoint,
@@ -35,6 +39,8 @@ class Preset:
     base_url: str
     stream_options: bool = True  # understands `stream_options.include_usage`
     url_variables: tuple[str, ...] = ()  # the first that is set holds the base URL
+    abilities: Abilities = NO_ABILITIES
+    adaptation: Adaptation = NO_ADAPTATION
 
     @property
     def is_local(self) -> bool:
@@ -42,17 +48,39 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "openai": Preset("OpenAI", ("OPENAI_API_KEY",), "https://api.openai.com/v1"),
+    # "Deprecated in favor of max_completion_tokens" (API reference, chat/create): newer models
+    # refuse max_tokens with a 400, none refuses the other.
+    "openai": Preset(
+        "OpenAI",
+        ("OPENAI_API_KEY",),
+        "https://api.openai.com/v1",
+        adaptation=Adaptation(rename=(("max_tokens", "max_completion_tokens"),)),
+    ),
     "anthropic": Preset("Anthropic", ("ANTHROPIC_API_KEY",), "https://api.anthropic.com/v1"),
     "gemini": Preset(
         "Google Gemini",
         ("GEMINI_API_KEY",),
         "https://generativelanguage.googleapis.com/v1beta/openai",
     ),
-    "deepseek": Preset("DeepSeek", ("DEEPSEEK_API_KEY",), "https://api.deepseek.com/v1"),
-    # 422 "extra_forbidden" on stream_options; usage comes with the last event unasked.
+    # 400 "unknown variant `developer`" and "This response_format type is unavailable now" for
+    # json_schema: the API reference, create-chat-completion, has neither.
+    "deepseek": Preset(
+        "DeepSeek",
+        ("DEEPSEEK_API_KEY",),
+        "https://api.deepseek.com/v1",
+        abilities=Abilities(json_schema=False),
+        adaptation=Adaptation(roles=(("developer", "system"),)),
+    ),
+    # 422 "extra_forbidden" on stream_options (usage comes with the last event unasked) and on
+    # max_completion_tokens; the API reference has max_tokens and random_seed in their places.
     "mistral": Preset(
-        "Mistral", ("MISTRAL_API_KEY",), "https://api.mistral.ai/v1", stream_options=False
+        "Mistral",
+        ("MISTRAL_API_KEY",),
+        "https://api.mistral.ai/v1",
+        stream_options=False,
+        adaptation=Adaptation(
+            rename=(("max_completion_tokens", "max_tokens"), ("seed", "random_seed"))
+        ),
     ),
     "xai": Preset("xAI", ("XAI_API_KEY",), "https://api.x.ai/v1"),
     "groq": Preset("Groq", ("GROQ_API_KEY",), "https://api.groq.com/openai/v1"),
@@ -109,7 +137,7 @@ def presets_from_environment(environ: Mapping[str, str]) -> tuple[list[Provider]
             problems.extend(error.problems)
     if problems:
         raise ConfigError(problems)
-    return providers, [_wildcard(provider.name) for provider in providers]
+    return providers, [_wildcard(provider) for provider in providers]
 
 
 def preset_key(preset: Preset, environ: Mapping[str, str]) -> str | None:
@@ -136,11 +164,15 @@ def _provider(name: str, preset: Preset, environ: Mapping[str, str]) -> Provider
         *preset_url(preset, environ),
         api_key=preset_key(preset, environ),
         stream_options=preset.stream_options,
+        abilities=preset.abilities,
+        adaptation=preset.adaptation,
     )
 
 
-def _wildcard(name: str) -> Model:
-    return Model(slug=f"{name}/*", endpoints=(Endpoint(name, "*"),), owned_by=name)
+def _wildcard(provider: Provider) -> Model:
+    name = provider.name
+    endpoint = Endpoint(name, "*", abilities=provider.abilities, adaptation=provider.adaptation)
+    return Model(slug=f"{name}/*", endpoints=(endpoint,), owned_by=name)
 
 
 def _read(variable: str, environ: Mapping[str, str], parse: Callable[[str], T]) -> T:

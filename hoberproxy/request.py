@@ -9,19 +9,20 @@ digits and escapes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
 import orjson
 
+from .catalog import NO_ADAPTATION, ROLES, Adaptation
 from .errors import RequestError
-from .members import Member, scan_members
+from .members import Member, scan_elements, scan_members
 
 JsonObject = dict[str, Any]
 
-_ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 _TOOL_CHOICES = frozenset(("auto", "none", "required"))
 _RESPONSE_FORMATS = frozenset(("text", "json_object", "json_schema"))
 _JSON_FORMATS = frozenset(("json_object", "json_schema"))
@@ -75,6 +76,8 @@ class Call:
     needs_json: bool
     needs_images: bool
     max_output: int | None  # tokens
+    # Each role of the messages, and the place of the last message that has it.
+    roles: Mapping[str, int] = field(default_factory=dict)
 
 
 def parse_call(body: bytes) -> Call:
@@ -92,6 +95,7 @@ def parse_call(body: bytes) -> Call:
 def _make_call(document: JsonObject, body: bytes, members: tuple[Member, ...]) -> Call:
     get = document.get
     provider = get("provider")
+    has_images, roles = _check_messages(document["messages"])
     return Call(
         candidates=_candidates(get("model"), get("models")),
         stream=get("stream") is True,
@@ -104,8 +108,9 @@ def _make_call(document: JsonObject, body: bytes, members: tuple[Member, ...]) -
         members=members,
         needs_tools=bool(get("tools")),
         needs_json=(get("response_format") or {}).get("type") in _JSON_FORMATS,
-        needs_images=_check_messages(document["messages"]),
+        needs_images=has_images,
         max_output=get("max_completion_tokens") or get("max_tokens"),
+        roles=roles,
     )
 
 
@@ -314,25 +319,29 @@ _PARAMETERS = frozenset((*_CHECKS, "messages"))
 # Messages
 
 
-def _check_messages(messages: object) -> bool:
-    """Whether any message holds an image; raises RequestError for the first that is wrong."""
+def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
+    """Whether any message holds an image, and the roles with the last place of each.
+
+    Raises RequestError for the first message that is wrong.
+    """
     if type(messages) is not list:
         raise _wrong_type("messages", "array", messages)
     if not messages:
         raise _wrong_value("messages", "one message or more", "an empty array")
-    has_images = False
+    has_images, roles = False, dict[str, int]()
     for index, message in enumerate(messages):
         if type(message) is not dict:
             raise _wrong_type(f"messages[{index}]", "object", message)
         role = message.get("role")
-        if type(role) is not str or role not in _ROLES:
+        if type(role) is not str or role not in ROLES:
             raise _wrong_role(f"messages[{index}].role", message)
+        roles[role] = index
         content = message.get("content")
         if type(content) is list:
             has_images = _check_parts(index, content) or has_images
         elif type(content) is not str and not _speaks_without_content(message):
             raise _wrong_content(f"messages[{index}].content", message)
-    return has_images
+    return has_images, roles
 
 
 def _check_parts(index: int, parts: list[Any]) -> bool:
@@ -356,10 +365,10 @@ def _speaks_without_content(message: JsonObject) -> bool:
 
 def _wrong_role(param: str, message: JsonObject) -> RequestError:
     if "role" not in message:
-        return _missing(param, _one_of(_ROLES))
+        return _missing(param, _one_of(ROLES))
     if type(message["role"]) is not str:
         return _wrong_type(param, "string", message["role"])
-    return _wrong_value(param, _one_of(_ROLES), "another string")
+    return _wrong_value(param, _one_of(ROLES), "another string")
 
 
 def _wrong_content(param: str, message: JsonObject) -> RequestError:
@@ -427,41 +436,90 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
 # The body that goes upstream
 
 
-def serialize_upstream_body(call: Call, upstream_model: str, *, stream_options: bool) -> bytes:
+# What becomes of one member: its new `"name":` and its new raw value, None where the client's
+# bytes stay. None for the whole takes the member out.
+_Change = tuple[bytes | None, bytes | None] | None
+
+
+def serialize_upstream_body(
+    call: Call,
+    upstream_model: str,
+    *,
+    stream_options: bool,
+    adaptation: Adaptation = NO_ADAPTATION,
+    without: frozenset[str] = frozenset(),
+) -> bytes:
     """The client's body with our few changes; all other members keep their bytes and order.
 
-    `stream_options` says whether the endpoint understands that member. Costs one copy of the body.
+    `stream_options` says whether the endpoint understands that member, `adaptation` how it wants
+    its bodies. A renamed member keeps its place and value; where the client gave the new name a
+    value too, that one stands and the renamed member is taken out. Of the options we would put in,
+    those in `without`, which the endpoint has refused, go up only as the client sent them.
+
+    Costs one copy of the body, and up to two of the messages where roles are changed.
     """
-    changes = _changes(call, upstream_model, stream_options)
+    changes = _changes(call, upstream_model, stream_options, without)
+    if adaptation is not NO_ADAPTATION:
+        _adapt(changes, call, adaptation, without)
     view = memoryview(call.body)
     parts: list[bytes | memoryview] = []
     for name, start, value_start, end in call.members:
         if name not in changes:
             parts += (b",", view[start:end])
-        elif (value := changes.pop(name)) is not None:
-            parts += (b",", view[start:value_start], value)
-    for name, value in changes.items():  # what the client's body had no place for
-        if value is not None:
-            parts.append(b',"%b":%b' % (name.encode(), value))
-    parts[0:1] = [b"{", parts[0][1:]]  # the first comma
+        elif (change := changes.pop(name)) is not None:
+            head, value = change
+            parts += (b",", head or view[start:value_start], value or view[value_start:end])
+    for name, change in changes.items():  # what the client's body had no place for
+        if change is not None and change[1] is not None:
+            parts += (b",", _head(name), change[1])
+    parts[0] = b"{"  # for the first comma
     parts.append(b"}")
     return b"".join(parts)
 
 
-def _changes(call: Call, upstream_model: str, stream_options: bool) -> dict[str, bytes | None]:
-    """New raw values by name; None takes the member out."""
-    changes: dict[str, bytes | None] = {
-        "model": orjson.dumps(upstream_model),
+def injected_options(call: Call, adaptation: Adaptation, *, stream_options: bool) -> frozenset[str]:
+    """The members that we put into the body and the client did not send.
+
+    A renamed one is not among them: its value is the client's, and an upstream that names it may
+    well complain of that.
+    """
+    names = {name for name, _ in adaptation.set}
+    if stream_options and call.stream:
+        names.add("stream_options")
+    return frozenset(names) - call.parameters
+
+
+def named_option(message_text: str, injected: frozenset[str]) -> str | None:
+    """Which of the `injected` options an upstream's refusal names, the first if several.
+
+    The text may be a message, a `param` or a whole body. It may also quote the prompt, and so name
+    what was not refused: only a second try that succeeds without the option proves it.
+    """
+    places = {}
+    for name in injected:
+        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message_text):
+            places[name] = found.start()
+    return min(places, key=places.__getitem__, default=None)
+
+
+def _changes(
+    call: Call, upstream_model: str, stream_options: bool, without: frozenset[str]
+) -> dict[str, _Change]:
+    changes: dict[str, _Change] = {
+        "model": (None, orjson.dumps(upstream_model)),
         "models": None,
         "provider": None,
         "usage": None,
     }
     if not stream_options:
         changes["stream_options"] = None
+    elif "stream_options" in without:
+        _leave_to_client(changes, call, "stream_options")
     elif call.stream:
         options = _stream_options(call)
         if options.get("include_usage") is not True:
-            changes["stream_options"] = orjson.dumps({**options, "include_usage": True})
+            value = orjson.dumps({**options, "include_usage": True})
+            changes["stream_options"] = (None, value)
     return changes
 
 
@@ -470,3 +528,53 @@ def _stream_options(call: Call) -> JsonObject:
         if member.name == "stream_options":
             return orjson.loads(call.body[member.value_start : member.end]) or {}
     return {}
+
+
+def _adapt(
+    changes: dict[str, _Change], call: Call, adaptation: Adaptation, without: frozenset[str]
+) -> None:
+    for old, new in adaptation.rename:
+        if old in call.parameters and new not in call.parameters:
+            changes[new] = None  # a null, if anything
+            changes[old] = (_head(new), None)
+        else:
+            changes[old] = None
+    for name in adaptation.drop:
+        changes[name] = None
+    for name, value in adaptation.set:
+        if name in without:
+            _leave_to_client(changes, call, name)
+        else:
+            changes[name] = (None, value)
+    places = [call.roles[role] for role, _ in adaptation.roles if role in call.roles]
+    if places:
+        changes["messages"] = (None, _adapt_roles(call, dict(adaptation.roles), max(places)))
+
+
+def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
+    if name not in call.parameters:  # a null is as good as absent, but not to who forbids the name
+        changes[name] = None
+
+
+def _head(name: str) -> bytes:
+    return orjson.dumps(name) + b":"
+
+
+def _adapt_roles(call: Call, roles: dict[str, str], last: int) -> bytes:
+    """The messages with other roles up to the `last`; all else in them keeps its bytes."""
+    (messages,) = (member for member in call.members if member.name == "messages")
+    view = memoryview(call.body)
+    parts: list[bytes | memoryview] = []
+    sent = messages.value_start
+    # To read all of a prompt again would cost twice its parse; a developer's message stands first.
+    for start, end in islice(scan_elements(call.body, messages.value_start), last + 1):
+        message = call.body[start:end]
+        for member in scan_members(message):
+            if member.name != "role":
+                continue
+            role = orjson.loads(message[member.value_start : member.end])
+            if type(role) is str and role in roles:
+                parts += (view[sent : start + member.value_start], orjson.dumps(roles[role]))
+                sent = start + member.end
+    parts.append(view[sent : messages.end])
+    return b"".join(parts)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -9,6 +10,9 @@ from hypothesis import strategies as st
 
 from hoberproxy.catalog import (
     DEFAULT_CREATED,
+    NO_ADAPTATION,
+    Abilities,
+    Adaptation,
     Catalog,
     Endpoint,
     Model,
@@ -92,6 +96,13 @@ def test_no_entry_serves(slug: str) -> None:
 def test_any_slug_is_answered(slug: str) -> None:
     found = CATALOG.find("openai/" + slug)
     assert found is None or found.slug == "openai/" + slug
+
+
+def test_a_model_of_a_wildcard_has_the_abilities_and_changes_of_its_endpoint() -> None:
+    endpoint = Endpoint("p", "*", weight=2.0, abilities=ABLE, adaptation=CHANGED)
+    found = Catalog([Model("a/*", (endpoint,))]).find("a/b")
+    assert found is not None
+    assert found.endpoints == (replace(endpoint, upstream_model="b"),)
 
 
 def test_a_slug_asked_for_again_gives_the_same_object() -> None:
@@ -186,6 +197,60 @@ def test_a_model_is_described_by_slug_pattern_and_through_a_wildcard() -> None:
         assert entry is not None
         assert entry["id"] == slug
     assert CATALOG.describe("nothing") is None
+
+
+ABLE = Abilities(tools=True, vision=False, parameters=frozenset(("seed",)))
+CHANGED = Adaptation((("a", "b"),), frozenset(("c",)), (("d", b"1"),), (("developer", "system"),))
+
+
+def test_what_says_nothing_leaves_the_defaults_as_they_are() -> None:
+    assert Abilities().over(ABLE) == ABLE == ABLE.over(Abilities())
+    assert Adaptation().over(CHANGED) == CHANGED == CHANGED.over(Adaptation())
+    assert ABLE.over(ABLE) == ABLE
+    assert CHANGED.over(CHANGED) == CHANGED
+
+
+def test_no_changes_at_all_are_one_object() -> None:
+    stays = Adaptation(rename=(("a", "a"), ("c", "c"), ("d", "d")), roles=(("tool", "tool"),))
+    assert Adaptation().over(Adaptation()) is NO_ADAPTATION
+    assert stays.over(Adaptation(CHANGED.rename, CHANGED.drop, CHANGED.set)) is NO_ADAPTATION
+
+
+def test_false_and_an_empty_list_are_something_said() -> None:
+    own = Abilities(tools=False, parameters=frozenset())
+    assert own.over(ABLE) == Abilities(tools=False, vision=False, parameters=frozenset())
+
+
+@st.composite
+def adaptations(draw: st.DrawFn) -> Adaptation:
+    """Any that the config would take."""
+    names = draw(st.permutations("abcdef"))
+    cut = draw(st.integers(0, 2))
+    pairs = [(names[2 * i], draw(st.sampled_from(names[2 * i : 2 * i + 2]))) for i in range(cut)]
+    rest = names[2 * cut :]
+    return Adaptation(
+        rename=tuple(pairs),
+        drop=frozenset(draw(st.sets(st.sampled_from(rest[:1])))),
+        set=tuple((name, b"1") for name in draw(st.sets(st.sampled_from(rest[1:])))),
+    )
+
+
+@given(adaptations(), adaptations())
+def test_what_two_tables_say_together_has_one_rule_for_a_name(
+    own: Adaptation, default: Adaptation
+) -> None:
+    merged = own.over(default)
+    spoken_of = [name for pair in merged.rename for name in pair]
+    spoken_of += [*merged.drop, *(name for name, _ in merged.set)]
+    assert len(spoken_of) == len(set(spoken_of))
+    assert merged.names <= own.names | default.names
+    # All of our own rules are in it, and of the default's those that speak of nothing of ours.
+    assert {pair for pair in own.rename if pair[0] != pair[1]} <= set(merged.rename)
+    assert own.drop <= merged.drop
+    assert set(own.set) <= set(merged.set)
+    if own.names.isdisjoint(default.names):
+        assert default.drop <= merged.drop
+        assert set(default.set) <= set(merged.set)
 
 
 @pytest.mark.parametrize(

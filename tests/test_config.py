@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from hoberproxy.config import (
     EXAMPLE,
+    Abilities,
+    Adaptation,
     Address,
     Config,
     ConfigError,
@@ -24,6 +28,7 @@ from hoberproxy.config import (
     Prices,
     Provider,
     RecordSettings,
+    RoutingSettings,
     ServerSettings,
     TimeLimits,
     parse_config,
@@ -35,6 +40,15 @@ ENVIRON = {"DEEPSEEK_API_KEY": SECRET, "EXAMPLE_API_KEY": SECRET, "EMPTY": " ", 
 
 PROVIDER = '[providers.p]\nbase_url = "https://host/v1"\n'
 MODEL = '[[models]]\nslug = "m"\nendpoints = [{ provider = "p" }]\n'
+
+
+# What test_an_endpoints_own_rules_win_name_by_name starts from.
+ABCD = Adaptation((("a", "b"),), frozenset("c"), (("d", b"1"),), (("developer", "system"),))
+JSON_VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(),
+    lambda below: st.lists(below) | st.dictionaries(st.text(), below),
+    max_leaves=8,
+)
 
 
 def read_file(path: str) -> str:
@@ -72,6 +86,11 @@ def provider(lines: str) -> Provider:
     return parse(PROVIDER + lines + "\n" + MODEL).providers["p"]
 
 
+def endpoint(lines: str, at_provider: str = "", slug: str = "m") -> Endpoint:
+    head = f'{PROVIDER}{at_provider}\n[[models]]\nslug = "{slug}"\n[[models.endpoints]]\n'
+    return parse(f'{head}provider = "p"\n{lines}\n').models[0].endpoints[0]
+
+
 def model(lines: str) -> Model:
     return parse(f"{PROVIDER}[[models]]\n{lines}\n").models[0]
 
@@ -88,6 +107,7 @@ def test_the_least_config_has_every_default() -> None:
         log=LogSettings(),
         providers={"p": Provider("p", "https", "host", 443, "/v1")},
         models=(Model("m", (Endpoint("p", "m"),)),),
+        routing=RoutingSettings(max_attempts=6, attempts_timeout=900.0),
     )
 
 
@@ -119,6 +139,9 @@ def test_server_settings_are_read() -> None:
     required = false
     [records]
     file = "/var/lib/r.db"
+    [routing]
+    max_attempts = 2
+    attempts_timeout = 30
     [log]
     level = "debug"
     access = false
@@ -140,6 +163,7 @@ def test_server_settings_are_read() -> None:
     assert type(config.server.head_timeout) is type(config.server.body_timeout) is float
     assert (config.keys, config.records) == (KeySettings(False), RecordSettings("/var/lib/r.db"))
     assert config.log == LogSettings("debug", False, "json")
+    assert config.routing == RoutingSettings(2, 30.0)
 
 
 def test_listen_may_be_one_address() -> None:
@@ -220,6 +244,16 @@ def test_an_endpoint_is_read() -> None:
         max_output = 512
         price = { prompt = "0.1", completion = 0.30 }
         limits = { first_content = 7 }
+        weight = 2.5
+        tools = true
+        json_mode = true
+        json_schema = false
+        vision = false
+        parameters = ["tools", "top_k"]
+        rename = { max_tokens = "max_completion_tokens" }
+        drop = ["user", "logit_bias"]
+        set = { top_k = 40 }
+        roles = { developer = "system" }
         """
     ) == Model(
         slug="lab/m",
@@ -234,6 +268,14 @@ def test_an_endpoint_is_read() -> None:
                 max_output=512,
                 prices=Prices(Decimal("0.1"), Decimal("0.30")),
                 limits=TimeLimits(first_content=7.0),
+                weight=2.5,
+                abilities=Abilities(True, True, False, False, frozenset(("tools", "top_k"))),
+                adaptation=Adaptation(
+                    rename=(("max_tokens", "max_completion_tokens"),),
+                    drop=frozenset(("user", "logit_bias")),
+                    set=(("top_k", b"40"),),
+                    roles=(("developer", "system"),),
+                ),
             ),
         ),
     )
@@ -243,6 +285,135 @@ def test_limits_of_an_endpoint_are_the_providers_where_they_say_nothing() -> Non
     text = PROVIDER + "limits = { connect = 1, idle = 2 }\n" + MODEL
     endpoint = parse(text.replace('"p" }', '"p", limits = { idle = 3 } }')).models[0].endpoints[0]
     assert endpoint.limits == TimeLimits(connect=1.0, idle=3.0)
+
+
+def test_what_a_provider_says_of_its_endpoints_reaches_them() -> None:
+    said = """tools = true
+    parameters = []
+    rename = { a = "b" }
+    drop = ["c"]
+    set = { d = 1 }
+    roles = { tool = "function" }"""
+    p = provider(said)
+    assert p.abilities == Abilities(tools=True, parameters=frozenset())
+    assert p.adaptation == Adaptation(
+        (("a", "b"),), frozenset("c"), (("d", b"1"),), (("tool", "function"),)
+    )
+    for slug in ("m", "p/*"):
+        e = endpoint("", said, slug)
+        assert (e.abilities, e.adaptation) == (p.abilities, p.adaptation)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        pytest.param("", ABCD, id="nothing"),
+        pytest.param(
+            'rename = { x = "y" }\ndrop = ["u"]\nset = { z = 2 }\nroles = { tool = "user" }',
+            Adaptation(
+                (("a", "b"), ("x", "y")),
+                frozenset("cu"),
+                (("d", b"1"), ("z", b"2")),
+                (("developer", "system"), ("tool", "user")),
+            ),
+            id="rules-for-other-names-stand-beside",
+        ),
+        pytest.param(
+            'rename = { a = "f" }', replace(ABCD, rename=(("a", "f"),)), id="the-same-renamed"
+        ),
+        pytest.param(
+            'rename = { f = "b" }', replace(ABCD, rename=(("f", "b"),)), id="another-onto-the-same"
+        ),
+        pytest.param(
+            'rename = { b = "f" }', replace(ABCD, rename=(("b", "f"),)), id="no-chain-comes-about"
+        ),
+        pytest.param('rename = { a = "a" }', replace(ABCD, rename=()), id="renamed-to-itself"),
+        pytest.param(
+            'rename = { c = "c" }', replace(ABCD, drop=frozenset()), id="kept-not-dropped"
+        ),
+        pytest.param('rename = { d = "d" }', replace(ABCD, set=()), id="left-not-set"),
+        pytest.param(
+            'drop = ["a", "d"]',
+            replace(ABCD, rename=(), drop=frozenset("acd"), set=()),
+            id="dropped-instead",
+        ),
+        pytest.param(
+            "set = { b = 5, c = 6, d = 7 }",
+            Adaptation(
+                set=(("b", b"5"), ("c", b"6"), ("d", b"7")), roles=(("developer", "system"),)
+            ),
+            id="set-instead",
+        ),
+        pytest.param(
+            'roles = { developer = "user" }',
+            replace(ABCD, roles=(("developer", "user"),)),
+            id="another-role",
+        ),
+        pytest.param(
+            'roles = { developer = "developer" }', replace(ABCD, roles=()), id="role-as-it-is"
+        ),
+    ],
+)
+def test_an_endpoints_own_rules_win_name_by_name(own: str, expected: Adaptation) -> None:
+    defaults = """rename = { a = "b" }
+    drop = ["c"]
+    set = { d = 1 }
+    roles = { developer = "system" }"""
+    assert endpoint(own, defaults).adaptation == expected
+
+
+def test_an_endpoints_own_abilities_win_name_by_name() -> None:
+    own = 'vision = true\nparameters = ["b"]'
+    defaults = 'tools = true\nvision = false\nparameters = ["a"]'
+    assert endpoint(own, defaults).abilities == Abilities(
+        tools=True, vision=True, parameters=frozenset("b")
+    )
+
+
+def test_a_preset_brings_abilities_and_adaptations_that_settings_override() -> None:
+    def wildcard_of(text: str, variable: str) -> Endpoint:
+        config = parse(f"[providers.p]\n{text}\n" + MODEL, {variable: "k"})
+        return config.models[0].endpoints[0]
+
+    openai = wildcard_of('preset = "openai"', "OPENAI_API_KEY")
+    assert openai.adaptation.rename == (("max_tokens", "max_completion_tokens"),)
+    old = wildcard_of('preset = "openai"\nrename = { max_tokens = "max_tokens" }', "OPENAI_API_KEY")
+    assert old.adaptation == Adaptation()
+    deepseek = wildcard_of('preset = "deepseek"\nvision = false', "DEEPSEEK_API_KEY")
+    assert deepseek.abilities == Abilities(json_schema=False, vision=False)
+    assert deepseek.adaptation.roles == (("developer", "system"),)
+
+
+@pytest.mark.parametrize(
+    ("toml", "text"),
+    [
+        ("true", b"true"),
+        ("-5", b"-5"),
+        ("0x10", b"16"),
+        ("18446744073709551615", b"18446744073709551615"),
+        ("1.50", b"1.50"),
+        ("0.1000000000000000000000001", b"0.1000000000000000000000001"),
+        ("1e-7", b"1E-7"),
+        ("-0.0", b"-0.0"),
+        ("1_000.5", b"1000.5"),
+        ('"a\\n\\"é"', rb'"a\n\"\u00e9"'),
+        ("[]", b"[]"),
+        ("{}", b"{}"),
+        ('[1, 2.0, "a", [true], { b = { "c d" = 1 } }]', b'[1,2.0,"a",[true],{"b":{"c d":1}}]'),
+    ],
+)
+def test_a_value_that_is_set_is_json_with_the_digits_written(toml: str, text: bytes) -> None:
+    assert endpoint(f"set = {{ x = {toml} }}").adaptation.set == (("x", text),)
+
+
+@given(JSON_VALUES)
+def test_any_json_value_can_be_set(value: Any) -> None:
+    place = tomllib.loads(PROVIDER + MODEL)
+    place["providers"]["p"]["set"] = {"x": value}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tomllib, "loads", lambda text, parse_float: place)
+        ((_, text),) = parse("").providers["p"].adaptation.set
+    assert json.loads(text) == value
 
 
 def test_a_wildcard_fills_in_the_whole_rest_by_default() -> None:
@@ -310,6 +481,10 @@ def at_model(lines: str) -> str:
 
 def at_endpoint(members: str, slug: str = "m") -> str:
     return f'{PROVIDER}[[models]]\nslug = "{slug}"\nendpoints = [{{ {members} }}]\n'
+
+
+def at_routing(lines: str) -> str:
+    return f"[routing]\n{lines}\n{PROVIDER}{MODEL}"
 
 
 ENDPOINT = "models[0].endpoints[0]"
@@ -432,6 +607,69 @@ REFUSED = [
     case("providers.p.max_idle_connections", at_provider("max_idle_connections = -1")),
     case("providers.p.stream_options", at_provider('stream_options = "no"'), "true or false"),
     case("providers.p.limits.total", at_provider("limits.total = 0")),
+    case("routing.max_attempts", at_routing("max_attempts = 0")),
+    case("routing.attempts_timeout", at_routing("attempts_timeout = 0")),
+    case("routing.max_atempts", at_routing("max_atempts = 1"), '"max_attempts"'),
+    *(
+        case(f"{ENDPOINT}.weight", at_endpoint(f'provider = "p", weight = {weight}'), id=name)
+        for name, weight in {
+            "weight-negative": "-1",
+            "weight-nan": "nan",
+            "weight-infinite": "inf",
+            "weight-boolean": "true",
+            "weight-text": '"hunter2"',
+        }.items()
+    ),
+    case("providers.p.tools", at_provider("tools = 1"), "true or false"),
+    case(f"{ENDPOINT}.vision", at_endpoint('provider = "p", vision = "yes"'), "true or false"),
+    case("providers.p.parameters[1]", at_provider('parameters = ["a", "hunter2 hunter2"]')),
+    *(
+        case(
+            "providers.p." + path.format(name),
+            at_provider(rule.format(name)),
+            f'"{name}"; take it out: ',
+            id=f"{path.partition('[')[0].partition('.')[0]}-{'onto-' * ('{}' not in path)}{name}",
+        )
+        for path, rule in {
+            "rename.{}": 'rename.{} = "x"',
+            "rename.x": 'rename.x = "{}"',
+            "drop[0]": 'drop = ["{}"]',
+            "set.{}": "set.{} = 1",
+        }.items()
+        for name in "model models messages stream provider usage stream_options Model".split()
+    ),
+    case('providers.p.rename."a b"', at_provider('rename."a b" = "c"'), "max_tokens"),
+    case("providers.p.rename.a", at_provider('rename.a = "hunter2 "'), id="rename-to-no-name"),
+    case("providers.p.rename.a", at_provider("rename.a = 1"), "a string", id="rename-to-number"),
+    case("providers.p.rename", at_provider('rename = "a"'), "a table"),
+    *(
+        case(f"providers.p.{path}", at_provider(rules), says, id=name)
+        for name, path, rules, says in [
+            ("rename-chain", "rename.a", 'rename = { a = "b", b = "c" }', '"b"'),
+            ("rename-onto-one", "rename.b", 'rename = { a = "c", b = "c" }', '"c"'),
+            ("rename-onto-kept", "rename.b", 'rename = { a = "a", b = "a" }', '"a"'),
+            ("drop-renamed", "drop", 'drop = ["a"]\nrename.a = "b"', '"a"'),
+            ("drop-new-name", "drop", 'drop = ["b"]\nrename.a = "b"', '"b"'),
+            ("drop-and-set", "set.a", 'drop = ["a"]\nset.a = 1', "drop"),
+            ("rename-and-set", "set.b", 'rename.a = "b"\nset.b = 1', "rename"),
+        ]
+    ),
+    *(
+        case("providers.p.set.a", at_provider(f"set.a = {value}"), says, id=f"set-{name}")
+        for name, value, says in [
+            ("date", "1979-05-27", "a date or time"),
+            ("time-within", "[{ b = 07:32:00 }]", "a date or time"),
+            ("nan", "nan", "NaN"),
+            ("infinite", "[-inf]", "-Infinity"),
+            ("beyond-64-bits", "18446744073709551616", "64 bits"),
+            ("beyond-a-double", "1e400", "64 bits"),
+            ("endless", "0x" + "f" * 9999, "64 bits"),
+        ]
+    ),
+    case("providers.p.set.hunter3-", at_provider('set.hunter3- = 07:32:00'), id="set-name"),
+    case("providers.p.roles.develop", at_provider('roles.develop = "user"'), '"developer"'),
+    case("providers.p.roles.tool", at_provider('roles.tool = "hunter2"'), "known here: "),
+    case(f"{ENDPOINT}.drop[0]", at_endpoint('provider = "p", drop = ["model"]'), "endpoint"),
     case("models[0].slug", at_model("owned_by = 'x'"), "got none", id="no-slug"),
     case("models[0].endpoints", PROVIDER + '[[models]]\nslug = "m"\n', id="no-endpoints"),
     *(
@@ -512,6 +750,10 @@ def test_all_problems_are_told_at_once() -> None:
     [providers.b]
     base_url = "http://h"
     keepalive = "x"
+    rename = { model = "x", a = "b", c = "b" }
+    drop = ["b", "usage"]
+    set = { a = 1, d = 07:32:00 }
+    roles = { x = "y" }
     [[models]]
     slug = "a b"
     endpoints = [{ provider = "a" }, { provider = "zzz" }]
@@ -520,11 +762,24 @@ def test_all_problems_are_told_at_once() -> None:
         "models[0].endpoints[1].provider",
         "models[0].slug",
         "providers.a.base_url",
+        "providers.b.drop",
+        "providers.b.drop[1]",
         "providers.b.keepalive",
+        "providers.b.rename.c",
+        "providers.b.rename.model",
+        "providers.b.roles.x",
+        "providers.b.roles.x",
+        "providers.b.set.a",
+        "providers.b.set.d",
         "server.head_timeout",
         "server.listen",
         "server.oops",
     ]
+
+
+def test_a_cycle_of_renames_is_refused_at_each_of_its_members() -> None:
+    cycle = at_provider('rename = { a = "b", b = "a" }')
+    assert paths_of(cycle) == ["providers.p.rename.a", "providers.p.rename.b"]
 
 
 def test_a_broken_provider_is_still_known_to_endpoints() -> None:
@@ -588,6 +843,7 @@ def known_names(section: str) -> list[str]:
         "server": server("zzzzzzzz = 1"),
         "keys": "[keys]\nzzzzzzzz = 1\n" + PROVIDER + MODEL,
         "records": "[records]\nzzzzzzzz = 1\n" + PROVIDER + MODEL,
+        "routing": at_routing("zzzzzzzz = 1"),
         "log": "[log]\nzzzzzzzz = 1\n" + PROVIDER + MODEL,
         "providers.NAME": at_provider("zzzzzzzz = 1"),
         "providers.NAME.limits": at_provider("limits.zzzzzzzz = 1"),
@@ -610,6 +866,7 @@ SECTIONS = {
     "server": ServerSettings,
     "keys": KeySettings,
     "records": RecordSettings,
+    "routing": RoutingSettings,
     "log": LogSettings,
     "providers.NAME": Provider,
     "providers.NAME.limits": TimeLimits,
@@ -617,9 +874,15 @@ SECTIONS = {
     "models.endpoints": Endpoint,
     "price": Prices,
 }
-# Fields whose setting has another name.
-SETTING_OF = {"scheme": "base_url", "host": "base_url", "port": "base_url", "path": "base_url",
-              "api_key": "api_key_env", "upstream_model": "model", "prices": "price"}  # fmt: skip
+# Fields that are set under other names.
+SETTINGS_OF = {
+    **{field: {"base_url"} for field in ("scheme", "host", "port", "path")},
+    "api_key": {"api_key_env", "api_key_file"},
+    "upstream_model": {"model"},
+    "prices": {"price"},
+    "abilities": {field.name for field in dataclasses.fields(Abilities)},
+    "adaptation": {field.name for field in dataclasses.fields(Adaptation)},
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -632,7 +895,8 @@ def test_every_field_has_a_documented_setting(section: str) -> None:
     fields = {field.name for field in dataclasses.fields(SECTIONS[section])}
     if section == "providers.NAME":
         fields.remove("name")
-    assert {SETTING_OF.get(field, field) for field in fields} <= set(documented(section))
+    settings = set[str]().union(*(SETTINGS_OF.get(field, {field}) for field in fields))
+    assert settings <= set(documented(section))
 
 
 def shown(value: object) -> str:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.catalog import Catalog, ConfigError, parse_base_url, parse_slug
+from hoberproxy.catalog import (
+    Abilities,
+    Adaptation,
+    Catalog,
+    ConfigError,
+    parse_base_url,
+    parse_slug,
+)
+from hoberproxy.config import parse_config
 from hoberproxy.presets import PRESETS, presets_from_environment
 
 SETTINGS = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -55,6 +63,53 @@ def test_the_second_variable_of_a_provider_is_read_when_the_first_is_not_set() -
 def test_stream_options_are_kept_from_who_rejects_them(name: str) -> None:
     (provider,), _ = presets_from_environment({PRESETS[name].key_variables[0]: "k"})
     assert not provider.stream_options
+
+
+RENAMED_LIMIT = (("max_tokens", "max_completion_tokens"),)
+QUIRKS = {
+    "openai": (Abilities(), Adaptation(rename=RENAMED_LIMIT)),
+    "deepseek": (
+        Abilities(json_schema=False),
+        Adaptation(roles=(("developer", "system"),)),
+    ),
+    "mistral": (
+        Abilities(),
+        Adaptation(rename=(("max_completion_tokens", "max_tokens"), ("seed", "random_seed"))),
+    ),
+    "groq": (Abilities(), Adaptation()),
+}
+
+
+@pytest.mark.parametrize("name", QUIRKS)
+def test_models_of_a_wildcard_are_spoken_to_as_the_preset_knows(name: str) -> None:
+    (provider,), models = presets_from_environment({PRESETS[name].key_variables[0]: "k"})
+    found = Catalog(models).find(f"{name}/any-model")
+    assert found is not None
+    (endpoint,) = found.endpoints
+    assert (endpoint.abilities, endpoint.adaptation) == QUIRKS[name]
+    assert (provider.abilities, provider.adaptation) == QUIRKS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_quirks_of_a_preset_are_documented_and_could_be_written_as_settings(name: str) -> None:
+    preset = PRESETS[name]
+    lines = [f"{n} = false" for n in ("tools", "json_mode", "json_schema", "vision")
+             if getattr(preset.abilities, n) is False]  # fmt: skip
+    for table, pairs in (("rename", preset.adaptation.rename), ("roles", preset.adaptation.roles)):
+        if pairs:
+            inner = ", ".join(f'{old} = "{new}"' for old, new in pairs)
+            lines.append(f"{table} = {{ {inner} }}")
+    assert not preset.adaptation.drop
+    assert not preset.adaptation.set
+    quirks = re.findall(rf"(?ms)^- `{name}`: (.*?)(?=^- |^$)", SETTINGS.read_text())
+    for line in lines:
+        assert f"`{line}`" in quirks[0]
+    text = f'providers.p = {{ preset = "{name}" }}\n[providers.q]\nbase_url = "http://h"\n'
+    text += "\n".join(lines) + '\n[[models]]\nslug = "m"\nendpoints = [{ provider = "q" }]'
+    environ = {variable: "k" for variable in preset.key_variables}
+    config = parse_config(text, environ=environ, read_file=str)
+    p, q = config.providers["p"], config.providers["q"]
+    assert (p.abilities, p.adaptation) == (q.abilities, q.adaptation)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any
 
@@ -12,11 +13,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hoberproxy.catalog import ROLES, Adaptation
 from hoberproxy.errors import RequestError
-from hoberproxy.request import Call, ProviderPreferences, parse_call, serialize_upstream_body
+from hoberproxy.members import Member, scan_elements, scan_members
+from hoberproxy.request import (
+    Call,
+    ProviderPreferences,
+    injected_options,
+    named_option,
+    parse_call,
+    serialize_upstream_body,
+)
 
+NO_ADAPTATION = Adaptation()
 USER = {"role": "user", "content": "hello"}
 SECRET = "do-not-tell"
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
 
 
 def body(**members: Any) -> bytes:
@@ -27,8 +43,20 @@ def chat(*messages: Any) -> bytes:
     return body(messages=list(messages))
 
 
-def upstream(call: Call, *, stream_options: bool = True) -> bytes:
-    return serialize_upstream_body(call, "up", stream_options=stream_options)
+def upstream(
+    call: Call,
+    adaptation: Adaptation = NO_ADAPTATION,
+    *,
+    stream_options: bool = True,
+    without: Iterable[str] = (),
+) -> bytes:
+    return serialize_upstream_body(
+        call,
+        "up",
+        stream_options=stream_options,
+        adaptation=adaptation,
+        without=frozenset(without),
+    )
 
 
 # Refusals: (body, param, code)
@@ -491,13 +519,236 @@ def test_stream_options_without_a_stream_pass_where_they_are_understood() -> Non
     assert upstream(call, stream_options=False) == STREAMED % (b'"up"', b"false", b"")
 
 
+def test_the_last_place_of_each_role_is_known() -> None:
+    messages = [{"role": "developer", "content": ""}, USER, USER]
+    assert parse_call(body(messages=messages)).roles == {"developer": 0, "user": 2}
+
+
+# The endpoint's own changes
+
+
+def adapted(extra: bytes, adaptation: Adaptation, without: Iterable[str] = ()) -> bytes:
+    """What becomes of the members `extra` there."""
+    frame = b'{"model":"up","messages":[{"role":"user","content":""}]%b}'
+    sent = upstream(parse_call(frame % extra), adaptation, without=without)
+    start, end = frame.split(b"%b")
+    assert sent.startswith(start)
+    return sent[len(start) : -len(end)]
+
+
+RENAMED = Adaptation(rename=(("max_tokens", "max_completion_tokens"),))
+RENAMES = {
+    "in its place, the value's bytes as they were": (
+        b',"a":1,"max_tokens" :  7,"b":2',
+        b',"a":1,"max_completion_tokens":7,"b":2',
+    ),
+    "written with escapes": (b',"max_\\u0074okens":7', b',"max_completion_tokens":7'),
+    "not sent": (b',"seed":7', b',"seed":7'),
+    "both sent": (
+        b',"max_tokens":7,"max_completion_tokens": 8',
+        b',"max_completion_tokens": 8',
+    ),
+    "both sent the other way round": (
+        b',"max_completion_tokens": 8,"max_tokens":7',
+        b',"max_completion_tokens": 8',
+    ),
+    "null under the new name": (
+        b',"max_completion_tokens":null,"max_tokens":7',
+        b',"max_completion_tokens":7',
+    ),
+    "null under the old name": (
+        b',"max_tokens":null,"max_completion_tokens":8',
+        b',"max_completion_tokens":8',
+    ),
+    "null under both": (
+        b',"max_tokens":null,"max_completion_tokens":null',
+        b',"max_completion_tokens":null',
+    ),
+}
+
+
+@pytest.mark.parametrize(("given_", "sent"), RENAMES.values(), ids=RENAMES.keys())
+def test_a_member_is_renamed_unless_the_client_gave_the_new_name(
+    given_: bytes, sent: bytes
+) -> None:
+    assert adapted(given_, RENAMED) == sent
+
+
+def test_dropped_members_are_taken_out() -> None:
+    dropping = Adaptation(drop=frozenset(("user", "logit_bias")))
+    assert adapted(b',"user":"x","a":1,"logit_bias":null', dropping) == b',"a":1'
+
+
+def test_set_members_replace_what_the_client_sent_or_come_last() -> None:
+    setting = Adaptation(set=(("top_k", b"1.50"), ("a b", b'{"x":[]}')))
+    assert adapted(b',"top_k" : 3,"b":2', setting) == b',"top_k" : 1.50,"b":2,"a b":{"x":[]}'
+
+
+DEVELOPER = Adaptation(roles=(("developer", "system"), ("function", "tool")))
+
+
+def test_roles_are_replaced_where_they_map_and_nowhere_else() -> None:
+    messages = (
+        b'[ {"role" : "developer","content":"\\"role\\":\\"developer\\""},\n'
+        b'{"content":[{"type":"text","role":"developer"}],"r\\u006fle":"\\u0064eveloper"},'
+        b'{"role":"user","content":"developer"},{"role":"function","content":"","n":1.0} ]'
+    )
+    expected = (
+        b'[ {"role" : "system","content":"\\"role\\":\\"developer\\""},\n'
+        b'{"content":[{"type":"text","role":"developer"}],"r\\u006fle":"system"},'
+        b'{"role":"user","content":"developer"},{"role":"tool","content":"","n":1.0} ]'
+    )
+    sent = upstream(parse_call(b'{"model":"a","messages":' + messages + b"}"), DEVELOPER)
+    assert sent == b'{"model":"up","messages":' + expected + b"}"
+
+
+def test_a_role_given_twice_is_replaced_in_both_places() -> None:
+    data = (
+        b'{"model":"a","messages":[{"role":{},"role":"developer","role":"developer","content":""}]}'
+    )
+    assert upstream(parse_call(data), DEVELOPER) == data.replace(b'"a"', b'"up"').replace(
+        b"developer", b"system"
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 5, 9, 40])
+def test_messages_of_any_depth_are_told_apart(depth: int) -> None:
+    deep = b"[" * depth + b'"]}",{"role":"developer"}' + b"]" * depth
+    one = b'{"x":%b,"role":"developer","content":""}' % deep
+    data = b'{"model":"a","messages":[%b , %b]}' % (one, one)
+    (member,) = [each for each in scan_members(data) if each.name == "messages"]
+    spans = scan_elements(data, member.value_start)
+    assert [data[start:end] for start, end in spans] == [one, one]
+    assert (
+        json.loads(upstream(parse_call(data), DEVELOPER))["messages"]
+        == [{**json.loads(one), "role": "system"}] * 2
+    )
+
+
+@given(st.lists(JSON, max_size=6), st.sampled_from([None, 1]), st.booleans())
+def test_elements_of_an_array_are_found(
+    elements: list[Any], indent: int | None, ascii_: bool
+) -> None:
+    data = json.dumps([elements, {}], indent=indent, ensure_ascii=ascii_).encode()
+    spans = scan_elements(data, data.index(b"[", 1))
+    assert [json.loads(data[start:end]) for start, end in spans] == elements
+
+
+def test_messages_behind_the_last_role_that_changes_are_not_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = []
+
+    def scan(data: bytes) -> list[Member]:
+        read.append(data)
+        return scan_members(data)
+
+    call = parse_call(chat(USER, {"role": "developer", "content": ""}, USER, USER))
+    monkeypatch.setattr("hoberproxy.request.scan_members", scan)
+    assert json.loads(upstream(call, DEVELOPER))["messages"][1]["role"] == "system"
+    assert len(read) == 2
+
+
+def test_messages_without_a_role_that_changes_are_not_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call = parse_call(body())
+    monkeypatch.setattr("hoberproxy.request.scan_elements", None)
+    assert upstream(call, DEVELOPER) == upstream(call)
+
+
+# Options that we put in, and that an endpoint may refuse
+
+PUT_IN = Adaptation(set=(("top_k", b"40"), ("seed", b"1")))
+
+
+def test_a_refused_option_goes_up_only_as_the_client_sent_it() -> None:
+    assert adapted(b',"seed": 5', PUT_IN) == b',"seed": 1,"top_k":40'
+    assert adapted(b',"seed": 5', PUT_IN, ["top_k"]) == b',"seed": 1'
+    assert adapted(b',"seed": 5', PUT_IN, ["top_k", "seed"]) == b',"seed": 5'
+    assert adapted(b',"seed":null', PUT_IN, ["top_k", "seed"]) == b""
+
+
+@pytest.mark.parametrize(
+    ("given_", "sent"),
+    [
+        (b"", b""),
+        (b',"stream_options":null', b""),
+        (b',"stream_options":{ }', b',"stream_options":{ }'),
+        (b',"stream_options":{"x":1.0}', b',"stream_options":{"x":1.0}'),
+    ],
+    ids=["absent", "null", "empty", "of-the-client"],
+)
+def test_refused_stream_options_are_the_clients_or_none(given_: bytes, sent: bytes) -> None:
+    call = parse_call(STREAMED % (b'"a"', b"true", given_))
+    assert upstream(call, without=["stream_options"]) == STREAMED % (b'"up"', b"true", sent)
+
+
+@pytest.mark.parametrize(
+    ("members", "stream_options", "injected"),
+    [
+        ({}, True, {"top_k", "seed"}),
+        ({"stream": True}, True, {"top_k", "seed", "stream_options"}),
+        ({"stream": True, "stream_options": None}, True, {"top_k", "seed", "stream_options"}),
+        ({"stream": True, "stream_options": {}}, True, {"top_k", "seed"}),
+        ({"stream": True}, False, {"top_k", "seed"}),
+        ({"top_k": 1, "seed": None, "max_tokens": 1}, True, {"seed"}),
+    ],
+    ids=["set", "stream", "null", "stream-options-sent", "not-understood", "sent"],
+)
+def test_options_put_in_are_those_that_the_client_did_not_send(
+    members: dict[str, Any], stream_options: bool, injected: set[str]
+) -> None:
+    adaptation = Adaptation(rename=RENAMED.rename, set=PUT_IN.set)
+    call = parse_call(body(**members))
+    assert injected_options(call, adaptation, stream_options=stream_options) == injected
+
+
+REFUSALS = [
+    ("Unrecognized request argument supplied: stream_options", "stream_options"),
+    ("Unsupported parameter: 'top_k' is not supported with this model.", "top_k"),
+    ("Unknown parameter: 'stream_options.include_usage'.", "stream_options"),
+    ("body.stream_options: Extra inputs are not permitted", "stream_options"),
+    ("1 validation error for ChatRequest\nstream_options\n  extra fields not permitted",
+     "stream_options"),
+    ("[{'type': 'extra_forbidden', 'loc': ('body', 'top_k'), 'msg': 'Extra inputs are not "
+     "permitted', 'input': 40}]", "top_k"),
+    ('{"object":"error","message":{"detail":[{"type":"extra_forbidden","loc":["body",'
+     '"stream_options"],"msg":"Extra inputs are not permitted"}]},"code":null}', "stream_options"),
+    ('Invalid JSON payload received. Unknown name "stream_options": Cannot find field.',
+     "stream_options"),
+    ("json: unknown field \"top_k\"", "top_k"),
+    ("property 'stream_options' is unsupported", "stream_options"),
+    ("stream_options", "stream_options"),
+    ("top_k is not supported together with stream_options", "top_k"),
+    ("Top_K", None),
+    ("top_k_return is not supported", None),
+    ("mystream_options is not supported", None),
+    ("stream_options2", None),
+    ("estream_options", None),
+    ("max_tokens is too large: 100000", None),
+    ("messages: array too short", None),
+    ("", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "named"), REFUSALS)
+def test_a_refusal_names_an_option_by_the_whole_word(text: str, named: str | None) -> None:
+    assert named_option(text, frozenset(("stream_options", "top_k"))) == named
+
+
+def test_a_refusal_names_nothing_where_nothing_was_put_in() -> None:
+    assert named_option("stream_options", frozenset()) is None
+
+
+@given(st.text(), st.frozensets(st.text(min_size=1, max_size=5), max_size=3))
+def test_any_text_names_one_of_the_options_or_none(text: str, injected: frozenset[str]) -> None:
+    named = named_option(text, injected)
+    assert named is None or (named in injected and named in text)
+
+
 # Properties
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
-    max_leaves=8,
-)
 FIELDS = st.fixed_dictionaries(
     {"messages": st.just([USER])},
     optional={
@@ -514,8 +765,10 @@ FIELDS = st.fixed_dictionaries(
 )
 
 
-def expected_upstream(members: dict[str, Any], stream_options: bool) -> dict[str, Any]:
-    expected = {
+def expected_upstream(
+    members: dict[str, Any], stream_options: bool, without: Iterable[str] = ()
+) -> dict[str, Any]:
+    expected: dict[str, Any] = {
         name: "up" if name == "model" else value
         for name, value in members.items()
         if name not in ("models", "provider", "usage")
@@ -523,6 +776,9 @@ def expected_upstream(members: dict[str, Any], stream_options: bool) -> dict[str
     expected.setdefault("model", "up")
     if not stream_options:
         expected.pop("stream_options", None)
+    elif "stream_options" in without:
+        if expected.get("stream_options") is None:
+            expected.pop("stream_options", None)
     elif members.get("stream"):
         options = expected.get("stream_options") or {}
         expected["stream_options"] = {**options, "include_usage": True}
@@ -543,6 +799,101 @@ def test_the_body_sent_is_the_body_checked_but_for_our_changes(
     expected = expected_upstream(members, stream_options)
     assert json.loads(sent) == expected
     assert list(json.loads(sent)) == list(expected)
+
+
+@st.composite
+def adaptations(draw: st.DrawFn) -> Adaptation:
+    """Any that the config would take."""
+    names = draw(st.permutations(["seed", "metadata", "max_tokens", "max_completion_tokens", "x"]))
+    renamed = 2 * draw(st.integers(0, 2))
+    rest = names[renamed:]
+    return Adaptation(
+        rename=tuple((names[i], names[i + 1]) for i in range(0, renamed, 2)),
+        drop=frozenset(draw(st.sets(st.sampled_from(rest[:1])))),
+        set=tuple((name, orjson.dumps(draw(JSON))) for name in rest[1:] if draw(st.booleans())),
+        roles=tuple(draw(st.dictionaries(st.sampled_from(sorted(ROLES)), st.just("tool"))).items()),
+    )
+
+
+def expected_adaptation(
+    members: dict[str, Any], adaptation: Adaptation, without: Iterable[str]
+) -> dict[str, Any]:
+    """The rules on values instead of bytes."""
+    for old, new in adaptation.rename:
+        if members.get(old) is None or members.get(new) is not None:
+            members.pop(old, None)
+        else:
+            members.pop(new, None)
+            members = {new if name == old else name: members[name] for name in members}
+    members = {name: members[name] for name in members if name not in adaptation.drop}
+    for name, text in adaptation.set:
+        if name not in without:
+            members[name] = json.loads(text)
+        elif members.get(name) is None:
+            members.pop(name, None)
+    roles = dict(adaptation.roles)
+    members["messages"] = [
+        message | {"role": roles.get(message["role"], message["role"])}
+        for message in members["messages"]
+    ]
+    return members
+
+
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(sorted(ROLES)), "content": st.text()}, optional={"x": JSON}
+    ),
+    min_size=1,
+    max_size=4,
+)
+LIMITS = st.none() | st.integers(1, 9)
+ADAPTED_FIELDS = st.fixed_dictionaries(
+    {"model": st.just("a"), "messages": MESSAGES},
+    optional={
+        "stream": st.booleans(),
+        "stream_options": st.none() | st.fixed_dictionaries({}, optional={"x": JSON}),
+        "seed": JSON,
+        "metadata": JSON,
+        "max_tokens": LIMITS,
+        "max_completion_tokens": LIMITS,
+    },
+)
+
+
+@given(
+    ADAPTED_FIELDS,
+    adaptations(),
+    st.frozensets(st.sampled_from(["stream_options", "seed", "metadata", "x"])),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+    st.randoms(),
+)
+def test_an_adapted_body_is_what_the_rules_say_and_keeps_all_else(
+    members: dict[str, Any],
+    adaptation: Adaptation,
+    without: frozenset[str],
+    indent: int | None,
+    ascii_: bool,
+    random: Any,
+) -> None:
+    names = list(members)
+    random.shuffle(names)
+    members = {name: members[name] for name in names}
+    call = parse_call(json.dumps(members, indent=indent, ensure_ascii=ascii_).encode())
+    sent = upstream(call, adaptation, without=without)
+    expected = expected_upstream(members, True, without)
+    expected = expected_adaptation(expected, adaptation, without)
+    assert json.loads(sent) == expected
+    assert list(json.loads(sent)) == list(expected)
+    # Where nothing of ours was to be done, not a byte is another.
+    texts = {m.name: call.body[m.start : m.end] for m in call.members}
+    touched = {"model", "stream_options", *(name for name, _ in adaptation.set)}
+    touched |= {new for _, new in adaptation.rename}
+    if call.roles.keys() & dict(adaptation.roles):
+        touched.add("messages")
+    for member in scan_members(sent):
+        if member.name not in touched:
+            assert sent[member.start : member.end] == texts[member.name]
 
 
 NUMBERS = st.from_regex(
@@ -596,14 +947,24 @@ def test_any_members_of_a_known_object_are_refused_or_accepted(
         assert error.param.startswith(name)
 
 
-def test_a_large_body_is_copied_once() -> None:
+@pytest.mark.parametrize(
+    ("adaptation", "copies"),
+    [
+        (Adaptation(), 1),
+        (Adaptation(rename=(("seed", "x"),), drop=frozenset("y"), set=(("z", b"1"),)), 1),
+        (Adaptation(roles=(("developer", "system"),)), 1),
+        (Adaptation(roles=(("user", "tool"),)), 3),
+    ],
+    ids=["unadapted", "members", "no-such-role", "roles"],
+)
+def test_a_large_body_is_copied_as_seldom_as_can_be(adaptation: Adaptation, copies: int) -> None:
     import tracemalloc
 
     call = parse_call(chat({"role": "user", "content": "x" * 4_000_000}))
     tracemalloc.start()
     try:
-        upstream(call)
+        upstream(call, adaptation)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 5_000_000
+    assert peak < copies * 4_000_000 + 1_000_000
