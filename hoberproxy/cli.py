@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
 from .config import EXAMPLE, Address, Config, ConfigError, ServerSettings, parse_config
@@ -19,6 +20,8 @@ from .store import KeyRow, Store, StoreError, UsageRow
 
 if TYPE_CHECKING:
     from .server import Server
+
+T = TypeVar("T", int, float)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -70,6 +73,23 @@ def make_parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser(
         "check", parents=[config_option], help="read the config and list every problem in it"
+    )
+    check.add_argument(
+        "--live", action="store_true", help="also ask each endpoint, with three tiny requests"
+    )
+    check.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_number_parser(float, 0.1, 3600),
+        default=30.0,
+        help="with --live: the longest for one request; default: 30",
+    )
+    check.add_argument(
+        "--concurrency",
+        metavar="COUNT",
+        type=_number_parser(int, 1, 256),
+        default=8,
+        help="with --live: endpoints asked at a time; default: 8",
     )
     check.set_defaults(run=_check)
 
@@ -131,7 +151,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     _set_up_logging(config.log.level if config is not None else "info")
     try:
         if config is not None:
-            _run_configured(config)
+            _run_configured(config, lambda: _load_again(arguments))
         else:
             _run_embedded(ServerSettings(listen=(listen,)) if listen else ServerSettings())
     except (StartError, StoreError) as error:
@@ -152,11 +172,19 @@ async def _started(config: Config) -> Server:
     return server
 
 
-def _run_configured(config: Config) -> None:
+def _load_again(arguments: argparse.Namespace) -> Config:
+    config = _load_config(arguments)
+    if config is None:
+        raise ConfigError([f"{DEFAULT_CONFIG} is gone"])
+    return config
+
+
+def _run_configured(config: Config, load: Callable[[], Config]) -> None:
     from .server import run
 
     async def serve() -> None:
         server = await _started(config)
+        server.reload_on_signal(load)
         for address in server.addresses:
             print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
         await server.wait_closed()
@@ -190,7 +218,31 @@ def _check(arguments: argparse.Namespace) -> int:
     print(
         f"ok: {len(config.providers)} providers, {len(config.models)} models, {endpoints} endpoints"
     )
-    return EXIT_OK
+    return _check_live(config, arguments) if arguments.live else EXIT_OK
+
+
+def _check_live(config: Config, arguments: argparse.Namespace) -> int:
+    """Ask all endpoints; EXIT_FAILED if one can't be reached."""
+    from .diagnosis import COLUMNS
+    from .probe import run_probe
+
+    reports = run_probe(
+        config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_tell_progress
+    )
+    _print_table(COLUMNS, [report.cells for report in reports])
+    if any(model.is_wildcard for model in config.models):
+        print('of a model that ends in "/*", the first that the provider lists was asked')
+    for report in reports:
+        for problem in report.problems:
+            print(problem)
+    return EXIT_FAILED if any(report.is_unreachable for report in reports) else EXIT_OK
+
+
+def _tell_progress(done: int, total: int) -> None:
+    """On a terminal a line that grows and is gone in the end; nothing elsewhere."""
+    if sys.stderr.isatty():
+        line = f"\rasked {done} of {total}" if done < total else "\r\x1b[K"
+        print(line, end="", file=sys.stderr, flush=True)
 
 
 def _print_example(arguments: argparse.Namespace) -> int:
@@ -221,6 +273,19 @@ def _load_config(arguments: argparse.Namespace) -> Config | None:
         environ=os.environ,
         read_file=lambda name: Path(name).read_text(encoding="utf-8"),
     )
+
+
+def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]:
+    """A parser of an option's number within bounds, for argparse."""
+
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        expected = f"a number from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
 
 
 def _parse_listen(text: str) -> Address:
