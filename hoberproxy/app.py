@@ -110,11 +110,7 @@ async def _ready(request: web.Request) -> web.Response:
 
 
 async def _post_only(request: web.Request) -> web.Response:
-    raise RequestError(
-        f"expected POST on {request.path}, got {request.method}",
-        code="method_not_allowed",
-        status=405,
-    )
+    raise web.HTTPMethodNotAllowed(request.method, ("POST",))
 
 
 def _preflight(request: web.Request) -> web.Response:
@@ -153,7 +149,7 @@ async def _in_the_contracts_form(request: web.Request, handler: _Handler) -> web
         return response
     except Exception:
         logger.exception("a handler failed")  # a fault of ours: the path is in the traceback
-        return _refusal(request, ProxyError("this proxy failed", code="internal_error"))
+        return _refusal(request, ProxyError("an error in the proxy itself", code="internal_error"))
 
 
 def _unknown_path(path: str) -> RequestError:

@@ -17,7 +17,7 @@ from .http11 import ResponseHead
 from .pool import Pool
 from .refusal import parse_refusal
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, StreamRelay
-from .request import Call
+from .request import Call, named_option
 from .routing import Step
 from .stream import StreamScanner
 from .upstream import Loss, UpstreamConnection
@@ -54,6 +54,7 @@ class Attempt:
         pool: Pool,
         answer: Answer,
         request: bytes,
+        injected: frozenset[str] = frozenset(),
     ) -> None:
         self._owner = owner
         self._is_stream = call.stream  # not the call itself: it holds the body
@@ -62,6 +63,7 @@ class Attempt:
         self._pool = pool
         self._answer = answer
         self._request = request
+        self._injected = injected  # members of the body that are ours, not the client's
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.phase = Phase.CONNECT
         self.started = owner.now
@@ -189,7 +191,10 @@ class Attempt:
         head = self._head
         assert head is not None
         name = self._pool.provider.name
-        self.fail(parse_refusal(name, head.status, head.get, body, time.time()))
+        error = parse_refusal(name, head.status, head.get, body, time.time())
+        if self._injected and head.status in (400, 422):
+            error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
+        self.fail(error)
 
     def finish(self) -> None:
         if not self._is_ended:

@@ -121,6 +121,7 @@ class UpstreamError(ProxyError):
         self.upstream_status = upstream_status
         self.is_retryable = is_retryable
         self.is_refusal = is_refusal
+        self.refused_option: str | None = None  # a member that we put in, not the client
 
 
 @dataclass(frozen=True, slots=True)

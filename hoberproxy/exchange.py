@@ -10,10 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Hashable
+from dataclasses import asdict
 from typing import Protocol
 
 from .access import ANONYMOUS, Caller
 from .attempts import Attempt
+from .catalog import Endpoint, Provider
 from .downstream import Answer
 from .errors import (
     FailedAttempt,
@@ -26,17 +29,21 @@ from .errors import (
     serialize_error_event,
 )
 from .gateway import Gateway, unix_time
+from .health import Key
 from .http11 import Headers, RequestHead, ResponseHead
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .request import Call, parse_call, serialize_upstream_body
-from .routing import Plan, make_plan
+from .request import Call, injected_options, parse_call, serialize_upstream_body
+from .routing import Plan, Step, make_plan
 from .usage import Usage, estimate_usage
 
 logger = logging.getLogger("hoberproxy.server")
 
 COMMENT = b": HOBER PROCESSING\n\n"
 RETRY_AFTER_DRAIN = 1.0  # seconds; by then another worker or the new process has the socket
+# Seconds of writing below which tokens per second are mostly the noise of a few packets.
+SHORTEST_MEASURED = 0.05
+NOTHING_REFUSED: frozenset[str] = frozenset()
 _JSON = (b"content-type", b"application/json")
 _SSE = (b"content-type", b"text/event-stream; charset=utf-8")
 _TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
@@ -75,10 +82,13 @@ class Exchange:
         self._refusal: ProxyError | None = None
         self._call: Call | None = None
         self._prompt_bytes = 0
+        self._upstreams = gateway.upstreams  # as they are with this plan: a reload replaces them
         self._plan: Plan | None = None
         self._position = 0
         self._attempt: Attempt | None = None
-        self._bodies: dict[tuple[str, bool], bytes] = {}
+        self._provider: Provider | None = None  # of the attempt; a reload may replace the gateway's
+        self._without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
+        self._bodies: dict[Hashable, bytes] = {}
         self._failures: list[FailedAttempt] = []
         self._quiet_since = 0.0
         # The client may be behind already, with the answer to an earlier request.
@@ -131,7 +141,7 @@ class Exchange:
             self.record.streamed = call.stream
             self.record.requested = tuple(clip_text(slug) for slug in call.candidates[:16])
             self._prompt_bytes = call.prompt_bytes
-            self._plan = make_plan(call, self._gateway.catalog)
+            self._plan = self._make_plan(call)
         except ProxyError as error:
             self.refuse(error, close=close)
             return
@@ -140,38 +150,65 @@ class Exchange:
             self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
             return
         self._quiet_since = self._gateway.loop.time()
-        self._try_step()
+        self._begin_step(0)
+
+    def _make_plan(self, call: Call) -> Plan:
+        gateway = self._gateway
+        self._upstreams = gateway.upstreams
+        return make_plan(call, gateway.catalog, gateway.health, gateway.loop.time(), gateway.draw)
 
     # Connect, relay
+
+    def _begin_step(self, position: int) -> None:
+        assert self._plan is not None
+        self._position = position
+        self._without = self._gateway.refused_options.get(
+            _key(self._plan.steps[position]), NOTHING_REFUSED
+        )
+        self.record.attempts += 1
+        self._try_step()
 
     def _try_step(self) -> None:
         call, plan = self._call, self._plan
         assert call is not None and plan is not None, "nothing is tried after the first content"
         step = plan.steps[self._position]
-        upstream = self._gateway.upstreams[step.endpoint.provider]
+        upstream = self._upstreams[step.endpoint.provider]
+        self._provider = provider = upstream.provider
         request = upstream.serialize_request(
-            self._body_for(step.endpoint.upstream_model, upstream.provider.stream_options),
-            self._forwarded_headers(upstream.provider.forward_headers),
+            self._body_for(call, step.endpoint, provider),
+            self._forwarded_headers(provider.forward_headers),
             stream=call.stream,
         )
-        self.record.attempts += 1
-        self._attempt = Attempt(self, call, step, upstream.pool, self._answer, request)
+        injected = injected_options(
+            call, step.endpoint.adaptation, stream_options=provider.stream_options
+        )
+        self._attempt = Attempt(
+            self, call, step, upstream.pool, self._answer, request, injected - self._without
+        )
         if self._downstream.is_paused:
             self._attempt.pause()
+        self._gateway.health.begin(_key(step), self.now)
         self._attempt.start()
         if not self._is_closed:
             self.limits_changed()
 
-    def _body_for(self, upstream_model: str, stream_options: bool) -> bytes:
-        """The body under an upstream's name for the model, built once per name."""
-        key = (upstream_model, stream_options)
+    def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
+        """The body under an upstream's name for the model, built once per form of it."""
+        key = (
+            endpoint.upstream_model,
+            provider.stream_options,
+            endpoint.adaptation,
+            self._without,
+        )
         body = self._bodies.get(key)
         if body is None:
-            assert self._call is not None
-            body = serialize_upstream_body(
-                self._call, upstream_model, stream_options=stream_options
+            body = self._bodies[key] = serialize_upstream_body(
+                call,
+                endpoint.upstream_model,
+                stream_options=provider.stream_options,
+                adaptation=endpoint.adaptation,
+                without=self._without,
             )
-            self._bodies[key] = body
         return body
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
@@ -190,7 +227,7 @@ class Exchange:
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         """The first content is here: the body is not needed any more, nor another endpoint."""
-        self.record.first_content = time.monotonic() - self._clock_start
+        self._observe_first_content(is_stream=is_stream)
         self._call = None
         self._bodies.clear()
         if not self._answer.is_started:
@@ -199,8 +236,20 @@ class Exchange:
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
-        self.record.first_content = time.monotonic() - self._clock_start
+        self._observe_first_content(is_stream=False)
         self._answer.send(200, [_JSON, *self._answer_headers(head)], body)
+
+    def _observe_first_content(self, *, is_stream: bool) -> None:
+        attempt, gateway = self._attempt, self._gateway
+        assert attempt is not None
+        self.record.first_content = time.monotonic() - self._clock_start
+        now = gateway.loop.time()
+        # A body's first content comes with its last: it says nothing of the time to a token.
+        waited = now - attempt.started if is_stream else None
+        key = _key(attempt.step)
+        gateway.health.observe_success(key, now, waited)
+        if self._without != gateway.refused_options.get(key, NOTHING_REFUSED):
+            gateway.learn_refused(key, self._without)  # that it answers now proves it
 
     def _answer_headers(self, head: ResponseHead) -> Headers:
         attempt = self._attempt
@@ -210,11 +259,10 @@ class Exchange:
             *self._common_headers(),
             (b"x-hober-provider", step.endpoint.provider.encode()),
             (b"x-hober-model", step.slug.encode()),
+            *self._attempts_header(),
         ]
-        if self.record.attempts > 1:
-            headers.append((b"x-hober-attempts", b"%d" % self.record.attempts))
-        provider = self._gateway.upstreams[step.endpoint.provider].provider
-        for text in provider.response_headers:
+        assert self._provider is not None
+        for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
         return headers
@@ -229,47 +277,92 @@ class Exchange:
     def attempt_finished(self, attempt: Attempt) -> None:
         """The answer was passed on to its end."""
         self._account(200)
+        self._observe_throughput(attempt)
+
+    def _observe_throughput(self, attempt: Attempt) -> None:
+        record = self.record
+        if record.streamed and record.has_usage and record.first_content is not None:
+            seconds = record.total - record.first_content
+            if seconds >= SHORTEST_MEASURED and record.completion_tokens > 1:
+                self._gateway.health.observe_throughput(
+                    _key(attempt.step),
+                    self._gateway.loop.time(),
+                    record.completion_tokens / seconds,
+                )
 
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
-        """Another endpoint, another model, or the end."""
+        """Once more without an option of ours, another endpoint, another model, or the end."""
+        if error.refused_option is not None:
+            self._gateway.health.abandon(_key(attempt.step))
+            self._without |= {error.refused_option}
+            self._try_step()
+            return
         self._note_failure(attempt, error)
-        plan = self._plan
-        assert plan is not None
-        following = None
-        if self._call is not None and (error.is_retryable or error.is_refusal):
-            following = plan.after(self._position, other_model=error.is_refusal)
+        following = self._following_step(error)
         if following is None:
             self._fail(attempt, error)
             return
-        self._position = following
-        self._try_step()
+        self._begin_step(following)
+
+    def _following_step(self, error: UpstreamError) -> int | None:
+        """Where to go on after a failure; None if it is the end."""
+        plan, routing = self._plan, self._gateway.config.routing
+        assert plan is not None
+        if self._call is None or not (error.is_retryable or error.is_refusal):
+            return None
+        if self.record.attempts >= routing.max_attempts:
+            return None
+        if time.monotonic() - self._clock_start >= routing.attempts_timeout:
+            return None
+        return plan.after(self._position, other_model=error.is_refusal)
 
     def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
+        health, key, now = self._gateway.health, _key(attempt.step), self._gateway.loop.time()
+        if error.is_refusal:  # it works; what it was asked was wrong
+            health.abandon(key)
+        else:
+            health.observe_failure(
+                key,
+                now,
+                retry_after=error.retry_after,
+                is_rate_limit=error.upstream_status == 429,
+                draw=self._gateway.draw,
+            )
         self._failures.append(
             FailedAttempt(
                 provider=attempt.step.endpoint.provider,
                 status=error.upstream_status,
                 code=error.code,
                 phase=error.phase.value,
-                milliseconds=round((self._gateway.loop.time() - attempt.started) * 1000),
+                milliseconds=round((now - attempt.started) * 1000),
             )
         )
 
     def _fail(self, attempt: Attempt, error: UpstreamError) -> None:
-        error.metadata["provider"] = attempt.step.endpoint.provider
-        if self._failures[:-1]:
-            error.metadata["previous_errors"] = [
-                {
-                    "provider": failure.provider,
-                    "status": failure.status,
-                    "code": failure.code,
-                    "phase": failure.phase,
-                    "milliseconds": failure.milliseconds,
-                }
-                for failure in self._failures[:-1]
-            ]
+        """The last attempt failed: tell it, and what was tried before it."""
         self.record.phase = error.phase.value
+        earlier = self._failures[:-1]
+        if self._call is not None and error.status in (502, 504) and self._is_all_cooling():
+            # All had been failing before this request came: say when it is worth coming back.
+            earlier = self._failures
+            error.status, error.code = 503, "no_healthy_upstream"
+            error.retry_after = self._next_trial()
+        error.metadata["provider"] = attempt.step.endpoint.provider
+        if earlier:
+            error.metadata["previous_errors"] = [asdict(failure) for failure in earlier]
         self.refuse(error)
+
+    def _is_all_cooling(self) -> bool:
+        return self._plan is not None and all(
+            step.reason == "cooldown" for step in self._plan.steps
+        )
+
+    def _next_trial(self) -> float:
+        """Seconds until the first endpoint of the plan may be tried again; one at least."""
+        assert self._plan is not None
+        health, now = self._gateway.health, self._gateway.loop.time()
+        ends = [health.cooldown_ends(_key(step)) or now for step in self._plan.steps]
+        return max(min(ends) - now, 1.0)
 
     # Refuse: the ends that are not an answer
 
@@ -307,13 +400,19 @@ class Exchange:
         is_tried = error.status in (502, 504) and self.record.attempts >= 2
         if is_final or is_tried:
             headers.append((b"x-should-retry", b"false"))
-        return headers
+        return headers + self._attempts_header()
+
+    def _attempts_header(self) -> Headers:
+        """How many endpoints were tried, where it was more than one."""
+        attempts = self.record.attempts
+        return [(b"x-hober-attempts", b"%d" % attempts)] if attempts > 1 else []
 
     def abandon(self) -> None:
         """The client went away: its upstream goes in this very turn of the loop."""
         if not self._is_closed:
             if self._attempt is not None:
                 self._attempt.abort()
+                self._gateway.health.abandon(_key(self._attempt.step))
             self.record.code = "client_closed"
             self._account(CLIENT_CLOSED)
 
@@ -412,6 +511,11 @@ class Exchange:
                 content_bytes=outcome.content_bytes,
             )
         _fill_usage(record, usage)
+
+
+def _key(step: Step) -> Key:
+    """What health knows an endpoint by."""
+    return step.endpoint.provider, step.endpoint.upstream_model
 
 
 def _fill_usage(record: Record, usage: Usage | None) -> None:

@@ -6,10 +6,13 @@ Holds, does not decide: the exchange walks the path, the door owns the sockets.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import ssl
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from . import __version__
@@ -18,6 +21,7 @@ from .accesslog import AccessLog
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
+from .health import Health, Key
 from .http11 import serialize_request_head
 from .ledger import Ledger
 from .metrics import Metrics
@@ -27,6 +31,7 @@ from .record import Record
 if TYPE_CHECKING:
     from .exchange import Exchange
 
+MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
 USER_AGENT = f"hoberproxy/{__version__}"
 
 
@@ -79,8 +84,11 @@ class Gateway:
     access_log: AccessLog | None
     metrics: Metrics
     upstreams: dict[str, Upstream]
+    health: Health = field(default_factory=Health)
+    draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)
     is_draining: bool = False
+    refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _last_id: int = 0
 
@@ -88,6 +96,12 @@ class Gateway:
         """Ours for one request: 64 random bits of this process and a count."""
         self._last_id += 1
         return f"req_{self._id_prefix}{self._last_id:08x}"
+
+    def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
+        """An endpoint answers without these members that we would put in: leave them out."""
+        if len(self.refused_options) >= MAX_LEARNT:
+            del self.refused_options[next(iter(self.refused_options))]
+        self.refused_options[endpoint] = options
 
     def close_record(self, record: Record) -> None:
         """Account for a request that has ended; nothing may change its record after this."""
@@ -97,11 +111,21 @@ class Gateway:
             self.access_log.write(record)
 
 
-def make_upstreams(config: Config, loop: asyncio.AbstractEventLoop) -> dict[str, Upstream]:
-    """One for each provider. Raises ConfigError if a certificate file cannot be used."""
+def make_upstreams(
+    config: Config,
+    loop: asyncio.AbstractEventLoop,
+    existing: Mapping[str, Upstream] = MappingProxyType({}),
+) -> dict[str, Upstream]:
+    """One for each provider; an `existing` one that has not changed goes on, with its pool.
+
+    Raises ConfigError if a certificate file cannot be used.
+    """
     upstreams: dict[str, Upstream] = {}
     problems: list[str] = []
     for name, provider in config.providers.items():
+        if name in existing and existing[name].provider == provider:
+            upstreams[name] = existing[name]
+            continue
         try:
             upstreams[name] = Upstream(provider, loop)
         except (OSError, ssl.SSLError):

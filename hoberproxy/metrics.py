@@ -39,7 +39,7 @@ class Metrics:
     """Counts of one process since its start. `label` maps a slug to one of the catalog's."""
 
     def __init__(self, label: Callable[[str], str]) -> None:
-        self._label = label
+        self.label = label
         self.bad_heads = 0
         self._requests: dict[tuple[str, str, str], int] = defaultdict(int)
         self._tokens: dict[tuple[str, str, str], int] = defaultdict(int)
@@ -49,7 +49,7 @@ class Metrics:
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended."""
-        model = self._label(record.slug or (record.requested[0] if record.requested else ""))
+        model = self.label(record.slug or (record.requested[0] if record.requested else ""))
         provider = record.provider
         self._requests[model, provider, _status_class(record)] += 1
         for failure in record.failures:

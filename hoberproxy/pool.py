@@ -154,6 +154,8 @@ class Pool:
             self._addresses = infos  # type: ignore[assignment]
             self._addresses_until = self._loop.time() + NAME_TTL
             return self._addresses
+        except UnicodeError as exc:  # an empty or overlong label, which never becomes a question
+            raise socket.gaierror(socket.EAI_NONAME, "no possible host name") from exc
         finally:
             self._lookup = None
 

@@ -163,7 +163,7 @@ class StreamRelay(Relay):
         failure = self._scanner.failure
         assert failure is not None
         error = self._attempt.broken(str(failure), is_invalid=not failure.is_error_event)
-        error.upstream_status = failure.upstream_status
+        error.upstream_status = failure.upstream_status or error.upstream_status
         self._attempt.fail(error)
 
 

@@ -1,30 +1,86 @@
 """Which endpoints may serve a call, in which order: one pure function from call to plan.
 
-No I/O, no clock, no chance. What is then tried, for how long and how often, is attempts.py's.
+Filters take endpoints out, preferences and health put the rest in order; each place and each
+removal has its reason. No I/O and no clock; chance only as `draw`. What is then tried, for how long
+and how often, is attempts.py's.
 """
 
 from __future__ import annotations
 
+import math
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-from .catalog import Catalog, Endpoint
+import orjson
+
+from .catalog import Catalog, Endpoint, Model
 from .errors import RouteError
-from .request import Call
+from .health import Health, Key
+from .request import Call, ProviderPreferences
+
+# Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
+# refuses slugs that end in one, so none is ever hidden.
+_SUFFIXES = {":nitro": "latency", ":floor": "price"}
+_SUFFIX_LENGTH = 6
+# Virtual models over all others, and how they sort these.
+_VIRTUAL = {"hober/auto": "balanced", "hober/auto:cost": "price", "hober/auto:fast": "latency"}
+
+# Prose has 4 to 5 bytes per token, code and other scripts fewer: one token per 6 bytes would be
+# news. So only what is clearly too long is held back; the upstream counts better than we do.
+_BYTES_PER_TOKEN = 6
+# What every endpoint takes, or what is ours and never sent on.
+_COMMON_PARAMETERS = frozenset(
+    ("model", "models", "provider", "messages", "stream", "stream_options", "usage")
+)
+# A parameter's name is told only if it looks like one: it may be a slipped prompt.
+_match_tellable_name = re.compile(r"[a-z_]{1,40}").fullmatch
+
+_MOST_TOLD = 8  # endpoints, slugs or parameters in a message, which also reaches the log
+_NOTHING_LEARNT = Health()  # only read
+
+_Offer = tuple[Model, Endpoint]
+_Filter = Callable[[Model, Endpoint], str | None]  # why not, in words
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One endpoint to try, under the slug the client will see."""
+class Step(NamedTuple):  # made for every request, at a third of the cost of a frozen dataclass
+    """One endpoint to try, under the slug the client will see.
+
+    `reason` for its place: "config", "weight", "order", "price", "latency", "throughput",
+    "balanced" or "cooldown".
+    """
 
     slug: str
     endpoint: Endpoint
+    reason: str = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """One endpoint that is not in the plan: the filter (a stable code), and why in words."""
+
+    slug: str
+    provider: str
+    upstream_model: str
+    filter: str
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Endpoints in the order in which they are to be tried; never empty."""
+    """Endpoints in the order in which they are to be tried: at least one, none twice.
+
+    Each endpoint of each known candidate is a step or a removal. `unknown` are the candidates that
+    are not in the catalog, as the client wrote them.
+    """
 
     steps: tuple[Step, ...]
+    removed: tuple[Removal, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def after(self, position: int, *, other_model: bool = False) -> int | None:
         """The step to try when that at `position` failed, None when there is none left.
@@ -38,23 +94,371 @@ class Plan:
         return None
 
 
-def make_plan(call: Call, catalog: Catalog) -> Plan:
-    """The endpoints of `model`, then of each of `models`, in the config's order.
+def make_plan(
+    call: Call,
+    catalog: Catalog,
+    health: Health | None = None,
+    now: float = 0.0,
+    draw: Callable[[], float] = random.random,
+) -> Plan:
+    """The endpoints of `model`, then of each of `models`, filtered and put in order.
 
-    An unknown slug among several is skipped. Raises RouteError 404 if none is known.
+    An unknown slug among several is skipped. Raises RouteError 404: `model_not_found` if none is
+    known, `no_endpoint` if the filters left nothing.
     """
-    steps = [
-        Step(slug, endpoint)
-        for slug in call.candidates
-        if (model := catalog.find(slug)) is not None
-        for endpoint in model.endpoints
-    ]
+    if health is None:
+        health = _NOTHING_LEARNT
+    filters = _choose_filters(call)
+    steps: list[Step] = []
+    removed: list[Removal] = []
+    unknown: list[str] = []
+    taken: set[Key] = set()
+    for candidate in call.candidates:
+        models, sort = _look_up(candidate, catalog)
+        if models is None:
+            unknown.append(candidate)
+            continue
+        offers = _filter(models, filters, taken, removed)
+        sort = call.provider.sort or sort
+        steps += _arrange(offers, sort, call.provider, health, now, draw)
     if not steps:
-        raise RouteError(_unknown_models(call.candidates), code="model_not_found", param="model")
-    return Plan(tuple(steps))
+        raise _nothing_left(call.candidates, removed, unknown)
+    if not call.provider.allow_fallbacks:
+        removed += [_fallback(step) for step in steps[1:]]
+        del steps[1:]
+    return Plan(tuple(steps), tuple(removed), tuple(unknown))
+
+
+def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, str | None]:
+    """The models a candidate stands for, None if it is unknown, and how it sorts them."""
+    sort = _SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
+    slug = candidate if sort is None else candidate[:-_SUFFIX_LENGTH]
+    if slug in _VIRTUAL:
+        return catalog.models(), sort or _VIRTUAL[slug]
+    model = catalog.find(slug)
+    return None if model is None else (model,), sort
+
+
+# Filters: each is made for one call, and only if it can say no to anything
+
+
+def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
+    wanted = call.provider
+    filters: list[tuple[str, _Filter]] = []
+    if wanted.only:
+        filters.append(("not_only", _only(frozenset(wanted.only))))
+    if wanted.ignore:
+        filters.append(("ignored", _ignore(frozenset(wanted.ignore))))
+    if wanted.max_price_prompt is not None or wanted.max_price_completion is not None:
+        filters.append(("price", _price_limit(wanted)))
+    if call.needs_tools:
+        filters.append(("no_tools", _without_tools))
+    if call.needs_json:
+        filters.append(_json_filter(call))
+    if call.needs_images:
+        filters.append(("no_vision", _without_vision))
+    else:  # the bytes of an image are no tokens
+        filters.append(("context_length", _context_limit(call)))
+    if call.max_output is not None:
+        filters.append(("max_output", _output_limit(call.max_output)))
+    if wanted.require_parameters:
+        filters.append(("parameters", _require(call.parameters - _COMMON_PARAMETERS)))
+    return filters
+
+
+def _filter(
+    models: Iterable[Model],
+    filters: list[tuple[str, _Filter]],
+    taken: set[Key],
+    removed: list[Removal],
+) -> list[_Offer]:
+    """What passes all filters and is in no plan yet; `taken` and `removed` are added to."""
+    offers = []
+    for model in models:
+        for endpoint in model.endpoints:
+            key = endpoint.provider, endpoint.upstream_model
+            for name, why_not in filters:
+                if (words := why_not(model, endpoint)) is not None:
+                    removed.append(Removal(model.slug, *key, name, words))
+                    break
+            else:
+                if key in taken:
+                    words = "it is in the plan already"
+                    removed.append(Removal(model.slug, *key, "duplicate", words))
+                else:
+                    taken.add(key)
+                    offers.append((model, endpoint))
+    return offers
+
+
+def _fallback(step: Step) -> Removal:
+    endpoint = step.endpoint
+    words = "provider.allow_fallbacks is false"
+    return Removal(step.slug, endpoint.provider, endpoint.upstream_model, "fallbacks_off", words)
+
+
+def _only(providers: frozenset[str]) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        return None if endpoint.provider in providers else "provider.only does not name it"
+
+    return why_not
+
+
+def _ignore(providers: frozenset[str]) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        return "provider.ignore names it" if endpoint.provider in providers else None
+
+    return why_not
+
+
+def _price_limit(wanted: ProviderPreferences) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        prices = endpoint.prices
+        if prices is None:
+            return "its price is not known"
+        for what, price, limit in (
+            ("prompt", prices.prompt, wanted.max_price_prompt),
+            ("completion", prices.completion, wanted.max_price_completion),
+        ):
+            if limit is not None and price > limit:
+                return f"its {what} price of {price} USD per million tokens is over {limit}"
+        return None
+
+    return why_not
+
+
+def _without_tools(model: Model, endpoint: Endpoint) -> str | None:
+    return "it takes no tools" if endpoint.abilities.tools is False else None
+
+
+def _without_vision(model: Model, endpoint: Endpoint) -> str | None:
+    return "it takes no images" if endpoint.abilities.vision is False else None
+
+
+def _json_filter(call: Call) -> tuple[str, _Filter]:
+    for member in call.members:
+        if member.name == "response_format":
+            wanted = orjson.loads(call.body[member.value_start : member.end])
+            if wanted["type"] == "json_schema":
+                return "no_json_schema", _without_json_schema
+    return "no_json_mode", _without_json_mode
+
+
+def _without_json_mode(model: Model, endpoint: Endpoint) -> str | None:
+    return "it has no JSON mode" if endpoint.abilities.json_mode is False else None
+
+
+def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
+    return "it takes no JSON schema" if endpoint.abilities.json_schema is False else None
+
+
+def _context_limit(call: Call) -> _Filter:
+    tokens = call.prompt_bytes // _BYTES_PER_TOKEN + (call.max_output or 0)
+
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        length = endpoint.context_length
+        if length is None:
+            length = model.context_length
+        if length is None or tokens <= length:
+            return None
+        return f"its context is {length} tokens, prompt and output need at least {tokens}"
+
+    return why_not
+
+
+def _output_limit(tokens: int) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        limit = endpoint.max_output
+        if limit is None or tokens <= limit:
+            return None
+        return f"it writes at most {limit} tokens, {tokens} were asked for"
+
+    return why_not
+
+
+def _require(parameters: frozenset[str]) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        known = endpoint.abilities.parameters
+        if known is None:
+            return "it does not say which parameters it supports"
+        # A parameter that is renamed on the way is supported under the name it arrives with.
+        renamed = {old for old, new in endpoint.adaptation.rename if new in known}
+        missing = parameters - known - renamed
+        return f"it does not say that it supports {_name(missing)}" if missing else None
+
+    return why_not
+
+
+def _name(parameters: Iterable[str]) -> str:
+    told = sorted(filter(_match_tellable_name, parameters))[:_MOST_TOLD]
+    return ", ".join(told) or "a parameter that was sent"
+
+
+# Order
+
+
+def _arrange(
+    offers: list[_Offer],
+    sort: str | None,
+    wanted: ProviderPreferences,
+    health: Health,
+    now: float,
+    draw: Callable[[], float],
+) -> list[Step]:
+    """One candidate's steps: sorted, then those of `order` to the front, cooled ones to the end.
+
+    A cooled endpoint is last even if `order` names it: the client's order still holds among those
+    that work. But with `allow_fallbacks` false nothing takes the place of a provider in `order`.
+    """
+    if sort is None and not wanted.order:
+        steps = _plain_steps(offers, health, now)
+        if steps is not None:
+            return steps
+    reason = sort or "config"
+    if sort is not None:
+        offers = _sorted(offers, sort, health, now)
+    elif any(endpoint.weight is not None for _, endpoint in offers):
+        reason, offers = "weight", _drawn(offers, draw)
+    cooled = {
+        key: health.cooldown_ends(key) or now
+        for _, endpoint in offers
+        if health.is_cooling(key := (endpoint.provider, endpoint.upstream_model), now)
+    }
+    if not cooled and not wanted.order:
+        return [Step(model.slug, endpoint, reason) for model, endpoint in offers]
+    return _placed(offers, reason, wanted, cooled)
+
+
+def _plain_steps(offers: list[_Offer], health: Health, now: float) -> list[Step] | None:
+    """The config's order, None where weights or a cooldown change it; what most requests get."""
+    steps = []
+    for model, endpoint in offers:
+        key = endpoint.provider, endpoint.upstream_model
+        if endpoint.weight is not None or health.is_cooling(key, now):
+            return None
+        steps.append(Step(model.slug, endpoint))
+    return steps
+
+
+def _placed(
+    offers: list[_Offer], reason: str, wanted: ProviderPreferences, cooled: dict[Key, float]
+) -> list[Step]:
+    named: dict[str, int] = {}
+    for provider in wanted.order or ():
+        named.setdefault(provider, len(named))
+    placed = []
+    for model, endpoint in offers:
+        rank = named.get(endpoint.provider, len(named))
+        is_unnamed = rank == len(named)
+        ends = cooled.get((endpoint.provider, endpoint.upstream_model))
+        is_cooled = ends is not None
+        place = (is_unnamed and not wanted.allow_fallbacks, is_cooled, ends or 0.0, rank)
+        why = "cooldown" if is_cooled else reason if is_unnamed else "order"
+        placed.append((place, Step(model.slug, endpoint, why)))
+    placed.sort(key=itemgetter(0))  # by the place alone: among equals the sort is kept
+    return [step for _, step in placed]
+
+
+def _drawn(offers: list[_Offer], draw: Callable[[], float]) -> list[_Offer]:
+    """A draw without replacement by weight: 1 if not given, and those of 0 only at the end.
+
+    The first of exponential variables, each with its weight as rate, falls to each in proportion
+    to its weight; and so for the rest.
+    """
+
+    def arrival(offer: _Offer) -> tuple[bool, float]:
+        weight = offer[1].weight
+        if weight is None:
+            weight = 1.0
+        return (False, -math.log(1.0 - draw()) / weight) if weight > 0 else (True, 0.0)
+
+    return sorted(offers, key=arrival)
+
+
+def _sorted(offers: list[_Offer], sort: str, health: Health, now: float) -> list[_Offer]:
+    if sort == "price":
+        return sorted(offers, key=_price)
+    if sort == "balanced":
+        return _balanced(offers, health, now)
+    return sorted(offers, key=lambda offer: _measured(offer, sort, health, now))
+
+
+def _price(offer: _Offer) -> tuple[bool, Decimal]:
+    prices = offer[1].prices
+    if prices is None:
+        return True, Decimal(0)  # after all whose price is known
+    return False, prices.prompt + prices.completion
+
+
+def _measured(offer: _Offer, sort: str, health: Health, now: float) -> tuple[int, float]:
+    """Best first. What was not measured of late comes before, or it never would be; but while one
+    request tries it, it comes after, or all would."""
+    key = offer[1].provider, offer[1].upstream_model
+    if sort == "throughput":
+        value = health.throughput(key, now)
+    else:
+        value = health.first_content(key, now)
+    if value is None:
+        return (2 if health.is_tried(key, now) else 0), 0.0
+    return 1, -value if sort == "throughput" else value
+
+
+def _balanced(offers: list[_Offer], health: Health, now: float) -> list[_Offer]:
+    """By the sum of the ranks in price and in latency, the cheaper one first among equals.
+
+    Equal values share a rank, so what is no worse in both and better in one always comes first.
+    Ranks and not values: dollars and seconds have no common measure.
+    """
+    prices = _ranks([_price(offer) for offer in offers])
+    latencies = _ranks([_measured(offer, "latency", health, now) for offer in offers])
+    order = sorted(range(len(offers)), key=lambda i: (prices[i] + latencies[i], prices[i]))
+    return [offers[i] for i in order]
+
+
+def _ranks(values: Sequence[Any]) -> list[int]:
+    rank = {value: place for place, value in enumerate(sorted(set(values)))}
+    return [rank[value] for value in values]
+
+
+# What the client is told when there is no plan
+
+# By filter: the field at fault, and what to do.
+_ADVICE = {
+    "not_only": ("provider.only", "name more providers in provider.only"),
+    "ignored": ("provider.ignore", "ignore fewer providers"),
+    "price": ("provider.max_price", "raise provider.max_price"),
+    "no_tools": ("tools", "choose a model that takes tools"),
+    "no_json_mode": ("response_format", "choose a model with JSON mode"),
+    "no_json_schema": ("response_format", "choose a model that takes a JSON schema"),
+    "no_vision": ("messages", "choose a model that takes images"),
+    "context_length": ("messages", "send a shorter prompt or choose a model with a longer context"),
+    "max_output": ("max_tokens", "ask for fewer tokens"),
+    "parameters": ("provider.require_parameters", "send fewer parameters or don't require them"),
+}
+
+
+def _nothing_left(
+    candidates: tuple[str, ...], removed: list[Removal], unknown: list[str]
+) -> RouteError:
+    if len(unknown) == len(candidates):
+        return RouteError(_unknown_models(candidates), code="model_not_found", param="model")
+    reasons = [f"{each.provider} of {each.slug[:128]!r} ({each.words})" for each in removed]
+    filters = dict.fromkeys(each.filter for each in removed)  # in order, without repeats
+    advice = [_ADVICE[name][1] for name in filters] or ["ask for a model that has an endpoint"]
+    params = {_ADVICE[name][0] for name in filters}
+    message = f"no endpoint is left; removed: {_listed(reasons)}; {', or '.join(advice)}"
+    if unknown:
+        message += f"; not in the catalog: {_listed([repr(slug[:128]) for slug in unknown])}"
+    return RouteError(message, code="no_endpoint", param=params.pop() if len(params) == 1 else None)
 
 
 def _unknown_models(candidates: tuple[str, ...]) -> str:
     # Slugs are what the client itself sent; bounded, since they also reach the log.
-    names = ", ".join(repr(slug[:128]) for slug in candidates[:5])
+    names = _listed([repr(slug[:128]) for slug in candidates])
     return f"no model of this name in the catalog: {names}; GET /v1/models lists what there is"
+
+
+def _listed(names: list[str]) -> str:
+    told = list(dict.fromkeys(names))
+    more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
+    return (", ".join(told[:_MOST_TOLD]) or "none") + more

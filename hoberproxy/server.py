@@ -18,7 +18,7 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .app import make_app, make_metrics_app
 from .catalog import Catalog
-from .config import Address, Config
+from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Wheel
 from .errors import UnavailableError
 from .gateway import Gateway, make_upstreams
@@ -49,6 +49,7 @@ class Server:
         self._stop_now = asyncio.Event()
         self._gateway: Gateway | None = None
         self._ticker: Ticker | None = None
+        self._reloading: asyncio.Task[None] | None = None
         self.wheel_slot = 0
         self.addresses: list[Address] = []  # where it really listens
 
@@ -123,6 +124,30 @@ class Server:
             advice = 'choose another, or "off", as server.metrics_listen'
             raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
 
+    async def reload(self, config: Config) -> None:
+        """Serve by another config from now on; running requests end by theirs.
+
+        What was learnt of the endpoints stays. Listeners, store and log stay as they are until the
+        next start. Raises ConfigError, and then nothing has changed.
+        """
+        gateway = self._gateway
+        assert gateway is not None, "started before"
+        upstreams = make_upstreams(config, gateway.loop, gateway.upstreams)
+        if (config.server.listen, config.server.metrics_listen, config.records) != (
+            self._config.server.listen,
+            self._config.server.metrics_listen,
+            self._config.records,
+        ):
+            logger.warning("a changed listener or records file is used from the next start on")
+        retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
+        self._config = gateway.config = config
+        gateway.catalog = Catalog(config.models)
+        gateway.metrics.label = gateway.catalog.label
+        gateway.upstreams = upstreams
+        gateway.refused_options.clear()  # the new adaptations may have mended them
+        for upstream in retired:
+            await upstream.pool.aclose()
+
     def on_deadline(self, now: float) -> float:
         """Sweep the pools."""
         assert self._gateway is not None
@@ -143,6 +168,25 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
+
+    def reload_on_signal(self, load: Callable[[], Config]) -> None:
+        """SIGHUP reads the config again; a bad one changes nothing, and the log says why."""
+
+        def begin() -> None:
+            if self._reloading is None or self._reloading.done():
+                self._reloading = loop.create_task(self._reload(load), name="reload")
+
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, begin)
+
+    async def _reload(self, load: Callable[[], Config]) -> None:
+        try:
+            await self.reload(await asyncio.to_thread(load))
+        except ConfigError as error:
+            for problem in error.problems:
+                logger.error("config not reloaded: %s", problem)
+        else:
+            logger.info("config reloaded")
 
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
@@ -187,6 +231,8 @@ class Server:
         """Close what is open, the store last: it takes the last records."""
         for listener in self._listeners:
             listener.close()
+        if self._reloading is not None:
+            self._reloading.cancel()
         gateway = self._gateway
         if gateway is None:
             return

@@ -115,7 +115,7 @@ class StreamScanner:
         if (
             not self._pattern
             or data.count(self._pattern) != events
-            or b"event:" in data  # of an error, perhaps
+            or data.count(b"event:")  # of an error, perhaps
             or _wants_parsing(data)
         ):
             return None
@@ -276,15 +276,15 @@ class StreamScanner:
 
 def _wants_parsing(data: bytes) -> bool:
     """Whether events after the first content can carry more than content."""
+    count = data.count  # half the cost of `in`, which goes through the buffer protocol
     return (
-        b'"error"' in data
-        or b'"finish_reason":"' in data
-        or b'"finish_reason": "' in data
+        count(b'"error"') > 0
+        or count(b'"finish_reason":"') > 0
+        or count(b'"finish_reason": "') > 0
         # OpenAI puts `"usage":null` on every event once usage is asked for.
         or (
-            b'"usage"' in data
-            and data.count(b'"usage"')
-            != data.count(b'"usage":null') + data.count(b'"usage": null')
+            (usages := count(b'"usage"')) > 0
+            and usages != count(b'"usage":null') + count(b'"usage": null')
         )
     )
 

@@ -223,6 +223,8 @@ class UpstreamConnection(asyncio.Protocol):
             receiver.on_lost(loss)
 
     def _close(self) -> None:
+        if self.state is State.IDLE:
+            self._pool.forget(self)
         self.state = State.CLOSED
         if self._transport is not None:
             self._transport.abort()

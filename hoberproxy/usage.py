@@ -11,6 +11,8 @@ from typing import Any
 
 # English prose has about 4 bytes a token with today's vocabularies; code and CJK have fewer.
 BYTES_PER_TOKEN = 4
+# No request has as many; the store's integers end at 2**63, and must hold sums as well.
+MAX_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,11 @@ def estimate_usage(*, prompt_bytes: int, content_events: int, content_bytes: int
 
 
 def _count(container: object, name: str) -> int | None:
-    """A non-negative integer member of `container`, else None: upstreams send nulls and floats."""
+    """An integer member of `container` that can be a count, else None.
+
+    Upstreams send nulls and floats.
+    """
     value = container.get(name) if isinstance(container, dict) else None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and value >= 0 else None
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else None

@@ -483,7 +483,8 @@ class _Handler(asyncio.Transport):
     def lose(self, exc: Exception | None) -> None:
         """The client has gone."""
         self._is_ended = True
-        self.protocol.connection_lost(exc)
+        # Not now: the task that aiohttp started with `start` must have begun, or it fails.
+        asyncio.get_running_loop().call_soon(self.protocol.connection_lost, exc)
 
     # What aiohttp asks of a transport
 

@@ -240,8 +240,7 @@ class Connection(asyncio.Protocol):
     # Callbacks
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's
         self._writable.set()
         self.number = len(self._upstream.opened)
         self._upstream.opened.append(self)

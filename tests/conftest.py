@@ -1,0 +1,315 @@
+"""Shared by all tests: the loop they run on, and a proxy in this process with a raw client.
+
+    proxy = await start_proxy(head_timeout=0.1)   # settings of [server] by name
+    client = await proxy.connect()
+    client.send(b"GET /healthz HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+    assert (await client.read_answer()).status == 200
+
+`upstream` answers every request with a completion, unless the test queues scripts first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from hoberproxy.catalog import Endpoint, Model, Provider
+from hoberproxy.config import (
+    Address,
+    Config,
+    KeySettings,
+    LogSettings,
+    RecordSettings,
+    ServerSettings,
+)
+from hoberproxy.gateway import Gateway
+from hoberproxy.record import Record
+from hoberproxy.server import Server
+from hoberproxy.store import Store
+
+from .scripted import ScriptedUpstream, completion, json_response
+
+WAIT = 10.0  # seconds; only a failing test waits so long
+SLUG = "test/model"
+QUESTION = {"model": SLUG, "messages": [{"role": "user", "content": "hi"}]}
+
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "uvloop": uvloop.new_event_loop,
+    "asyncio": asyncio.new_event_loop,
+}
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """The program's loop for every test; others for those whose mark names them."""
+    named = any("loop_factories" in mark.kwargs for mark in item.iter_markers("asyncio"))
+    return LOOPS if named else {"uvloop": LOOPS["uvloop"]}
+
+
+# A client that sends what it likes
+
+
+@dataclass(frozen=True, slots=True)
+class ClientAnswer:
+    """One answer as it came. `headers` has lower-case names."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    interim: int = 0  # how many 1xx came before
+
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.body)
+
+
+class RawClient:
+    """A client's socket. Raises EOFError where the proxy ends the connection too early."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def send(self, *pieces: bytes) -> None:
+        """Write, without waiting for the proxy to read."""
+        for piece in pieces:
+            self._writer.write(piece)
+
+    async def send_each(self, pieces: list[bytes]) -> None:
+        """Each piece a segment of its own, as far as loopback lets a test see to it."""
+        for piece in pieces:
+            self._writer.write(piece)
+            await self._writer.drain()
+            await asyncio.sleep(0)
+
+    async def flood(self, size_bytes: int) -> None:
+        """Send that much rubbish, for as long as it is taken."""
+        await self.drain(b"x" * 65536, size_bytes // 65536)
+
+    async def drain(self, data: bytes, times: int = 1) -> None:
+        """Send `data` at the speed at which it is taken; ConnectionError when it is not."""
+        for _ in range(times):
+            self._writer.write(data)
+            await asyncio.wait_for(self._writer.drain(), WAIT)
+
+    def send_eof(self) -> None:
+        """Half-close."""
+        self._writer.write_eof()
+
+    async def read_answer(self, method: str = "POST") -> ClientAnswer:
+        """The next answer; 1xx before it are counted."""
+        return await asyncio.wait_for(self._read_answer(method), WAIT)
+
+    async def read_line(self) -> bytes:
+        """The next line, with its end."""
+        return await asyncio.wait_for(self._reader.readline(), WAIT)
+
+    async def read_rest(self) -> bytes:
+        """Everything up to the end of the connection; a reset is an end too."""
+        return await asyncio.wait_for(self._read_rest(), WAIT)
+
+    async def is_open(self) -> bool:
+        """Whether the connection serves another request."""
+        self.send(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        try:
+            return (await self.read_answer()).status == 200
+        except (EOFError, ConnectionError):
+            return False
+
+    @property
+    def socket(self) -> socket.socket:
+        """The transport's stand-in for its socket."""
+        return self._writer.get_extra_info("socket")  # type: ignore[no-any-return]
+
+    async def aclose(self) -> None:
+        """Leave at once."""
+        self._writer.transport.abort()
+
+    async def _read_answer(self, method: str, interim: int = 0) -> ClientAnswer:
+        status, headers = await self._read_head()
+        if status < 200:
+            return await self._read_answer(method, interim + 1)
+        if method == "HEAD" or status in (204, 304):
+            body = b""
+        elif headers.get("transfer-encoding") == "chunked":
+            body = await self._read_chunks()
+        elif "content-length" in headers:
+            body = await self._reader.readexactly(int(headers["content-length"]))
+        else:
+            body = await self._reader.read()
+        return ClientAnswer(status, headers, body, interim)
+
+    async def _read_head(self) -> tuple[int, dict[str, str]]:
+        raw = await self._reader.readuntil(b"\r\n\r\n")
+        status_line, *lines = raw[:-4].decode("latin-1").split("\r\n")
+        pairs = [line.split(":", 1) for line in lines]
+        headers = {name.lower(): value.strip() for name, value in pairs}
+        assert len(headers) == len(pairs), f"a header came twice: {lines}"
+        return int(status_line.split(" ")[1]), headers
+
+    async def _read_chunks(self) -> bytes:
+        body = b""
+        while size := int(await self._reader.readline(), 16):
+            body += await self._reader.readexactly(size)
+            assert await self._reader.readexactly(2) == b"\r\n"
+        assert await self._reader.readexactly(2) == b"\r\n"
+        return body
+
+    async def _read_rest(self) -> bytes:
+        rest = b""
+        try:
+            while data := await self._reader.read(65536):
+                rest += data
+        except ConnectionError:
+            pass
+        return rest
+
+
+# The proxy
+
+
+@dataclass(slots=True)
+class Proxy:
+    """A proxy that listens in this process, and a key for it."""
+
+    server: Server
+    gateway: Gateway
+    port: int
+    key: str
+    records: list[Record]  # of all requests that have ended
+    _clients: list[RawClient] = field(default_factory=list)
+
+    async def connect(self, **options: Any) -> RawClient:
+        """A new connection of a client; `options` are those of `asyncio.open_connection`."""
+        client = RawClient(*await asyncio.open_connection("127.0.0.1", self.port, **options))
+        self._clients.append(client)
+        return client
+
+    async def wait_for_records(self, count: int) -> list[Record]:
+        """Wait until that many requests have ended."""
+        await wait_until(lambda: len(self.records) >= count)
+        return self.records
+
+    async def aclose(self) -> None:
+        """Clients leave, then the proxy ends."""
+        for client in self._clients:
+            await client.aclose()
+        await self.server.aclose()
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that another part of this process will do."""
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        await asyncio.sleep(0.002)
+
+
+StartProxy = Callable[..., Awaitable[Proxy]]
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[ScriptedUpstream]:
+    """A model server that answers everything with a short completion."""
+    async with ScriptedUpstream(default=json_response(200, completion())) as running:
+        yield running
+
+
+@pytest.fixture
+async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterator[StartProxy]:
+    """Starts proxies in front of `upstream`; keywords are settings of `[server]`."""
+    started: list[Proxy] = []
+
+    async def start(*, keys_required: bool = True, **settings: Any) -> Proxy:
+        config = make_config(
+            tmp_path / "records.db", upstream.port, keys_required=keys_required, **settings
+        )
+        store = Store(config.records.file)
+        key, _ = store.create_key("test", kind="test")
+        store.close()
+        server = Server(config)
+        await server.start()
+        gateway = server._gateway
+        assert gateway is not None
+        records: list[Record] = []
+        put = gateway.ledger.put
+        gateway.ledger.put = lambda record: (records.append(record), put(record))  # type: ignore
+        proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
+        started.append(proxy)
+        return proxy
+
+    yield start
+    for proxy in started:
+        await proxy.aclose()
+
+
+@pytest.fixture
+async def proxy(start_proxy: StartProxy) -> Proxy:
+    """One with the usual settings."""
+    return await start_proxy()
+
+
+def make_config(
+    records_file: os.PathLike[str],
+    upstream_port: int,
+    *,
+    keys_required: bool = True,
+    **settings: Any,
+) -> Config:
+    """One provider on loopback, one model, nothing on fixed ports."""
+    provider = Provider("scripted", "http", "127.0.0.1", upstream_port, "/v1")
+    endpoint = Endpoint(provider.name, "upstream-model")
+    wildcard = Endpoint(provider.name, "*")
+    return Config(
+        server=ServerSettings(
+            **({"listen": (Address("127.0.0.1", 0),), "metrics_listen": None} | settings)
+        ),
+        keys=KeySettings(keys_required),
+        records=RecordSettings(str(records_file)),
+        log=LogSettings(access=False),
+        providers={provider.name: provider},
+        models=(Model(SLUG, (endpoint,)), Model("any/*", (wildcard,))),
+    )
+
+
+# Requests
+
+
+def chat(
+    key: str,
+    body: object = QUESTION,
+    *headers: str,
+    path: str = "/v1/chat/completions",
+    version: str = "1.1",
+    framing: str | None = None,
+) -> bytes:
+    """A chat request. `framing` replaces the content-length line; `body` may be bytes."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [
+        f"POST {path} HTTP/{version}",
+        "host: localhost",
+        f"authorization: Bearer {key}",
+        "content-type: application/json",
+        f"content-length: {len(data)}" if framing is None else framing,
+        *headers,
+    ]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1") + data
+
+
+def get(
+    path: str = "/v1/models", *headers: str, method: str = "GET", version: str = "1.1"
+) -> bytes:
+    """A request without a body."""
+    lines = [f"{method} {path} HTTP/{version}", "host: localhost", *headers]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")

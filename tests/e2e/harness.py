@@ -1,0 +1,425 @@
+"""The whole proxy in this process, and a client that sees every byte of what it answers.
+
+The upstream is tests/scripted.py's. The client's reading of HTTP is its own, so that a fault of the
+package's framing cannot hide itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hoberproxy.catalog import parse_base_url
+from hoberproxy.config import (
+    Address,
+    Config,
+    Endpoint,
+    KeySettings,
+    LogSettings,
+    Model,
+    Provider,
+    RecordSettings,
+    ServerSettings,
+    TimeLimits,
+)
+from hoberproxy.record import Record
+from hoberproxy.server import Server
+from tests.scripted import WAIT, ScriptedUpstream
+
+SLUG = "test/model"
+OTHER_SLUG = "test/other"
+UPSTREAM_MODEL = "upstream-model"
+UPSTREAM_KEY = "sk-upstream-secret"
+LIMITS = TimeLimits(connect=1.0, first_content=5.0, idle=5.0, total=10.0)
+SOON = TimeLimits(connect=0.1, first_content=0.1, idle=0.1, total=0.3)  # for what is to run out
+CHAT = "/v1/chat/completions"
+QUESTION = [{"role": "user", "content": "hi"}]
+
+
+def chat(*, stream: bool = False, model: str = SLUG, **more: Any) -> dict[str, Any]:
+    """A request's body."""
+    return {"model": model, "messages": QUESTION, "stream": stream, **more}
+
+
+def as_client_sees(
+    events: Iterable[bytes], *, usage: bool = False, name: str = UPSTREAM_MODEL, slug: str = SLUG
+) -> bytes:
+    """What the contract makes of an upstream's events, found by parsing each of them."""
+    return b"".join(
+        event.replace(b'"model":"%b"' % name.encode(), b'"model":"%b"' % slug.encode())
+        for event in events
+        if usage or not is_usage_event(event)
+    )
+
+
+def is_usage_event(event: bytes) -> bool:
+    """The event that `include_usage` adds."""
+    payload = event.removeprefix(b"data: ").strip()
+    return payload.startswith(b"{") and json.loads(payload).get("choices") == []
+
+
+def error_event_of(body: bytes) -> dict[str, Any]:
+    """The one error event a broken stream ends with; asserts that it is the last and the only."""
+    *before, last, rest = body.split(b"\n\n")
+    assert rest == b"", "the stream must end with a whole event"
+    assert b"[DONE]" not in body
+    assert not any(event.startswith(b'data: {"error"') for event in before)
+    document = json.loads(last.removeprefix(b"data: "))
+    assert set(document) == {"error"}, "with choices, some clients take the stream for finished"
+    error = document["error"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    return error  # type: ignore[no-any-return]
+
+
+# The client
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One response as it arrived. `is_complete`: it ended as its own framing says."""
+
+    status: int
+    header_list: list[tuple[str, str]]
+    body: bytes
+    is_complete: bool
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return dict(self.header_list)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.json()["error"]  # type: ignore[no-any-return]
+
+
+class Client:
+    """A raw connection to the proxy; every wait has a deadline."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._buffer = bytearray()
+
+    async def ask(self, body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> None:
+        """Send a request; `body` is bytes or a value for JSON."""
+        await self.send(request_bytes(body, path, headers))
+
+    async def send(self, data: bytes) -> None:
+        self.writer.write(data)
+        async with asyncio.timeout(WAIT):
+            await self.writer.drain()
+
+    async def read_head(self) -> tuple[int, list[tuple[str, str]]]:
+        """Status and headers of the next response, interim ones skipped."""
+        head = (await self._read_through(b"\r\n\r\n")).decode("latin-1")
+        status_line, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
+        status = int(status_line.split(" ")[1])
+        if status == 100:
+            return await self.read_head()
+        fields = [line.split(": ", 1) for line in lines]
+        return status, [(name.lower(), value) for name, value in fields]
+
+    async def read_reply(self) -> Reply:
+        """The next response to its end, or as far as it came."""
+        status, fields = await self.read_head()
+        headers = dict(fields)
+        body = bytearray()
+        is_complete = True
+        try:
+            if headers.get("transfer-encoding") == "chunked":
+                while piece := await self.read_chunk():
+                    body += piece
+            elif "content-length" in headers:
+                body += await self._read_exactly(int(headers["content-length"]))
+            else:
+                body += await self._read_to_end()
+        except asyncio.IncompleteReadError as exc:
+            body += exc.partial
+            is_complete = False
+        return Reply(status, fields, bytes(body), is_complete)
+
+    async def read_chunk(self) -> bytes:
+        """The next chunk of a body; empty at its end."""
+        size = int((await self._read_through(b"\r\n")).split(b";")[0], 16)
+        return (await self._read_exactly(size + 2))[:-2]
+
+    async def read_until(self, mark: bytes) -> bytes:
+        """Chunks of a body until `mark` has come."""
+        body = bytearray()
+        while mark not in body:
+            piece = await self.read_chunk()
+            assert piece, f"the body ended before {mark!r}: {bytes(body)!r}"
+            body += piece
+        return bytes(body)
+
+    async def is_closed_by_peer(self) -> bool:
+        """Wait for the end of the connection; False if bytes come first."""
+        return not self._buffer and await self._more() == b""
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def abort(self) -> None:
+        self.writer.transport.abort()
+
+    async def _more(self) -> bytes:
+        async with asyncio.timeout(WAIT):
+            try:
+                data = await self.reader.read(1 << 20)
+            except ConnectionResetError:
+                data = b""
+        self._buffer += data
+        return data
+
+    async def _read_through(self, mark: bytes) -> bytes:
+        searched = 0
+        while (found := self._buffer.find(mark, searched)) < 0:
+            searched = max(0, len(self._buffer) - len(mark))
+            if not await self._more():
+                raise asyncio.IncompleteReadError(b"", None)
+        return self._take(found + len(mark))
+
+    async def _read_exactly(self, count: int) -> bytes:
+        while len(self._buffer) < count:
+            if not await self._more():
+                raise asyncio.IncompleteReadError(self._take(count), count)
+        return self._take(count)
+
+    async def _read_to_end(self) -> bytes:
+        while await self._more():
+            pass
+        return self._take(len(self._buffer))
+
+    def _take(self, count: int) -> bytes:
+        taken = bytes(self._buffer[:count])
+        del self._buffer[:count]
+        return taken
+
+
+def request_bytes(body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> bytes:
+    """A whole request; `headers` are lines."""
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Content-Type: application/json",
+        f"Content-Length: {len(payload)}",
+        *headers,
+    ]
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1") + payload
+
+
+# The proxy
+
+
+class Proxy:
+    """A running server, and every record it closed."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        gateway = server._gateway
+        assert gateway is not None
+        self.gateway = gateway
+        self.port = server.addresses[0].port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.records: list[Record] = []
+        self._put = gateway.ledger.put
+        gateway.ledger.put = self._note  # type: ignore[method-assign]
+
+    def _note(self, record: Record) -> None:
+        self.records.append(record)
+        self._put(record)
+
+    async def wait_for_record(self, count: int = 1) -> Record:
+        """Wait until `count` requests have ended; returns the last of their records."""
+        await eventually(lambda: len(self.records) >= count)
+        assert len(self.records) == count, "one record for each request"
+        return self.records[-1]
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Client]:
+        async with asyncio.timeout(WAIT):
+            client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
+        try:
+            yield client
+        finally:
+            client.abort()
+
+    async def post(self, body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> Reply:
+        """One request on a connection of its own."""
+        async with self.connect() as client:
+            await client.ask(body, path, headers)
+            return await client.read_reply()
+
+    def pool_of(self, provider: str) -> Any:
+        return self.gateway.upstreams[provider].pool
+
+
+async def eventually(holds: Callable[[], Any]) -> Any:
+    """Wait until a condition holds; returns its value."""
+    async with asyncio.timeout(WAIT):
+        while not (value := holds()):  # noqa: ASYNC110  # what is waited for has no event
+            await asyncio.sleep(0.002)
+    return value
+
+
+def provider_for(upstream: ScriptedUpstream | str, name: str = "a", **changes: Any) -> Provider:
+    """A provider's config for an upstream or a URL."""
+    url = upstream if isinstance(upstream, str) else upstream.base_url
+    scheme, host, port, path = parse_base_url(url)
+    provider = Provider(name, scheme, host, port, path, api_key=UPSTREAM_KEY, limits=LIMITS)
+    if scheme == "https" and not isinstance(upstream, str):
+        provider = replace(provider, ca_file=upstream.ca_file)
+    return replace(provider, **changes)
+
+
+def make_config(
+    folder: Path, *providers: Provider, models: Iterable[Model] | None = None, **server: Any
+) -> Config:
+    """SLUG at all providers in order, unless `models` says otherwise; `server` are its settings."""
+    if models is None:
+        models = [model_at(SLUG, *(provider.name for provider in providers))]
+    settings = ServerSettings(
+        listen=(Address("127.0.0.1", 0),), metrics_listen=None, drain_timeout=0.0
+    )
+    return Config(
+        server=replace(settings, **server),
+        keys=KeySettings(required=False),
+        records=RecordSettings(file=str(folder / "records.db")),
+        log=LogSettings(access=False),
+        providers={provider.name: provider for provider in providers},
+        models=tuple(models),
+    )
+
+
+def model_at(slug: str, *providers: str) -> Model:
+    return Model(slug, tuple(Endpoint(name, UPSTREAM_MODEL) for name in providers))
+
+
+@asynccontextmanager
+async def running(config: Config) -> AsyncIterator[Proxy]:
+    """The proxy, and afterwards the proof that it let go of everything."""
+    server = Server(config)
+    await server.start()
+    proxy = Proxy(server)
+    try:
+        yield proxy
+    finally:
+        server.stop()
+        server.stop()  # a second time: now
+        async with asyncio.timeout(WAIT):
+            await server.wait_closed()
+    assert not proxy.gateway.exchanges, "no request may outlive its connection"
+    pools = [upstream.pool for upstream in proxy.gateway.upstreams.values()]
+    await eventually(lambda: sum(pool.open for pool in pools) == 0)
+    assert len(proxy.gateway.wheel) <= 1, "only the pools' sweep may still wait"
+
+
+# The program, as an operator starts it
+
+PROGRAM_CONFIG = """\
+[server]
+listen = "127.0.0.1:0"
+metrics_listen = "off"
+{server}
+
+[keys]
+required = false
+
+[records]
+file = "{folder}/records.db"
+
+[log]
+level = "warning"
+
+[providers.a]
+base_url = "{url}"
+
+[[models]]
+slug = "{slug}"
+
+[[models.endpoints]]
+provider = "a"
+model = "{upstream_model}"
+"""
+
+
+class Program:
+    """A proxy process: its port, its memory, its signals."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int, folder: Path) -> None:
+        self.process = process
+        self.port = port
+        self.records_file = folder / "records.db"
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Client]:
+        async with asyncio.timeout(WAIT):
+            client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
+        try:
+            yield client
+        finally:
+            client.abort()
+
+    async def post(self, body: Any) -> Reply:
+        async with self.connect() as client:
+            await client.ask(body)
+            return await client.read_reply()
+
+    async def wait(self) -> int:
+        """Wait for its end; returns the exit code."""
+        async with asyncio.timeout(WAIT):
+            return await self.process.wait()
+
+    def resident_bytes(self) -> int:
+        """Its physical memory now."""
+        statm = Path(f"/proc/{self.process.pid}/statm").read_text()
+        return int(statm.split()[1]) * resource.getpagesize()
+
+    def stored(self) -> list[tuple[int, str, int, int]]:
+        """Status, code, completion tokens and events of the records in its store."""
+        with closing(sqlite3.connect(self.records_file)) as database:
+            statement = "SELECT status, code, completion_tokens, events FROM records ORDER BY id"
+            return database.execute(statement).fetchall()
+
+
+@asynccontextmanager
+async def running_program(
+    folder: Path, upstream: ScriptedUpstream, server: str = ""
+) -> AsyncIterator[Program]:
+    """`python -m hoberproxy serve`; `server` are lines of that table."""
+    config = folder / "hoberproxy.toml"
+    config.write_text(
+        PROGRAM_CONFIG.format(
+            server=server,
+            folder=folder,
+            url=upstream.base_url,
+            slug=SLUG,
+            upstream_model=UPSTREAM_MODEL,
+        )
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(WAIT):
+            line = await process.stdout.readline()
+        yield Program(process, int(line.decode().rpartition(":")[2]), folder)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
