@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from .events import DONE, serialize_event
+from .lenient import dump_json, load_json
 from .members import find_member, replace_member
 from .usage import Usage, read_usage
 
@@ -41,8 +42,8 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     Raises CompletionError for anything but a JSON object with a non-empty `choices` array.
     """
     try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        document = load_json(body)
+    except ValueError:
         raise CompletionError("expected a JSON body, got something else or a part of one") from None
     if not isinstance(document, dict):
         raise CompletionError("expected a JSON object as the body")
@@ -69,10 +70,10 @@ def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool)
     chunk["object"] = "chat.completion.chunk"
     chunk["model"] = slug
     chunk["choices"] = [_delta_choice(choice) for choice in completion.document["choices"]]
-    events = [serialize_event(orjson.dumps(chunk))]
+    events = [serialize_event(dump_json(chunk))]
     if wants_usage and isinstance(completion.document.get("usage"), dict):
         usage = chunk | {"choices": [], "usage": completion.document["usage"]}
-        events.append(serialize_event(orjson.dumps(usage)))
+        events.append(serialize_event(dump_json(usage)))
     events.append(serialize_event(DONE))
     return b"".join(events)
 
@@ -96,7 +97,7 @@ def _rename(body: bytes, document: dict[str, Any], slug: str) -> bytes:
     if not isinstance(document.get("model"), str):
         return body
     member = find_member(body, "model")
-    assert member is not None, "orjson has just seen it"
+    assert member is not None, "it has just been read"
     return replace_member(body, member, orjson.dumps(slug))
 
 

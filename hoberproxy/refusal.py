@@ -12,9 +12,8 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-import orjson
-
 from .errors import Phase, UpstreamError
+from .lenient import load_json
 
 MAX_BODY_BYTES = 64 * 1024
 MAX_MESSAGE_LENGTH = 2000
@@ -76,12 +75,12 @@ def _bounded(seconds: float) -> float | None:
 def _show(error: UpstreamError, body: bytes) -> None:
     """Give `error` the upstream's own message, param and code, whatever form they came in."""
     try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        document = load_json(body)
+    except ValueError:
         document = None  # HTML and plain text are an intermediary's, not the model server's
     found = _find_error(document)
-    message = found.get("message")
-    if isinstance(message, str) and message.strip():
+    message = _find_message(found)
+    if message.strip():
         error.message = _WHITE.sub(" ", message).strip()[:MAX_MESSAGE_LENGTH]
     if isinstance(found.get("param"), str):
         error.param = found["param"][:128]
@@ -90,20 +89,33 @@ def _show(error: UpstreamError, body: bytes) -> None:
 
 
 def _find_error(document: Any) -> dict[str, Any]:
-    """The error object in the forms seen in the wild; empty if there is none."""
+    """The object that describes the error, in the forms seen in the wild; empty if there is none."""
     if isinstance(document, list) and document:
         document = document[0]  # Gemini's OpenAI address answers with an array
     if not isinstance(document, dict):
-        return {"message": document} if isinstance(document, str) else {}
+        return {"message": document}
+    errors = document.get("errors")  # Cloudflare
+    if isinstance(errors, list) and errors:
+        document = {"error": errors[0]}
     error = document.get("error", document)
+    return error if isinstance(error, dict) else {"message": error}
+
+
+def _find_message(error: Any, levels: int = 4) -> str:
+    """The first text under `message`, `detail` or `msg`; empty if there is none.
+
+    FastAPI says {"detail": "…"} or {"detail": [{"loc": […], "msg": "…"}]}, Mistral has the latter
+    within `message`.
+    """
     if isinstance(error, str):
-        return {"message": error}
-    if not isinstance(error, dict):
-        return {}
-    if "message" not in error:
-        # FastAPI: {"detail": "…"} or {"detail": [{"loc": […], "msg": "…"}]}
-        detail = error.get("detail")
-        if isinstance(detail, list) and detail and isinstance(detail[0], dict):
-            detail = detail[0].get("msg")
-        return {"message": detail}
-    return error
+        return error
+    if not levels:
+        return ""
+    if isinstance(error, list):
+        return _find_message(error[0], levels - 1) if error else ""
+    if isinstance(error, dict):
+        found = (
+            _find_message(error.get(name), levels - 1) for name in ("message", "detail", "msg")
+        )
+        return next(filter(None, found), "")
+    return ""

@@ -17,6 +17,7 @@ from .completion import Completion, CompletionError, parse_completion, serialize
 from .downstream import Answer
 from .errors import UpstreamError
 from .http11 import ResponseHead
+from .lenient import load_json
 from .members import MemberRewriter
 from .refusal import MAX_BODY_BYTES
 from .stream import StreamScanner, decode_string
@@ -287,7 +288,7 @@ class RefusalReader(Relay):
 def _parse_captured_usage(raw: bytes | None) -> Usage | None:
     """The usage of a body that was too long to be parsed as a whole."""
     try:
-        usage = orjson.loads(raw or b"null")
-    except orjson.JSONDecodeError:
+        usage = load_json(raw or b"null")
+    except ValueError:
         return None
     return parse_usage(usage) if isinstance(usage, dict) else None

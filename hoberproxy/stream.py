@@ -18,6 +18,7 @@ from typing import Any
 import orjson
 
 from .events import BLANK_LINE, DONE, Data, parse_event
+from .lenient import load_json
 from .members import Member, MemberRewriter, find_member
 from .usage import Usage, read_usage
 
@@ -292,8 +293,8 @@ def _wants_parsing(data: bytes) -> bool:
 def _load(payload: bytes) -> Any:
     """The JSON of an event; None if it is none."""
     try:
-        return orjson.loads(payload)
-    except orjson.JSONDecodeError:
+        return load_json(payload)
+    except ValueError:
         return None
 
 
@@ -369,7 +370,7 @@ def _status_of(error: object) -> int | None:
 def decode_string(raw: bytes) -> str:
     """The text of a JSON string; empty if it is none."""
     try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+        value = load_json(raw)
+    except ValueError:
         return ""
     return value if isinstance(value, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,7 +205,10 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 def read_lines(fd: int, count: int) -> list[bytes]:
     data = b""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
     while data.count(b"\n") < count:
+        assert poller.poll(PATIENCE * 1000), f"{count} lines never came"
         data += os.read(fd, 65536)
     return data.splitlines()
 
@@ -270,6 +274,7 @@ def test_a_blocked_sink_costs_lines_that_are_counted_and_told(
     assert lost > 0
     written = PIPE_BYTES // len(format_json(record())) - lost
     lines = [json.loads(line) for line in read_lines(reader, written)]
+    wait_until(lambda: log.depth == 0)
     log.write(record(id="req_after"))
     while not any(line.get("id") == "req_after" for line in lines):
         lines += [json.loads(line) for line in read_lines(reader, 1)]

@@ -1,0 +1,173 @@
+"""Whole completions: what counts as one, its name for the model, and its form as a stream."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hoberproxy.completion import CompletionError, parse_completion, serialize_as_stream
+from hoberproxy.stream import StreamScanner
+from hoberproxy.usage import Usage
+
+SLUG = "vendor/catalog-name"
+DOCUMENT: dict[str, Any] = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1763900000,
+    "model": "upstream-name",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": 'Hi "model":"x"', "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
+    "system_fingerprint": "fp_1",
+}
+
+
+def body(**changes: Any) -> bytes:
+    return json.dumps(DOCUMENT | changes).encode()
+
+
+def events(data: bytes) -> list[Any]:
+    assert data.endswith(b"\n\n")
+    payloads = [raw.removeprefix(b"data: ") for raw in data[:-2].split(b"\n\n")]
+    assert payloads.pop() == b"[DONE]"
+    return [json.loads(payload) for payload in payloads]
+
+
+def as_stream(wants_usage: bool = False, **changes: Any) -> list[Any]:
+    completion = parse_completion(body(**changes), SLUG)
+    return events(serialize_as_stream(completion, SLUG, wants_usage=wants_usage))
+
+
+# Reading
+
+
+def test_a_completion_tells_its_usage_finish_reason_and_names() -> None:
+    completion = parse_completion(body(), SLUG)
+    assert completion.usage == Usage(9, 3)
+    assert completion.finish_reason == "stop"
+    assert (completion.upstream_model, completion.upstream_id) == ("upstream-name", "chatcmpl-1")
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        pytest.param(
+            b' {"choices":[1.0] ,\t"model" : "m" , "x":{"model":"m"}, "n":1e2}\n',
+            b' {"choices":[1.0] ,\t"model" : "%b" , "x":{"model":"m"}, "n":1e2}\n',
+            id="all else byte for byte",
+        ),
+        pytest.param(
+            b'{"m\\u006fdel":"m","choices":["\\ud83d\\ude00"]}',
+            b'{"m\\u006fdel":"%b","choices":["\\ud83d\\ude00"]}',
+            id="a name with escapes",
+        ),
+        pytest.param(b'{"model":null,"choices":[0]}', b'{"model":null,"choices":[0]}', id="null"),
+        pytest.param(b'{"choices":[{}]}', b'{"choices":[{}]}', id="no model"),
+    ],
+)
+def test_only_the_models_name_is_replaced(raw: bytes, expected: bytes) -> None:
+    assert parse_completion(raw, SLUG).body == expected.replace(b"%b", SLUG.encode())
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        pytest.param(b"", "a JSON body", id="nothing"),
+        pytest.param(body()[:-1], "a part of one", id="a cut body"),
+        pytest.param(b"<html>secret</html>", "a JSON body", id="HTML"),
+        pytest.param(b'"secret"', "a JSON object", id="a string"),
+        pytest.param(b"[]", "a JSON object", id="an array"),
+        pytest.param(b"null", "a JSON object", id="null"),
+        pytest.param(b"{}", "choices", id="no choices"),
+        pytest.param(body(choices=[]), "choices", id="empty choices"),
+        pytest.param(body(choices=None), "choices", id="null for choices"),
+        pytest.param(body(choices={"0": "secret"}), "choices", id="choices of another type"),
+    ],
+)
+def test_what_is_no_completion_is_refused_without_its_text(raw: bytes, words: str) -> None:
+    with pytest.raises(CompletionError, match=words) as caught:
+        parse_completion(raw, SLUG)
+    assert not caught.value.is_error_body
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw", [body(error={"message": "secret"}), b'{"error":"secret"}', b'{"error":{"code":500}}']
+)
+def test_an_error_with_status_200_is_an_error(raw: bytes) -> None:
+    with pytest.raises(CompletionError) as caught:
+        parse_completion(raw, SLUG)
+    assert caught.value.is_error_body
+    assert "secret" not in str(caught.value)
+
+
+def test_a_null_error_is_none() -> None:
+    assert parse_completion(body(error=None), SLUG).finish_reason == "stop"
+
+
+@pytest.mark.parametrize("choice", [None, "text", [], {"finish_reason": None}, {}], ids=repr)
+def test_a_strange_choice_has_no_finish_reason(choice: Any) -> None:
+    assert parse_completion(body(choices=[choice]), SLUG).finish_reason == ""
+    assert as_stream(choices=[choice])[0]["choices"]
+
+
+# As a stream
+
+
+def test_one_chunk_says_what_the_completion_said() -> None:
+    (chunk,) = as_stream()
+    expected = DOCUMENT | {
+        "object": "chat.completion.chunk",
+        "model": SLUG,
+        "choices": [
+            {
+                "index": 0,
+                "delta": DOCUMENT["choices"][0]["message"],
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+    }
+    del expected["usage"]
+    assert chunk == expected
+
+
+def test_usage_comes_in_an_event_of_its_own_if_asked_for() -> None:
+    chunk, last = as_stream(wants_usage=True)
+    assert "usage" not in chunk
+    assert (last["choices"], last["usage"]) == ([], DOCUMENT["usage"])
+    assert (last["id"], last["model"]) == (chunk["id"], SLUG)
+
+
+def test_usage_that_is_not_there_is_not_invented() -> None:
+    assert len(as_stream(wants_usage=True, usage=None)) == 1
+
+
+def test_tool_calls_get_the_index_that_deltas_have() -> None:
+    calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b"}, {"id": "c", "index": 7}, None]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    (chunk,) = as_stream(choices=[{"index": 0, "message": message, "finish_reason": "tool_calls"}])
+    assert chunk["choices"][0]["delta"]["tool_calls"] == [
+        {"index": 0, "id": "a", "function": {"name": "f"}},
+        {"index": 1, "id": "b"},
+        {"index": 7, "id": "c"},
+        None,
+    ]
+
+
+@pytest.mark.parametrize("wants_usage", [True, False])
+def test_the_scanner_takes_it_for_a_finished_stream(wants_usage: bool) -> None:
+    completion = parse_completion(body(), SLUG)
+    data = serialize_as_stream(completion, SLUG, wants_usage=True)
+    scanner = StreamScanner(SLUG, wants_usage=wants_usage)
+    passed = scanner.feed(data) + scanner.feed_eof()
+    assert passed == serialize_as_stream(completion, SLUG, wants_usage=wants_usage)
+    assert (scanner.is_done, scanner.finish_reason, scanner.usage) == (True, "stop", Usage(9, 3))
