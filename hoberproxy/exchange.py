@@ -85,6 +85,7 @@ class Exchange:
         self._upstreams = gateway.upstreams  # as they are with this plan: a reload replaces them
         self._plan: Plan | None = None
         self._position = 0
+        self._refused_slugs: set[str] = set()  # models for which the request is wrong
         self._attempt: Attempt | None = None
         self._provider: Provider | None = None  # of the attempt; a reload may replace the gateway's
         self._without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
@@ -244,9 +245,10 @@ class Exchange:
         assert attempt is not None
         self.record.first_content = time.monotonic() - self._clock_start
         now = gateway.loop.time()
-        # A body's first content comes with its last: it says nothing of the time to a token.
-        waited = now - attempt.started if is_stream else None
         key = _key(attempt.step)
+        # A body's first content comes with its last: better than nothing to sort by, no more.
+        is_measure = is_stream or gateway.health.first_content(key, now) is None
+        waited = now - attempt.started if is_measure else None
         gateway.health.observe_success(key, now, waited)
         if self._without != gateway.refused_options.get(key, NOTHING_REFUSED):
             gateway.learn_refused(key, self._without)  # that it answers now proves it
@@ -308,13 +310,15 @@ class Exchange:
         """Where to go on after a failure; None if it is the end."""
         plan, routing = self._plan, self._gateway.config.routing
         assert plan is not None
+        if error.is_refusal:
+            self._refused_slugs.add(plan.steps[self._position].slug)
         if self._call is None or not (error.is_retryable or error.is_refusal):
             return None
         if self.record.attempts >= routing.max_attempts:
             return None
         if time.monotonic() - self._clock_start >= routing.attempts_timeout:
             return None
-        return plan.after(self._position, other_model=error.is_refusal)
+        return plan.after(self._position, self._refused_slugs)
 
     def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
         health, key, now = self._gateway.health, _key(attempt.step), self._gateway.loop.time()

@@ -89,7 +89,7 @@ def _show(error: UpstreamError, body: bytes) -> None:
 
 
 def _find_error(document: Any) -> dict[str, Any]:
-    """The object that describes the error, in the forms seen in the wild; empty if there is none."""
+    """The object that describes the error, in the forms seen in the wild; empty if none."""
     if isinstance(document, list) and document:
         document = document[0]  # Gemini's OpenAI address answers with an array
     if not isinstance(document, dict):

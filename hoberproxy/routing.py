@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from operator import itemgetter
@@ -82,14 +82,14 @@ class Plan:
     removed: tuple[Removal, ...] = ()
     unknown: tuple[str, ...] = ()
 
-    def after(self, position: int, *, other_model: bool = False) -> int | None:
+    def after(self, position: int, refused: Container[str] = ()) -> int | None:
         """The step to try when that at `position` failed, None when there is none left.
 
-        `other_model`: the endpoints of this model would all say the same, go to the next model.
+        `refused` are the slugs whose endpoints would all say the same: the request is wrong for
+        that model.
         """
-        slug = self.steps[position].slug
         for following in range(position + 1, len(self.steps)):
-            if not other_model or self.steps[following].slug != slug:
+            if self.steps[following].slug not in refused:
                 return following
         return None
 

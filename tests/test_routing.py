@@ -583,9 +583,15 @@ def test_an_unknown_kind_of_virtual_model_is_unknown() -> None:
 def test_after_a_failure_comes_the_next_step_and_after_a_refusal_the_next_model() -> None:
     plan = Plan(tuple(Step(slug, endpoint("p", name)) for slug, name in ("xa", "xb", "yc")))
     assert plan.after(0) == 1
-    assert plan.after(0, other_model=True) == 2
+    assert plan.after(0, {plan.steps[0].slug}) == 2
     assert plan.after(2) is None
-    assert plan.after(2, other_model=True) is None
+    assert plan.after(2, {plan.steps[2].slug}) is None
+
+
+def test_a_model_that_refused_the_request_does_not_come_up_again_between_others() -> None:
+    plan = Plan(tuple(Step(slug, endpoint("p", name)) for slug, name in ("xa", "yb", "xc", "yd")))
+    assert plan.after(1, {"x"}) == 3
+    assert plan.after(1, {"x", "y"}) is None
 
 
 # Whatever comes
