@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
-from .config import EXAMPLE, Address, Config, ConfigError, ServerSettings, parse_config
+from .config import (
+    EXAMPLE,
+    Address,
+    Config,
+    ConfigError,
+    RecordSettings,
+    ServerSettings,
+    parse_config,
+)
 from .store import KeyRow, Store, StoreError, UsageRow
 
 if TYPE_CHECKING:
@@ -193,13 +201,19 @@ def _run_configured(config: Config, load: Callable[[], Config]) -> None:
 
 
 def _run_embedded(settings: ServerSettings) -> None:
-    from .quickstart import embedded_config, make_key, start_demo, welcome
+    from .quickstart import (
+        embedded_config,
+        make_key,
+        start_demo,
+        welcome,
+        without_taken_metrics,
+    )
     from .server import run
 
     async def serve() -> None:
         demo, port = await start_demo()
         try:
-            config = embedded_config(port, os.environ, settings)
+            config = embedded_config(port, os.environ, without_taken_metrics(settings))
             key = make_key(config.records.file)  # before the start, which reads the keys
             server = await _started(config)
             print(welcome(config, server.addresses[0], key), flush=True)
@@ -312,14 +326,21 @@ def _cannot_start(*problems: str) -> int:
 # keys, usage
 
 
-def _open_store(arguments: argparse.Namespace) -> Store:
+def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store:
+    """The store of the config, or of a start without one in this directory."""
     config = _load_config(arguments)
-    return Store(config.records.file if config is not None else "hoberproxy.db")
+    path = config.records.file if config is not None else RecordSettings().file
+    if not create and not Path(path).exists():
+        raise StoreError(
+            f"no keys or records at {path} yet; "
+            "run this where the proxy was started, or name its --config"
+        )
+    return Store(path)
 
 
 def _create_key(arguments: argparse.Namespace) -> int:
     expires = _parse_expiry(arguments.expires, time.time()) if arguments.expires else None
-    store = _open_store(arguments)
+    store = _open_store(arguments, create=True)
     try:
         key, row = store.create_key(
             arguments.label, kind="test" if arguments.test else "live", expires=expires

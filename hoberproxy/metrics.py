@@ -141,9 +141,7 @@ def _status_class(record: Record) -> str:
     return f"{record.status // 100}xx"
 
 
-def _counter(
-    name: str, text: str, labels: tuple[str, ...], counts: Mapping[Any, int]
-) -> Metric:
+def _counter(name: str, text: str, labels: tuple[str, ...], counts: Mapping[Any, int]) -> Metric:
     from prometheus_client.core import CounterMetricFamily
 
     family = CounterMetricFamily(name, text, labels=labels)

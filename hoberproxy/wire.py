@@ -83,7 +83,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._handler: _Handler | None = None
         self._is_overrun = False  # more was pipelined than we keep
-        self._last_read = 0.0
+        self._waiting_since = 0.0
         self._discarded_bytes = 0
         self.is_paused = False
         self.wheel_slot = 0
@@ -101,7 +101,6 @@ class DownstreamConnection(asyncio.Protocol):
             self._buffer = self._buffer + data if self._buffer else data
             self._read_head()
         elif state is State.BODY:
-            self._last_read = self._gateway.wheel.now
             self._read_body(data)
         elif state is State.HANDLER:
             assert self._handler is not None
@@ -153,7 +152,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.HEAD
         self._searched = 0
         self._is_overrun = False
-        self._last_read = self._gateway.wheel.now
+        self._waiting_since = self._gateway.wheel.now
         if self._gateway.is_draining:
             self._close()
         elif self._buffer:
@@ -168,7 +167,7 @@ class DownstreamConnection(asyncio.Protocol):
         end = find_head_end(buffer, self._searched)
         if end < 0:
             if not self._searched:  # the first bytes of a request: its head has a limit now
-                self._last_read = self._gateway.wheel.now
+                self._waiting_since = self._gateway.wheel.now
                 self._gateway.wheel.schedule(self, self._due())
             self._check_unfinished(buffer)
             self._searched = len(buffer)
@@ -241,7 +240,7 @@ class DownstreamConnection(asyncio.Protocol):
                 exchange.run(b"", close=True)
                 return
             self._write_continue()
-        self._last_read = self._gateway.wheel.now
+        self._waiting_since = self._gateway.wheel.now
         if rest or self._body.is_complete:
             self._read_body(rest)
         if self._state is State.BODY:
@@ -380,7 +379,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.CLOSED
         if self._transport is not None:
             self._transport.close()
-            self._last_read = self._gateway.wheel.now
+            self._waiting_since = self._gateway.wheel.now
             self._gateway.wheel.schedule(self, self._due())
 
     def _linger(self) -> None:
@@ -388,7 +387,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.LINGERING
         self._buffer = b""
         self._discarded_bytes = 0
-        self._last_read = self._gateway.wheel.now
+        self._waiting_since = self._gateway.wheel.now
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
         self._gateway.wheel.schedule(self, self._due())
@@ -401,7 +400,7 @@ class DownstreamConnection(asyncio.Protocol):
             State.LINGERING: LINGER,
             State.CLOSED: settings.write_timeout,
         }
-        return self._last_read + waits.get(self._state, math.inf)
+        return self._waiting_since + waits.get(self._state, math.inf)
 
     def on_deadline(self, now: float) -> float | None:
         """The client has been silent for too long."""
@@ -412,8 +411,8 @@ class DownstreamConnection(asyncio.Protocol):
             self._answer_early()
             self._exchange.refuse(
                 RequestError(
-                    "expected the rest of the body, got nothing for "
-                    f"{self._gateway.config.server.body_timeout:g} s",
+                    "expected the whole body within "
+                    f"{self._gateway.config.server.body_timeout:g} s, got a part of it",
                     code="request_timeout",
                     status=408,
                 ),
