@@ -210,9 +210,16 @@ def test_an_unknown_model_raises_a_not_found_error(client: OpenAI) -> None:
 
 
 def test_a_prompt_too_long_is_refused_with_the_upstreams_status(client: OpenAI) -> None:
-    long: list[Any] = [{"role": "user", "content": "word " * 6000}]
+    # 4,500 tokens for a context of 4,096: too near for the proxy's estimate to be sure.
+    long: list[Any] = [{"role": "user", "content": "word " * 4500}]
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(model=SLUG, messages=long, stream=True)
+
+
+def test_a_prompt_far_too_long_is_refused_before_the_upstream(client: OpenAI) -> None:
+    endless: list[Any] = [{"role": "user", "content": "word " * 20_000}]
+    with pytest.raises(openai.NotFoundError, match="context is 4096 tokens"):
+        client.chat.completions.create(model=SLUG, messages=endless, stream=True)
 
 
 # Hang-ups
