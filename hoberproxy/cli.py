@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -152,19 +153,24 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     config = _load_config(arguments)
     listen = _parse_listen(arguments.listen) if arguments.listen else None
-    if config is not None and listen is not None:
-        config = dataclasses.replace(
-            config, server=dataclasses.replace(config.server, listen=(listen,))
-        )
+    if config is not None:
+        config = _at(config, listen)
     _set_up_logging(config.log.level if config is not None else "info")
     try:
         if config is not None:
-            _run_configured(config, lambda: _load_again(arguments))
+            _run_configured(config, lambda: _at(_load_again(arguments), listen))
         else:
             _run_embedded(ServerSettings(listen=(listen,)) if listen else ServerSettings())
     except (StartError, StoreError) as error:
         return _cannot_start(str(error))
     return EXIT_OK
+
+
+def _at(config: Config, listen: Address | None) -> Config:
+    """The config with the address of --listen, where that was given."""
+    if listen is None:
+        return config
+    return dataclasses.replace(config, server=dataclasses.replace(config.server, listen=(listen,)))
 
 
 async def _started(config: Config) -> Server:
@@ -216,12 +222,27 @@ def _run_embedded(settings: ServerSettings) -> None:
             config = embedded_config(port, os.environ, without_taken_metrics(settings))
             key = make_key(config.records.file)  # before the start, which reads the keys
             server = await _started(config)
-            print(welcome(config, server.addresses[0], key), flush=True)
+            print(welcome(config, server.addresses[0], key, _program()), flush=True)
             await server.wait_closed()
         finally:
             await demo.aclose()
 
     run(serve)
+
+
+def _program() -> str:
+    """How to call this program from where its user is."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{_from_here(sys.executable)} -m hoberproxy"
+    return _from_here(str(called))
+
+
+def _from_here(path: str) -> str:
+    name = Path(path).name
+    if (found := shutil.which(name)) is not None and Path(found) == Path(path):
+        return name
+    return os.path.relpath(path)
 
 
 def _check(arguments: argparse.Namespace) -> int:

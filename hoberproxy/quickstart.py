@@ -95,14 +95,14 @@ Python (pip install openai):
         if chunk.choices[0].delta.content:
             print(chunk.choices[0].delta.content, end="", flush=True)
 
-What was used:  hoberproxy usage
-Your own setup: hoberproxy config --example > hoberproxy.toml
+What was used:  {program} usage
+Your own setup: {program} config --example > hoberproxy.toml
 Ctrl-C stops.
 """
 
 
-def welcome(config: Config, address: Address, key: str) -> str:
-    """What to do now: lines that work as they are, copied."""
+def welcome(config: Config, address: Address, key: str, program: str) -> str:
+    """What to do now: lines that work as they are, copied. `program` is how to call this one."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return _WELCOME.format(
         base_url=f"http://{Address(host, address.port)}",
@@ -110,6 +110,7 @@ def welcome(config: Config, address: Address, key: str) -> str:
         absent=_absent_providers(config),
         key=key,
         slug=DEMO_SLUG,
+        program=program,
     )
 
 

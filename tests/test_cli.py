@@ -520,8 +520,10 @@ def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
     assert printed.returncode == 0, printed.stderr
     assert "10" in printed.stdout
 
+    (shown,) = re.findall(r"What was used: +(.+)", quickstart.output.read_text())
+
     def used() -> str:
-        return run([*COMMAND, "usage"]).stdout
+        return run(["bash", "-c", shown]).stdout
 
     wait_until(lambda: "hober/demo" in used() and f" {requests} " in used().splitlines()[1])
 
