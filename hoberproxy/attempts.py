@@ -113,9 +113,9 @@ class Attempt:
     def _send(self, connection: UpstreamConnection) -> None:
         self.phase = Phase.HEAD
         self._connection = connection
+        connection.send(self._request, self)
         if self._is_paused:
             connection.pause_upstream()
-        connection.send(self._request, self)
 
     # The answer's head (Receiver)
 
@@ -223,6 +223,11 @@ class Attempt:
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
 
     @property
+    def is_answer_out(self) -> bool:
+        """The client has been sent the whole stream; at most the end of the framing is missing."""
+        return isinstance(self._relay, StreamRelay) and self._relay.is_done
+
+    @property
     def idle_since(self) -> float:
         """Loop time at which the upstream was last heard of, or we stopped listening."""
         return self._last_activity
@@ -247,6 +252,10 @@ class Attempt:
     def abort(self) -> None:
         """Close the upstream connection now; nothing is reported any more."""
         self._close()
+
+    def forget(self) -> None:
+        """Over and accounted for: let go of the answer."""
+        self._relay = None
 
     @property
     def due(self) -> float:
@@ -282,6 +291,7 @@ class Attempt:
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""
         self._is_ended = True
+        self._request = b""
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None

@@ -50,6 +50,11 @@ class ProxyError(Exception):
             self.type = type
         self.metadata: dict[str, Any] = {}
 
+    @property
+    def recorded_code(self) -> str:
+        """The code as records, logs and lists of failures have it: always one of ours."""
+        return self.code
+
 
 class RequestError(ProxyError):
     """The request is at fault: wrong head, body, path or field."""
@@ -122,6 +127,12 @@ class UpstreamError(ProxyError):
         self.is_retryable = is_retryable
         self.is_refusal = is_refusal
         self.refused_option: str | None = None  # a member that we put in, not the client
+        self.own_code: str | None = None  # where `code` is the upstream's, for the client's eyes
+
+    @property
+    def recorded_code(self) -> str:
+        """Ours, where `code` is the upstream's text."""
+        return self.own_code or self.code
 
 
 @dataclass(frozen=True, slots=True)

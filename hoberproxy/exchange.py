@@ -183,6 +183,8 @@ class Exchange:
         injected = injected_options(
             call, step.endpoint.adaptation, stream_options=provider.stream_options
         )
+        if self._attempt is not None:
+            self._attempt.forget()
         self._attempt = Attempt(
             self, call, step, upstream.pool, self._answer, request, injected - self._without
         )
@@ -250,7 +252,7 @@ class Exchange:
         is_measure = is_stream or gateway.health.first_content(key, now) is None
         waited = now - attempt.started if is_measure else None
         gateway.health.observe_success(key, now, waited)
-        if self._without != gateway.refused_options.get(key, NOTHING_REFUSED):
+        if not self._without <= gateway.refused_options.get(key, NOTHING_REFUSED):
             gateway.learn_refused(key, self._without)  # that it answers now proves it
 
     def _answer_headers(self, head: ResponseHead) -> Headers:
@@ -330,13 +332,14 @@ class Exchange:
                 now,
                 retry_after=error.retry_after,
                 is_rate_limit=error.upstream_status == 429,
+                was_answering=error.phase is Phase.CONTENT,
                 draw=self._gateway.draw,
             )
         self._failures.append(
             FailedAttempt(
                 provider=attempt.step.endpoint.provider,
                 status=error.upstream_status,
-                code=error.code,
+                code=error.recorded_code,
                 phase=error.phase.value,
                 milliseconds=round((now - attempt.started) * 1000),
             )
@@ -390,7 +393,7 @@ class Exchange:
         else:
             status = answer.status
             answer.abort()
-        self.record.code = error.code
+        self.record.code = error.recorded_code
         self._account(status)
 
     def _error_headers(self, error: ProxyError) -> Headers:
@@ -413,10 +416,17 @@ class Exchange:
 
     def abandon(self) -> None:
         """The client went away: its upstream goes in this very turn of the loop."""
-        if not self._is_closed:
-            if self._attempt is not None:
-                self._attempt.abort()
-                self._gateway.health.abandon(_key(self._attempt.step))
+        if self._is_closed:
+            return
+        is_answered = False
+        if self._attempt is not None:
+            # Many clients leave at [DONE], before the framing's end: they have got all they wanted.
+            is_answered = self._attempt.is_answer_out and not self._downstream.is_paused
+            self._attempt.abort()
+            self._gateway.health.abandon(_key(self._attempt.step))
+        if is_answered:
+            self._account(self._answer.status)
+        else:
             self.record.code = "client_closed"
             self._account(CLIENT_CLOSED)
 
@@ -493,6 +503,10 @@ class Exchange:
         record.failures = self._failures
         if attempt is not None:
             self._account_answer(attempt)
+            attempt.forget()
+        # Body and answer go now: in a ring of references they would wait for the collector.
+        self._attempt = self._call = self._refusal = None
+        self._bodies.clear()
         gateway.close_record(record)
 
     def _account_answer(self, attempt: Attempt) -> None:

@@ -98,10 +98,11 @@ class Gateway:
         return f"req_{self._id_prefix}{self._last_id:08x}"
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
-        """An endpoint answers without these members that we would put in: leave them out."""
+        """An endpoint answers without these members that we would put in: leave them out too."""
+        known = self.refused_options.pop(endpoint, frozenset())
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
-        self.refused_options[endpoint] = options
+        self.refused_options[endpoint] = known | options
 
     def close_record(self, record: Record) -> None:
         """Account for a request that has ended; nothing may change its record after this."""

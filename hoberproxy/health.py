@@ -79,6 +79,7 @@ class _State:
         "cooling_until",
         "doublings",
         "failures",
+        "failures_before",
         "failures_in_a_row",
         "first_content",
         "observed",
@@ -92,16 +93,22 @@ class _State:
         self.trial_until = 0.0
         self.doublings = 0
         self.failures_in_a_row = 0
+        self.failures_before = 0  # in a row, before the success told last
         self.requests = 0.0  # both decay, so that their quotient is of late
         self.failures = 0.0
         self.observed = 0.0
         self.first_content = _Estimate()
         self.throughput = _Estimate()
 
-    def count(self, now: float, *, is_failure: bool) -> None:
+    def count(self, now: float, *, is_failure: bool, is_counted: bool = False) -> None:
+        """`is_counted`: the request was counted before, as the success that it turned out not."""
         decay = 0.5 ** (max(now - self.observed, 0.0) / RATE_HALF_LIFE)
-        self.requests = self.requests * decay + 1.0
-        self.failures = self.failures * decay + is_failure
+        self.requests = self.requests * decay + (not is_counted)
+        self.failures = min(self.failures * decay + is_failure, self.requests)
+        if is_counted:
+            self.failures_in_a_row = max(self.failures_in_a_row, self.failures_before)
+        elif not is_failure:
+            self.failures_before = self.failures_in_a_row
         self.failures_in_a_row = self.failures_in_a_row + 1 if is_failure else 0
         self.observed = now
 
@@ -199,16 +206,18 @@ class Health:
         *,
         retry_after: float | None = None,
         is_rate_limit: bool = False,
+        was_answering: bool = False,
         draw: Callable[[], float],
     ) -> None:
         """The endpoint failed; a refusal of what the client asked (400, 422) is no failure of it.
 
         `retry_after`: seconds the upstream asked to be left alone, which begin at once.
-        `is_rate_limit`: a 429, which needs no second one to be believed.
+        `is_rate_limit`: a 429, which needs no second one to be believed. `was_answering`: the
+        attempt's success was told at its first content, and what followed has broken.
         """
         state = self._touch(key)
         state.trial_until = 0.0
-        state.count(now, is_failure=True)
+        state.count(now, is_failure=True, is_counted=was_answering)
         is_asked = retry_after is not None and retry_after > 0  # "0" is sent by servers that guess
         if state.must_cool(now, at_once=is_rate_limit and not is_asked):
             state.cool(now, draw)

@@ -41,6 +41,7 @@ class Pool:
         self._addresses_until = float("inf") if self._addresses else 0.0
         self._lookup: asyncio.Task[AddressInfos] | None = None
         self.open = 0  # connections that exist, idle and busy
+        self._is_retired = False
 
     @property
     def idle(self) -> int:
@@ -68,7 +69,7 @@ class Pool:
         keep = self.provider.keepalive
         if keepalive_hint is not None:
             keep = min(keep, keepalive_hint - 1.0)
-        if keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
+        if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
             return
         connection.idle_until = self._loop.time() + keep
@@ -92,6 +93,11 @@ class Pool:
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.abort()
+
+    def retire(self) -> None:
+        """Keep nothing from now on; requests that have this pool still go on with it."""
+        self._is_retired = True
+        self.close_idle()
 
     # Connecting
 
@@ -120,17 +126,20 @@ class Pool:
         sock = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=self._loop
         )
+        connection = UpstreamConnection(self)
         try:
             # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            _, connection = await self._loop.create_connection(
-                lambda: UpstreamConnection(self),
+            await self._loop.create_connection(
+                lambda: connection,
                 sock=sock,
                 ssl=self._tls,
                 server_hostname=self.provider.host if self._tls else None,
             )
         except BaseException:
             sock.close()
+            # Cancelled in the turn that made it, uvloop closes it without telling its protocol.
+            connection.connection_lost(None)
             raise
         return connection
 
@@ -164,8 +173,8 @@ class Pool:
             self._addresses_until = 0.0
 
     async def aclose(self) -> None:
-        """Close what is idle and end a look-up under way."""
-        self.close_idle()
+        """Close what is idle and end a look-up under way; what is lent is not kept any more."""
+        self.retire()
         if self._lookup is not None:
             self._lookup.cancel()
             with contextlib.suppress(asyncio.CancelledError, OSError):

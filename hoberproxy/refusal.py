@@ -85,7 +85,7 @@ def _show(error: UpstreamError, body: bytes) -> None:
     if isinstance(found.get("param"), str):
         error.param = found["param"][:128]
     if isinstance(found.get("code"), str) and found["code"]:
-        error.code = found["code"][:64]
+        error.own_code, error.code = error.code, found["code"][:64]
 
 
 def _find_error(document: Any) -> dict[str, Any]:

@@ -108,6 +108,11 @@ class StreamRelay(Relay):
         """The client has whole events only: one of our own may follow."""
         return self._scanner.is_at_boundary
 
+    @property
+    def is_done(self) -> bool:
+        """[DONE] has gone out: only the end of the framing is missing."""
+        return self._scanner.is_done and self._is_open
+
     def on_body(self, data: bytes) -> None:
         scanner = self._scanner
         out = scanner.feed(data)
@@ -121,26 +126,23 @@ class StreamRelay(Relay):
 
     def on_end(self) -> None:
         scanner = self._scanner
+        # The last event may lack its blank line. It passes if it ends the answer; else it may be
+        # cut as well, and our error event behind it would be read as a part of it.
         out = scanner.feed_eof()
-        if out and not self._is_open:
-            self._open()
         if scanner.failure is not None:
-            if out:
-                self._answer.write(out)
             self._fail_stream()
-        elif not scanner.has_content:
+        elif not scanner.has_content or not (scanner.is_finished or self._is_open):
             self._attempt.fail(self._attempt.broken("the stream ended before any content"))
         elif not scanner.is_finished:
-            if out:
-                self._answer.write(out)
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
+            if not self._is_open:
+                self._open()
             self._answer.finish(out)
             self._attempt.finish()
 
     def give_up(self, error: UpstreamError) -> None:
-        if self._scanner.is_done and self._is_open:
-            # [DONE] has gone out: only the end of the framing is missing.
+        if self.is_done:
             self._answer.finish()
             self._attempt.finish()
         else:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import uvloop
 from aiohttp import web
@@ -50,11 +50,13 @@ class Server:
         self._gateway: Gateway | None = None
         self._ticker: Ticker | None = None
         self._reloading: asyncio.Task[None] | None = None
+        self._is_reload_due = False
         self.wheel_slot = 0
         self.addresses: list[Address] = []  # where it really listens
 
     async def start(self) -> None:
         """Open the store, then listen. Raises StartError, StoreError or ConfigError."""
+        _check_keys(self._config, self._config.server.listen)
         self._gateway = gateway = self._build()
         gateway.ledger.start()
         self._ticker = Ticker(gateway.wheel, gateway.loop)
@@ -124,7 +126,7 @@ class Server:
             advice = 'choose another, or "off", as server.metrics_listen'
             raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
 
-    async def reload(self, config: Config) -> None:
+    def reload(self, config: Config) -> None:
         """Serve by another config from now on; running requests end by theirs.
 
         What was learnt of the endpoints stays. Listeners, store and log stay as they are until the
@@ -132,6 +134,7 @@ class Server:
         """
         gateway = self._gateway
         assert gateway is not None, "started before"
+        _check_keys(config, self.addresses)
         upstreams = make_upstreams(config, gateway.loop, gateway.upstreams)
         if (config.server.listen, config.server.metrics_listen, config.records) != (
             self._config.server.listen,
@@ -146,7 +149,7 @@ class Server:
         gateway.upstreams = upstreams
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
-            await upstream.pool.aclose()
+            upstream.pool.retire()
 
     def on_deadline(self, now: float) -> float:
         """Sweep the pools."""
@@ -173,6 +176,7 @@ class Server:
         """SIGHUP reads the config again; a bad one changes nothing, and the log says why."""
 
         def begin() -> None:
+            self._is_reload_due = True  # one under way may have read the file before it changed
             if self._reloading is None or self._reloading.done():
                 self._reloading = loop.create_task(self._reload(load), name="reload")
 
@@ -180,13 +184,15 @@ class Server:
         loop.add_signal_handler(signal.SIGHUP, begin)
 
     async def _reload(self, load: Callable[[], Config]) -> None:
-        try:
-            await self.reload(await asyncio.to_thread(load))
-        except ConfigError as error:
-            for problem in error.problems:
-                logger.error("config not reloaded: %s", problem)
-        else:
-            logger.info("config reloaded")
+        while self._is_reload_due:
+            self._is_reload_due = False
+            try:
+                self.reload(await asyncio.to_thread(load))
+            except ConfigError as error:
+                for problem in error.problems:
+                    logger.error("config not reloaded: %s", problem)
+            else:
+                logger.info("config reloaded")
 
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
@@ -257,6 +263,22 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
+
+
+def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
+    """Without keys only this machine is served, wherever the address has come from.
+
+    The config was checked against its own `server.listen`; --listen stands over that, and after a
+    reload the listeners are still those of the start. Raises ConfigError.
+    """
+    public = [str(address) for address in addresses if not address.is_loopback]
+    if public and not config.keys.required:
+        raise ConfigError(
+            [
+                "keys.required: expected true unless only this machine is served, got false while "
+                f"listening on {', '.join(public)}; require keys, or start on 127.0.0.1 alone"
+            ]
+        )
 
 
 def _explain(address: Address, exc: OSError) -> str:

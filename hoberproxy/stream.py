@@ -99,8 +99,7 @@ class StreamScanner:
         """
         out: list[bytes] = []
         if self._long is not None:
-            out.append(self._long.feed_eof())
-            self._long = None
+            out.append(self._long.feed_eof())  # and it stays: what was passed on is no whole event
         elif self._tail:
             event, self._tail = self._tail, b""
             self._take_event(event, out)
@@ -222,7 +221,7 @@ class StreamScanner:
     def _pass_event(self, event: bytes) -> bytes | None:
         """One whole event as the client is to see it; None if it is not to see it."""
         data = parse_event(event)
-        if data is None:
+        if data is None or not data.payload:  # no client is told of an event without data
             return event
         payload = data.payload
         if payload == DONE:

@@ -85,6 +85,9 @@ class UpstreamConnection(asyncio.Protocol):
 
     def pause_upstream(self) -> None:
         """Stop reading: the client is slower than the model server."""
+        # Not once its answer has ended: it is the pool's, and the next one would never be read.
+        if self.state is not State.ACTIVE:
+            return
         if self._transport is not None and self._transport.is_reading():
             self._transport.pause_reading()
 
@@ -126,6 +129,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._transport is None:
+            return  # never made, or told by the pool already
         was_active = self.state is State.ACTIVE
         if self.state is State.IDLE:
             self._pool.forget(self)

@@ -97,9 +97,13 @@ class DownstreamConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         state = self._state
-        if state is State.HEAD:
+        if state is State.HEAD and not self.is_paused:
             self._buffer = self._buffer + data if self._buffer else data
             self._read_head()
+        elif state is State.HEAD:
+            self._hold(data)
+            if self._is_overrun:
+                self._linger()
         elif state is State.BODY:
             self._read_body(data)
         elif state is State.HANDLER:
@@ -137,6 +141,8 @@ class DownstreamConnection(asyncio.Protocol):
             self._exchange.pause()
         elif self._handler is not None:
             self._handler.protocol.pause_writing()
+            self._waiting_since = self._gateway.wheel.now
+            self._gateway.wheel.schedule(self, self._due())
 
     def resume_writing(self) -> None:
         self.is_paused = False
@@ -144,6 +150,9 @@ class DownstreamConnection(asyncio.Protocol):
             self._exchange.resume()
         elif self._handler is not None:
             self._handler.protocol.resume_writing()
+            self._gateway.wheel.cancel(self)
+        elif self._state is State.HEAD:
+            self._await_request()
 
     # The head
 
@@ -155,13 +164,14 @@ class DownstreamConnection(asyncio.Protocol):
         self._waiting_since = self._gateway.wheel.now
         if self._gateway.is_draining:
             self._close()
-        elif self._buffer:
+        elif self._buffer and not self.is_paused:
             # Not from here: an answer may just be ending in the caller.
             self._gateway.loop.call_soon(self._read_head)
         self._gateway.wheel.schedule(self, self._due())
 
     def _read_head(self) -> None:
-        if self._state is not State.HEAD or not self._buffer:
+        # Who does not read the answers to earlier requests gets no further ones into memory.
+        if self._state is not State.HEAD or not self._buffer or self.is_paused:
             return
         buffer = self._buffer
         end = find_head_end(buffer, self._searched)
@@ -266,6 +276,8 @@ class DownstreamConnection(asyncio.Protocol):
             self._refuse_body()
             return
         if exchange.is_admitted:  # who was not admitted is read to the end, and not kept
+            # One object a read: chunks of a byte or two would cost twenty times their size.
+            pieces = pieces if len(pieces) < 2 else [b"".join(pieces)]
             self._pieces += pieces
         if body.is_complete:
             whole = pieces[0] if len(self._pieces) == 1 == len(pieces) else b"".join(self._pieces)
@@ -394,6 +406,8 @@ class DownstreamConnection(asyncio.Protocol):
 
     def _due(self) -> float:
         settings = self._gateway.config.server
+        if self.is_paused and self._state in (State.HEAD, State.HANDLER):
+            return self._waiting_since + settings.write_timeout
         waits = {
             State.HEAD: settings.head_timeout if self._buffer else settings.keepalive_timeout,
             State.BODY: settings.body_timeout,
@@ -418,7 +432,7 @@ class DownstreamConnection(asyncio.Protocol):
                 ),
                 close=True,
             )
-        elif self._state is State.HEAD and not self._buffer:
+        elif self._state is State.HEAD and not self._buffer and not self.is_paused:
             self._close()
         else:
             self.abort()
