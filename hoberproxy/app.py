@@ -46,9 +46,9 @@ def make_app(gateway: Gateway) -> web.Application:
         app.router.add_get(prefix + "/models", _list_models)
         app.router.add_get(prefix + "/models/{slug:.+}", _show_model)
         app.router.add_route("*", prefix + "/chat/completions", _post_only)
-    for path in ("/healthz", "/health"):
-        app.router.add_get(path, _health)
-    app.router.add_get("/readyz", _ready)
+        app.router.add_get(prefix + "/healthz", _health)
+        app.router.add_get(prefix + "/health", _health)
+        app.router.add_get(prefix + "/readyz", _ready)
     return app
 
 

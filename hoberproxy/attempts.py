@@ -218,8 +218,8 @@ class Attempt:
     # What the exchange asks for
 
     @property
-    def can_take_comment(self) -> bool:
-        """A comment line may stand at this place of the client's stream."""
+    def is_at_boundary(self) -> bool:
+        """The client has whole events only: one of our own may follow."""
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
 
     @property
@@ -260,33 +260,34 @@ class Attempt:
     @property
     def due(self) -> float:
         """Loop time at which a limit will have passed if nothing comes before."""
-        return self._next_limit()[1]
+        return self._next_limit()[2]
 
     def check_limits(self, now: float) -> None:
         """Fail if a time limit has passed."""
-        what, due = self._next_limit()
+        seconds, what, due = self._next_limit()
         if now < due:
             return
-        error = self.broken(f"no answer within {what}")
+        error = self.broken(f"no answer within {seconds:g} s {what}")
         error.code, error.status = "upstream_timeout", 504
         if self._relay is not None:
             self._relay.give_up(error)
         else:
             self.fail(error)
 
-    def _next_limit(self) -> tuple[str, float]:
+    def _next_limit(self) -> tuple[float, str, float]:
+        """The limit that is reached first: its seconds, of what, and loop time when it is due."""
         limits = self.limits
-        total = (f"{limits.total:g} s in all", self.started + limits.total)
+        total = (limits.total, "in all", self.started + limits.total)
         if self.phase in _BEFORE_CONTENT:
             if not self._is_stream:
                 return total
-            due = self.started + limits.first_content
-            first = (f"{limits.first_content:g} s before the first content", due)
-            return min(first, total, key=_due)
-        if self._is_paused:  # we are not listening: its silence is ours
+            seconds = limits.first_content
+            other = (seconds, "before the first content", self.started + seconds)
+        elif self._is_paused:  # we are not listening: its silence is ours
             return total
-        idle = (f"{limits.idle:g} s between bytes", self._last_activity + limits.idle)
-        return min(idle, total, key=_due)
+        else:
+            other = (limits.idle, "between bytes", self._last_activity + limits.idle)
+        return other if other[2] < total[2] else total
 
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""
@@ -302,7 +303,3 @@ class Attempt:
             and connection.receiver in (self, self._relay)
         ):
             connection.abort()
-
-
-def _due(limit: tuple[str, float]) -> float:
-    return limit[1]

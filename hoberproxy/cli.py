@@ -1,10 +1,14 @@
-"""The command line: serve, check, config, keys, usage, version. Exit code 3: could not start."""
+"""The command line: serve, check, config, keys, usage, bench, version.
+
+Exit code 3: could not start.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import shutil
@@ -38,6 +42,13 @@ EXIT_USAGE = 2  # argparse's own
 EXIT_CANNOT_START = 3
 DEFAULT_CONFIG = "hoberproxy.toml"
 GROUPS = ("key", "model", "provider", "day", "status")
+BENCH_PARTS = {
+    "mock": ("mock_upstream", "a model server to measure against"),
+    "load": ("load", "load on any OpenAI-compatible server"),
+    "compare": ("side_by_side", "the proxy beside a plain relay, under the same load"),
+    "report": ("report", "the tables of a result file"),
+    "micro": ("micro.__main__", "ns and instructions per operation of the core"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +127,8 @@ def make_parser() -> argparse.ArgumentParser:
     usage.add_argument("--until", metavar="DATE", help="up to and with this day (UTC)")
     usage.set_defaults(run=_usage)
 
+    _add_bench(commands)
+
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
@@ -143,6 +156,19 @@ def _add_keys(
     )
     revoke.add_argument("key", metavar="ID", help="its id or hint from `keys list`")
     revoke.set_defaults(run=_revoke_key)
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parts = "\n".join(f"  {name:<9}{what}" for name, (_, what) in BENCH_PARTS.items())
+    bench = commands.add_parser(
+        "bench",
+        help="measure what the hop costs on this machine",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"parts:\n{parts}\n\n`hoberproxy bench PART --help` tells the options of one.",
+    )
+    bench.add_argument("part", choices=BENCH_PARTS, metavar="PART", help="see below")
+    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the part's own")
+    bench.set_defaults(run=_bench)
 
 
 # serve, check
@@ -278,6 +304,14 @@ def _tell_progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
         line = f"\rasked {done} of {total}" if done < total else "\r\x1b[K"
         print(line, end="", file=sys.stderr, flush=True)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    """Hand over to a part of the benchmarks, which a checkout has under their short name."""
+    checkout = Path(__file__).parents[1] / "bench" / "side_by_side.py"
+    package = "bench" if checkout.exists() else "hoberproxy_bench"
+    module, _ = BENCH_PARTS[arguments.part]
+    return int(importlib.import_module(f"{package}.{module}").main(arguments.options))
 
 
 def _print_example(arguments: argparse.Namespace) -> int:

@@ -57,6 +57,10 @@ class Downstream(Protocol):
     def is_paused(self) -> bool:
         """The client reads slower than we write."""
 
+    @property
+    def unread_bytes(self) -> int:
+        """What waits for the client to read it, here and in the system."""
+
 
 class Exchange:
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
@@ -94,6 +98,7 @@ class Exchange:
         self._quiet_since = 0.0
         # The client may be behind already, with the answer to an earlier request.
         self._paused_since = self.now
+        self._unread_bytes = downstream.unread_bytes if downstream.is_paused else 0
         self._is_closed = False
         self.wheel_slot = 0
         gateway.exchanges.add(self)
@@ -146,12 +151,16 @@ class Exchange:
         except ProxyError as error:
             self.refuse(error, close=close)
             return
-        except Exception:  # ours to answer for, and not to be taken for a client that went away
-            logger.exception("request %s failed", self.record.id)
-            self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
+        except Exception:
+            self._fail_ourselves()
             return
         self._quiet_since = self._gateway.loop.time()
         self._begin_step(0)
+
+    def _fail_ourselves(self) -> None:
+        """A fault of the proxy: ours to answer for, not to be taken for a client that left."""
+        logger.exception("request %s failed", self.record.id)
+        self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
 
     def _make_plan(self, call: Call) -> Plan:
         gateway = self._gateway
@@ -170,6 +179,19 @@ class Exchange:
         self._try_step()
 
     def _try_step(self) -> None:
+        try:
+            self._attempt = attempt = self._make_attempt()
+        except Exception:
+            self._fail_ourselves()
+            return
+        if self._downstream.is_paused:
+            attempt.pause()
+        self._gateway.health.begin(_key(attempt.step), self.now)
+        attempt.start()
+        if not self._is_closed:
+            self.limits_changed()
+
+    def _make_attempt(self) -> Attempt:
         call, plan = self._call, self._plan
         assert call is not None and plan is not None, "nothing is tried after the first content"
         step = plan.steps[self._position]
@@ -185,15 +207,9 @@ class Exchange:
         )
         if self._attempt is not None:
             self._attempt.forget()
-        self._attempt = Attempt(
+        return Attempt(
             self, call, step, upstream.pool, self._answer, request, injected - self._without
         )
-        if self._downstream.is_paused:
-            self._attempt.pause()
-        self._gateway.health.begin(_key(step), self.now)
-        self._attempt.start()
-        if not self._is_closed:
-            self.limits_changed()
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
         """The body under an upstream's name for the model, built once per form of it."""
@@ -216,7 +232,10 @@ class Exchange:
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
         head = self._head
-        forwarded = [(name, value) for name in _TRACE_HEADERS if (value := head.get(name))]
+        forwarded: Headers = []
+        if head.get(b"traceparent") is not None:
+            # `tracestate` is a list that may come in several lines, in order.
+            forwarded = [item for item in head.headers if item[0] in _TRACE_HEADERS]
         for text in names:
             name = text.encode()
             if (value := head.get(name)) is not None and name not in _TRACE_HEADERS:
@@ -324,7 +343,8 @@ class Exchange:
 
     def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
         health, key, now = self._gateway.health, _key(attempt.step), self._gateway.loop.time()
-        if error.is_refusal:  # it works; what it was asked was wrong
+        is_ours = error.code == "upstream_timeout" and self._downstream.is_paused
+        if error.is_refusal or is_ours:  # it works: the request was wrong, or the client slow
             health.abandon(key)
         else:
             health.observe_failure(
@@ -387,7 +407,7 @@ class Exchange:
         elif self.record.streamed:
             status = answer.status
             # In the middle of a long event a blank line ends what can't be completed.
-            is_whole = self._attempt is None or self._attempt.can_take_comment
+            is_whole = self._attempt is None or self._attempt.is_at_boundary
             event = serialize_error_event(error, numeric_code=self._numeric_code)
             answer.finish(event if is_whole else b"\n\n" + event, close=True)
         else:
@@ -435,6 +455,7 @@ class Exchange:
     def pause(self) -> None:
         """The client's buffer is full."""
         self._paused_since = self.now
+        self._unread_bytes = self._downstream.unread_bytes
         if self._attempt is not None:
             self._attempt.pause()
         self.limits_changed()
@@ -455,13 +476,21 @@ class Exchange:
         if self._attempt is not None:
             self._attempt.check_limits(now)
         if not self._is_closed and now >= self._stall_due():
-            self._answer.abort()
-            self.abandon()
+            self._check_stall(now)
         if not self._is_closed and now >= self._comment_due():
             self._write_comment(now)
         if self._is_closed or self._attempt is None:
             return None
         return self._next_due()
+
+    def _check_stall(self, now: float) -> None:
+        """Cut a client that has read nothing; one that reads slowly gets the same time again."""
+        unread = self._downstream.unread_bytes
+        if unread < self._unread_bytes:
+            self._paused_since, self._unread_bytes = now, unread
+        else:
+            self._answer.abort()
+            self.abandon()
 
     def _next_due(self) -> float:
         assert self._attempt is not None
@@ -477,7 +506,7 @@ class Exchange:
         if not self.record.streamed or not after or attempt is None or self._downstream.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
-            if not attempt.can_take_comment:
+            if not attempt.is_at_boundary:
                 return math.inf
             return max(self._quiet_since, attempt.idle_since) + after
         return self._quiet_since + after

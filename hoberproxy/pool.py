@@ -44,6 +44,11 @@ class Pool:
         self._is_retired = False
 
     @property
+    def now(self) -> float:
+        """Loop time."""
+        return self._loop.time()
+
+    @property
     def idle(self) -> int:
         """How many connections wait to be used again."""
         return len(self._idle)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS = 16
+# Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
+STALE_WITHIN = 5.0
 
 
 class State(Enum):
@@ -69,6 +71,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body: BodyReader | None = None
         self.has_served = False  # an answer has ended on it: the peer may be about to close it
         self._has_answered = False  # a byte of the current answer has come
+        self._sent_at = 0.0
         self.idle_until = 0.0  # loop time; the pool's
 
     # What the attempt does
@@ -81,6 +84,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._has_answered = False
         self._interim_answers = 0
+        self._sent_at = self._pool.now
         self._transport.write(request)
 
     def pause_upstream(self) -> None:
@@ -148,7 +152,9 @@ class UpstreamConnection(asyncio.Protocol):
                 receiver, self.receiver = self.receiver, None
                 receiver.on_end()
                 return
-        is_stale = self.has_served and not self._has_answered
+        # Later than that it was not closing when the request came: the upstream died over it.
+        is_soon = self._pool.now - self._sent_at < STALE_WITHIN
+        is_stale = self.has_served and not self._has_answered and is_soon
         self._report(Loss.STALE if is_stale else Loss.CUT)
 
     # The answer

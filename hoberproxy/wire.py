@@ -8,7 +8,10 @@ answers now; what is answered is the exchange's and app.py's.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import sys
+import termios
 from enum import Enum
 from typing import Any
 
@@ -365,6 +368,17 @@ class DownstreamConnection(asyncio.Protocol):
     def transport(self) -> asyncio.Transport | None:
         """The socket's, None once it is lost."""
         return self._transport
+
+    @property
+    def unread_bytes(self) -> int:
+        """What waits for the client to read it: in our buffer, and in the system's."""
+        transport = self._transport
+        if transport is None:
+            return 0
+        sock = transport.get_extra_info("socket")
+        # The buffer alone stands still for minutes: the system takes from it in lumps of megabytes.
+        queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
+        return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     # Closing and deadlines
 

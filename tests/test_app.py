@@ -166,7 +166,7 @@ async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
 # Health
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/health"])
+@pytest.mark.parametrize("path", ["/healthz", "/health", "/v1/healthz", "/api/v1/health"])
 async def test_the_process_is_healthy_also_while_it_drains(
     client: Client, gateway: Gateway, path: str
 ) -> None:

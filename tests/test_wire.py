@@ -276,10 +276,8 @@ async def test_requests_that_begin_while_the_client_is_behind_with_reading_are_s
     upstream.add(*[json_response(200, completion("x" * 1_000_000))] * 20)
     client = await proxy.connect(limit=2**16)
     client.send(chat(proxy.key) * 20)
-    # An answer was written over the watermark, and the next request is on its way.
-    await wait_until(
-        lambda: connection_of(proxy).is_paused and connection_of(proxy)._exchange is not None
-    )
+    # An answer was written over the watermark, and the next request waits.
+    await wait_until(lambda: connection_of(proxy).is_paused and connection_of(proxy)._buffer)
     await asyncio.sleep(4 * proxy.gateway.wheel.tick)  # the stall limit must not count from zero
     for _ in range(20):
         answer = await client.read_answer()

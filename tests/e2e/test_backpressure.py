@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from .harness import (
     chat,
     eventually,
     provider_for,
+    request_bytes,
     running_program,
 )
 
@@ -159,6 +161,28 @@ async def test_a_client_that_reads_nothing_is_cut_after_the_write_limit(
         record = await proxy.wait_for_record()
         await eventually(lambda: not proxy.server._connections)
     assert (record.status, record.code) == (499, "client_closed")
+    assert counted.sent < 100 * MB
+
+
+async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(proxy_to: ProxyTo) -> None:
+    counted = Counted()
+    loop = asyncio.get_running_loop()
+    async with (
+        ScriptedUpstream([sse_head(), SendMany(counted)]) as upstream,
+        proxy_to(upstream, server={"write_timeout": 0.4}) as proxy,
+    ):
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+            slow.setblocking(False)
+            await loop.sock_connect(slow, ("127.0.0.1", proxy.port))
+            await loop.sock_sendall(slow, request_bytes(chat(stream=True)))
+            await eventually(lambda: any(each.is_paused for each in proxy.server._connections))
+            until = loop.time() + 1.6  # four times the limit
+            while loop.time() < until:
+                assert await loop.sock_recv(slow, 16 * 1024)
+                await asyncio.sleep(0.02)
+            assert proxy.records == []
+        await proxy.wait_for_record()
     assert counted.sent < 100 * MB
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from hoberproxy import exchange
 from hoberproxy.attempts import Attempt
-from hoberproxy.config import TimeLimits
+from hoberproxy.config import Endpoint, Model, TimeLimits
 from hoberproxy.exchange import Exchange
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import MAX_PIPELINED_BYTES
@@ -328,3 +329,35 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
         assert THEIRS.encode() not in reply.body
     else:
         assert (reply.error["code"], record.code) == (THEIRS, "invalid_value")
+
+
+@pytest.mark.parametrize("faulty", [0, 1], ids=["the first try", "the second try"])
+async def test_a_fault_of_our_own_is_told_and_not_taken_for_a_client_that_left(
+    proxy_to: ProxyTo,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    faulty: int,
+) -> None:
+    calls = iter(range(9))
+    real = exchange.serialize_upstream_body
+
+    def build(*args: Any, **kwargs: Any) -> bytes:
+        if next(calls) == faulty:
+            raise RuntimeError("a fault")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(exchange, "serialize_upstream_body", build)
+    async with (
+        ScriptedUpstream(json_response(500, {})) as first,
+        ScriptedUpstream(json_response(200, {})) as second,
+    ):
+        models = [
+            Model(SLUG, (Endpoint("a", UPSTREAM_MODEL), Endpoint("b", "another name for it"))),
+        ]
+        async with proxy_to(first, second, models=models) as proxy:
+            reply = await proxy.post(chat())
+            record = await proxy.wait_for_record()
+    assert (reply.status, reply.error["code"]) == (500, "internal_error")
+    assert (record.status, record.code) == (500, "internal_error")
+    assert [each.message.split()[-1] for each in caplog.records] == ["failed"]
+    caplog.clear()  # expected here, and nowhere else
