@@ -82,8 +82,7 @@ def _show(error: UpstreamError, body: bytes) -> None:
     message = _find_message(found)
     if message.strip():
         error.message = _WHITE.sub(" ", message).strip()[:MAX_MESSAGE_LENGTH]
-    if isinstance(found.get("param"), str):
-        error.param = found["param"][:128]
+    error.param = _find_param(found)[:128] or None
     if isinstance(found.get("code"), str) and found["code"]:
         error.own_code, error.code = error.code, found["code"][:64]
 
@@ -119,3 +118,24 @@ def _find_message(error: Any, levels: int = 4) -> str:
         )
         return next(filter(None, found), "")
     return ""
+
+
+def _find_param(error: Any, levels: int = 4) -> str:
+    """The field at fault: `param`, or FastAPI's `loc` as a path; empty if none is named."""
+    if isinstance(error, list) and error:
+        error = error[0]
+    if not isinstance(error, dict) or not levels:
+        return ""
+    param, place = error.get("param"), error.get("loc")
+    if isinstance(param, str):
+        return param
+    if isinstance(place, list):
+        return _path([part for part in place if part != "body"])
+    found = (_find_param(error.get(name), levels - 1) for name in ("message", "detail"))
+    return next(filter(None, found), "")
+
+
+def _path(place: list[Any]) -> str:
+    """["messages", 0, "role"] as messages[0].role, the form of our own errors."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return "".join(parts).lstrip(".")

@@ -112,6 +112,19 @@ def test_the_message_is_found_in_every_form(document: object, status: int) -> No
 
 
 @pytest.mark.parametrize(
+    "document",
+    [
+        {"error": {"message": "why", "param": "messages[0].role"}},
+        {"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "why"}]},
+        {"message": {"detail": [{"loc": ["body", "messages", 0, "role"], "msg": "why"}]}},
+    ],
+    ids=["OpenAI", "FastAPI", "Mistral"],
+)
+def test_the_field_at_fault_is_named_in_our_own_form(document: object) -> None:
+    assert refuse(422, json.dumps(document).encode()).param == "messages[0].role"
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b"",
