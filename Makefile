@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-real demo-model fmt lint types check bench clean
+.PHONY: help install run test test-real demo-model fmt lint types check bench bench-micro clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,8 +65,11 @@ types: $(VENV)/.dev ## mypy, strict
 
 check: lint types test ## all that CI checks but the real model
 
-bench: $(VENV)/.dev ## added delay per event, proxy against direct
-	$(BIN)/python bench/added_delay.py $(BENCH_ARGS)
+bench: $(VENV)/.dev ## the proxy beside a plain relay, under the same load
+	$(BIN)/python -m bench.side_by_side $(BENCH_ARGS)
+
+bench-micro: $(VENV)/.dev ## ns and instructions per operation of the core
+	$(BIN)/python -m bench.micro $(BENCH_ARGS)
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,192 @@
+"""A result file for people: a table for the terminal, and the one that goes into the README.
+
+python -m bench.report bench/results/*.json             the tables again
+python -m bench.report --markdown bench/results/*.json  the README's table
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, REFERENCE
+
+Report = dict[str, Any]
+MOST_WARNINGS = 5  # of a scenario, in the table
+
+
+# For the terminal
+
+
+def print_report(report: Report) -> None:
+    """All of it, on standard output."""
+    print("\n".join(report_lines(report)))
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    yield from _head(report)
+    for scenario in report["scenarios"]:
+        yield ""
+        yield f"{scenario['name']}: {scenario['question']}"
+        yield from _blocks(scenario)
+        if not report["is_quick"]:
+            yield from _bars(scenario)
+        yield from _remarks(scenario)
+
+
+def _head(report: Report) -> Iterator[str]:
+    yield report["command"]
+    yield describe_machine(report)
+    yield "load average before: {:.2f} {:.2f} {:.2f}, ".format(
+        *report["machine"]["load_average"]
+    ) + "after: {:.2f} {:.2f} {:.2f}".format(*report["load_average_after"])
+    cores = report["cores"]
+    yield "core {server}: server, core {upstream}: mock upstream, core {load}: generator".format(
+        **cores
+    )
+    for name, package in report["missing"].items():
+        yield f"not installed: {name} ({package})"
+    yield from (f"warning: {each}" for each in report["warnings"])
+
+
+def _blocks(scenario: Report) -> Iterator[str]:
+    """One block of lines for each variant and measure; a line for each target."""
+    last = None
+    for each in scenario["results"]:
+        block = each["variant"], each["measure"]
+        if block != last:
+            measure = MEASURES[each["measure"]]
+            title = ", ".join(filter(None, (each["variant"], f"{measure.label}, {measure.unit}")))
+            yield f"  {title:<48}{'least':>10}{'most':>10}{'÷ ' + REFERENCE:>10}{'spread':>16}"
+            last = block
+        yield f"    {each['target']:<46}{_number(each['least']):>10}{_number(each['most']):>10}" + (
+            f"{each['ratio']:>10.2f}{_spread(each):>16}" if each["ratio"] is not None else ""
+        )
+
+
+def _bars(scenario: Report) -> Iterator[str]:
+    for bar in scenario["bars"]:
+        measure = MEASURES[bar["measure"]]
+        value = "not measured" if bar["value"] is None else _number(bar["value"])
+        verdict = {True: "met", False: "NOT MET", None: "open"}[bar["is_met"]]
+        name = ", ".join(filter(None, (bar["variant"], measure.label)))
+        yield f"  bar: {name} {bar['text']}: {bar['target']} {value}, {verdict}"
+
+
+def _remarks(scenario: Report) -> Iterator[str]:
+    """Notes, failures, and the first of the warnings."""
+    yield from (f"  note: {each}" for each in scenario["notes"])
+    runs = [(run, _name_run(run)) for run in scenario["runs"]]
+    yield from (f"  failed: {name}: {run['problem']}" for run, name in runs if run["problem"])
+    warnings = [f"  warning: {name}: {each}" for run, name in runs for each in run["warnings"]]
+    yield from warnings[:MOST_WARNINGS]
+    if len(warnings) > MOST_WARNINGS:
+        yield f"  and {len(warnings) - MOST_WARNINGS} warnings more, which --json keeps"
+
+
+def _name_run(run: Report) -> str:
+    return ", ".join(filter(None, (run["variant"], f"round {run['round'] + 1}", run["target"])))
+
+
+def _number(value: float) -> str:
+    """Three digits or so: more would be noise."""
+    return (
+        f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    )
+
+
+def _spread(result: Report) -> str:
+    return f"{result['ratio_low']:.2f}–{result['ratio_high']:.2f}"
+
+
+def describe_machine(report: Report) -> str:
+    """On one line: machine, versions, date."""
+    machine = report["machine"]
+    versions = machine["versions"] | {
+        name: version for name, version in report["peers"].items() if "hoberproxy" not in name
+    }
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    cores = f"{machine['cores']} cores"
+    return f"{machine['cpu']}, {cores}, Linux {machine['kernel']}; {told}; {report['date'][:10]}"
+
+
+# For the README
+
+
+def markdown(reports: Sequence[Report]) -> str:
+    """One row for each measure that has a bar; of a scenario in two files the later one counts."""
+    parts = {part["name"]: part for report in reports for part in report["scenarios"]}
+    head = ("", REFERENCE, PROXY, "with log", "others", "bar")
+    rows = [head, ("---",) * len(head), *(row for part in parts.values() for row in _rows(part))]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    notes = [f"- {describe_machine(each)}. Repeat: `{each['command']}`" for each in reports]
+    explained = (
+        "Least of the rounds; in brackets the ratio to nginx and its spread over the rounds."
+    )
+    return "\n".join([*lines, "", explained, "", *dict.fromkeys(notes)]) + "\n"
+
+
+def _rows(scenario: Report) -> Iterator[tuple[str, ...]]:
+    seen = set()
+    for bar in scenario["bars"]:
+        key = bar["variant"], bar["measure"]
+        if key in seen:
+            continue
+        seen.add(key)
+        found = {
+            each["target"]: each
+            for each in scenario["results"]
+            if (each["variant"], each["measure"]) == key
+        }
+        name = ", ".join(filter(None, (scenario["name"], bar["variant"], MEASURES[key[1]].label)))
+        cells = (_cell(found.get(each), key[1]) for each in (REFERENCE, PROXY, PROXY_WITH_LOG))
+        yield name, *cells, _others(found, key[1]), _bar_cell(scenario["bars"], key)
+
+
+def _cell(result: Report | None, measure: str) -> str:
+    if result is None:
+        return "–"
+    value = f"{_number(result['least'])} {MEASURES[measure].unit}"
+    if result["ratio"] is None or result["target"] == REFERENCE:
+        return value
+    return f"{value} ({result['ratio']:.2f}, {_spread(result)})"
+
+
+def _others(found: dict[str, Report], measure: str) -> str:
+    ours = (DIRECT, REFERENCE, PROXY, PROXY_WITH_LOG)
+    cells = (f"{name} {_cell(each, measure)}" for name, each in found.items() if name not in ours)
+    return "; ".join(cells) or "–"
+
+
+def _bar_cell(bars: Iterable[Report], key: tuple[str, str]) -> str:
+    """What each form of the proxy may cost, told once where it is the same."""
+    own = [bar for bar in bars if (bar["variant"], bar["measure"]) == key]
+    texts = dict.fromkeys(bar["text"] for bar in own)
+    verdicts = dict.fromkeys(
+        {True: "met", False: "not met", None: "open"}[b["is_met"]] for b in own
+    )
+    return f"{', with log '.join(texts)}: {' / '.join(verdicts)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of side_by_side")
+    parser.add_argument("--markdown", action="store_true", help="the README's table")
+    options = parser.parse_args(argv)
+    reports = [orjson.loads(path.read_bytes()) for path in options.files]
+    if options.markdown:
+        print(markdown(reports), end="")
+    else:
+        for report in reports:
+            print_report(report)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

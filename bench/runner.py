@@ -1,0 +1,322 @@
+"""One run: a server between the generator and the mock upstream, measured and ended.
+
+A server is started anew for every run, so that no run meets the memory or the connections of the
+one before, and nothing but the server under test is awake on its core.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from pathlib import Path
+from typing import Any
+
+from .certificates import Certificates
+from .machine import Cores
+from .peers import MODEL, PROXIES, Peer, Wiring, create_key
+from .processes import (
+    StartError,
+    dead_port,
+    free_port,
+    own_module,
+    read_line,
+    running,
+    wait_listening,
+)
+from .procfs import ProcessTree, core_seconds
+from .scenarios import DIRECT, MEASURES, Scenario, Variant
+
+PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
+STEADY_PATIENCE = 60.0
+POLL = 0.2
+SETTLE = 0.3  # a master listens before its workers run: their memory is no stream's
+BUSY_SHARE = 0.1  # of the server's core that others may have before it is told
+LATE_US = 5_000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured: a peer and its program, or the upstream itself."""
+
+    name: str
+    peer: Peer | None = None
+    program: str = ""
+
+
+@dataclass(slots=True)
+class Run:
+    """`values` by measure; empty if anything failed, which `problem` tells."""
+
+    round: int
+    variant: str
+    target: str
+    values: dict[str, float] = field(default_factory=dict)
+    load: dict[str, Any] = field(default_factory=dict)  # the generator's report
+    steady: dict[str, float] = field(default_factory=dict)  # while all streams were open
+    around: dict[str, float] = field(default_factory=dict)  # over the whole run
+    problem: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A server that runs; without processes of its own if it is the upstream, not measured."""
+
+    port: int
+    pid: int | None = None
+    tree: ProcessTree | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A mock upstream that runs."""
+
+    port: int
+    ca_file: Path | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http{'' if self.ca_file is None else 's'}://127.0.0.1:{self.port}"
+
+    def stats(self) -> dict[str, Any]:
+        """What it counted since its start."""
+        connection: HTTPConnection
+        if self.ca_file is None:
+            connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
+        else:
+            context = ssl.create_default_context(cafile=str(self.ca_file))
+            connection = HTTPSConnection("127.0.0.1", self.port, timeout=10, context=context)
+        try:
+            connection.request("GET", "/bench/stats")
+            return dict(json.loads(connection.getresponse().read()))
+        finally:
+            connection.close()
+
+
+@contextmanager
+def upstream(folder: Path, cores: Cores, certificates: Certificates | None) -> Iterator[Upstream]:
+    """Start the mock upstream, over TLS with certificates."""
+    options = ["--port", "0", "--cpu", str(cores.upstream)]
+    if certificates is not None:
+        options += ["--tls-cert", str(certificates.cert_file)]
+        options += ["--tls-key", str(certificates.key_file)]
+    log = folder / "upstream.log"
+    command = own_module("mock_upstream", *options)
+    with running(command, log, cores.upstream, tells=True) as process:
+        port = int(json.loads(read_line(process, log))["port"])
+        yield Upstream(port, certificates.ca_file if certificates else None)
+
+
+class Runner:
+    """Runs of one scenario's targets against one mock upstream. `folder` is for all that is made.
+
+    Duty of the caller: enter it as a context, which starts the mock and makes a key of the proxy's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cores: Cores,
+        scenario: Scenario,
+        certificates: Certificates | None,
+        most_connections: int,
+    ) -> None:
+        self._folder = folder
+        self._cores = cores
+        self._scenario = scenario
+        self._certificates = certificates
+        self._most_connections = most_connections
+        self._stack = ExitStack()
+        self._key = "bench"
+        self._dead_port: int | None = None
+
+    def __enter__(self) -> Runner:
+        with ExitStack() as stack:  # what was started ends, should the rest fail
+            self._upstream = stack.enter_context(
+                upstream(self._folder, self._cores, self._certificates)
+            )
+            if self._scenario.dead_first:
+                self._dead_port = stack.enter_context(dead_port())
+            self._make_key()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def run(self, number: int, target: Target, variant: Variant) -> Run:
+        """Start the server, send the load, read the values. Problems are in the run, not raised."""
+        result = Run(number, variant.name, target.name)
+        try:
+            with self._started(target) as server:
+                self._measure(result, server, variant)
+        except (StartError, OSError, ValueError, HTTPException) as exc:
+            result.problem = f"{type(exc).__name__}: {exc}"
+        if not result.problem:
+            result.values = _read_values(self._scenario, variant, result)
+            result.warnings = list(_doubts(result))
+        return result
+
+    # One run
+
+    def _make_key(self) -> None:
+        """The proxy's key, in a database that every start of the proxy gets a copy of."""
+        proxy = PROXIES[0]
+        proxy.command(proxy.program, self._wiring(free_port()))
+        self._key = create_key(self._folder / "hoberproxy.toml")
+        shutil.move(self._folder / "hoberproxy.db", self._folder / "empty.db")
+
+    def _wiring(self, port: int) -> Wiring:
+        return Wiring(
+            self._folder,
+            port,
+            self._upstream.port,
+            self._upstream.ca_file,
+            self._dead_port,
+            self._most_connections,
+        )
+
+    @contextmanager
+    def _started(self, target: Target) -> Iterator[Started]:
+        if target.peer is None:
+            yield Started(self._upstream.port)
+            return
+        port, log = free_port(), self._folder / "server.log"
+        command = target.peer.command(target.program, self._wiring(port))
+        if target.peer in PROXIES:
+            self._renew_database()
+        with running(command, log, self._cores.server) as process:
+            wait_listening(process, port, log)
+            time.sleep(SETTLE)
+            yield Started(port, process.pid, ProcessTree([process.pid]))
+
+    def _renew_database(self) -> None:
+        for ending in ("-wal", "-shm"):
+            (self._folder / f"hoberproxy.db{ending}").unlink(missing_ok=True)
+        shutil.copy(self._folder / "empty.db", self._folder / "hoberproxy.db")
+
+    def _measure(self, run: Run, server: Started, variant: Variant) -> None:
+        output, log = self._folder / "load.json", self._folder / "load.log"
+        output.unlink(missing_ok=True)
+        meter = Meter(server.tree, self._cores.server)
+        command, variables = self._load_command(server, variant, output), {"BENCH_KEY": self._key}
+        with running(command, log, self._cores.load, variables=variables) as load:
+            if variant.steady and server.tree is not None:
+                run.steady = self._sample(load, server.tree, variant, meter.idle_bytes)
+            _wait(load, variant.traffic.seconds * 2 + PATIENCE)
+        run.around = meter.read()
+        if not output.exists():
+            raise StartError(f"no report of the generator: {log.read_text()[-1000:]}")
+        run.load = json.loads(output.read_bytes())
+        run.problem = _failures(run, variant)
+
+    def _load_command(self, server: Started, variant: Variant, output: Path) -> list[str]:
+        url = self._upstream.url if server.pid is None else f"http://127.0.0.1:{server.port}"
+        target = ["--url", url, "--model", MODEL]
+        measured = [] if server.pid is None else ["--server-pid", str(server.pid)]
+        own = ["--cpu", str(self._cores.load), "--json", str(output)]
+        own += ["--mock-url", self._upstream.url]
+        return own_module("load", *target, *measured, *own, *variant.traffic.options())
+
+    def _sample(
+        self,
+        load: subprocess.Popen[bytes],
+        tree: ProcessTree,
+        variant: Variant,
+        idle_bytes: int,
+    ) -> dict[str, float]:
+        """Once all streams are open: CPU per event and memory per stream, opening them left out."""
+        streams = variant.traffic.connections
+        deadline = time.monotonic() + STEADY_PATIENCE
+        before = self._upstream.stats()
+        while before["streams_open"] < streams:
+            if load.poll() is not None or time.monotonic() > deadline:
+                return {"streams": float(before["streams_open"])}  # too few: _failures tells
+            time.sleep(POLL)
+            before = self._upstream.stats()
+        spent = tree.cpu_seconds()
+        time.sleep(variant.steady)
+        after, spent = self._upstream.stats(), tree.cpu_seconds() - spent
+        events = max(1, after["events"] - before["events"])
+        return {
+            "streams": float(after["streams_open"]),
+            "wanted_streams": float(streams),
+            "events": float(events),
+            "cpu_us_per_event": spent / events * 1e6,
+            "kb_per_stream": (tree.memory_bytes()[0] - idle_bytes) / streams / 1000,
+        }
+
+
+def _wait(load: subprocess.Popen[bytes], timeout: float) -> None:
+    try:
+        load.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise StartError(f"expected an end of the load within {timeout:.0f} s, got none") from None
+
+
+class Meter:
+    """What a run as a whole took: seconds, and how much of the server's core others had."""
+
+    def __init__(self, tree: ProcessTree | None, core: int) -> None:
+        self._tree = tree
+        self._core = core
+        self._started = time.monotonic()
+        self._spent = tree.cpu_seconds() if tree else 0.0
+        self._busy = core_seconds(core)
+        self.idle_bytes = tree.memory_bytes()[0] if tree else 0
+
+    def read(self) -> dict[str, float]:
+        """To be called while the server still runs."""
+        figures = {"seconds": time.monotonic() - self._started}
+        busy = core_seconds(self._core)
+        if self._tree is not None:
+            figures["idle_bytes"] = float(self.idle_bytes)
+            if self._busy is not None and busy is not None and busy[1] > self._busy[1]:
+                own = self._tree.cpu_seconds() - self._spent
+                others = busy[0] - self._busy[0] - own
+                figures["others_share"] = max(0.0, others / (busy[1] - self._busy[1]))
+        return figures
+
+
+def _failures(run: Run, variant: Variant) -> str:
+    """Why the run does not count; empty if it does."""
+    requests = run.load["requests"]
+    if requests["failed"] or requests["complete"] < requests["sent"]:
+        errors = ", ".join(f"{count} {name}" for name, count in run.load["errors"].items())
+        return f"{requests['complete']} of {requests['sent']} requests complete: {errors}"
+    wanted = variant.traffic.connections
+    if run.steady and run.steady["streams"] < wanted:
+        return f"expected {wanted} streams open at a time, got {run.steady['streams']:.0f}"
+    return ""
+
+
+def _read_values(scenario: Scenario, variant: Variant, run: Run) -> dict[str, float]:
+    """The scenario's measures, as far as this target has them."""
+    values = {name: MEASURES[name].read(run.load) for name in scenario.measures}
+    if run.target == DIRECT:
+        values = {name: value for name, value in values.items() if not name.startswith("cpu")}
+    if run.steady:
+        values["cpu_event"] = run.steady["cpu_us_per_event"]
+        values["stream_memory"] = run.steady["kb_per_stream"]
+    elif "stream_memory" in values and run.load["server"]:
+        grown = run.load["server"]["rss_peak_bytes"] - run.around["idle_bytes"]
+        values["stream_memory"] = grown / variant.traffic.connections / 1000
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _doubts(run: Run) -> Iterator[str]:
+    """Reasons to take the run's figures with care."""
+    if doubts := run.load["generator"]["reasons"]:
+        yield f"{' and '.join(doubts)}: delays are its own too, CPU figures hold"
+    if run.around.get("others_share", 0.0) > BUSY_SHARE:
+        yield f"others had {run.around['others_share']:.0%} of the server's core"
+    late = ((run.load.get("upstream") or {}).get("late_us") or {}).get("p99")
+    if late is not None and late > LATE_US:
+        yield f"the mock upstream was late by {late / 1000:.1f} ms at p99"
