@@ -45,7 +45,7 @@ async def is_refused(program: Program) -> bool:
     try:
         async with program.connect():
             return False
-    except ConnectionRefusedError:
+    except ConnectionError:  # reset, if it was still in the queue of the socket that closed
         return True
 
 
