@@ -174,6 +174,11 @@ class Endpoint:
     abilities: Abilities = NO_ABILITIES
     adaptation: Adaptation = NO_ADAPTATION
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What it is known by, here and to health: its place may change with the config."""
+        return self.provider, self.upstream_model
+
 
 @dataclass(frozen=True, slots=True)
 class Model:

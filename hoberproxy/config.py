@@ -452,7 +452,7 @@ def _read_endpoints(
     first: dict[tuple[str, str], str] = {}
     endpoints = [_read_endpoint(table, slug, providers) for table in tables]
     for table, endpoint in zip(tables, endpoints, strict=True):
-        same = first.setdefault((endpoint.provider, endpoint.upstream_model), table.path)
+        same = first.setdefault(endpoint.key, table.path)
         if endpoint.provider and same != table.path:
             got = f"the provider and model of {same}"
             table.note("provider", Refusal("another endpoint", got, "take one of them out"))

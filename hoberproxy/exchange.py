@@ -28,13 +28,12 @@ from .errors import (
     serialize_error,
     serialize_error_event,
 )
-from .gateway import Gateway, unix_time
-from .health import Key
+from .gateway import Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .request import Call, injected_options, parse_call, serialize_upstream_body
-from .routing import Plan, Step, make_plan
+from .routing import Plan, make_plan
 from .usage import Usage, estimate_usage
 
 logger = logging.getLogger("hoberproxy.server")
@@ -86,7 +85,7 @@ class Exchange:
         self._refusal: ProxyError | None = None
         self._call: Call | None = None
         self._prompt_bytes = 0
-        self._upstreams = gateway.upstreams  # as they are with this plan: a reload replaces them
+        self._upstreams: dict[str, Upstream] = {}  # as of the plan: a reload replaces them
         self._plan: Plan | None = None
         self._position = 0
         self._refused_slugs: set[str] = set()  # models for which the request is wrong
@@ -148,6 +147,7 @@ class Exchange:
             self.record.requested = tuple(clip_text(slug) for slug in call.candidates[:16])
             self._prompt_bytes = call.prompt_bytes
             self._plan = self._make_plan(call)
+            self._upstreams = self._gateway.upstreams
         except ProxyError as error:
             self.refuse(error, close=close)
             return
@@ -164,7 +164,6 @@ class Exchange:
 
     def _make_plan(self, call: Call) -> Plan:
         gateway = self._gateway
-        self._upstreams = gateway.upstreams
         return make_plan(call, gateway.catalog, gateway.health, gateway.loop.time(), gateway.draw)
 
     # Connect, relay
@@ -173,7 +172,7 @@ class Exchange:
         assert self._plan is not None
         self._position = position
         self._without = self._gateway.refused_options.get(
-            _key(self._plan.steps[position]), NOTHING_REFUSED
+            self._plan.steps[position].endpoint.key, NOTHING_REFUSED
         )
         self.record.attempts += 1
         self._try_step()
@@ -186,7 +185,7 @@ class Exchange:
             return
         if self._downstream.is_paused:
             attempt.pause()
-        self._gateway.health.begin(_key(attempt.step), self.now)
+        self._gateway.health.begin(attempt.step.endpoint.key, self.now)
         attempt.start()
         if not self._is_closed:
             self.limits_changed()
@@ -266,7 +265,7 @@ class Exchange:
         assert attempt is not None
         self.record.first_content = time.monotonic() - self._clock_start
         now = gateway.loop.time()
-        key = _key(attempt.step)
+        key = attempt.step.endpoint.key
         # A body's first content comes with its last: better than nothing to sort by, no more.
         is_measure = is_stream or gateway.health.first_content(key, now) is None
         waited = now - attempt.started if is_measure else None
@@ -308,7 +307,7 @@ class Exchange:
             seconds = record.total - record.first_content
             if seconds >= SHORTEST_MEASURED and record.completion_tokens > 1:
                 self._gateway.health.observe_throughput(
-                    _key(attempt.step),
+                    attempt.step.endpoint.key,
                     self._gateway.loop.time(),
                     record.completion_tokens / seconds,
                 )
@@ -316,7 +315,7 @@ class Exchange:
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
         """Once more without an option of ours, another endpoint, another model, or the end."""
         if error.refused_option is not None:
-            self._gateway.health.abandon(_key(attempt.step))
+            self._gateway.health.abandon(attempt.step.endpoint.key)
             self._without |= {error.refused_option}
             self._try_step()
             return
@@ -342,7 +341,11 @@ class Exchange:
         return plan.after(self._position, self._refused_slugs)
 
     def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
-        health, key, now = self._gateway.health, _key(attempt.step), self._gateway.loop.time()
+        health, key, now = (
+            self._gateway.health,
+            attempt.step.endpoint.key,
+            self._gateway.loop.time(),
+        )
         is_ours = error.code == "upstream_timeout" and self._downstream.is_paused
         if error.is_refusal or is_ours:  # it works: the request was wrong, or the client slow
             health.abandon(key)
@@ -388,7 +391,7 @@ class Exchange:
         """Seconds until the first endpoint of the plan may be tried again; one at least."""
         assert self._plan is not None
         health, now = self._gateway.health, self._gateway.loop.time()
-        ends = [health.cooldown_ends(_key(step)) or now for step in self._plan.steps]
+        ends = [health.cooldown_ends(step.endpoint.key) or now for step in self._plan.steps]
         return max(min(ends) - now, 1.0)
 
     # Refuse: the ends that are not an answer
@@ -443,7 +446,7 @@ class Exchange:
             # Many clients leave at [DONE], before the framing's end: they have got all they wanted.
             is_answered = self._attempt.is_answer_out and not self._downstream.is_paused
             self._attempt.abort()
-            self._gateway.health.abandon(_key(self._attempt.step))
+            self._gateway.health.abandon(self._attempt.step.endpoint.key)
         if is_answered:
             self._account(self._answer.status)
         else:
@@ -560,11 +563,6 @@ class Exchange:
         _fill_usage(record, usage)
 
 
-def _key(step: Step) -> Key:
-    """What health knows an endpoint by."""
-    return step.endpoint.provider, step.endpoint.upstream_model
-
-
 def _fill_usage(record: Record, usage: Usage | None) -> None:
     if usage is not None:
         record.prompt_tokens = usage.prompt_tokens
@@ -582,9 +580,8 @@ def _check_media_type(head: RequestHead) -> None:
             code="unsupported_media_type",
             status=415,
         )
-    given = head.get(b"content-type")
-    if given is not None:
-        media_type = given.partition(b";")[0].strip().lower()
+    if head.get(b"content-type") is not None:
+        media_type = head.content_type
         if media_type != b"application/json" and not media_type.endswith(b"+json"):
             raise RequestError(
                 "expected content-type application/json; "

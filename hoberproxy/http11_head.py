@@ -72,8 +72,29 @@ _CHUNKED, _UNTIL_EOF = FramingKind.CHUNKED, FramingKind.UNTIL_EOF
 # Heads
 
 
+class _Fields:
+    """What both heads know of their fields."""
+
+    __slots__ = ()
+    headers: Headers
+    _first: dict[bytes, bytes]
+
+    def __post_init__(self) -> None:
+        if not self._first:
+            object.__setattr__(self, "_first", dict(reversed(self.headers)))
+
+    def get(self, name: bytes) -> bytes | None:
+        """The first value of the header, `name` in lower case."""
+        return self._first.get(name)
+
+    @property
+    def content_type(self) -> bytes:
+        """The media type in lower case without parameters, b"" when none was sent."""
+        return self._first.get(b"content-type", b"").partition(b";")[0].strip(b" \t").lower()
+
+
 @dataclass(frozen=True, slots=True)
-class RequestHead:
+class RequestHead(_Fields):
     """What a client asked, framing settled. Headers stay out of `repr`: they hold the key.
 
     `target` is as sent. `path` and `query` are cut from it, still percent-encoded; an absolute-form
@@ -92,17 +113,9 @@ class RequestHead:
     expects_continue: bool
     _first: dict[bytes, bytes] = field(default_factory=dict, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        if not self._first:
-            object.__setattr__(self, "_first", dict(reversed(self.headers)))
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first value of the header, `name` in lower case."""
-        return self._first.get(name)
-
 
 @dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(_Fields):
     """What a model server answered to a POST, framing settled.
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
@@ -116,19 +129,6 @@ class ResponseHead:
     keep_alive: bool
     keepalive_hint: float | None
     _first: dict[bytes, bytes] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self._first:
-            object.__setattr__(self, "_first", dict(reversed(self.headers)))
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first value of the header, `name` in lower case."""
-        return self._first.get(name)
-
-    @property
-    def content_type(self) -> bytes:
-        """The media type in lower case without parameters, b"" when none was sent."""
-        return self._first.get(b"content-type", b"").partition(b";")[0].strip(b" \t").lower()
 
     @property
     def content_encoding(self) -> bytes:

@@ -24,8 +24,7 @@ def check_local_request(head: RequestHead) -> None:
     A page can post text/plain anywhere without asking, and by a name of its own that resolves to
     127.0.0.1 (DNS rebinding) anything: so JSON is asked for, and a Host that is ours.
     """
-    media_type = (head.get(b"content-type") or b"").partition(b";")[0].strip().lower()
-    if media_type != b"application/json":
+    if head.content_type != b"application/json":
         raise RequestError(
             "this proxy runs without keys and takes content-type application/json only",
             code="unsupported_media_type",

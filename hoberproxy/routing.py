@@ -176,7 +176,7 @@ def _filter(
     offers = []
     for model in models:
         for endpoint in model.endpoints:
-            key = endpoint.provider, endpoint.upstream_model
+            key = endpoint.key
             for name, why_not in filters:
                 if (words := why_not(model, endpoint)) is not None:
                     removed.append(Removal(model.slug, *key, name, words))
@@ -322,7 +322,7 @@ def _arrange(
     cooled = {
         key: health.cooldown_ends(key) or now
         for _, endpoint in offers
-        if health.is_cooling(key := (endpoint.provider, endpoint.upstream_model), now)
+        if health.is_cooling(key := endpoint.key, now)
     }
     if not cooled and not wanted.order:
         return [Step(model.slug, endpoint, reason) for model, endpoint in offers]
@@ -333,7 +333,7 @@ def _plain_steps(offers: list[_Offer], health: Health, now: float) -> list[Step]
     """The config's order, None where weights or a cooldown change it; what most requests get."""
     steps = []
     for model, endpoint in offers:
-        key = endpoint.provider, endpoint.upstream_model
+        key = endpoint.key
         if endpoint.weight is not None or health.is_cooling(key, now):
             return None
         steps.append(Step(model.slug, endpoint))
@@ -350,7 +350,7 @@ def _placed(
     for model, endpoint in offers:
         rank = named.get(endpoint.provider, len(named))
         is_unnamed = rank == len(named)
-        ends = cooled.get((endpoint.provider, endpoint.upstream_model))
+        ends = cooled.get(endpoint.key)
         is_cooled = ends is not None
         place = (is_unnamed and not wanted.allow_fallbacks, is_cooled, ends or 0.0, rank)
         why = "cooldown" if is_cooled else reason if is_unnamed else "order"
