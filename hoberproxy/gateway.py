@@ -41,8 +41,9 @@ class Upstream:
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
         self.provider = provider
         self.pool = Pool(provider, loop)
-        self._stream_head = _request_head(provider, b"text/event-stream")
-        self._json_head = _request_head(provider, b"application/json")
+        chat = b"POST", provider.chat_path
+        self._stream_head = _request_head(provider, *chat, accept=b"text/event-stream")
+        self._json_head = _request_head(provider, *chat, accept=b"application/json")
 
     def serialize_request(
         self, body: bytes, extra: list[tuple[bytes, bytes]], *, stream: bool
@@ -52,8 +53,14 @@ class Upstream:
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
         return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body)
 
+    def serialize_listing_request(self) -> bytes:
+        """GET /models, with the key and the headers of all requests."""
+        path = self.provider.path + "/models"
+        head = _request_head(self.provider, b"GET", path, accept=b"application/json")
+        return head + b"content-length: 0\r\n\r\n"
 
-def _request_head(provider: Provider, accept: bytes) -> bytes:
+
+def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes) -> bytes:
     """The head's constant part: without content-length, without the empty line."""
     headers = [
         (b"host", provider.authority.encode()),
@@ -68,7 +75,7 @@ def _request_head(provider: Provider, accept: bytes) -> bytes:
     # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
-    return serialize_request_head(b"POST", provider.chat_path.encode(), headers)[:-2]
+    return serialize_request_head(method, path.encode(), headers)[:-2]
 
 
 @dataclass(slots=True)

@@ -23,11 +23,7 @@ async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str]:
     listing = _Listing()
     try:
         async with asyncio.timeout(limits.total):
-            request = upstream.serialize_request(b"", [], stream=False)
-            target = upstream.provider.path.encode() + b"/models"
-            # The head of a chat request with another first line: key and headers are the same.
-            request = b"GET %b HTTP/1.1\r\n" % target + request.partition(b"\r\n")[2]
-            connection.send(request, listing)
+            connection.send(upstream.serialize_listing_request(), listing)
             await listing.ended
     except TimeoutError as exc:
         message = "no list of models in time"
