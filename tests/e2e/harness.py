@@ -12,7 +12,7 @@ import resource
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,17 @@ class Client:
         return taken
 
 
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[Client]:
+    """A client of the proxy at `port`, cut off at the end."""
+    async with asyncio.timeout(WAIT):
+        client = Client(*await asyncio.open_connection("127.0.0.1", port))
+    try:
+        yield client
+    finally:
+        client.abort()
+
+
 def request_bytes(body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> bytes:
     """A whole request; `headers` are lines."""
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -248,14 +259,8 @@ class Proxy:
         assert len(self.records) == count, "one record for each request"
         return self.records[-1]
 
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Client]:
-        async with asyncio.timeout(WAIT):
-            client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
-        try:
-            yield client
-        finally:
-            client.abort()
+    def connect(self) -> AbstractAsyncContextManager[Client]:
+        return connected(self.port)
 
     async def post(self, body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> Reply:
         """One request on a connection of its own."""
@@ -364,14 +369,8 @@ class Program:
         self.port = port
         self.records_file = folder / "records.db"
 
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Client]:
-        async with asyncio.timeout(WAIT):
-            client = Client(*await asyncio.open_connection("127.0.0.1", self.port))
-        try:
-            yield client
-        finally:
-            client.abort()
+    def connect(self) -> AbstractAsyncContextManager[Client]:
+        return connected(self.port)
 
     async def post(self, body: Any) -> Reply:
         async with self.connect() as client:
