@@ -123,7 +123,6 @@ class Attempt:
         assert self._connection is not None
         self._head = head
         self._request = b""
-        self.touch()
         relay = self._choose_relay(head)
         if relay is not None:
             self._relay = self._connection.receiver = relay
@@ -173,10 +172,6 @@ class Attempt:
             self.fail(self.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
 
     # What the relay reports (Reporter)
-
-    def touch(self) -> None:
-        """The upstream was heard."""
-        self._last_activity = self._owner.now
 
     def open_answer(self, *, is_stream: bool) -> None:
         assert self._head is not None
@@ -230,7 +225,9 @@ class Attempt:
     @property
     def idle_since(self) -> float:
         """Loop time at which the upstream was last heard of, or we stopped listening."""
-        return self._last_activity
+        if self._connection is None:
+            return self._last_activity
+        return max(self._last_activity, self._connection.heard_at)
 
     def outcome(self) -> Outcome:
         """What the answer has told so far."""
@@ -245,7 +242,7 @@ class Attempt:
     def resume(self) -> None:
         """The client has caught up."""
         self._is_paused = False
-        self.touch()
+        self._last_activity = self._owner.now
         if self._connection is not None:
             self._connection.resume_upstream()
 
@@ -286,7 +283,7 @@ class Attempt:
         elif self._is_paused:  # we are not listening: its silence is ours
             return total
         else:
-            other = (limits.idle, "between bytes", self._last_activity + limits.idle)
+            other = (limits.idle, "between bytes", self.idle_since + limits.idle)
         return other if other[2] < total[2] else total
 
     def _close(self) -> None:

@@ -17,6 +17,14 @@ logger = logging.getLogger("hoberproxy.server")
 TICK = 0.05
 
 
+class Clock(Protocol):
+    """Loop time that is read a thousand times as often as it has to be precise."""
+
+    @property
+    def now(self) -> float:
+        """Seconds; not older than a tick."""
+
+
 class Timed(Protocol):
     """Something that waits. `wheel_slot` belongs to the wheel; start it with 0."""
 

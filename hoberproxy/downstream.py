@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from .http11 import Headers, serialize_response_head
+from .stencil import Shortcut, Stencil
 
 
 class Transport(Protocol):
@@ -39,7 +40,14 @@ class Answer:
         self._pending_head = b""  # joined with the first bytes of the body: one write, one segment
         self.status = 0  # sent status, 0 before
         self.is_ended = False
-        self.body_bytes = 0
+        self._body_bytes = 0
+        self._stencil: Stencil | None = None  # whose chunks pass beside us
+
+    @property
+    def body_bytes(self) -> int:
+        """Of the body so far, without its framing."""
+        beside = self._stencil.framed_bytes if self._stencil is not None else 0
+        return self._body_bytes + beside
 
     @property
     def is_started(self) -> bool:
@@ -50,7 +58,7 @@ class Answer:
         """The whole answer at once."""
         assert not self.is_started, "one answer per request"
         self.status = status
-        self.body_bytes = len(body)
+        self._body_bytes = len(body)
         if close:
             self._keep_alive = False
         head = serialize_response_head(
@@ -74,7 +82,7 @@ class Answer:
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
-        self.body_bytes += len(data)
+        self._body_bytes += len(data)
         if self._is_chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         if self._pending_head:
@@ -82,9 +90,16 @@ class Answer:
             self._pending_head = b""
         self._transport.write(data)
 
+    def open_shortcut(self, stencil: Stencil) -> Shortcut | None:
+        """The way by which chunks that `stencil` has framed pass beside us; None without chunks."""
+        if not self._is_chunked:
+            return None
+        self._stencil = stencil
+        return stencil, self._transport.write
+
     def finish(self, data: bytes = b"", *, close: bool = False) -> None:
         """The last part of the body, possibly empty, and its end."""
-        self.body_bytes += len(data)
+        self._body_bytes += len(data)
         if close:
             self._keep_alive = False
         if self._is_chunked:

@@ -20,7 +20,7 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
-from .deadlines import Wheel
+from .deadlines import Clock, Wheel
 from .health import Health, Key
 from .http11 import serialize_request_head
 from .ledger import Ledger
@@ -38,9 +38,9 @@ USER_AGENT = f"hoberproxy/{__version__}"
 class Upstream:
     """A provider ready to be asked: its pool, and the head that every request to it begins with."""
 
-    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self.provider = provider
-        self.pool = Pool(provider, loop)
+        self.pool = Pool(provider, loop, clock)
         chat = b"POST", provider.chat_path
         self._stream_head = _request_head(provider, *chat, accept=b"text/event-stream")
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
@@ -122,6 +122,7 @@ class Gateway:
 def make_upstreams(
     config: Config,
     loop: asyncio.AbstractEventLoop,
+    clock: Clock,
     existing: Mapping[str, Upstream] = MappingProxyType({}),
 ) -> dict[str, Upstream]:
     """One for each provider; an `existing` one that has not changed goes on, with its pool.
@@ -135,7 +136,7 @@ def make_upstreams(
             upstreams[name] = existing[name]
             continue
         try:
-            upstreams[name] = Upstream(provider, loop)
+            upstreams[name] = Upstream(provider, loop, clock)
         except (OSError, ssl.SSLError):
             problems.append(
                 f"providers.{name}.ca_file: expected a readable file of PEM certificates, "

@@ -39,6 +39,11 @@ class BodyReader(Protocol):
         """The peer closed; raises FramingError when the body was not complete."""
         ...
 
+    @property
+    def is_between_chunks(self) -> bool:
+        """It is chunked, and the next byte begins a size line."""
+        ...
+
 
 def body_reader(head: RequestHead | ResponseHead) -> BodyReader:
     """A new reader for the body that follows this head."""
@@ -53,6 +58,7 @@ class NoBody:
     """No body at all: every byte is left over."""
 
     __slots__ = ("is_complete", "leftover")
+    is_between_chunks = False
 
     def __init__(self) -> None:
         self.is_complete = True
@@ -70,6 +76,7 @@ class LengthBody:
     """A body of `length` bytes (RFC 9112 6.2)."""
 
     __slots__ = ("_remaining", "is_complete", "leftover")
+    is_between_chunks = False
 
     def __init__(self, length: int) -> None:
         self._remaining = length
@@ -97,6 +104,7 @@ class UntilEofBody:
     """A response body that the end of the connection ends; a cut one cannot be told from it."""
 
     __slots__ = ("is_complete", "leftover")
+    is_between_chunks = False
 
     def __init__(self) -> None:
         self.is_complete = False
@@ -180,6 +188,10 @@ class ChunkedBody:
             self._step = _FAILED  # nothing after this may pass for a body again
             raise
         return pieces
+
+    @property
+    def is_between_chunks(self) -> bool:
+        return self._step is _SIZE and not self._partial
 
     def feed_eof(self) -> None:
         if self._step is not _DONE:

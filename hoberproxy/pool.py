@@ -17,6 +17,7 @@ from functools import cache
 import aiohappyeyeballs
 
 from .catalog import Provider
+from .deadlines import Clock
 from .errors import Phase, UpstreamError
 from .upstream import UpstreamConnection
 
@@ -32,8 +33,9 @@ AddressInfos = list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, 
 class Pool:
     """The connections of one provider. All methods belong to the loop that made it."""
 
-    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self.provider = provider
+        self.clock = clock
         self._loop = loop
         self._tls = _tls_context(provider.ca_file) if provider.scheme == "https" else None
         self._idle: list[UpstreamConnection] = []
@@ -42,11 +44,6 @@ class Pool:
         self._lookup: asyncio.Task[AddressInfos] | None = None
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
-
-    @property
-    def now(self) -> float:
-        """Loop time."""
-        return self._loop.time()
 
     @property
     def idle(self) -> int:

@@ -69,7 +69,8 @@ async def probe(
     after the other; `concurrency` endpoints are asked at a time. `tell(done, all)` is called after
     each.
     """
-    upstreams = make_upstreams(config, asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    upstreams = make_upstreams(config, loop, _LoopClock(loop))
     prober, gate, done = _Prober(upstreams, limit), asyncio.Semaphore(concurrency), 0
     pairs = [(model, endpoint) for model in config.models for endpoint in model.endpoints]
 
@@ -88,6 +89,17 @@ async def probe(
         for upstream in upstreams.values():
             await upstream.pool.aclose()
     return [task.result() for task in tasks]
+
+
+class _LoopClock:
+    """Nothing here is asked so often that a coarse clock would be worth it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    @property
+    def now(self) -> float:
+        return self._loop.time()
 
 
 class _Prober:

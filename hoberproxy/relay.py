@@ -20,6 +20,7 @@ from .http11 import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
 from .refusal import MAX_BODY_BYTES
+from .stencil import Shortcut
 from .stream import StreamScanner, decode_string
 from .upstream import Loss
 from .usage import Usage, parse_usage
@@ -41,9 +42,6 @@ class Outcome:
 
 class Reporter(Protocol):
     """What a relay tells its attempt; `finish` and `fail` end it."""
-
-    def touch(self) -> None:
-        """Bytes have come."""
 
     def open_answer(self, *, is_stream: bool) -> None:
         """Content is about to be written: start the answer, nothing is retried from here on."""
@@ -75,7 +73,7 @@ class Relay(ABC):
         raise AssertionError("a relay is made from the head")
 
     @abstractmethod
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes) -> Shortcut | None:
         """The next piece of the payload."""
 
     @abstractmethod
@@ -102,6 +100,7 @@ class StreamRelay(Relay):
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
+        self._shortcut: Shortcut | None = None
 
     @property
     def is_at_boundary(self) -> bool:
@@ -113,16 +112,17 @@ class StreamRelay(Relay):
         """[DONE] has gone out: only the end of the framing is missing."""
         return self._scanner.is_done and self._is_open
 
-    def on_body(self, data: bytes) -> None:
+    def on_body(self, data: bytes) -> Shortcut | None:
         scanner = self._scanner
         out = scanner.feed(data)
-        self._attempt.touch()
         if out:
             if not self._is_open:
                 self._open()
             self._answer.write(out)
         if scanner.failure is not None:
             self._fail_stream()
+            return None
+        return self._shortcut if scanner.is_ready_for_stencil else None
 
     def on_end(self) -> None:
         scanner = self._scanner
@@ -161,6 +161,7 @@ class StreamRelay(Relay):
     def _open(self) -> None:
         self._is_open = True
         self._attempt.open_answer(is_stream=True)
+        self._shortcut = self._answer.open_shortcut(self._scanner.stencil)
 
     def _fail_stream(self) -> None:
         failure = self._scanner.failure
@@ -190,7 +191,6 @@ class BodyRelay(Relay):
         self._rewriter: MemberRewriter | None = None
 
     def on_body(self, data: bytes) -> None:
-        self._attempt.touch()
         self._bytes += len(data)
         if self._rewriter is not None:
             self._write(self._rewriter.feed(data))

@@ -74,13 +74,14 @@ class Server:
 
     def _build(self) -> Gateway:
         config, loop = self._config, asyncio.get_running_loop()
-        upstreams = make_upstreams(config, loop)
+        wheel = Wheel(loop.time())
+        upstreams = make_upstreams(config, loop, wheel)
         keyring = Keyring()
         catalog = Catalog(config.models)
         return Gateway(
             config=config,
             loop=loop,
-            wheel=Wheel(loop.time()),
+            wheel=wheel,
             catalog=catalog,
             keyring=keyring,
             ledger=Ledger(config.records.file, keyring),
@@ -135,7 +136,7 @@ class Server:
         gateway = self._gateway
         assert gateway is not None, "started before"
         _check_keys(config, self.addresses)
-        upstreams = make_upstreams(config, gateway.loop, gateway.upstreams)
+        upstreams = make_upstreams(config, gateway.loop, gateway.wheel, gateway.upstreams)
         if (config.server.listen, config.server.metrics_listen, config.records) != (
             self._config.server.listen,
             self._config.server.metrics_listen,

@@ -5,10 +5,12 @@ bytes to pass on: the same bytes, but for the top-level `model` of each event, w
 catalog's slug, and the usage event, which is left out where the client did not ask for it.
 
 Theory of operation. Until the first content everything is held back, so that another endpoint can
-still be tried, and every event is parsed. After it bytes flow: whole events in which nothing is
-unusual pass together (`_pass_whole`, a handful of C calls for however many events), otherwise
-event by event (`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer
-one cannot be a usage event and flows through a MemberRewriter in flat memory.
+still be tried, and every event is parsed. After it bytes flow: events that differ from one before
+in their text alone pass by comparison (stencil.py, which the connection asks even before framing is
+walked), other whole events in which nothing is unusual pass together (`_pass_whole`, a handful of C
+calls for however many), the rest event by event (`_pass_event`). Only an unfinished event is held,
+up to HOLD_LIMIT_BYTES; a longer one cannot be a usage event and flows through a MemberRewriter in
+flat memory.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import orjson
 from .events import BLANK_LINE, DONE, Data, parse_event
 from .lenient import load_json
 from .members import Member, MemberRewriter, find_member
+from .stencil import Stencil
 from .usage import Usage, read_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
@@ -60,10 +63,11 @@ class StreamScanner:
         self._was_dropped = False  # the event that ended last
         self._ended_in_cr = False  # … and its LF may be still to come
 
+        self.stencil = Stencil()
         self.failure: StreamFailure | None = None
         self.has_content = False
         self.is_done = False  # [DONE] was seen
-        self.content_events = 0
+        self._content_events = 0  # without the stencil's
         self.usage: Usage | None = None
         self.finish_reason = ""
         self.upstream_model = ""
@@ -79,12 +83,33 @@ class StreamScanner:
         """The stream said that its answer is complete, in one way or the other."""
         return self.is_done or bool(self.finish_reason)
 
+    @property
+    def content_events(self) -> int:
+        """Events with content so far, as far as they were told apart."""
+        return self._content_events + self.stencil.events
+
+    @property
+    def is_ready_for_stencil(self) -> bool:
+        """Nothing is held: what comes now may be tried on the stencil."""
+        return (
+            self.stencil.is_learnt
+            and not self._tail
+            and self._long is None
+            and not self._ended_in_cr
+            and self.failure is None
+        )
+
     def feed(self, data: bytes) -> bytes:
         """Take the next piece; returns what can be sent now."""
         if self.has_content and self._long is None and not self._ended_in_cr:
             if self._tail:
                 data = self._tail + data
                 self._tail = b""
+            if (passed := self.stencil.pass_events(data)) is not None:
+                data, self.stencil.rest = self.stencil.rest, b""
+                return passed + self.feed(data) if data else passed
+            if self.stencil.wants_lesson:
+                return self._feed_events(data)
             end = data.rfind(_LF_LF) + 2  # 1 if no event ends here
             if end > 1 and len(data) - end <= HOLD_LIMIT_BYTES and b"\r" not in data:
                 if (passed := self._pass_whole(data[:end])) is not None:
@@ -119,7 +144,7 @@ class StreamScanner:
             or _wants_parsing(data)
         ):
             return None
-        self.content_events += events
+        self._content_events += events
         if self._pattern == self._replacement:
             return data
         return data.replace(self._pattern, self._replacement)
@@ -139,12 +164,19 @@ class StreamScanner:
         search_from = max(0, len(self._tail) - 3)
         buffer = self._tail + data if self._tail else data
         start = 0
+        shortcuts = 2  # a piece: each failed one costs as much as a look at all of it
         while blank := BLANK_LINE.search(buffer, max(search_from, start)):
             end = blank.end()
             self._take_event(buffer[start:end], out)
             if self.failure is not None:
                 return
             start = end
+            if shortcuts and self.has_content and self.stencil.is_learnt:
+                shortcuts -= 1
+                if (passed := self.stencil.pass_events(buffer[start:])) is not None:
+                    out.append(passed)
+                    buffer, self.stencil.rest = self.stencil.rest, b""
+                    start = search_from = 0
         self._ended_in_cr = start == len(buffer) and buffer.endswith(b"\r")
         self._tail = buffer[start:]
         if len(self._tail) > HOLD_LIMIT_BYTES:
@@ -181,7 +213,7 @@ class StreamScanner:
     def _start_long(self, out: list[bytes]) -> None:
         if not self.has_content:
             return  # the opening's own limit decides
-        self.content_events += 1
+        self._content_events += 1
         self._was_dropped = False
         self._long = MemberRewriter(b"model", self._slug)
         data, self._tail = self._tail, b""
@@ -229,14 +261,21 @@ class StreamScanner:
             return event
         if data.is_error:
             raise _error_event(_load(payload))
+        document: Any
         if not self.has_content or _wants_parsing(payload):
             document = _parse_chunk(payload)
             self._learn(document)
             if _is_usage_event(document) and not self._wants_usage:
                 return None
         else:
-            self.content_events += 1
-        return self._rename(event, data)
+            self._content_events += 1
+            document = _load(payload) if self.stencil.wants_lesson else None
+        passed = self._rename(event, data)
+        if isinstance(document, dict) and self.stencil.wants_lesson and _is_plain(event, data):
+            delta = _only_delta(document)
+            if delta is not None:
+                self.stencil.learn(event, passed, delta)
+        return passed
 
     def _learn(self, document: dict[str, Any]) -> None:
         if document.get("error"):
@@ -246,7 +285,7 @@ class StreamScanner:
             self.upstream_id = document["id"]
         finish_reason, has_delta = _content(document)
         self.finish_reason = finish_reason or self.finish_reason
-        self.content_events += has_delta
+        self._content_events += has_delta
         if has_delta or finish_reason:
             self.has_content = True
 
@@ -311,6 +350,23 @@ def _parse_chunk(payload: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise StreamFailure("expected a JSON object as the data of an event", is_error_event=False)
     return document
+
+
+def _is_plain(event: bytes, data: Data) -> bool:
+    """One `data: ` line and an empty one, both ended by LF."""
+    return data.starts == (6,) and len(data.payload) == len(event) - 8 and event[-2:] == _LF_LF
+
+
+def _only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
+    """The delta of an event that has nothing else to say; None for any other."""
+    choices = document.get("choices")
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return None
+    delta = choices[0].get("delta")
+    if choices[0].get("finish_reason") or not isinstance(delta, dict):
+        return None
+    has_usage = document.get("usage") is not None or read_usage(document) is not None
+    return None if has_usage else delta
 
 
 def _is_usage_event(document: dict[str, Any]) -> bool:

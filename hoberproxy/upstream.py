@@ -7,6 +7,7 @@ pool's (pool.py). A chunk passes socket → `data_received` → receiver with no
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +21,7 @@ from .http11 import (
     find_head_end,
     parse_response_head,
 )
+from .stencil import Shortcut, Stencil
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -46,10 +48,13 @@ class Loss(Enum):
 
 
 class Receiver(Protocol):
-    """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last."""
+    """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last.
+
+    `on_body` returns by which way chunks may go past it from now on, None for none.
+    """
 
     def on_head(self, head: ResponseHead) -> None: ...
-    def on_body(self, data: bytes) -> None: ...
+    def on_body(self, data: bytes) -> Shortcut | None: ...
     def on_end(self) -> None: ...
     def on_lost(self, loss: Loss) -> None: ...
 
@@ -58,9 +63,12 @@ class UpstreamConnection(asyncio.Protocol):
     """Reports to `receiver` while ACTIVE; in any other state bytes from the peer close it."""
 
     receiver: Receiver | None
+    _stencil: Stencil | None  # takes chunks before their framing is walked
+    _write_chunks: Callable[[bytes], None]
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._clock = pool.clock
         self._transport: asyncio.Transport | None = None
         self.state = State.IDLE
         self.receiver = None
@@ -72,6 +80,8 @@ class UpstreamConnection(asyncio.Protocol):
         self.has_served = False  # an answer has ended on it: the peer may be about to close it
         self._has_answered = False  # a byte of the current answer has come
         self._sent_at = 0.0
+        self._stencil = None
+        self.heard_at = 0.0  # loop time of the last bytes, as of the wheel's last turn
         self.idle_until = 0.0  # loop time; the pool's
 
     # What the attempt does
@@ -84,7 +94,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._body = None
         self._has_answered = False
         self._interim_answers = 0
-        self._sent_at = self._pool.now
+        self._sent_at = self.heard_at = self._clock.now
         self._transport.write(request)
 
     def pause_upstream(self) -> None:
@@ -102,7 +112,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once, without a word to the receiver."""
-        self.receiver = None
+        self.receiver = self._stencil = None
         self._close()
 
     @property
@@ -117,6 +127,19 @@ class UpstreamConnection(asyncio.Protocol):
         self._pool.open += 1
 
     def data_received(self, data: bytes) -> None:
+        self.heard_at = self._clock.now
+        stencil = self._stencil
+        if stencil is not None:
+            passed = stencil.pass_chunks(data)
+            if passed is not None:
+                self._write_chunks(passed)
+                if not stencil.rest:
+                    return
+                data, stencil.rest = stencil.rest, b""
+        self._receive(data)
+
+    def _receive(self, data: bytes) -> None:
+        """Any bytes: whatever the stencil does not know, or cannot."""
         body = self._body
         if body is None:
             self._receive_head(data)
@@ -128,7 +151,11 @@ class UpstreamConnection(asyncio.Protocol):
             return
         receiver = self.receiver
         if pieces and receiver is not None:
-            receiver.on_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            shortcut = receiver.on_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            if shortcut is not None and body.is_between_chunks:
+                self._stencil, self._write_chunks = shortcut
+            else:
+                self._stencil = None
         if body.is_complete and self.state is State.ACTIVE:
             self._end()
 
@@ -153,7 +180,7 @@ class UpstreamConnection(asyncio.Protocol):
                 receiver.on_end()
                 return
         # Later than that it was not closing when the request came: the upstream died over it.
-        is_soon = self._pool.now - self._sent_at < STALE_WITHIN
+        is_soon = self._clock.now - self._sent_at < STALE_WITHIN
         is_stale = self.has_served and not self._has_answered and is_soon
         self._report(Loss.STALE if is_stale else Loss.CUT)
 
@@ -198,7 +225,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.state is not State.ACTIVE:
             return
         if rest:
-            self.data_received(rest)
+            self._receive(rest)
         elif body.is_complete:
             self._end()
 
@@ -207,7 +234,7 @@ class UpstreamConnection(asyncio.Protocol):
         body, head, transport = self._body, self._response, self._transport
         assert body is not None and head is not None and transport is not None
         receiver, self.receiver = self.receiver, None
-        self._body = None
+        self._body = self._stencil = None
         self.has_served = True
         if (
             head.keep_alive

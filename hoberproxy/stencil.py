@@ -1,0 +1,187 @@
+"""Events that are equal but for their text, passed on by comparing bytes.
+
+A model server writes thousands of events a stream that differ in one string. The scanner
+(stream.py) shows one that it has parsed and found to be plain content; from it a stencil keeps what
+stands before and behind the text, as it comes and as it is passed on. A later event is like it if
+it begins and ends with these bytes and what is in between is the inside of one JSON string: then
+nothing else can have changed. Whatever differs in any other way goes the long way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_BACKSLASH = ord("\\")
+# The members of a delta that are text, as the two usual writers of JSON put them.
+_MARKS = tuple(
+    (name, b'"%b":%b"' % (name.encode(), space))
+    for name in ("content", "reasoning_content", "reasoning")
+    for space in (b"", b" ")
+)
+# The inside of a JSON string: quotes only behind a backslash, and on one line.
+_is_text = re.compile(rb'[^"\\\r\n]*+(?>(?:\\[^\r\n][^"\\\r\n]*+)*)').fullmatch
+
+# Size lines of chunks by size, and sizes by line: both ways a look-up, at a third of the cost.
+_LARGEST = 2048
+SIZE_LINES = tuple(b"%x\r\n" % size for size in range(_LARGEST * 2))
+_SIZES = {line: size for size, line in enumerate(SIZE_LINES[1:_LARGEST], 1)}
+
+# A server whose events change all the time is not asked again and again: learning costs a parse.
+FIRST_LESSONS = 2
+WORTH_A_LESSON = 16  # events passed since the last one
+
+
+class Stencil:
+    """One stream's. `events` counts what was passed, `framed_bytes` the payload of chunks.
+
+    What follows the last event passed is in `rest`: the caller takes it and leaves b"".
+    """
+
+    __slots__ = (
+        "_growth",
+        "_head",
+        "_head_size",
+        "_joint",
+        "_lessons",
+        "_new_head",
+        "_new_joint",
+        "_new_tail",
+        "_passed_before",
+        "_tail",
+        "_tail_size",
+        "events",
+        "framed_bytes",
+        "is_learnt",
+        "rest",
+    )
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.framed_bytes = 0
+        self.rest = b""
+        self.is_learnt = False
+        self._lessons = 0
+        self._passed_before = 0  # events, at the last lesson
+        self._head = self._tail = b""  # around the text, with the CR LF behind the chunk
+        self._new_head = self._new_tail = b""
+        self._head_size = self._tail_size = self._growth = 0
+        self._joint = self._new_joint = b""  # from one text to the next, within a payload
+
+    # Learning
+
+    @property
+    def wants_lesson(self) -> bool:
+        """Another event may be shown: there were few so far, or the last one paid."""
+        if self._lessons < FIRST_LESSONS:
+            return True
+        return self.events - self._passed_before >= WORTH_A_LESSON
+
+    def learn(self, event: bytes, passed: bytes, delta: dict[str, object]) -> None:
+        """Keep the form of a whole event, of which the client gets `passed`.
+
+        Duty of the caller: the event is one `data:` line and an empty one, both ended by LF; its
+        `delta` is its only content; and `passed` differs from it outside of the delta alone.
+        """
+        self._lessons += 1
+        self._passed_before = self.events
+        self.is_learnt = False
+        for name, mark in _MARKS:
+            text = delta.get(name)
+            if isinstance(text, str) and text and event.count(mark) == 1 == passed.count(mark):
+                self._keep(event, passed, mark, text.encode("utf-8", "replace"))
+                return
+
+    def _keep(self, event: bytes, passed: bytes, mark: bytes, text: bytes) -> None:
+        start, new_start = event.index(mark) + len(mark), passed.index(mark) + len(mark)
+        end, new_end = start + len(text), new_start + len(text)
+        growth = len(passed) - len(event)
+        # A text with escapes stands there in another form: another event will be plainer.
+        if event[start : end + 1] != text + b'"' or b"\\" in text or growth >= _LARGEST:
+            return
+        head, tail = event[:start], event[end:]
+        new_head, new_tail = passed[:new_start], passed[new_end:]
+        self._head, self._new_head, self._head_size = head, new_head, len(head)
+        self._tail, self._new_tail, self._tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
+        self._joint, self._new_joint, self._growth = tail + head, new_tail + new_head, growth
+        self.is_learnt = True
+
+    # Passing on
+
+    def pass_chunks(self, data: bytes) -> bytes | None:
+        """Whole chunks of one event each, framed anew, as far as they are alike; else None.
+
+        `data` begins with a chunk's size line. The path of nearly every event of a stream: one
+        function for framing, scan and framing anew, since each call more is felt (bench/micro).
+        """
+        start = data.find(b"\n", 2, 8) + 1
+        size = _SIZES.get(data[:start], 0)
+        text, end = start + self._head_size, start + size
+        tail = end - self._tail_size
+        if text > tail or not (
+            data.startswith(self._head, start) and data.startswith(self._tail, tail)
+        ):
+            return None
+        if (
+            data.find(b'"', text, tail) >= 0
+            or data.find(b"\n", text, tail) >= 0
+            or data[tail - 1] == _BACKSLASH
+        ) and not _is_text(data, text, tail):
+            return None
+        if end + 2 != len(data):
+            return self._pass_more(data, data[text:tail], end + 2)
+        size += self._growth
+        self.events += 1
+        self.framed_bytes += size
+        return b"".join((SIZE_LINES[size], self._new_head, data[text:tail], self._new_tail))
+
+    def _pass_more(self, data: bytes, first: bytes, at: int) -> bytes | None:
+        """The `first` text, and those of the chunks from `at` on: one chunk for all of them."""
+        texts = [first]
+        while start := data.find(b"\n", at + 2, at + 8) + 1:
+            text, end = start + self._head_size, start + _SIZES.get(data[at:start], 0)
+            tail = end - self._tail_size
+            if text > tail or not (
+                data.startswith(self._head, start) and data.startswith(self._tail, tail)
+            ):
+                break
+            texts.append(data[text:tail])
+            at = end + 2
+        if not _are_texts(texts):
+            return None
+        self.rest = data[at:]
+        passed = self._join(texts)
+        self.framed_bytes += len(passed)
+        return b"%x\r\n%b\r\n" % (len(passed), passed)
+
+    def pass_events(self, data: bytes) -> bytes | None:
+        """Whole events of a payload, as far as they are alike; None if the first is not."""
+        if not self.is_learnt or not data.startswith(self._head):
+            return None
+        texts = data[self._head_size :].split(self._joint)
+        last, tail, rest = texts.pop().partition(self._tail[:-2])
+        if tail:
+            texts.append(last)
+        else:  # not finished, or another kind
+            rest = self._head + last
+        if not texts or not _are_texts(texts):
+            return None
+        self.rest = rest
+        return self._join(texts)
+
+    def _join(self, texts: list[bytes]) -> bytes:
+        self.events += len(texts)
+        return b"".join((self._new_head, self._new_joint.join(texts), self._new_tail[:-2]))
+
+
+def _are_texts(texts: list[bytes]) -> bool:
+    """Whether each is the inside of a JSON string. Most have no backslash: two looks at all."""
+    joined = b"\n".join(texts)
+    is_plain = b'"' not in joined and joined.count(b"\n") == len(texts) - 1
+    if is_plain and b"\\\n" not in joined and not joined.endswith(b"\\"):
+        return True
+    return all(map(_is_text, texts))
+
+
+Shortcut = tuple[Stencil, Callable[[bytes], None]]
+"""A stencil, and where the chunks go that it passes."""

@@ -1,0 +1,203 @@
+"""The stencil and the scanner with it: what passes by comparison is what passes by parsing."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hoberproxy.http11 import ChunkedBody
+from hoberproxy.stencil import FIRST_LESSONS, WORTH_A_LESSON, Stencil
+from hoberproxy.stream import StreamScanner
+
+SLUG = "vendor/a-model"
+UPSTREAM = "a-model-2025-01-01"
+
+
+def event(text: str, *, model: str = UPSTREAM, compact: bool = True, **members: Any) -> bytes:
+    """A content event as a model server writes it."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    document = {"id": "c-1", "model": model, "choices": [choice], **members}
+    separators = (",", ":") if compact else None
+    return b"data: %b\n\n" % json.dumps(document, separators=separators).encode()
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def taught(**options: Any) -> Stencil:
+    stencil = Stencil()
+    stencil.learn(event("Hi", **options), event("Hi", model=SLUG, **options), {"content": "Hi"})
+    assert stencil.is_learnt
+    return stencil
+
+
+def unframed(chunks: bytes) -> bytes:
+    return b"".join(ChunkedBody().feed(chunks))
+
+
+TEXTS = ["a", "", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\\new\nline", "\\"]
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "spaced"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> None:
+    stencil = taught(compact=compact)
+    passed = stencil.pass_chunks(chunk(event(text, compact=compact)))
+    assert passed == chunk(event(text, model=SLUG, compact=compact))
+    assert (stencil.events, stencil.rest) == (1, b"")
+    assert stencil.framed_bytes == len(unframed(passed))
+
+
+def test_several_chunks_pass_as_one() -> None:
+    stencil = taught()
+    passed = stencil.pass_chunks(b"".join(chunk(event(text)) for text in TEXTS))
+    assert passed is not None
+    assert unframed(passed) == b"".join(event(text, model=SLUG) for text in TEXTS)
+    assert stencil.events == len(TEXTS)
+    assert stencil.framed_bytes == len(unframed(passed))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        chunk(event("x", usage={"prompt_tokens": 1})),
+        chunk(b"data: [DONE]\n\n"),
+        b"0\r\n\r\n",
+        chunk(event("x"))[:-1],
+        b"5\r\ndata:",
+        b"zz\r\n",
+    ],
+    ids=["usage", "done", "the last chunk", "cut", "a part", "no size"],
+)
+def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
+    stencil = taught()
+    assert stencil.pass_chunks(other) is None
+    assert stencil.pass_chunks(chunk(event("a")) + other) == chunk(event("a", model=SLUG))
+    assert stencil.rest == other
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'","x":"',
+        b'"',
+        b"\\",
+        b'\\\\"',
+        b"\n",
+        b"\n\ndata: [DONE]\n\ndata: x",
+        b"\\\n",
+        event("y") * 2,
+    ],
+)
+def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None:
+    odd = event("@").replace(b"@", text)
+    assert taught().pass_chunks(chunk(odd)) is None
+    assert taught().pass_chunks(chunk(event("a")) + chunk(odd)) is None
+    assert taught().pass_events(odd) is None
+    assert taught().pass_events(event("a") + odd + event("b")) is None
+
+
+def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
+    stencil = taught()
+    last = event("x", usage={"prompt_tokens": 1})
+    passed = stencil.pass_events(b"".join(map(event, TEXTS)) + last)
+    assert passed == b"".join(event(text, model=SLUG) for text in TEXTS)
+    assert stencil.rest == last
+
+
+def test_an_unfinished_event_is_left_over() -> None:
+    whole, stencil = event("a") + event("b"), taught()
+    for cut in range(len(event("a")), len(whole)):
+        assert stencil.pass_events(whole[:cut]) == event("a", model=SLUG)
+        assert stencil.rest == whole[len(event("a")) : cut]
+
+
+@pytest.mark.parametrize(
+    "delta", [{}, {"content": ""}, {"content": None}, {"tool_calls": [{}]}, {"content": "a\nb"}]
+)
+def test_an_event_without_a_plain_text_teaches_nothing(delta: dict[str, object]) -> None:
+    stencil = Stencil()
+    shown = b'data: {"delta":%b}\n\n' % json.dumps(delta).encode()
+    stencil.learn(shown, shown, delta)
+    assert not stencil.is_learnt
+
+
+def test_who_changes_all_the_time_is_asked_a_few_times_only() -> None:
+    stencil = Stencil()
+    for _ in range(FIRST_LESSONS):
+        assert stencil.wants_lesson
+        stencil.learn(b"data: {}\n\n", b"data: {}\n\n", {})
+    assert not stencil.wants_lesson
+
+
+def test_after_many_passed_another_lesson_is_worth_it() -> None:
+    stencil = taught()
+    taught_again = taught()
+    for _ in range(FIRST_LESSONS):
+        stencil.learn(event("Hi"), event("Hi", model=SLUG), {"content": "Hi"})
+    assert not stencil.wants_lesson
+    for _ in range(WORTH_A_LESSON):
+        assert stencil.pass_chunks(chunk(event("x"))) is not None
+    assert stencil.wants_lesson
+    assert taught_again.wants_lesson
+
+
+# The scanner with and without it
+
+
+def scan(pieces: list[bytes], *, wants_usage: bool, with_stencil: bool) -> tuple[bytes, Any]:
+    scanner = StreamScanner(SLUG, wants_usage=wants_usage)
+    if not with_stencil:
+        scanner.stencil._lessons = 1 << 30
+        scanner.stencil._passed_before = 1 << 30
+    out = b""
+    for piece in pieces:
+        if scanner.failure is None:
+            out += scanner.feed(piece)
+    if scanner.failure is None:
+        out += scanner.feed_eof()
+    learnt = (scanner.usage, scanner.finish_reason, scanner.is_done, scanner.upstream_model)
+    return out, (*learnt, scanner.content_events, str(scanner.failure))
+
+
+EVENTS = st.one_of(
+    st.text(max_size=8).map(event),
+    st.text(max_size=8).map(lambda text: event(text, usage=None)),
+    st.sampled_from(
+        [
+            event("x", usage={"prompt_tokens": 1, "completion_tokens": 2}),
+            event("x", model="another"),
+            event("x", compact=False),
+            event("x").replace(b"\n", b"\r\n"),
+            b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n',
+            event("x").replace(b'"finish_reason":null', b'"finish_reason":"stop"'),
+            b": comment\n\n",
+            b'data: {"error":{"message":"no"}}\n\n',
+            b"data: [DONE]\n\n",
+            b'event: error\ndata: {"code":503}\n\n',
+            b"data: no JSON\n\n",
+        ]
+    ),
+)
+
+
+@given(
+    events=st.lists(EVENTS, min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 3000), max_size=6),
+    wants_usage=st.booleans(),
+)
+@example([event("a"), event("b"), event('"'), event("c")], [], False)
+def test_the_scanner_says_the_same_with_a_stencil(
+    events: list[bytes], cuts: list[int], wants_usage: bool
+) -> None:
+    whole = event("first") + b"".join(events)
+    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    pieces = [whole[a:b] for a, b in pairwise(places)]
+    given_pieces = scan(pieces, wants_usage=wants_usage, with_stencil=True)
+    assert given_pieces == scan(pieces, wants_usage=wants_usage, with_stencil=False)
