@@ -103,11 +103,13 @@ def _refusal(message: str) -> AccessError:
 class Keyring:
     """All keys by digest; replaced as a whole when the store says they changed.
 
-    `replace` may be called from another thread: it is one assignment.
+    `replace` may be called from another thread, by one at a time: readers see the old keys or the
+    new ones.
     """
 
     def __init__(self) -> None:
         self._callers: Mapping[bytes, Caller] = {}
+        self.version = 0  # changes with the keys: what was found out before holds no longer
 
     @property
     def count(self) -> int:
@@ -118,6 +120,7 @@ class Keyring:
     def replace(self, keys: Mapping[bytes, Caller]) -> None:
         """Know exactly `keys` (digest to caller) from now on."""
         self._callers = dict(keys)
+        self.version += 1
 
     def authenticate(self, authorization: bytes | None, now: float) -> Caller:
         """The caller that the value of an Authorization header stands for, at `now` (unix seconds).

@@ -36,7 +36,6 @@ class Owner(Protocol):
     def now(self) -> float:
         """Loop time, as of the wheel's last turn."""
 
-    def limits_changed(self) -> None: ...
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None: ...
     def send_answer(self, head: ResponseHead, body: bytes) -> None: ...
     def attempt_finished(self, attempt: Attempt) -> None: ...
@@ -45,6 +44,15 @@ class Owner(Protocol):
 
 class Attempt:
     """Made for one step of the plan; `start` it, ask `check_limits`, `abort` it at any time."""
+
+    # What an attempt starts with; on the class, for one is made with every request.
+    phase = Phase.CONNECT
+    _is_paused = False
+    _is_ended = False
+    _connection: UpstreamConnection | None = None
+    _connecting: asyncio.Task[UpstreamConnection] | None = None
+    _head: ResponseHead | None = None
+    _relay: Relay | None = None
 
     def __init__(
         self,
@@ -65,15 +73,7 @@ class Attempt:
         self._request = request
         self._injected = injected  # members of the body that are ours, not the client's
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
-        self.phase = Phase.CONNECT
-        self.started = owner.now
-        self._last_activity = self.started
-        self._is_paused = False
-        self._is_ended = False
-        self._connection: UpstreamConnection | None = None
-        self._connecting: asyncio.Task[UpstreamConnection] | None = None
-        self._head: ResponseHead | None = None
-        self._relay: Relay | None = None
+        self.started = self._last_activity = owner.now
 
     # Connect
 
@@ -126,7 +126,6 @@ class Attempt:
         relay = self._choose_relay(head)
         if relay is not None:
             self._relay = self._connection.receiver = relay
-            self._owner.limits_changed()
 
     def _choose_relay(self, head: ResponseHead) -> Relay | None:
         if head.status != 200:
@@ -134,8 +133,8 @@ class Attempt:
         if head.content_encoding not in (b"", b"identity"):
             self._reject("a content encoding we did not ask for")
             return None
-        slug = self.step.slug
-        if head.content_type == b"application/json":
+        slug, content_type = self.step.slug, head.content_type
+        if content_type == b"application/json":
             self.phase = Phase.OPENING if self._is_stream else Phase.BODY
             return BodyRelay(
                 self,
@@ -144,7 +143,7 @@ class Attempt:
                 as_stream=self._is_stream,
                 wants_usage=self._wants_usage,
             )
-        if self._is_stream and head.content_type in _STREAM_TYPES:
+        if self._is_stream and content_type in _STREAM_TYPES:
             self.phase = Phase.OPENING
             scanner = StreamScanner(slug, wants_usage=self._wants_usage)
             return StreamRelay(self, self._answer, scanner)
@@ -154,6 +153,9 @@ class Attempt:
     def _reject(self, got: str) -> None:
         expected = "a stream" if self._is_stream else "a JSON body"
         self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
+
+    def on_whole(self, data: bytes) -> None:
+        raise AssertionError("the head has chosen a relay")
 
     def on_body(self, data: bytes) -> None:
         raise AssertionError("the head has chosen a relay")
@@ -257,13 +259,16 @@ class Attempt:
     @property
     def due(self) -> float:
         """Loop time at which a limit will have passed if nothing comes before."""
-        return self._next_limit()[2]
+        limits, due = self.limits, self.started + self.limits.total
+        if self.phase in _BEFORE_CONTENT:
+            return min(due, self.started + limits.first_content) if self._is_stream else due
+        return due if self._is_paused else min(due, self.idle_since + limits.idle)
 
     def check_limits(self, now: float) -> None:
         """Fail if a time limit has passed."""
-        seconds, what, due = self._next_limit()
-        if now < due:
+        if now < self.due:
             return
+        seconds, what = self._passed_limit(now)
         error = self.broken(f"no answer within {seconds:g} s {what}")
         error.code, error.status = "upstream_timeout", 504
         if self._relay is not None:
@@ -271,20 +276,14 @@ class Attempt:
         else:
             self.fail(error)
 
-    def _next_limit(self) -> tuple[float, str, float]:
-        """The limit that is reached first: its seconds, of what, and loop time when it is due."""
+    def _passed_limit(self, now: float) -> tuple[float, str]:
+        """The limit that was reached: its seconds, and of what."""
         limits = self.limits
-        total = (limits.total, "in all", self.started + limits.total)
+        if now >= self.started + limits.total:
+            return limits.total, "in all"
         if self.phase in _BEFORE_CONTENT:
-            if not self._is_stream:
-                return total
-            seconds = limits.first_content
-            other = (seconds, "before the first content", self.started + seconds)
-        elif self._is_paused:  # we are not listening: its silence is ours
-            return total
-        else:
-            other = (limits.idle, "between bytes", self.idle_since + limits.idle)
-        return other if other[2] < total[2] else total
+            return limits.first_content, "before the first content"
+        return limits.idle, "between bytes"
 
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""

@@ -52,6 +52,11 @@ class TimeLimits:
     # The whole attempt. 100,000 tokens at 60 a second take 28 minutes.
     total: float = 1800.0
 
+    @property
+    def shortest(self) -> float:
+        """Of those that count from when a request was sent."""
+        return min(self.first_content, self.idle, self.total)
+
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
@@ -89,7 +94,7 @@ class Adaptation:
     def names(self) -> frozenset[str]:
         """Every member it speaks of."""
         renamed = frozenset(name for pair in self.rename for name in pair)
-        return renamed | self.drop | dict(self.set).keys()
+        return renamed.union(self.drop, dict(self.set))
 
     def over(self, default: Adaptation) -> Adaptation:
         """These rules, and those of the default that speak of other members and roles."""
@@ -173,11 +178,11 @@ class Endpoint:
     weight: float | None = None  # its share of the requests, against those beside it
     abilities: Abilities = NO_ABILITIES
     adaptation: Adaptation = NO_ADAPTATION
+    # What it is known by, here and to health: its place may change with the config.
+    key: tuple[str, str] = field(init=False, repr=False, compare=False)
 
-    @property
-    def key(self) -> tuple[str, str]:
-        """What it is known by, here and to health: its place may change with the config."""
-        return self.provider, self.upstream_model
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (self.provider, self.upstream_model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +379,7 @@ class Catalog:
             slug.removesuffix("*"): model for slug, model in self._all.items() if model.is_wildcard
         }
         self._filled: dict[str, Model] = {}
+        self.standing: dict[str, Any] = {}  # what routing.py has worked out once for a slug
 
     def find(self, slug: str) -> Model | None:
         """The entry of this very slug, else the longest wildcard's, filled in with the rest.

@@ -5,8 +5,7 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -24,8 +23,7 @@ class CompletionError(Exception):
         self.is_error_body = is_error_body
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A checked completion: `body` names the catalog's slug, the rest is what it said."""
 
     body: bytes
@@ -47,18 +45,20 @@ def parse_completion(body: bytes, slug: str) -> Completion:
         raise CompletionError("expected a JSON body, got something else or a part of one") from None
     if not isinstance(document, dict):
         raise CompletionError("expected a JSON object as the body")
-    if document.get("error"):
+    get = document.get
+    if get("error"):
         raise CompletionError("the upstream sent an error with status 200", is_error_body=True)
-    choices = document.get("choices")
+    choices = get("choices")
     if not isinstance(choices, list) or not choices:
         raise CompletionError("expected `choices` in the body, got none")
+    choice, model = choices[0], get("model")
     return Completion(
-        body=_rename(body, document, slug),
-        document=document,
-        usage=read_usage(document),
-        finish_reason=_text(choices[0].get("finish_reason")) if _is_object(choices[0]) else "",
-        upstream_model=_text(document.get("model")),
-        upstream_id=_text(document.get("id")),
+        _rename(body, model, slug) if isinstance(model, str) else body,
+        document,
+        read_usage(document),
+        _text(choice.get("finish_reason")) if isinstance(choice, dict) else "",
+        _text(model),
+        _text(get("id")),
     )
 
 
@@ -93,16 +93,15 @@ def _delta_choice(choice: Any) -> Any:
     return rest | {"delta": delta if delta is not None else {}}
 
 
-def _rename(body: bytes, document: dict[str, Any], slug: str) -> bytes:
-    if not isinstance(document.get("model"), str):
-        return body
+def _rename(body: bytes, model: str, slug: str) -> bytes:
+    start, old = body.find(b'"model"'), b'"model":%b' % orjson.dumps(model)
+    # A search is enough where nothing else can be meant: no other such name, none with escapes.
+    is_sure = body.startswith(old, start) and body.find(b'"model"', start + 8) < 0
+    if start > 0 and is_sure and b"\\u00" not in body:
+        return b'%b"model":%b%b' % (body[:start], orjson.dumps(slug), body[start + len(old) :])
     member = find_member(body, "model")
     assert member is not None, "it has just been read"
     return replace_member(body, member, orjson.dumps(slug))
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _text(value: object) -> str:

@@ -27,7 +27,16 @@ class Owner(Protocol):
 
 
 class Answer:
-    """One response: `send` it whole, or `start`, `write` and `finish` it; or `abort` it."""
+    """One response: `send` it whole, or `start`, `write` and `finish` it; or `abort` it.
+
+    `prepared` are further lines of the head, of which it is known that they are well-formed.
+    """
+
+    status = 0  # sent status, 0 before
+    is_ended = False
+    _pending_head = b""  # joined with the first bytes of the body: one write, one segment
+    _body_bytes = 0
+    _stencil: Stencil | None = None  # whose chunks pass beside us
 
     def __init__(
         self, transport: Transport, owner: Owner, *, version_minor: int, keep_alive: bool
@@ -36,12 +45,6 @@ class Answer:
         self._owner = owner
         self._is_chunked = version_minor >= 1
         self._keep_alive = keep_alive
-        self._version_minor = version_minor
-        self._pending_head = b""  # joined with the first bytes of the body: one write, one segment
-        self.status = 0  # sent status, 0 before
-        self.is_ended = False
-        self._body_bytes = 0
-        self._stencil: Stencil | None = None  # whose chunks pass beside us
 
     @property
     def body_bytes(self) -> int:
@@ -54,30 +57,36 @@ class Answer:
         """The status line is spent."""
         return self.status != 0
 
-    def send(self, status: int, headers: Headers, body: bytes, *, close: bool = False) -> None:
+    def send(
+        self,
+        status: int,
+        headers: Headers,
+        body: bytes,
+        *,
+        close: bool = False,
+        prepared: bytes = b"",
+    ) -> None:
         """The whole answer at once."""
         assert not self.is_started, "one answer per request"
         self.status = status
         self._body_bytes = len(body)
         if close:
             self._keep_alive = False
-        head = serialize_response_head(
-            status, [*headers, (b"content-length", b"%d" % len(body)), *self._connection()]
-        )
-        self._transport.write(head + body)
+        framing = b"%bcontent-length: %d\r\n%b" % (prepared, len(body), self._connection())
+        self._transport.write(serialize_response_head(status, headers, framing) + body)
         self._end()
 
-    def start(self, status: int, headers: Headers) -> None:
+    def start(self, status: int, headers: Headers, prepared: bytes = b"") -> None:
         """The head of an answer whose length is not known; goes out with the first `write`."""
         assert not self.is_started, "one answer per request"
         self.status = status
         if self._is_chunked:
-            framing = [(b"transfer-encoding", b"chunked")]
+            framing = b"transfer-encoding: chunked\r\n"
         else:
-            framing = []
+            framing = b""
             self._keep_alive = False
         self._pending_head = serialize_response_head(
-            status, [*headers, *framing, *self._connection()]
+            status, headers, prepared + framing + self._connection()
         )
 
     def write(self, data: bytes) -> None:
@@ -119,7 +128,8 @@ class Answer:
         self.is_ended = True
         self._owner.on_answer_end(keep_alive=self._keep_alive)
 
-    def _connection(self) -> Headers:
+    def _connection(self) -> bytes:
+        """The line that says whether the connection goes on; none where the version says it."""
         if not self._keep_alive:
-            return [(b"connection", b"close")]
-        return [(b"connection", b"keep-alive")] if self._version_minor == 0 else []
+            return b"connection: close\r\n"
+        return b"" if self._is_chunked else b"connection: keep-alive\r\n"

@@ -12,11 +12,12 @@ import math
 import time
 from collections.abc import Hashable
 from dataclasses import asdict
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .access import ANONYMOUS, Caller
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
+from .config import Config
 from .downstream import Answer
 from .errors import (
     FailedAttempt,
@@ -60,13 +61,42 @@ class Downstream(Protocol):
     def unread_bytes(self) -> int:
         """What waits for the client to read it, here and in the system."""
 
+    def hasten(self, when: float) -> None:
+        """Ask `on_deadline` by `when` (loop time)."""
+
+
+class Admitted(NamedTuple):
+    """Who sent a head. It holds for the same head again, while keys and config are the same."""
+
+    caller: Caller
+    keyring_version: int
+    config: Config
+
 
 class Exchange:
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
 
-    The door tells `pause` and `resume` as the client's watermarks say. However it goes, exactly
-    one record is closed.
+    The door tells `pause` and `resume` as the client's watermarks say, and asks `on_deadline`.
+    However it goes, exactly one record is closed.
     """
+
+    # What an exchange starts with, on the class: to set it on each would cost a microsecond.
+    _refusal: ProxyError | None = None
+    _call: Call | None = None
+    _prompt_bytes = 0
+    _plan: Plan | None = None
+    _position = 0
+    _attempt: Attempt | None = None
+    _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
+    _failures: tuple[FailedAttempt, ...] = ()
+    _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
+    _body: tuple[Hashable, bytes] | None = None  # as it went upstream last, and in which form
+    _quiet_since = 0.0
+    _paused_since = 0.0
+    _unread_bytes = 0
+    _is_closed = False
+    _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
+    _provider: Provider  # of the attempt; a reload may replace the gateway's
 
     def __init__(
         self, gateway: Gateway, downstream: Downstream, head: RequestHead, answer: Answer
@@ -76,43 +106,38 @@ class Exchange:
         self._head = head
         self._answer = answer
         self._clock_start = time.monotonic()
-        self._numeric_code = head.path.startswith(b"/api/")
         self.record = Record(
             id=gateway.new_request_id(), started=unix_time(), path=head.path.decode("latin-1")
         )
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
-        self._refusal: ProxyError | None = None
-        self._call: Call | None = None
-        self._prompt_bytes = 0
-        self._upstreams: dict[str, Upstream] = {}  # as of the plan: a reload replaces them
-        self._plan: Plan | None = None
-        self._position = 0
-        self._refused_slugs: set[str] = set()  # models for which the request is wrong
-        self._attempt: Attempt | None = None
-        self._provider: Provider | None = None  # of the attempt; a reload may replace the gateway's
-        self._without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
-        self._bodies: dict[Hashable, bytes] = {}
-        self._failures: list[FailedAttempt] = []
-        self._quiet_since = 0.0
-        # The client may be behind already, with the answer to an earlier request.
-        self._paused_since = self.now
-        self._unread_bytes = downstream.unread_bytes if downstream.is_paused else 0
-        self._is_closed = False
-        self.wheel_slot = 0
+        if downstream.is_paused:  # behind already, with the answer to an earlier request
+            self._paused_since, self._unread_bytes = self.now, downstream.unread_bytes
         gateway.exchanges.add(self)
 
     # Authenticate
 
-    def admit(self) -> bool:
-        """Whether the request may go on to its body; if not, `run` tells the client why."""
-        try:
-            caller = self._authenticate()
-        except ProxyError as error:
-            self._refusal = error
-            return False
-        self.record.key_id, self.record.key_label = caller.key_id, caller.label
-        return True
+    def admit(self, known: Admitted | None = None) -> Admitted | None:
+        """Who may go on to the body; if None, `run` tells the client why not.
+
+        `known` is what an exchange with the same head was told.
+        """
+        gateway, record = self._gateway, self.record
+        if (
+            known is None
+            or known.keyring_version != gateway.keyring.version
+            or known.config is not gateway.config
+            or known.caller.has_expired(record.started)
+            or gateway.is_draining
+        ):
+            try:
+                caller = self._authenticate()
+            except ProxyError as error:
+                self._refusal = error
+                return None
+            known = Admitted(caller, gateway.keyring.version, gateway.config)
+        record.key_id, record.key_label = known.caller.key_id, known.caller.label
+        return known
 
     @property
     def is_admitted(self) -> bool:
@@ -144,8 +169,7 @@ class Exchange:
                 raise self._refusal
             self._call = call = parse_call(body)
             self.record.streamed = call.stream
-            self.record.requested = tuple(clip_text(slug) for slug in call.candidates[:16])
-            self._prompt_bytes = call.prompt_bytes
+            self.record.requested = tuple([clip_text(slug) for slug in call.candidates[:16]])
             self._plan = self._make_plan(call)
             self._upstreams = self._gateway.upstreams
         except ProxyError as error:
@@ -154,7 +178,7 @@ class Exchange:
         except Exception:
             self._fail_ourselves()
             return
-        self._quiet_since = self._gateway.loop.time()
+        self._quiet_since = self.now
         self._begin_step(0)
 
     def _fail_ourselves(self) -> None:
@@ -171,9 +195,11 @@ class Exchange:
     def _begin_step(self, position: int) -> None:
         assert self._plan is not None
         self._position = position
-        self._without = self._gateway.refused_options.get(
-            self._plan.steps[position].endpoint.key, NOTHING_REFUSED
-        )
+        if self._gateway.refused_options:
+            key = self._plan.steps[position].endpoint.key
+            self._without = self._gateway.refused_options.get(key, NOTHING_REFUSED)
+        else:
+            self._without = NOTHING_REFUSED
         self.record.attempts += 1
         self._try_step()
 
@@ -186,9 +212,8 @@ class Exchange:
         if self._downstream.is_paused:
             attempt.pause()
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
+        self._downstream.hasten(self.now + self._longest_wait(attempt))
         attempt.start()
-        if not self._is_closed:
-            self.limits_changed()
 
     def _make_attempt(self) -> Attempt:
         call, plan = self._call, self._plan
@@ -206,32 +231,31 @@ class Exchange:
         )
         if self._attempt is not None:
             self._attempt.forget()
-        return Attempt(
-            self, call, step, upstream.pool, self._answer, request, injected - self._without
-        )
+        if self._without:
+            injected -= self._without
+        return Attempt(self, call, step, upstream.pool, self._answer, request, injected)
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
-        """The body under an upstream's name for the model, built once per form of it."""
-        key = (
+        """The body under an upstream's name for the model, built anew only in another form."""
+        model, options, rules = (
             endpoint.upstream_model,
             provider.stream_options,
             endpoint.adaptation,
-            self._without,
         )
-        body = self._bodies.get(key)
-        if body is None:
-            body = self._bodies[key] = serialize_upstream_body(
-                call,
-                endpoint.upstream_model,
-                stream_options=provider.stream_options,
-                adaptation=endpoint.adaptation,
-                without=self._without,
-            )
+        form = (model, options, rules, self._without)
+        if self._body is not None and self._body[0] == form:
+            return self._body[1]
+        body = serialize_upstream_body(
+            call, model, stream_options=options, adaptation=rules, without=self._without
+        )
+        self._body = form, body
         return body
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
         head = self._head
         forwarded: Headers = []
+        if not names and head.get(b"traceparent") is None:
+            return forwarded
         if head.get(b"traceparent") is not None:
             # `tracestate` is a list that may come in several lines, in order.
             forwarded = [item for item in head.headers if item[0] in _TRACE_HEADERS]
@@ -248,46 +272,47 @@ class Exchange:
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         """The first content is here: the body is not needed any more, nor another endpoint."""
+        assert self._call is not None
         self._observe_first_content(is_stream=is_stream)
-        self._call = None
-        self._bodies.clear()
+        self._prompt_bytes = self._call.prompt_bytes
+        self._call = self._body = None
         if not self._answer.is_started:
-            self._answer.start(200, [_SSE if is_stream else _JSON, *self._answer_headers(head)])
-        self.limits_changed()
+            self._answer.start(200, *self._answer_head(head, is_stream=is_stream))
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
         self._observe_first_content(is_stream=False)
-        self._answer.send(200, [_JSON, *self._answer_headers(head)], body)
+        headers, prepared = self._answer_head(head, is_stream=False)
+        self._answer.send(200, headers, body, prepared=prepared)
 
     def _observe_first_content(self, *, is_stream: bool) -> None:
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
         self.record.first_content = time.monotonic() - self._clock_start
-        now = gateway.loop.time()
-        key = attempt.step.endpoint.key
+        now, key, waited = self.now, attempt.step.endpoint.key, None
         # A body's first content comes with its last: better than nothing to sort by, no more.
-        is_measure = is_stream or gateway.health.first_content(key, now) is None
-        waited = now - attempt.started if is_measure else None
+        if is_stream or gateway.health.first_content(key, now) is None:
+            is_first = self.record.attempts == 1  # whose start is known more precisely than a tick
+            waited = self.record.first_content if is_first else now - attempt.started
         gateway.health.observe_success(key, now, waited)
-        if not self._without <= gateway.refused_options.get(key, NOTHING_REFUSED):
+        if self._without and not self._without <= gateway.refused_options.get(key, NOTHING_REFUSED):
             gateway.learn_refused(key, self._without)  # that it answers now proves it
 
-    def _answer_headers(self, head: ResponseHead) -> Headers:
+    def _answer_head(self, head: ResponseHead, *, is_stream: bool) -> tuple[Headers, bytes]:
+        """The fields of an answer: those that vary, and those that most answers have, ready."""
         attempt = self._attempt
         assert attempt is not None
         step = attempt.step
-        headers = [
-            *self._common_headers(),
-            (b"x-hober-provider", step.endpoint.provider.encode()),
-            (b"x-hober-model", step.slug.encode()),
-            *self._attempts_header(),
-        ]
-        assert self._provider is not None
+        prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
+        headers: Headers = []
+        if self.record.attempts > 1:
+            headers += self._attempts_header()
+        if origins := self._gateway.config.server.cors_origins:
+            headers += cors_headers(origins, self._head.get(b"origin"))
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
-        return headers
+        return headers, b"%bx-request-id: %b\r\n" % (prepared, self.record.id.encode())
 
     def _common_headers(self) -> Headers:
         headers = [(b"x-request-id", self.record.id.encode())]
@@ -331,7 +356,7 @@ class Exchange:
         plan, routing = self._plan, self._gateway.config.routing
         assert plan is not None
         if error.is_refusal:
-            self._refused_slugs.add(plan.steps[self._position].slug)
+            self._refused_slugs |= {plan.steps[self._position].slug}
         if self._call is None or not (error.is_retryable or error.is_refusal):
             return None
         if self.record.attempts >= routing.max_attempts:
@@ -358,14 +383,14 @@ class Exchange:
                 was_answering=error.phase is Phase.CONTENT,
                 draw=self._gateway.draw,
             )
-        self._failures.append(
+        self._failures += (
             FailedAttempt(
                 provider=attempt.step.endpoint.provider,
                 status=error.upstream_status,
                 code=error.recorded_code,
                 phase=error.phase.value,
                 milliseconds=round((now - attempt.started) * 1000),
-            )
+            ),
         )
 
     def _fail(self, attempt: Attempt, error: UpstreamError) -> None:
@@ -419,6 +444,11 @@ class Exchange:
         self.record.code = error.recorded_code
         self._account(status)
 
+    @property
+    def _numeric_code(self) -> bool:
+        """Whether the client's SDK wants an error's code to be the status."""
+        return self._head.path.startswith(b"/api/")
+
     def _error_headers(self, error: ProxyError) -> Headers:
         headers = self._common_headers()
         if error.retry_after is not None:
@@ -461,18 +491,16 @@ class Exchange:
         self._unread_bytes = self._downstream.unread_bytes
         if self._attempt is not None:
             self._attempt.pause()
-        self.limits_changed()
 
     def resume(self) -> None:
         """The client has caught up."""
         if self._attempt is not None:
             self._attempt.resume()
-        self.limits_changed()
 
-    def limits_changed(self) -> None:
-        """Look at the deadlines anew."""
-        if not self._is_closed and self._attempt is not None:
-            self._gateway.wheel.schedule(self, self._next_due())
+    def _longest_wait(self, attempt: Attempt) -> float:
+        """Seconds in which no limit can pass that begins later: so long we need not be asked."""
+        settings, limits = self._gateway.config.server, attempt.limits
+        return min(limits.shortest, settings.write_timeout, settings.comment_after or math.inf)
 
     def on_deadline(self, now: float) -> float | None:
         """What is due: a limit of the attempt, a comment line, a client that does not read."""
@@ -484,7 +512,7 @@ class Exchange:
             self._write_comment(now)
         if self._is_closed or self._attempt is None:
             return None
-        return self._next_due()
+        return min(self._next_due(), now + self._longest_wait(self._attempt))
 
     def _check_stall(self, now: float) -> None:
         """Cut a client that has read nothing; one that reads slowly gets the same time again."""
@@ -497,7 +525,10 @@ class Exchange:
 
     def _next_due(self) -> float:
         assert self._attempt is not None
-        return min(self._attempt.due, self._comment_due(), self._stall_due())
+        due = self._attempt.due
+        if self.record.streamed:
+            due = min(due, self._comment_due())
+        return min(due, self._stall_due()) if self._downstream.is_paused else due
 
     def _stall_due(self) -> float:
         if not self._downstream.is_paused:
@@ -527,18 +558,17 @@ class Exchange:
         """Close the record; the exchange is over."""
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
-        gateway.wheel.cancel(self)
         gateway.exchanges.discard(self)
         record.status = status
         record.total = time.monotonic() - self._clock_start
         record.bytes_out = self._answer.body_bytes
-        record.failures = self._failures
+        if self._failures:
+            record.failures = list(self._failures)
         if attempt is not None:
             self._account_answer(attempt)
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
-        self._attempt = self._call = self._refusal = None
-        self._bodies.clear()
+        self._attempt = self._call = self._refusal = self._body = None
         gateway.close_record(record)
 
     def _account_answer(self, attempt: Attempt) -> None:
@@ -555,21 +585,24 @@ class Exchange:
         elif record.first_content is not None or (
             record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
         ):
+            call = self._call
             usage = estimate_usage(
-                prompt_bytes=self._prompt_bytes,
+                prompt_bytes=self._prompt_bytes if call is None else call.prompt_bytes,
                 content_events=outcome.content_events,
                 content_bytes=outcome.content_bytes,
             )
-        _fill_usage(record, usage)
+        if usage is not None:
+            _fill_usage(record, usage)
 
 
-def _fill_usage(record: Record, usage: Usage | None) -> None:
-    if usage is not None:
-        record.prompt_tokens = usage.prompt_tokens
-        record.completion_tokens = usage.completion_tokens
-        record.cached_tokens = usage.cached_tokens
-        record.reasoning_tokens = usage.reasoning_tokens
-        record.estimated = usage.is_estimated
+def _fill_usage(record: Record, usage: Usage) -> None:
+    (
+        record.prompt_tokens,
+        record.completion_tokens,
+        record.cached_tokens,
+        record.reasoning_tokens,
+        record.estimated,
+    ) = usage
 
 
 def _check_media_type(head: RequestHead) -> None:

@@ -22,7 +22,7 @@ from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Clock, Wheel
 from .health import Health, Key
-from .http11 import serialize_request_head
+from .http11 import serialize_fields, serialize_request_head
 from .ledger import Ledger
 from .metrics import Metrics
 from .pool import Pool
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
+_SSE = b"text/event-stream; charset=utf-8"
 USER_AGENT = f"hoberproxy/{__version__}"
 
 
@@ -44,6 +45,7 @@ class Upstream:
         chat = b"POST", provider.chat_path
         self._stream_head = _request_head(provider, *chat, accept=b"text/event-stream")
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
+        self._answer_fields: dict[tuple[str, bool], bytes] = {}
 
     def serialize_request(
         self, body: bytes, extra: list[tuple[bytes, bytes]], *, stream: bool
@@ -52,6 +54,21 @@ class Upstream:
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
         return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body)
+
+    def answer_fields(self, slug: str, is_stream: bool) -> bytes:
+        """The header lines that every answer of this provider under this slug has."""
+        fields = self._answer_fields.get((slug, is_stream))
+        if fields is None:
+            if len(self._answer_fields) >= MAX_LEARNT:
+                self._answer_fields.clear()
+            fields = self._answer_fields[slug, is_stream] = serialize_fields(
+                [
+                    (b"content-type", _SSE if is_stream else b"application/json"),
+                    (b"x-hober-provider", self.provider.name.encode()),
+                    (b"x-hober-model", slug.encode()),
+                ]
+            )
+        return fields
 
     def serialize_listing_request(self) -> bytes:
         """GET /models, with the key and the headers of all requests."""

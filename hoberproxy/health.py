@@ -162,6 +162,7 @@ class Health:
 
     def __init__(self) -> None:
         self._states: OrderedDict[Key, _State] = OrderedDict()
+        self._troubled: set[Key] = set()  # those with a cooldown, or waiting for a trial's verdict
 
     # How attempts went
 
@@ -194,6 +195,7 @@ class Health:
         # rate limit is over.
         if state.cooling_until is not None and now >= state.cooling_until:
             state.recover()
+            self._troubled.discard(key)
 
     def observe_throughput(self, key: Key, now: float, tokens_per_second: float) -> None:
         """The speed of an answer whose success was told before."""
@@ -223,6 +225,8 @@ class Health:
             state.cool(now, draw)
         if retry_after is not None and is_asked:
             state.extend(now + min(retry_after, LONGEST_RETRY_AFTER))
+        if state.cooling_until is not None:
+            self._troubled.add(key)
 
     def abandon(self, key: Key) -> None:
         """An attempt ended without a verdict: the client left, or its own request was refused.
@@ -234,6 +238,11 @@ class Health:
             state.trial_until = 0.0
 
     # What routing asks
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether no endpoint at all cools or waits for a trial."""
+        return not self._troubled
 
     def is_cooling(self, key: Key, now: float) -> bool:
         """Whether to try others first: it failed of late, and no trial is due."""
@@ -271,7 +280,7 @@ class Health:
             self._states.move_to_end(key)
             return state
         if len(self._states) >= self.SIZE:
-            self._states.popitem(last=False)
+            self._troubled.discard(self._states.popitem(last=False)[0])
         state = self._states[key] = _State()
         return state
 

@@ -193,6 +193,17 @@ class ChunkedBody:
     def is_between_chunks(self) -> bool:
         return self._step is _SIZE and not self._partial
 
+    @staticmethod
+    def first_chunk_end(data: bytes) -> int:
+        """Offset past the chunk that `data` begins with, 0 if it is not whole, or the last one."""
+        eol = data.find(b"\r\n", 0, 18)
+        try:
+            size = _size_lines[data[:eol]] if eol > 0 else 0
+        except FramingError:
+            size = 0  # `feed` says what is wrong with it
+        end = eol + size + 2
+        return end + 2 if size and data.startswith(b"\r\n", end) else 0
+
     def feed_eof(self) -> None:
         if self._step is not _DONE:
             raise FramingError(

@@ -21,6 +21,8 @@ MAX_RESPONSE_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 MAX_LENGTH = 2**53  # what every JSON reader and log store still holds exactly
 MAX_KEPT_LINE_BYTES = 128  # longer lines are read anew each time
+MAX_KEPT_LINES = 1024
+MAX_KEPT_VALUES = 64  # of one header's name
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -79,10 +81,6 @@ class _Fields:
     headers: Headers
     _first: dict[bytes, bytes]
 
-    def __post_init__(self) -> None:
-        if not self._first:
-            object.__setattr__(self, "_first", dict(reversed(self.headers)))
-
     def get(self, name: bytes) -> bytes | None:
         """The first value of the header, `name` in lower case."""
         return self._first.get(name)
@@ -90,7 +88,10 @@ class _Fields:
     @property
     def content_type(self) -> bytes:
         """The media type in lower case without parameters, b"" when none was sent."""
-        return self._first.get(b"content-type", b"").partition(b";")[0].strip(b" \t").lower()
+        value = self._first.get(b"content-type", b"")
+        if value == b"application/json":
+            return value  # nearly always: 0.4 µs saved
+        return value.partition(b";")[0].strip(b" \t").lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,12 @@ class RequestHead(_Fields):
     expects_continue: bool
     _first: dict[bytes, bytes] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if not self._first:
+            object.__setattr__(self, "_first", dict(reversed(self.headers)))
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)  # frozen would cost 1 µs more; nobody changes it
 class ResponseHead(_Fields):
     """What a model server answered to a POST, framing settled.
 
@@ -128,12 +133,54 @@ class ResponseHead(_Fields):
     length: int | None
     keep_alive: bool
     keepalive_hint: float | None
-    _first: dict[bytes, bytes] = field(default_factory=dict, repr=False, compare=False)
+    _first: dict[bytes, bytes] = field(repr=False, compare=False)
 
     @property
     def content_encoding(self) -> bytes:
         """All codings in lower case, b"identity" when there is none."""
+        if b"content-encoding" not in self._first:
+            return b"identity"
         return _joined(self.headers, b"content-encoding").lower() or b"identity"
+
+
+class RepeatedHead:
+    """A request's head that comes again, as on a kept connection of an SDK, with another length.
+
+    Compared as bytes and not read anew: 0.5 µs instead of 6.
+    """
+
+    __slots__ = ("_after", "_before", "_end", "head", "length")
+
+    def __init__(self, head: RequestHead, before: bytes, after: bytes) -> None:
+        self.head = head  # its length, in `headers` too, is that of the first one
+        self.length = 0  # of the body, as the head says that was found last
+        self._before = before  # the digits of its content-length
+        self._after = after
+        self._end = len(before) + len(after)
+
+    def find(self, data: bytes) -> int:
+        """Offset past the same head at the beginning of `data`, 0 if it is not there, or not all.
+
+        What makes a length that `parse_request_head` would refuse is no repetition.
+        """
+        start = len(self._before)
+        stop = data.find(b"\r", start, start + 9)
+        if stop < 0 or not data.startswith(self._before):
+            return 0
+        digits = data[start:stop]
+        if not digits.isdigit() or not data.startswith(self._after, stop):
+            return 0
+        self.length = int(digits)
+        return self._end + len(digits)
+
+
+_LENGTH_LINE = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]+)")
+
+
+def repeated_head(head: RequestHead, raw: bytes) -> RepeatedHead | None:
+    """What the next one is compared with; `raw` is what `head` was read from."""
+    found = _LENGTH_LINE.search(raw) if head.kind is _LENGTH else None
+    return None if found is None else RepeatedHead(head, raw[: found.start(1)], raw[found.end(1) :])
 
 
 def skip_empty_line(buffer: bytes | bytearray) -> int:
@@ -195,7 +242,9 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
     lines = _split_lines(raw)
-    status, version_minor = _parse_status_line(lines.pop(0))
+    line = lines.pop(0)
+    read = _known_status_line if len(line) <= MAX_KEPT_LINE_BYTES else _parse_status_line
+    status, version_minor = read(line)
     headers = _parse_fields(lines)
     first = _index(headers)
     kind, length = _framing(first, version_minor)
@@ -220,19 +269,29 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
 class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
     """Header lines read before: a peer sends the same ones with each message.
 
-    Brings the head of an SDK from 35 µs to 10 µs. Keeps no line whose name hints at a secret.
+    Brings the head of an SDK from 35 µs to 10 µs. Keeps no line whose name hints at a secret, and
+    few of a name whose value changes with each message.
     """
 
-    MAX_LINES = 1024
+    def __init__(self) -> None:
+        self._kept: dict[bytes, int] = {}  # values by name
 
     def __missing__(self, line: bytes) -> tuple[bytes, bytes]:
         match = FIELD_LINE.fullmatch(line)
         if match is None:
             raise HeadError(_explain_field_line(line))
         name, value = match[1].lower(), match[2].strip(b" \t")
-        if len(line) <= MAX_KEPT_LINE_BYTES and not _SECRET_NAME.search(name):
-            if len(self) >= self.MAX_LINES:
+        kept = self._kept.get(name, 0)
+        if (
+            kept < MAX_KEPT_VALUES
+            and len(line) <= MAX_KEPT_LINE_BYTES
+            and not _SECRET_NAME.search(name)
+        ):
+            if len(self) >= MAX_KEPT_LINES:
                 self.clear()
+                self._kept.clear()
+                kept = 0
+            self._kept[name] = kept + 1
             self[line] = name, value
         return name, value
 
@@ -291,6 +350,9 @@ def _parse_status_line(line: bytes) -> tuple[int, int]:
     if status == 101:
         raise HeadError("expected no change of protocol, got status 101; none was asked for")
     return status, int(match[1])
+
+
+_known_status_line = lru_cache(maxsize=64)(_parse_status_line)
 
 
 # What the fields say about framing
@@ -439,18 +501,22 @@ def serialize_request_head(method: bytes, target: bytes, headers: Headers) -> by
     line = b"%b %b HTTP/1.1\r\n" % (method, target)
     if not _REQUEST_LINE_OUT.fullmatch(line):
         raise ValueError("expected a method and a target without spaces or control characters")
-    return b"%b%b\r\n" % (line, _serialize_fields(headers))
+    return b"%b%b\r\n" % (line, serialize_fields(headers))
 
 
-def serialize_response_head(status: int, headers: Headers) -> bytes:
-    """A final response's head, ready to send; raises ValueError for what would not be one head."""
+def serialize_response_head(status: int, headers: Headers, prepared: bytes = b"") -> bytes:
+    """A final response's head, ready to send; raises ValueError for what would not be one head.
+
+    `prepared` are lines of `serialize_fields`, which are not looked at again.
+    """
     line = _STATUS_LINES.get(status)
     if line is None:
         raise ValueError(f"expected a status from 200 to 599, got {status}")
-    return b"%b%b\r\n" % (line, _serialize_fields(headers))
+    return b"%b%b%b\r\n" % (line, serialize_fields(headers) if headers else b"", prepared)
 
 
-def _serialize_fields(headers: Headers) -> bytes:
+def serialize_fields(headers: Headers) -> bytes:
+    """The lines of these fields; raises ValueError for what would not be one line each."""
     block = b"".join([b"%b: %b\r\n" % header for header in headers])
     # A value with a line break of its own may look like two good lines: so they are counted.
     if not _BLOCK_OUT.fullmatch(block) or block.count(b"\n") != len(headers):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds: from a local model's first token to a long prompt on a busy server.
 FIRST_CONTENT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_KINDS = ("prompt", "completion", "cached", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Metrics:
         self.label = label
         self.bad_heads = 0
         self._requests: dict[tuple[str, str, str], int] = defaultdict(int)
-        self._tokens: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._tokens: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self._failed_attempts: dict[tuple[str, str], int] = defaultdict(int)
         self._estimated = 0
         self._first_content: dict[tuple[str, str], list[float]] = {}
@@ -50,14 +51,16 @@ class Metrics:
         """Count a request that has ended."""
         model = self.label(record.slug or (record.requested[0] if record.requested else ""))
         provider = record.provider
-        self._requests[model, provider, _status_class(record)] += 1
+        is_plain = record.status == 200 and not record.code
+        self._requests[model, provider, "2xx" if is_plain else _status_class(record)] += 1
         for failure in record.failures:
             self._failed_attempts[failure.provider, failure.phase] += 1
         if record.prompt_tokens or record.completion_tokens:
-            self._tokens[model, provider, "prompt"] += record.prompt_tokens
-            self._tokens[model, provider, "completion"] += record.completion_tokens
-            self._tokens[model, provider, "cached"] += record.cached_tokens
-            self._tokens[model, provider, "reasoning"] += record.reasoning_tokens
+            counts = self._tokens[model, provider]
+            counts[0] += record.prompt_tokens
+            counts[1] += record.completion_tokens
+            counts[2] += record.cached_tokens
+            counts[3] += record.reasoning_tokens
         self._estimated += record.estimated
         if record.first_content is not None:
             self._observe_first_content((model, provider), record.first_content)
@@ -91,7 +94,11 @@ class Metrics:
             "hoberproxy_tokens",
             "Tokens counted; cached are part of prompt, reasoning of completion.",
             ("model", "provider", "kind"),
-            self._tokens,
+            {
+                (*labels, kind): count
+                for labels, counts in self._tokens.items()
+                for kind, count in zip(TOKEN_KINDS, counts, strict=True)
+            },
         )
         yield _counter(
             "hoberproxy_failed_attempts",

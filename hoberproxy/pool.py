@@ -54,7 +54,7 @@ class Pool:
 
     def acquire(self) -> UpstreamConnection | None:
         """An idle connection, the one used last; None if a new one must be made."""
-        now = self._loop.time()
+        now = self.clock.now
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed and now < connection.idle_until:
@@ -74,7 +74,7 @@ class Pool:
         if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
             return
-        connection.idle_until = self._loop.time() + keep
+        connection.idle_until = self.clock.now + keep
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:

@@ -249,9 +249,6 @@ class _Question:
     def now(self) -> float:
         return self._loop.time()
 
-    def limits_changed(self) -> None:
-        """`ask` looks again when the old ones have passed."""
-
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         self.first_content = self.now
 

@@ -63,6 +63,8 @@ class Record:
 
 def clip_text(text: str, limit: int = 128) -> str:
     """At most `limit` characters of an upstream's text, fit for any encoding."""
+    if text.isascii():
+        return text[:limit]
     # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
     return text[:limit].encode("utf-8", "replace").decode("utf-8")
 

@@ -8,8 +8,7 @@ time limits are the attempt's. Nothing here waits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import orjson
 
@@ -28,8 +27,7 @@ from .usage import Usage, parse_usage
 COLLECT_LIMIT_BYTES = 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What an answer told of itself, for the record; as far as it came."""
 
     usage: Usage | None = None
@@ -79,6 +77,11 @@ class Relay(ABC):
     @abstractmethod
     def on_end(self) -> None:
         """The payload is complete as far as its framing goes."""
+
+    def on_whole(self, data: bytes) -> None:
+        """All of the payload at once."""
+        self.on_body(data)
+        self.on_end()
 
     def on_lost(self, loss: Loss) -> None:
         """There will be no more."""
@@ -178,17 +181,19 @@ class BodyRelay(Relay):
     it breaks then the connection is cut, since its status is spent.
     """
 
+    _bytes = 0
+    _completion: Completion | None = None
+    _rewriter: MemberRewriter | None = None
+
     def __init__(
         self, attempt: Reporter, answer: Answer, slug: str, *, as_stream: bool, wants_usage: bool
     ) -> None:
-        super().__init__(attempt, answer)
+        self._attempt = attempt  # not by super(): one is made with every request
+        self._answer = answer
         self._slug = slug
         self._as_stream = as_stream
         self._wants_usage = wants_usage
         self._collected: list[bytes] = []
-        self._bytes = 0
-        self._completion: Completion | None = None
-        self._rewriter: MemberRewriter | None = None
 
     def on_body(self, data: bytes) -> None:
         self._bytes += len(data)
@@ -203,14 +208,28 @@ class BodyRelay(Relay):
         if self._rewriter is not None:
             self._end_large(self._rewriter)
             return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        self._send(body)
+
+    def on_whole(self, data: bytes) -> None:
+        self._bytes = len(data)
+        if self._bytes > COLLECT_LIMIT_BYTES:
+            self._collected.append(data)
+            self._pass_on()
+            self.on_end()
+        else:
+            self._send(data)
+
+    def _send(self, body: bytes) -> None:
+        """A body that has come to its end: check it, and send it whole."""
         try:
-            completion = parse_completion(b"".join(self._collected), self._slug)
+            completion = parse_completion(body, self._slug)
         except CompletionError as exc:
             error = self._attempt.broken(str(exc), is_invalid=not exc.is_error_body)
             self._attempt.fail(error)
             return
         self._completion = completion
-        self._collected.clear()
         if self._as_stream:
             self._attempt.open_answer(is_stream=True)
             self._answer.finish(

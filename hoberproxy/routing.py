@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from .catalog import Catalog, Endpoint, Model
+from .catalog import Abilities, Catalog, Endpoint, Model
 from .errors import RouteError
 from .health import Health, Key
-from .request import Call, ProviderPreferences
+from .request import NO_PREFERENCES, Call, ProviderPreferences
 
 # Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
 # refuses slugs that end in one, so none is ever hidden.
@@ -108,6 +108,9 @@ def make_plan(
     """
     if health is None:
         health = _NOTHING_LEARNT
+    may_stand = len(call.candidates) == 1 and call.provider is NO_PREFERENCES and health.is_calm
+    if may_stand and (standing := _find_standing(call, catalog)) is not None:
+        return standing
     filters = _choose_filters(call)
     steps: list[Step] = []
     removed: list[Removal] = []
@@ -126,7 +129,63 @@ def make_plan(
     if not call.provider.allow_fallbacks:
         removed += [_fallback(step) for step in steps[1:]]
         del steps[1:]
-    return Plan(tuple(steps), tuple(removed), tuple(unknown))
+    plan = Plan(tuple(steps), tuple(removed), tuple(unknown))
+    if may_stand:
+        _keep_standing(call.candidates[0], plan, catalog)
+    return plan
+
+
+class _Standing(NamedTuple):
+    """The plan of a model for all calls that it can serve with every endpoint. Tokens."""
+
+    plan: Plan
+    context_length: float
+    max_output: float
+    abilities: frozenset[str]  # that no endpoint denies
+
+    def serves(self, call: Call) -> bool:
+        """Whether no filter would take an endpoint out."""
+        output = call.max_output or 0
+        return (
+            len(call.body) // _BYTES_PER_TOKEN + output <= self.context_length
+            and output <= self.max_output
+            and (not call.needs_tools or "tools" in self.abilities)
+            and (not call.needs_json or "json" in self.abilities)
+            and (not call.needs_images or "vision" in self.abilities)
+        )
+
+
+def _find_standing(call: Call, catalog: Catalog) -> Plan | None:
+    standing: _Standing | None = catalog.standing.get(call.candidates[0])
+    return standing.plan if standing is not None and standing.serves(call) else None
+
+
+def _keep_standing(slug: str, plan: Plan, catalog: Catalog) -> None:
+    """Keep a plan that nothing has had a part in but the config."""
+    model = catalog.find(slug)
+    if model is None or plan.removed or any(step.reason != "config" for step in plan.steps):
+        return
+    if len(catalog.standing) >= catalog.CACHE_SIZE:
+        catalog.standing.clear()
+    catalog.standing[slug] = _Standing(
+        plan,
+        min(_known(each.context_length, model.context_length) for each in model.endpoints),
+        min(_known(each.max_output) for each in model.endpoints),
+        frozenset.intersection(*(_undenied(each.abilities) for each in model.endpoints)),
+    )
+
+
+def _known(*lengths: int | None) -> float:
+    return next((length for length in lengths if length is not None), math.inf)
+
+
+def _undenied(abilities: Abilities) -> frozenset[str]:
+    denied = {
+        "tools": abilities.tools is False,
+        "json": abilities.json_mode is False or abilities.json_schema is False,
+        "vision": abilities.vision is False,
+    }
+    return frozenset(name for name, is_denied in denied.items() if not is_denied)
 
 
 def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, str | None]:

@@ -39,10 +39,10 @@ class Stencil:
     """
 
     __slots__ = (
+        "_event_tail",
         "_growth",
         "_head",
         "_head_size",
-        "_joint",
         "_lessons",
         "_new_head",
         "_new_joint",
@@ -66,7 +66,8 @@ class Stencil:
         self._head = self._tail = b""  # around the text, with the CR LF behind the chunk
         self._new_head = self._new_tail = b""
         self._head_size = self._tail_size = self._growth = 0
-        self._joint = self._new_joint = b""  # from one text to the next, within a payload
+        self._event_tail = b""  # without that CR LF
+        self._new_joint = b""  # from one text to the next, within a payload
 
     # Learning
 
@@ -103,7 +104,7 @@ class Stencil:
         new_head, new_tail = passed[:new_start], passed[new_end:]
         self._head, self._new_head, self._head_size = head, new_head, len(head)
         self._tail, self._new_tail, self._tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
-        self._joint, self._new_joint, self._growth = tail + head, new_tail + new_head, growth
+        self._event_tail, self._new_joint, self._growth = tail, new_tail + new_head, growth
         self.is_learnt = True
 
     # Passing on
@@ -138,12 +139,17 @@ class Stencil:
     def _pass_more(self, data: bytes, first: bytes, at: int) -> bytes | None:
         """The `first` text, and those of the chunks from `at` on: one chunk for all of them."""
         texts = [first]
-        while start := data.find(b"\n", at + 2, at + 8) + 1:
-            text, end = start + self._head_size, start + _SIZES.get(data[at:start], 0)
-            tail = end - self._tail_size
-            if text > tail or not (
-                data.startswith(self._head, start) and data.startswith(self._tail, tail)
-            ):
+        find, is_at, size_of = data.find, data.startswith, _SIZES.get
+        before, before_size, behind, behind_size = (
+            self._head,
+            self._head_size,
+            self._tail,
+            self._tail_size,
+        )
+        while start := find(b"\n", at + 2, at + 8) + 1:
+            text, end = start + before_size, start + size_of(data[at:start], 0)
+            tail = end - behind_size
+            if text > tail or not is_at(before, start) or not is_at(behind, tail):
                 break
             texts.append(data[text:tail])
             at = end + 2
@@ -156,17 +162,21 @@ class Stencil:
 
     def pass_events(self, data: bytes) -> bytes | None:
         """Whole events of a payload, as far as they are alike; None if the first is not."""
-        if not self.is_learnt or not data.startswith(self._head):
+        if not self.is_learnt:
             return None
-        texts = data[self._head_size :].split(self._joint)
-        last, tail, rest = texts.pop().partition(self._tail[:-2])
-        if tail:
-            texts.append(last)
-        else:  # not finished, or another kind
-            rest = self._head + last
+        texts: list[bytes] = []
+        at = 0
+        while (end := data.find(b"\n\n", at + self._head_size) + 2) > 1:
+            text, tail = at + self._head_size, end - self._tail_size
+            if text > tail or not (
+                data.startswith(self._head, at) and data.startswith(self._event_tail, tail)
+            ):
+                break
+            texts.append(data[text:tail])
+            at = end
         if not texts or not _are_texts(texts):
             return None
-        self.rest = rest
+        self.rest = data[at:]
         return self._join(texts)
 
     def _join(self, texts: list[bytes]) -> bytes:

@@ -261,7 +261,7 @@ class StreamScanner:
             return event
         if data.is_error:
             raise _error_event(_load(payload))
-        document: Any
+        document: Any = None
         if not self.has_content or _wants_parsing(payload):
             document = _parse_chunk(payload)
             self._learn(document)
@@ -269,8 +269,9 @@ class StreamScanner:
                 return None
         else:
             self._content_events += 1
-            document = _load(payload) if self.stencil.wants_lesson else None
-        passed = self._rename(event, data)
+            if self.stencil.wants_lesson:
+                document = _load(payload)
+        passed = self._rename(event, data, document)
         if isinstance(document, dict) and self.stencil.wants_lesson and _is_plain(event, data):
             delta = _only_delta(document)
             if delta is not None:
@@ -289,8 +290,11 @@ class StreamScanner:
         if has_delta or finish_reason:
             self.has_content = True
 
-    def _rename(self, event: bytes, data: Data) -> bytes:
-        """`event` with the catalog's name for the model, where it names one."""
+    def _rename(self, event: bytes, data: Data, document: Any) -> bytes:
+        """`event` with the catalog's name for the model, where it names one.
+
+        `document` is its data if that was parsed, else None.
+        """
         payload = data.payload
         named = payload.count(b'"model"')
         # A pattern that goes over a line's end is in the payload, not in the event.
@@ -299,6 +303,9 @@ class StreamScanner:
         # The name may be written with escapes; a backslash elsewhere costs one look, no more.
         if not named and b"\\u" not in payload:
             return event
+        if named == 1 and (raw := _written_model(document, payload)):
+            self._learn_member(raw, len(b'"model":'))
+            return event.replace(self._pattern, self._replacement)
         member = _find_model(payload)
         if member is None:
             return event
@@ -334,6 +341,19 @@ def _load(payload: bytes) -> Any:
         return load_json(payload)
     except ValueError:
         return None
+
+
+def _written_model(document: Any, payload: bytes) -> bytes:
+    """The member `"model":"…"` of an event that has no other of this name; b"" if it is not sure.
+
+    A search in place of a scan, for what nearly all servers write.
+    """
+    model = document.get("model") if isinstance(document, dict) else None
+    if isinstance(model, str) and model.isascii():
+        raw = b'"model":%b' % orjson.dumps(model)
+        if b"\\u00" not in payload and payload.count(raw) == 1:
+            return raw
+    return b""
 
 
 def _find_model(payload: bytes) -> Member | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from .http11 import (
     MAX_RESPONSE_HEAD_BYTES,
     BodyReader,
+    ChunkedBody,
     FramingError,
     HeadError,
     ResponseHead,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS = 16
+# Chunks at the front of a body that are handed on one by one: after them a stencil may take the
+# rest, and none of it needs to be walked.
+OPENING_CHUNKS = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
 STALE_WITHIN = 5.0
 
@@ -54,6 +58,9 @@ class Receiver(Protocol):
     """
 
     def on_head(self, head: ResponseHead) -> None: ...
+    def on_whole(self, data: bytes) -> None:
+        """All of the body, which came with the head: instead of `on_body` and `on_end`."""
+
     def on_body(self, data: bytes) -> Shortcut | None: ...
     def on_end(self) -> None: ...
     def on_lost(self, loss: Loss) -> None: ...
@@ -72,9 +79,10 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.state = State.IDLE
         self.receiver = None
-        self._head = bytearray()
+        self._head = b""  # as far as it came
         self._head_searched = 0
         self._interim_answers = 0
+        self._opening_chunks = 0
         self._response: ResponseHead | None = None
         self._body: BodyReader | None = None
         self.has_served = False  # an answer has ended on it: the peer may be about to close it
@@ -93,6 +101,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.receiver = receiver
         self._body = None
         self._has_answered = False
+        self._opening_chunks = OPENING_CHUNKS
         self._interim_answers = 0
         self._sent_at = self.heard_at = self._clock.now
         self._transport.write(request)
@@ -144,6 +153,17 @@ class UpstreamConnection(asyncio.Protocol):
         if body is None:
             self._receive_head(data)
             return
+        if self._opening_chunks and body.is_between_chunks:
+            self._opening_chunks -= 1
+            end = ChunkedBody.first_chunk_end(data)
+            if 0 < end < len(data):
+                self._receive_body(body, data[:end])
+                if self._body is body:
+                    self.data_received(data[end:])
+                return
+        self._receive_body(body, data)
+
+    def _receive_body(self, body: BodyReader, data: bytes) -> None:
         try:
             pieces = body.feed(data)
         except FramingError:
@@ -191,54 +211,66 @@ class UpstreamConnection(asyncio.Protocol):
             self._close()  # nobody asked: the peer is out of step, nothing on it can be trusted
             return
         self._has_answered = True
-        self._head += data
-        while self.state is State.ACTIVE and self._body is None:
-            end = find_head_end(self._head, self._head_searched)
+        if self._head:
+            data, self._head = self._head + data, b""
+        while True:
+            end = find_head_end(data, self._head_searched)
             if end < 0:
-                self._head_searched = max(0, len(self._head) - 3)
-                if len(self._head) > MAX_RESPONSE_HEAD_BYTES:
+                self._head, self._head_searched = data, max(0, len(data) - 3)
+                if len(data) > MAX_RESPONSE_HEAD_BYTES:
                     self._lose(Loss.MALFORMED)
                 return
-            raw = bytes(self._head[:end])
-            del self._head[:end]
             self._head_searched = 0
-            self._take_head(raw)
-
-    def _take_head(self, raw: bytes) -> None:
-        try:
-            head = parse_response_head(raw)
-        except HeadError:
-            self._lose(Loss.MALFORMED)
-            return
-        if head.status < 200:
+            try:
+                head = parse_response_head(data[:end])
+            except HeadError:
+                self._lose(Loss.MALFORMED)
+                return
+            data = data[end:]
+            if head.status >= 200:
+                self._take_head(head, data)  # with which the next request may have been sent
+                return
             # 100, 102, 103: the final answer is still to come (RFC 9110, 15.2).
             self._interim_answers += 1
             if self._interim_answers > MAX_INTERIM_ANSWERS:
                 self._lose(Loss.MALFORMED)
-            return
+                return
+
+    def _take_head(self, head: ResponseHead, rest: bytes) -> None:
         self._response = head
-        self._body = body = body_reader(head)
-        rest = bytes(self._head)
-        self._head.clear()
         if self.receiver is not None:
             self.receiver.on_head(head)
         if self.state is not State.ACTIVE:
             return
+        if head.length == len(rest):
+            receiver, self.receiver = self.receiver, None
+            self._let_go(is_exact=True)
+            if receiver is not None:
+                receiver.on_whole(rest)
+            return
+        self._body = body = body_reader(head)
         if rest:
             self._receive(rest)
         elif body.is_complete:
             self._end()
 
     def _end(self) -> None:
-        """The answer is complete: back to the pool if nothing is in doubt, then tell."""
-        body, head, transport = self._body, self._response, self._transport
-        assert body is not None and head is not None and transport is not None
+        """The answer is complete."""
+        assert self._body is not None
         receiver, self.receiver = self.receiver, None
+        self._let_go(is_exact=not self._body.leftover)
+        if receiver is not None:
+            receiver.on_end()
+
+    def _let_go(self, *, is_exact: bool) -> None:
+        """Back to the pool if nothing is in doubt: no byte more came than the answer's."""
+        head, transport = self._response, self._transport
+        assert head is not None and transport is not None
         self._body = self._stencil = None
         self.has_served = True
         if (
             head.keep_alive
-            and not body.leftover
+            and is_exact
             and not transport.is_closing()
             # An early answer while the request is still being sent: out of step.
             and not transport.get_write_buffer_size()
@@ -248,8 +280,6 @@ class UpstreamConnection(asyncio.Protocol):
             self._pool.release(self, head.keepalive_hint)
         else:
             self._close()
-        if receiver is not None:
-            receiver.on_end()
 
     def _lose(self, loss: Loss) -> None:
         self._close()

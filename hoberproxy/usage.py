@@ -6,8 +6,7 @@ scanner's business (stream.py), where they go is the ledger's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # English prose has about 4 bytes a token with today's vocabularies; code and CJK have fewer.
 BYTES_PER_TOKEN = 4
@@ -15,8 +14,7 @@ BYTES_PER_TOKEN = 4
 MAX_TOKENS = 1 << 40
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):  # made for every request, at a third of the cost of a frozen dataclass
     """Token counts of one request. `cached` are part of `prompt`, `reasoning` of `completion`."""
 
     prompt_tokens: int = 0
@@ -40,19 +38,18 @@ def read_usage(document: dict[str, Any]) -> Usage | None:
 
 def parse_usage(usage: dict[str, Any]) -> Usage | None:
     """Counts from a `usage` object; None if it has neither prompt nor completion tokens."""
-    prompt = _count(usage, "prompt_tokens")
-    completion = _count(usage, "completion_tokens")
+    get = usage.get
+    prompt, completion = _count(get("prompt_tokens")), _count(get("completion_tokens"))
     if prompt is None and completion is None:
         return None
-    return Usage(
-        prompt_tokens=prompt or 0,
-        completion_tokens=completion or 0,
-        # `prompt_cache_hit_tokens` is DeepSeek's older name for the same number.
-        cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens")
-        or _count(usage, "prompt_cache_hit_tokens")
-        or 0,
-        reasoning_tokens=_count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0,
-    )
+    # `prompt_cache_hit_tokens` is DeepSeek's older name for the same number.
+    cached = reasoning = None
+    if isinstance(details := get("prompt_tokens_details"), dict):
+        cached = _count(details.get("cached_tokens"))
+    if isinstance(details := get("completion_tokens_details"), dict):
+        reasoning = _count(details.get("reasoning_tokens"))
+    cached = cached or _count(get("prompt_cache_hit_tokens"))
+    return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0)
 
 
 def estimate_usage(*, prompt_bytes: int, content_events: int, content_bytes: int = 0) -> Usage:
@@ -68,12 +65,8 @@ def estimate_usage(*, prompt_bytes: int, content_events: int, content_bytes: int
     )
 
 
-def _count(container: object, name: str) -> int | None:
-    """An integer member of `container` that can be a count, else None.
-
-    Upstreams send nulls and floats.
-    """
-    value = container.get(name) if isinstance(container, dict) else None
-    if isinstance(value, float) and value.is_integer():
+def _count(value: object) -> int | None:
+    """A number that can be a count, else None: upstreams send nulls and floats."""
+    if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= MAX_TOKENS else None

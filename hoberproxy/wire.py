@@ -19,7 +19,7 @@ from aiohttp import web
 
 from .downstream import Answer
 from .errors import RequestError, serialize_error
-from .exchange import Exchange
+from .exchange import Admitted, Exchange
 from .gateway import Gateway
 from .http11 import (
     CONTINUE,
@@ -27,10 +27,13 @@ from .http11 import (
     BodyReader,
     FramingError,
     HeadError,
+    LengthBody,
+    RepeatedHead,
     RequestHead,
     body_reader,
     find_head_end,
     parse_request_head,
+    repeated_head,
     skip_empty_line,
 )
 
@@ -80,6 +83,8 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.HEAD
         self._buffer = b""  # bytes that belong to a request not yet begun
         self._searched = 0
+        self._repeated: RepeatedHead | None = None  # the last chat request's
+        self._admitted: Admitted | None = None  # … and who sent it
         self._body: BodyReader | None = None
         self._pieces: list[bytes] = []
         self._body_bytes = 0
@@ -101,7 +106,12 @@ class DownstreamConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         state = self._state
         if state is State.HEAD and not self.is_paused:
-            self._buffer = self._buffer + data if self._buffer else data
+            if self._buffer:
+                data = self._buffer + data
+            elif self._repeated is not None and (end := self._repeated.find(data)):
+                self._begin_chat(self._repeated.head, self._repeated.length, data[end:])
+                return
+            self._buffer = data
             self._read_head()
         elif state is State.HEAD:
             self._hold(data)
@@ -144,8 +154,7 @@ class DownstreamConnection(asyncio.Protocol):
             self._exchange.pause()
         elif self._handler is not None:
             self._handler.protocol.pause_writing()
-            self._waiting_since = self._gateway.wheel.now
-            self._gateway.wheel.schedule(self, self._due())
+            self._wait()
 
     def resume_writing(self) -> None:
         self.is_paused = False
@@ -153,7 +162,6 @@ class DownstreamConnection(asyncio.Protocol):
             self._exchange.resume()
         elif self._handler is not None:
             self._handler.protocol.resume_writing()
-            self._gateway.wheel.cancel(self)
         elif self._state is State.HEAD:
             self._await_request()
 
@@ -164,13 +172,23 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.HEAD
         self._searched = 0
         self._is_overrun = False
-        self._waiting_since = self._gateway.wheel.now
-        if self._gateway.is_draining:
+        gateway = self._gateway
+        if gateway.is_draining:
             self._close()
-        elif self._buffer and not self.is_paused:
-            # Not from here: an answer may just be ending in the caller.
-            self._gateway.loop.call_soon(self._read_head)
-        self._gateway.wheel.schedule(self, self._due())
+        elif self._buffer or self.is_paused:
+            if not self.is_paused:
+                # Not from here: an answer may just be ending in the caller.
+                gateway.loop.call_soon(self._read_head)
+            self._wait()
+        else:
+            self._waiting_since = now = gateway.wheel.now
+            gateway.wheel.hasten(self, now + gateway.config.server.keepalive_timeout)
+
+    def _wait(self) -> None:
+        """From now on the client has to do something, within the limit of the state we are in."""
+        wheel = self._gateway.wheel
+        self._waiting_since = wheel.now
+        wheel.hasten(self, self._due())
 
     def _read_head(self) -> None:
         # Who does not read the answers to earlier requests gets no further ones into memory.
@@ -180,19 +198,20 @@ class DownstreamConnection(asyncio.Protocol):
         end = find_head_end(buffer, self._searched)
         if end < 0:
             if not self._searched:  # the first bytes of a request: its head has a limit now
-                self._waiting_since = self._gateway.wheel.now
-                self._gateway.wheel.schedule(self, self._due())
+                self._wait()
             self._check_unfinished(buffer)
             self._searched = len(buffer)
             return
+        raw = buffer[skip_empty_line(buffer) : end]
         try:
-            head = parse_request_head(buffer[skip_empty_line(buffer) : end])
+            head = parse_request_head(raw)
         except HeadError as error:
             self._refuse_head(error)
             return
         self._buffer = b""
         if head.path in CHAT_PATHS and head.method == b"POST":
-            self._begin_chat(head, buffer[end:])
+            self._repeated, self._admitted = repeated_head(head, raw), None
+            self._begin_chat(head, head.length, buffer[end:])
         elif head.method in METHODS:
             self._begin_handler(head, buffer[end:])
         else:
@@ -234,30 +253,45 @@ class DownstreamConnection(asyncio.Protocol):
 
     # The chat door
 
-    def _begin_chat(self, head: RequestHead, rest: bytes) -> None:
-        answer = self._answer(
+    def _begin_chat(self, head: RequestHead, length: int | None, rest: bytes) -> None:
+        """A chat request's head has come, with `length` (None: chunked, or without a body)."""
+        gateway = self._gateway
+        assert self._transport is not None
+        answer = Answer(
+            self._transport,
+            self,
             version_minor=head.version_minor,
-            keep_alive=head.keep_alive and not self._gateway.is_draining,
+            keep_alive=head.keep_alive and not gateway.is_draining,
         )
-        self._exchange = exchange = Exchange(self._gateway, self, head, answer)
-        self._body = body_reader(head)
+        self._exchange = exchange = Exchange(gateway, self, head, answer)
+        self._admitted = admitted = exchange.admit(self._admitted)
+        if length is not None and length > gateway.config.server.max_body_bytes:
+            self._refuse_body()
+        elif length == len(rest):
+            self._state = State.ANSWERING
+            exchange.run(rest)
+        else:
+            self._begin_body(head, length, rest, is_admitted=admitted is not None)
+
+    def _begin_body(
+        self, head: RequestHead, length: int | None, rest: bytes, *, is_admitted: bool
+    ) -> None:
+        """The body is still to come, but for `rest`."""
+        exchange = self._exchange
+        assert exchange is not None
+        self._body = body = body_reader(head) if length is None else LengthBody(length)
         self._body_bytes = 0
         self._state = State.BODY
-        is_admitted = exchange.admit()
-        if head.length is not None and head.length > self.max_body_bytes:
-            self._refuse_body()
-            return
-        if head.expects_continue and not rest and not self._body.is_complete:
+        if head.expects_continue and not rest and not body.is_complete:
             if not is_admitted:  # the client waits for our word and need not send its body
                 self._answer_early()
                 exchange.run(b"", close=True)
                 return
             self._write_continue()
-        self._waiting_since = self._gateway.wheel.now
-        if rest or self._body.is_complete:
+        if rest or body.is_complete:
             self._read_body(rest)
         if self._state is State.BODY:
-            self._gateway.wheel.schedule(self, self._due())
+            self._wait()
 
     def _write_continue(self) -> None:
         assert self._transport is not None
@@ -287,7 +321,6 @@ class DownstreamConnection(asyncio.Protocol):
             self._pieces = []
             self._body = None
             self._state = State.ANSWERING
-            self._gateway.wheel.cancel(self)
             self._buffer = body.leftover
             exchange.run(whole)
 
@@ -333,7 +366,6 @@ class DownstreamConnection(asyncio.Protocol):
 
     def _begin_handler(self, head: RequestHead, rest: bytes) -> None:
         self._state = State.HANDLER
-        self._gateway.wheel.cancel(self)
         keep_alive = head.keep_alive and not self._gateway.is_draining
         body = body_reader(head)
         if head.expects_continue and not rest and not body.is_complete:
@@ -405,33 +437,39 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.CLOSED
         if self._transport is not None:
             self._transport.close()
-            self._waiting_since = self._gateway.wheel.now
-            self._gateway.wheel.schedule(self, self._due())
+            self._wait()
 
     def _linger(self) -> None:
         """Send our end and read on: closing over unread bytes would reset the answer away."""
         self._state = State.LINGERING
         self._buffer = b""
         self._discarded_bytes = 0
-        self._waiting_since = self._gateway.wheel.now
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
-        self._gateway.wheel.schedule(self, self._due())
+        self._wait()
+
+    def hasten(self, when: float) -> None:
+        """The exchange wants to be asked by `when` (loop time)."""
+        self._gateway.wheel.hasten(self, when)
 
     def _due(self) -> float:
-        settings = self._gateway.config.server
-        if self.is_paused and self._state in (State.HEAD, State.HANDLER):
-            return self._waiting_since + settings.write_timeout
-        waits = {
-            State.HEAD: settings.head_timeout if self._buffer else settings.keepalive_timeout,
-            State.BODY: settings.body_timeout,
-            State.LINGERING: LINGER,
-            State.CLOSED: settings.write_timeout,
-        }
-        return self._waiting_since + waits.get(self._state, math.inf)
+        settings, state, since = self._gateway.config.server, self._state, self._waiting_since
+        if self.is_paused and (state is State.HEAD or state is State.HANDLER):
+            return since + settings.write_timeout
+        if state is State.HEAD:
+            return since + (settings.head_timeout if self._buffer else settings.keepalive_timeout)
+        if state is State.BODY:
+            return since + settings.body_timeout
+        if state is State.LINGERING:
+            return since + LINGER
+        return since + settings.write_timeout if state is State.CLOSED else math.inf
 
     def on_deadline(self, now: float) -> float | None:
-        """The client has been silent for too long."""
+        """A limit of the answer has passed, or the client has been silent for too long."""
+        if self._state is State.ANSWERING and self._exchange is not None:
+            due = self._exchange.on_deadline(now)
+            if self._exchange is not None:
+                return due
         due = self._due()
         if now < due:
             return due if due < math.inf else None

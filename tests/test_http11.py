@@ -149,7 +149,7 @@ def test_request_lines_with_a_query_or_long_ones_are_not_kept() -> None:
 def test_kept_lines_are_bounded_in_number_and_length() -> None:
     for number in range(3000):
         parse_request_head(request(b"X-Request-Id: %d" % number, b"X-Long: " + b"a" * 200))
-    assert len(http11_head._field_lines) <= http11_head._FieldLines.MAX_LINES
+    assert len(http11_head._field_lines) <= http11_head.MAX_KEPT_LINES
     assert max(map(len, http11_head._field_lines)) <= http11_head.MAX_KEPT_LINE_BYTES
 
 

