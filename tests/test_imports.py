@@ -14,7 +14,7 @@ PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
     "__init__ __main__ accesslog app attempts cli deadlines demo diagnosis exchange gateway ledger"
-    " listing metrics origin pool probe quickstart relay server store upstream wire".split()
+    " listing metrics origin pool probe quickstart relay server store tallies upstream wire".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
