@@ -49,6 +49,9 @@ class Record:
     bytes_out: int = 0  # body bytes relayed downstream
     first_content: float | None = None
     total: float = 0.0
+    price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
+    cost: int | None = None  # in picodollars (1e-12 USD); None: not known
+    overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
 
     @property
     def is_failure(self) -> bool:
