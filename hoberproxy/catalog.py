@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from .prices import Prices
+
 # `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
 # GET /v1/models the same across restarts and workers.
 DEFAULT_CREATED = 1709000000
@@ -146,18 +148,6 @@ class Provider:
         """The Host header (RFC 9110 section 7.2): the scheme's default port is left out."""
         host = bracketed(self.host)
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """USD per million tokens, exact."""
-
-    prompt: Decimal = Decimal(0)
-    completion: Decimal = Decimal(0)
-
-    @property
-    def is_free(self) -> bool:
-        return not self.prompt and not self.completion
 
 
 @dataclass(frozen=True, slots=True)
