@@ -64,3 +64,9 @@ class Prices:
 
 
 _ALWAYS = frozenset(("prompt", "completion"))
+
+
+def parse_prices(text: str) -> Prices:
+    """What a record's `price` says. Raises ValueError, or an ArithmeticError, for other texts."""
+    pairs = dict(part.split("=", 1) for part in text.split())
+    return Prices(**{name: Decimal(value) for name, value in pairs.items()})

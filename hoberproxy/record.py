@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from .errors import FailedAttempt
 
+LOST = "lost"  # the code of a request whose end nobody saw: its process was killed
+NOT_STORED = {"is_stored": False}
 CLIENT_CLOSED = 499  # nginx's number for a client that went away; never sent, only recorded
 
 
@@ -52,6 +54,10 @@ class Record:
     price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
     cost: int | None = None  # in picodollars (1e-12 USD); None: not known
     overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
+    # Of the ledger, not stored: the row once it is told to the journal, and the journal's segments.
+    sealed: tuple[str | int | float | None, ...] | None = field(default=None, metadata=NOT_STORED)
+    opened_in: int = field(default=-1, metadata=NOT_STORED)
+    closed_in: int = field(default=-1, metadata=NOT_STORED)
 
     @property
     def is_failure(self) -> bool:

@@ -16,8 +16,8 @@ from .record import Record, clip_text
 
 Row = tuple[str | int | float | None, ...]
 
-COLUMNS = tuple(field.name for field in fields(Record))
-ID, STARTED, KEY_ID = COLUMNS.index("id"), COLUMNS.index("started"), COLUMNS.index("key_id")
+COLUMNS = tuple(each.name for each in fields(Record) if "is_stored" not in each.metadata)
+STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
 
 # What a value that no column can hold raises, in orjson.
 _BAD_VALUE = (ArithmeticError, TypeError, ValueError)

@@ -277,12 +277,14 @@ class Store(KeyTable):
         """Delete some records of the summed days before then (unix seconds); how many it were."""
         with self._mapped("delete records from"), self._transaction():
             last = min(int(before // DAY), self._summed_until())
-            self._db.execute("UPDATE summed SET deleted = MAX(deleted, ?)", (last,))
-            return self._db.execute(
+            count = self._db.execute(
                 "DELETE FROM records WHERE rowid IN (SELECT rowid FROM records "
                 "WHERE started < ? ORDER BY started LIMIT ?)",
                 (last * DAY, PURGE_ROWS),
             ).rowcount
+            if count:
+                self._db.execute("UPDATE summed SET deleted = MAX(deleted, ?)", (last,))
+            return count
 
     # Changes
 

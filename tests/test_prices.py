@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.limits import PICO, format_dollars
-from hoberproxy.prices import Prices
+from hoberproxy.prices import Prices, parse_prices
 from hoberproxy.usage import Usage
 
 price = st.decimals(0, 1000, places=12)
@@ -64,3 +64,4 @@ def test_prices_write_themselves_for_the_record() -> None:
     assert Prices(Decimal("0.14"), Decimal("0.28")).text == "prompt=0.14 completion=0.28"
     full = Prices(Decimal(1), Decimal(0), Decimal("0.10"), Decimal(2), Decimal("0.005"))
     assert full.text == "prompt=1 completion=0 cached=0.10 reasoning=2 request=0.005"
+    assert parse_prices(full.text) == full
