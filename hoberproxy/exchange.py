@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Protocol
 
 from .access import ANONYMOUS, Caller
+from .accounting import permitted
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
 from .downstream import Answer
@@ -30,11 +31,11 @@ from .errors import (
 )
 from .gateway import Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
+from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .request import Call, injected_options, parse_call, serialize_upstream_body
 from .routing import Plan, make_plan
-from .usage import Usage, estimate_usage
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -83,6 +84,10 @@ class Exchange:
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
         self._refusal: ProxyError | None = None
+        self._caller = ANONYMOUS
+        self._lease: Lease | None = None
+        self._sealed_as: tuple[int, str] | None = None  # status and code
+        self._run_start = 0.0
         self._call: Call | None = None
         self._prompt_bytes = 0
         self._upstreams: dict[str, Upstream] = {}  # as of the plan: a reload replaces them
@@ -111,6 +116,7 @@ class Exchange:
         except ProxyError as error:
             self._refusal = error
             return False
+        self._caller = caller
         self.record.key_id, self.record.key_label = caller.key_id, caller.label
         return True
 
@@ -139,6 +145,7 @@ class Exchange:
 
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
+        self._run_start = time.monotonic()
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -146,8 +153,9 @@ class Exchange:
             self.record.streamed = call.stream
             self.record.requested = tuple(clip_text(slug) for slug in call.candidates[:16])
             self._prompt_bytes = call.prompt_bytes
-            self._plan = self._make_plan(call)
+            self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
+            self._lease = self._gateway.accounts.open(self.record, self._caller, call, plan)
         except ProxyError as error:
             self.refuse(error, close=close)
             return
@@ -186,6 +194,8 @@ class Exchange:
         if self._downstream.is_paused:
             attempt.pause()
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
+        if self.record.attempts == 1:
+            self.record.overhead = time.monotonic() - self._run_start
         attempt.start()
         if not self._is_closed:
             self.limits_changed()
@@ -258,6 +268,7 @@ class Exchange:
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
         self._observe_first_content(is_stream=False)
+        self.seal(200, len(body))
         self._answer.send(200, [_JSON, *self._answer_headers(head)], body)
 
     def _observe_first_content(self, *, is_stream: bool) -> None:
@@ -291,6 +302,8 @@ class Exchange:
 
     def _common_headers(self) -> Headers:
         headers = [(b"x-request-id", self.record.id.encode())]
+        if self._caller.limits is not None:
+            headers += self._gateway.accounts.headers(self._caller, unix_time())
         origins = self._gateway.config.server.cors_origins
         return headers + cors_headers(origins, self._head.get(b"origin")) if origins else headers
 
@@ -403,20 +416,23 @@ class Exchange:
         if self._attempt is not None:
             self._attempt.abort()
         answer = self._answer
+        self.record.code = error.recorded_code
         if not answer.is_started:
             status = error.status
             body = serialize_error(error, numeric_code=self._numeric_code)
+            self.seal(status, len(body))
             answer.send(status, [_JSON, *self._error_headers(error)], body, close=close)
         elif self.record.streamed:
             status = answer.status
             # In the middle of a long event a blank line ends what can't be completed.
             is_whole = self._attempt is None or self._attempt.is_at_boundary
             event = serialize_error_event(error, numeric_code=self._numeric_code)
-            answer.finish(event if is_whole else b"\n\n" + event, close=True)
+            event = event if is_whole else b"\n\n" + event
+            self.seal(status, len(event))
+            answer.finish(event, close=True)
         else:
             status = answer.status
             answer.abort()
-        self.record.code = error.recorded_code
         self._account(status)
 
     def _error_headers(self, error: ProxyError) -> Headers:
@@ -529,17 +545,31 @@ class Exchange:
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.wheel.cancel(self)
         gateway.exchanges.discard(self)
-        record.status = status
-        record.total = time.monotonic() - self._clock_start
-        record.bytes_out = self._answer.body_bytes
-        record.failures = self._failures
+        self.seal(status)
         if attempt is not None:
-            self._account_answer(attempt)
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
         self._attempt = self._call = self._refusal = None
         self._bodies.clear()
-        gateway.close_record(record)
+        gateway.close_record(record, self._caller, self._lease)
+
+    def seal(self, status: int, following: int = 0) -> None:
+        """Account for an answer whose last `following` bytes are about to be written.
+
+        Before the client can take it for complete: what a client saw has a record. Sealing once
+        more changes something only if it ended in another way.
+        """
+        record = self.record
+        if self._sealed_as == (status, record.code):
+            return
+        self._sealed_as = status, record.code
+        record.status = status
+        record.total = time.monotonic() - self._clock_start
+        record.bytes_out = self._answer.body_bytes + following
+        record.failures = self._failures
+        if self._attempt is not None:
+            self._account_answer(self._attempt)
+        self._gateway.accounts.seal(record)
 
     def _account_answer(self, attempt: Attempt) -> None:
         record, outcome = self.record, attempt.outcome()
@@ -549,27 +579,15 @@ class Exchange:
         record.upstream_id = clip_text(outcome.upstream_id)
         record.finish_reason = clip_text(outcome.finish_reason)
         record.events = outcome.content_events
-        usage = outcome.usage
-        if usage is not None:
-            record.has_usage = True
-        elif record.first_content is not None or (
-            record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
-        ):
-            usage = estimate_usage(
-                prompt_bytes=self._prompt_bytes,
-                content_events=outcome.content_events,
-                content_bytes=outcome.content_bytes,
-            )
-        _fill_usage(record, usage)
-
-
-def _fill_usage(record: Record, usage: Usage | None) -> None:
-    if usage is not None:
-        record.prompt_tokens = usage.prompt_tokens
-        record.completion_tokens = usage.completion_tokens
-        record.cached_tokens = usage.cached_tokens
-        record.reasoning_tokens = usage.reasoning_tokens
-        record.estimated = usage.is_estimated
+        self._gateway.accounts.fill(
+            record,
+            attempt.step.endpoint,
+            outcome.usage,
+            prompt_bytes=self._prompt_bytes,
+            body_bytes=outcome.content_bytes,
+            is_answered=record.first_content is not None
+            or (record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES),
+        )
 
 
 def _check_media_type(head: RequestHead) -> None:

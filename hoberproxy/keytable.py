@@ -227,7 +227,7 @@ class KeyTable(Database):
                 (max(until * 86400.0, since - 1), key_id),
             ):
                 _add(sums, start, tried, cost, today * 86400.0, month)
-        return History(*sums)
+        return History(today, *sums)
 
     def keys_version(self) -> int:
         """A number that grows with every change of a key, by whichever process."""

@@ -296,7 +296,8 @@ class Ledger:
                 self._tidy_at = now + TIDY_INTERVAL
                 self._tidy(store, time.time())
         except StoreError as exc:
-            logger.warning("the store is not tidied up: %s", exc)
+            if not exc.is_transient:  # a lock or a full disk is told of where records wait
+                logger.warning("the store is not tidied up: %s", exc)
 
     def _tidy(self, store: Store, now: float) -> None:
         uses, self._uses = self._uses, {}

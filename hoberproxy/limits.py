@@ -75,8 +75,9 @@ class KeyLimits:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What the records know of a key: today (UTC), this month and in all."""
+    """What the records knew of a key on `day` (since 1970, UTC): on it, in its month and in all."""
 
+    day: int = 0
     day_requests: int = 0
     day_spent: int = 0
     month_spent: int = 0
@@ -131,11 +132,13 @@ def roll(cells: Cells, now_ms: int) -> None:
 
 def restore(cells: Cells, history: History, now_ms: int) -> None:
     """Put what the records know in place of the counters that outlive a process."""
-    roll(cells, now_ms)
+    day = history.day or day_of(now_ms)
+    cells[DAY], cells[MONTH] = day, month_of(day)
     cells[DAY_REQUESTS] = history.day_requests
     cells[DAY_SPENT] = history.day_spent
     cells[MONTH_SPENT] = history.month_spent
     cells[TOTAL_SPENT] = history.total_spent
+    roll(cells, now_ms)
 
 
 # Admission

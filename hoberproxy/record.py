@@ -60,6 +60,17 @@ class Record:
     closed_in: int = field(default=-1, metadata=NOT_STORED)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """How fast the answer was written, from its first content on; None where that was at once.
+
+        A body has its first content with its last: only a stream can be measured.
+        """
+        if not self.streamed or self.first_content is None:
+            return None
+        seconds = self.total - self.first_content
+        return self.completion_tokens / seconds if seconds > 0 else None
+
+    @property
     def is_failure(self) -> bool:
         """Whether the proxy or an upstream failed the client, or the request was refused.
 

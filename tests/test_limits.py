@@ -219,6 +219,14 @@ def test_history_takes_the_place_of_counters_that_outlive_a_process() -> None:
     assert refusal(cells, limits, MIDNIGHT).status == 402
 
 
+def test_the_history_of_an_earlier_day_is_of_that_day() -> None:
+    cells, limits = fresh(), KeyLimits(requests_per_day=5)
+    yesterday = NOW // DAY_MS - 1
+    restore(cells, History(yesterday, day_requests=5, day_spent=3, total_spent=4), NOW)
+    ask(cells, limits)
+    assert (cells[DAY_REQUESTS], cells[TOTAL_SPENT]) == (1, 4)
+
+
 # What is told
 
 
