@@ -21,7 +21,8 @@ from pathlib import Path
 import pytest
 
 from hoberproxy import __version__
-from hoberproxy.cli import GROUPS, main
+from hoberproxy.cli import main
+from hoberproxy.commands_usage import GROUPS
 from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.store import Store
@@ -219,7 +220,8 @@ def test_a_key_is_shown_once_listed_by_its_hint_and_revoked(
     listing = capsys.readouterr().out
     assert key not in listing
     head, line = listing.splitlines()
-    assert head.split() == ["id", "label", "key", "created", "expires", "state"]
+    names = ["id", "label", "key", "created", "last used", "expires", "limits", "state"]
+    assert re.split(r" {2,}", head) == names
     assert line.startswith(key_id)
     assert line.endswith("active")
     assert f"hb_live_...{key[-4:]}" in line
