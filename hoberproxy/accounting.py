@@ -102,6 +102,10 @@ class Accounts:
                 spent=record.cost or 0,
             )
 
+    def counters(self, caller: Caller, now: float) -> list[int]:
+        """What a caller with limits has used of them, by the places in limits.py."""
+        return self._limiter.counters(caller, now)
+
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to a caller with limits."""
         return self._limiter.headers(caller, now)

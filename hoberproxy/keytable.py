@@ -46,6 +46,16 @@ class KeyRow:
     last_used: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class KeyUsage:
+    """What a key used: requests that an upstream was asked for, tokens, picodollars."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: int = 0
+
+
 class KeyTable(Database):
     """The statements about keys."""
 
@@ -208,26 +218,38 @@ class KeyTable(Database):
 
     def sum_history(self, key_id: str, since: float = 0.0) -> History:
         """What the records say that a key has used; there are none from before `since`."""
+        sums = self.sum_key(key_id, since)
+        return History(
+            day=day_of(int(self._clock() * 1000)),
+            day_requests=sums["day"].requests,
+            day_spent=sums["day"].cost,
+            month_spent=sums["month"].cost,
+            total_spent=sums["total"].cost,
+        )
+
+    def sum_key(self, key_id: str, since: float = 0.0) -> dict[str, KeyUsage]:
+        """A key's usage by period: "day" and "month" (UTC), and "total"."""
         today = day_of(int(self._clock() * 1000))
-        month = month_start(month_of(today))
+        first = int(month_start(month_of(today)) // 86400)
         with self._mapped("read usage from"):
             # Whole days first, then what is not summed yet, along the index of times.
             until = int(self._value("SELECT until FROM summed"))
-            sums = [0, 0, 0, 0]
-            for day, tried, cost in self._db.execute(
-                "SELECT day, SUM(tried), SUM(cost) FROM days "
-                "WHERE key_id = ? AND day < ? GROUP BY day",
+            rows = self._db.execute(
+                """SELECT day, SUM(tried), SUM(prompt_tokens), SUM(completion_tokens), SUM(cost)
+                FROM days WHERE key_id = ? AND day < ? GROUP BY day""",
                 (key_id, until),
-            ):
-                _add(sums, day * 86400.0, tried, cost, today * 86400.0, month)
-            for start, tried, cost in self._db.execute(
-                "SELECT CAST(started / 86400 AS INTEGER) * 86400.0, SUM(attempts > 0), "
-                "SUM(IFNULL(cost, 0)) FROM records "
-                "WHERE started >= ? AND key_id = ? GROUP BY 1",
+            ).fetchall()
+            rows += self._db.execute(
+                """SELECT CAST(started / 86400 AS INTEGER), SUM(attempts > 0), SUM(prompt_tokens),
+                    SUM(completion_tokens), SUM(IFNULL(cost, 0))
+                FROM records WHERE started >= ? AND key_id = ? GROUP BY 1""",
                 (max(until * 86400.0, since - 1), key_id),
-            ):
-                _add(sums, start, tried, cost, today * 86400.0, month)
-        return History(today, *sums)
+            ).fetchall()
+        starts = {"day": today, "month": first, "total": 0}
+        return {
+            period: KeyUsage(*_add_up([sums for day, *sums in rows if day >= start]))
+            for period, start in starts.items()
+        }
 
     def keys_version(self) -> int:
         """A number that grows with every change of a key, by whichever process."""
@@ -235,13 +257,8 @@ class KeyTable(Database):
             return int(self._value("SELECT version FROM keys_version"))
 
 
-def _add(sums: list[int], start: float, tried: int, cost: int, today: float, month: float) -> None:
-    if start >= today:
-        sums[0] += tried
-        sums[1] += cost
-    if start >= month:
-        sums[2] += cost
-    sums[3] += cost
+def _add_up(rows: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _new_key(kind: str) -> str:

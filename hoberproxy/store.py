@@ -16,11 +16,11 @@ from operator import itemgetter
 from typing import Any
 
 from .database import StoreError
-from .keytable import KeyRow, KeyTable
+from .keytable import KeyRow, KeyTable, KeyUsage
 from .record import CLIENT_CLOSED, Record
 from .rows import COLUMNS, STARTED, Row, clean_values, make_row, parse_row
 
-__all__ = ["KeyRow", "Store", "StoreError", "UsageRow"]
+__all__ = ["KeyRow", "KeyUsage", "Store", "StoreError", "UsageRow"]
 
 DAY = 86_400.0
 _ROW_MARKS = f"({', '.join('?' * len(COLUMNS))})"
