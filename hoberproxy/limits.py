@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Protocol
+from math import ceil
+from typing import NamedTuple, Protocol
 
 from .errors import AccessError
 
@@ -84,8 +85,7 @@ class History:
     total_spent: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):  # made for each request, at a third of the cost of a dataclass
     """One admitted call, to be settled once. Its windows, and the tokens held for it."""
 
     minute_start: int
@@ -282,36 +282,39 @@ def _period_left(cells: Cells, period: str, now_ms: int) -> float | None:
 
 def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
     """The x-ratelimit-* fields: of the minute, or of the day where only that is limited."""
-    left = _minute_left(cells, now_ms)
+    left = (cells[MINUTE_START] + MINUTE_MS - now_ms) / 1000
     has_ended = not 0 < left <= 60
-    left = 0.0 if has_ended else left
-    headers = []
+    reset = b"0ms" if has_ended else format_wait(left)
+    headers: Headers = []
     if (limit := limits.requests_per_minute) is not None:
         used = 0 if has_ended else cells[MINUTE_REQUESTS]
-        headers += _fields(b"requests", limit, used, left)
+        headers += (
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-requests", reset),
+        )
     elif (limit := limits.requests_per_day) is not None:
         used = cells[DAY_REQUESTS] if cells[DAY] == now_ms // DAY_MS else 0
-        headers += _fields(b"requests", limit, used, _day_left(now_ms))
+        headers += (
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-requests", format_wait(_day_left(now_ms))),
+        )
     if (limit := limits.tokens_per_minute) is not None:
         used = 0 if has_ended else cells[MINUTE_TOKENS]
-        headers += _fields(b"tokens", limit, used, left)
+        headers += (
+            (b"x-ratelimit-limit-tokens", b"%d" % limit),
+            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-tokens", reset),
+        )
     return headers
-
-
-def _fields(of: bytes, limit: int, used: int, left: float) -> Headers:
-    return [
-        (b"x-ratelimit-limit-" + of, b"%d" % limit),
-        (b"x-ratelimit-remaining-" + of, b"%d" % max(0, limit - used)),
-        (b"x-ratelimit-reset-" + of, format_wait(left)),
-    ]
 
 
 def format_wait(seconds: float) -> bytes:
     """A time as OpenAI writes it: `250ms`, `1s`, `6m0s`, `23h59m0s`; rounded up."""
-    ms = -int(-seconds * 1000 // 1)
-    if ms < 1000:
-        return b"%dms" % max(0, ms)
-    whole = -(-ms // 1000)
+    if seconds < 1:
+        return b"%dms" % max(0, ceil(seconds * 1000))
+    whole = ceil(seconds)
     if whole < 60:
         return b"%ds" % whole
     if whole < 3600:

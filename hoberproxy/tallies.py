@@ -40,6 +40,12 @@ _TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
 _WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
 
 
+_unpack = struct.Struct(f"{CELLS}q").unpack_from
+_pack = struct.Struct(f"{CELLS}q").pack_into
+_fcntl = fcntl.fcntl
+_SETLK = fcntl.F_OFD_SETLK  # locks of the open file: not lost when another descriptor is closed
+
+
 class Limiter(Protocol):
     """What the path asks of whoever keeps the limits."""
 
@@ -72,11 +78,11 @@ def _lock_request(kind: int, start: int) -> bytes:
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "cells", "lock", "unlock")
+    __slots__ = ("base", "lock", "offset", "unlock")
 
-    def __init__(self, view: memoryview, index: int) -> None:
+    def __init__(self, index: int) -> None:
         self.base = _HEAD + index * _SLOT
-        self.cells = view[self.base + _CELLS : self.base + _CELLS + CELLS]
+        self.offset = 8 * (self.base + _CELLS)  # of the cells, in bytes
         self.lock = _lock_request(fcntl.F_WRLCK, 8 * self.base)
         self.unlock = _lock_request(fcntl.F_UNLCK, 8 * self.base)
 
@@ -102,8 +108,6 @@ class Tallies:
 
     def close(self) -> None:
         """Leave: the locks of this process go with its descriptor."""
-        for slot in self._slots.values():
-            slot.cells.release()
         self._slots.clear()
         self._view.release()
         self._map.close()
@@ -129,7 +133,7 @@ class Tallies:
         for worker in range(WORKERS):
             with suppress(BlockingIOError):
                 request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+                _fcntl(self._fd, _SETLK, request)
                 self._view[1] = max(self._view[1], worker + 1)
                 return worker
         raise OSError(f"expected up to {WORKERS} processes to share the limits, got more")
@@ -164,7 +168,7 @@ class Tallies:
     def _acquire(self, request: bytes) -> None:
         """Lock; at once, but for a holder that is just being scheduled away."""
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+            _fcntl(self._fd, _SETLK, request)
         except BlockingIOError:
             self._wait_for(request)
 
@@ -173,7 +177,7 @@ class Tallies:
         while time.monotonic() < deadline:
             os.sched_yield()
             with suppress(BlockingIOError):
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+                _fcntl(self._fd, _SETLK, request)
                 self._is_late = False
                 return
         # A process stopped by a debugger must not stop all others: go on without it.
@@ -183,7 +187,7 @@ class Tallies:
 
     def _release(self, locked: bytes) -> None:
         start = struct.unpack_from("q", locked, 8)[0]
-        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _lock_request(fcntl.F_UNLCK, start))
+        _fcntl(self._fd, _SETLK, _lock_request(fcntl.F_UNLCK, start))
 
     # Slots
 
@@ -207,7 +211,7 @@ class Tallies:
                 found = view[_HEAD + index * _SLOT + _NUMBER]
                 if found in (0, number):
                     view[_HEAD + index * _SLOT + _NUMBER] = number
-                    return _Slot(view, index)
+                    return _Slot(index)
         finally:
             self._release(table)
         logger.error("limits: expected up to %d limited keys, got more", SLOTS)
@@ -217,10 +221,19 @@ class Tallies:
         self._acquire(slot.lock)
         try:
             if not self._view[slot.base + _HAS_HISTORY]:
-                restore(slot.cells, caller.history, now_ms)
+                cells = self._read(slot)
+                restore(cells, caller.history, now_ms)
+                self._write(slot, cells)
                 self._view[slot.base + _HAS_HISTORY] = 1
         finally:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, slot.unlock)
+            _fcntl(self._fd, _SETLK, slot.unlock)
+
+    def _read(self, slot: _Slot) -> list[int]:
+        # All at once and back: integers of a memoryview cost twice those of a list.
+        return list(_unpack(self._map, slot.offset))
+
+    def _write(self, slot: _Slot, cells: list[int]) -> None:
+        _pack(self._map, slot.offset, *cells)
 
     # What the path asks for (Limiter)
 
@@ -243,8 +256,9 @@ class Tallies:
             running = 0
             if limits.concurrency is not None:
                 running = self._count_running(slot, limits.concurrency)
+            cells = self._read(slot)
             lease = admit(
-                slot.cells,
+                cells,
                 limits,
                 now_ms,
                 prompt_tokens=prompt_tokens,
@@ -252,10 +266,11 @@ class Tallies:
                 is_bounded=is_bounded,
                 running=running,
             )
+            self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] += 1
         finally:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, slot.unlock)
+            _fcntl(self._fd, _SETLK, slot.unlock)
         # Always, where calls at once are counted, whatever the limits are when it ends.
         return lease if limits.needs_settling else None
 
@@ -266,18 +281,20 @@ class Tallies:
         slot = self._slots[caller.key_id]
         self._acquire(slot.lock)
         try:
-            settle(slot.cells, lease, tokens=tokens, spent=spent)
+            cells = self._read(slot)
+            settle(cells, lease, tokens=tokens, spent=spent)
+            self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
         finally:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, slot.unlock)
+            _fcntl(self._fd, _SETLK, slot.unlock)
 
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
         start = slot.base + _RUNNING
         counts = self._view[start : start + self._view[1]].tolist()
-        if sum(counts) < limit:
-            return sum(counts)
+        if (running := sum(counts)) < limit:
+            return running
         for worker, count in enumerate(counts):
             if count and not self._is_alive(worker):
                 self._view[start + worker] = counts[worker] = 0
@@ -288,11 +305,11 @@ class Tallies:
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return []
-        return limit_headers(slot.cells, caller.limits, int(now * 1000))
+        return limit_headers(self._read(slot), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
         now_ms = int(now * 1000)
-        cells: list[int] = self._slot_of(caller, now_ms).cells.tolist()
+        cells = self._read(self._slot_of(caller, now_ms))
         roll(cells, now_ms)
         return cells
