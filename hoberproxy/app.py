@@ -80,6 +80,7 @@ def _gauges(gateway: Gateway, connections: int) -> Gauges:
         },
         records_queued=gateway.ledger.depth,
         records_lost=gateway.ledger.lost,
+        journal_lost=gateway.ledger.journal_lost,
         log_lines_lost=log.lost if log is not None else 0,
     )
 
