@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 import time
@@ -539,6 +541,31 @@ def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     ledger.put(longest)
     ledger.close()
     assert not list(path.with_name("store.db-requests").iterdir())
+
+
+def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
+    make: Callable[..., Ledger],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ledger = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        ledger.start()
+        for number in range(10):
+            one = record(number)
+            ledger.open(one, "a/b", ENDPOINT, 1, 1)
+            ledger.put(one)
+        wait_until(lambda: ledger.written == 10)
+        assert (ledger.journal_lost, ledger.lost) == (20, 0)
+    wait_until(lambda: "written again" in caplog.text)
+    assert caplog.text.count("No space left") == 1
+    ledger.put(record(10))
+    assert ledger.journal_lost == 20
 
 
 # Chores

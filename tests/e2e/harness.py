@@ -341,7 +341,7 @@ metrics_listen = "off"
 {server}
 
 [keys]
-required = false
+required = {keys}
 
 [records]
 file = "{folder}/records.db"
@@ -396,13 +396,14 @@ class Program:
 
 @asynccontextmanager
 async def running_program(
-    folder: Path, upstream: ScriptedUpstream, server: str = ""
+    folder: Path, upstream: ScriptedUpstream, server: str = "", *, keys: bool = False
 ) -> AsyncIterator[Program]:
-    """`python -m hoberproxy serve`; `server` are lines of that table."""
+    """`python -m hoberproxy serve`; `server` are lines of that table. `keys`: clients need one."""
     config = folder / "hoberproxy.toml"
     config.write_text(
         PROGRAM_CONFIG.format(
             server=server,
+            keys=str(keys).lower(),
             folder=folder,
             url=upstream.base_url,
             slug=SLUG,
