@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from .access import Caller
 from .catalog import Endpoint
+from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
 from .ledger import Ledger
@@ -29,6 +30,7 @@ class Accounts:
         self._ledger = ledger
         self._limiter = limiter
         self._estimates = Estimates()
+        self._counter: TokenCounter | None = None  # with the first request to be counted
 
     def open(self, record: Record, caller: Caller, call: Call, plan: Plan) -> Lease | None:
         """Count the call in and tell the journal; what `close` wants back. Raises AccessError."""
@@ -101,6 +103,25 @@ class Accounts:
                 tokens=record.prompt_tokens + record.completion_tokens,
                 spent=record.cost or 0,
             )
+
+    def count(self, record: Record, endpoint: Endpoint, body: bytes, answer: bytes | None) -> None:
+        """Have a closed record's tokens counted, off the loop, in place of an estimate."""
+        if record.has_usage or not record.estimated or answer is None:
+            return
+        if self._counter is None:
+            self._counter = TokenCounter()
+
+        def amend(prompt: int, completion: int) -> None:
+            prices = endpoint.prices
+            cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
+            self._ledger.amend(record.id, prompt, completion, cost)
+
+        self._counter.count(body, answer, amend)
+
+    def shut(self) -> None:
+        """The last request has ended; before the ledger's closing."""
+        if self._counter is not None:
+            self._counter.close()
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """What a caller with limits has used of them, by the places in limits.py."""

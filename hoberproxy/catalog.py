@@ -163,6 +163,7 @@ class Endpoint:
     weight: float | None = None  # its share of the requests, against those beside it
     abilities: Abilities = NO_ABILITIES
     adaptation: Adaptation = NO_ADAPTATION
+    usage: str = "report"  # "count": what it does not report is counted by a tokenizer
 
     @property
     def key(self) -> tuple[str, str]:

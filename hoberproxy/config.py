@@ -480,6 +480,7 @@ def _read_endpoint(table: Table, slug: str, providers: Mapping[str, Provider]) -
         weight=table.number("weight", "0", "1000000"),
         abilities=read_abilities(table, provider.abilities if provider else NO_ABILITIES),
         adaptation=read_adaptation(table, provider.adaptation if provider else NO_ADAPTATION),
+        usage=table.choice("usage", "report", ("report", "count")),
     )
 
 

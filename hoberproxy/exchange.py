@@ -18,6 +18,7 @@ from .access import ANONYMOUS, Caller
 from .accounting import permitted
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
+from .counting import KeptAnswer
 from .downstream import Answer
 from .errors import (
     FailedAttempt,
@@ -87,6 +88,8 @@ class Exchange:
         self._caller = ANONYMOUS
         self._lease: Lease | None = None
         self._sealed_as: tuple[int, str] | None = None  # status and code
+        self._kept: KeptAnswer | None = None  # where the texts are to be counted
+        self._kept_body = b""
         self._run_start = 0.0
         self._call: Call | None = None
         self._prompt_bytes = 0
@@ -216,9 +219,11 @@ class Exchange:
         )
         if self._attempt is not None:
             self._attempt.forget()
-        return Attempt(
-            self, call, step, upstream.pool, self._answer, request, injected - self._without
-        )
+        answer, self._kept = self._answer, None
+        if step.endpoint.usage == "count":
+            answer = self._kept = KeptAnswer(answer)
+            self._kept_body = call.body
+        return Attempt(self, call, step, upstream.pool, answer, request, injected - self._without)
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
         """The body under an upstream's name for the model, built once per form of it."""
@@ -269,6 +274,8 @@ class Exchange:
         """A whole answer, checked."""
         self._observe_first_content(is_stream=False)
         self.seal(200, len(body))
+        if self._kept is not None:
+            self._kept.keep(body)
         self._answer.send(200, [_JSON, *self._answer_headers(head)], body)
 
     def _observe_first_content(self, *, is_stream: bool) -> None:
@@ -552,6 +559,9 @@ class Exchange:
         self._attempt = self._call = self._refusal = None
         self._bodies.clear()
         gateway.close_record(record, self._caller, self._lease)
+        if self._kept is not None and attempt is not None:
+            endpoint = attempt.step.endpoint
+            gateway.accounts.count(record, endpoint, self._kept_body, self._kept.kept)
 
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.

@@ -82,6 +82,8 @@ class Ledger:
         self._spoilt = 0
         self._queue: deque[Entry] = deque()
         self._in_hand: list[Entry] = []
+        # Each with the number of records taken before it, which have to be written first.
+        self._amendments: deque[tuple[int, tuple[str, int, int, int | None]]] = deque()
 
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
@@ -169,6 +171,13 @@ class Ledger:
         if len(queue) == self._batch_size:
             self._wake.set()
 
+    def amend(
+        self, record_id: str, prompt_tokens: int, completion_tokens: int, cost: int | None
+    ) -> None:
+        """Put a better count in place of a record's estimate; from any thread, after its `put`."""
+        amendment = record_id, prompt_tokens, completion_tokens, cost
+        self._amendments.append((self._taken, amendment))
+
     def close(self, timeout: float = 5.0) -> int:
         """Write what is left, for at most `timeout` seconds; the number of records not written."""
         if self._deadline is None:
@@ -218,6 +227,7 @@ class Ledger:
                 self._reload(store)
                 self._do_chores(store)
             elif not self.depth or time.monotonic() >= deadline:
+                self._finish(store)
                 return
             has_more = deadline is not None or len(self._queue) >= self._batch_size
             if self._back_off or not has_more:
@@ -283,12 +293,23 @@ class Ledger:
         self._data_version = data_version
         self._keys_version = keys_version
 
-    # Now and then
+    # Now and then, and at the end
+
+    def _finish(self, store: Store) -> None:
+        uses, self._uses = self._uses, {}
+        uses.pop("", None)
+        try:
+            self._amend(store)
+            if uses:
+                store.note_uses(uses)
+        except StoreError as exc:
+            logger.warning("the store is not tidied up: %s", exc)
 
     def _do_chores(self, store: Store) -> None:
         """What can wait; a store that cannot be written now is asked again later."""
         now = time.monotonic()
         try:
+            self._amend(store)
             if now >= self._take_over_at:
                 self._take_over_at = now + TAKE_OVER_INTERVAL
                 self._take_over(store)
@@ -298,6 +319,12 @@ class Ledger:
         except StoreError as exc:
             if not exc.is_transient:  # a lock or a full disk is told of where records wait
                 logger.warning("the store is not tidied up: %s", exc)
+
+    def _amend(self, store: Store) -> None:
+        done = self.written + self._spoilt
+        while self._amendments and self._amendments[0][0] <= done:
+            store.amend_usage(*self._amendments[0][1])
+            self._amendments.popleft()
 
     def _tidy(self, store: Store, now: float) -> None:
         uses, self._uses = self._uses, {}

@@ -257,6 +257,7 @@ class Server:
             self._ticker.close()
         for upstream in gateway.upstreams.values():
             await upstream.pool.aclose()
+        gateway.accounts.shut()
         await gateway.ledger.aclose()
         if self._tallies is not None:
             self._tallies.close()
