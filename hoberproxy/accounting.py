@@ -34,18 +34,17 @@ class Accounts:
 
     def open(self, record: Record, caller: Caller, call: Call, plan: Plan) -> Lease | None:
         """Count the call in and tell the journal; what `close` wants back. Raises AccessError."""
-        endpoint = plan.steps[0].endpoint
-        estimates = self._estimates
-        prompt = estimates.prompt_tokens(endpoint.key, call.prompt_bytes)
-        wish = call.max_output
-        answer = wish if wish is not None else estimates.answer_tokens(endpoint.key)
-        lease = None
+        step = plan.steps[0]
+        prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
+        wish, lease = call.max_output, None
         if caller.limits is not None:
+            answer = usual if wish is None else wish
             lease = self._limiter.admit(
                 caller, record.started, prompt, answer, is_bounded=wish is not None
             )
-        usual = min(answer, estimates.answer_tokens(endpoint.key))
-        self._ledger.open(record, plan.steps[0].slug, endpoint, prompt, usual)
+        if wish is not None and wish < usual:
+            usual = wish
+        self._ledger.open(record, step.slug, step.endpoint, prompt, usual)
         return lease
 
     def fill(

@@ -35,13 +35,10 @@ class Estimates:
         self._ratios: dict[Key, Ratios] = {}
         self._unknown = Ratios()
 
-    def prompt_tokens(self, endpoint: Key, prompt_bytes: int) -> int:
-        """A prompt's tokens, by its bytes in the request."""
-        return round(prompt_bytes / self._of(endpoint).prompt_bytes)
-
-    def answer_tokens(self, endpoint: Key) -> int:
-        """What an answer usually takes."""
-        return round(self._of(endpoint).answer)
+    def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
+        """A prompt's tokens, by its bytes in the request, and those an answer usually takes."""
+        ratios = self._of(endpoint)
+        return round(prompt_bytes / ratios.prompt_bytes), round(ratios.answer)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
         """A guess for an answer of so many content events, or of a body of so many bytes."""

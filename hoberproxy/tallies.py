@@ -28,7 +28,7 @@ from .limits import CELLS, Headers, Lease, admit, limit_headers, restore, roll, 
 logger = logging.getLogger("hoberproxy.server")
 
 MAGIC = 0x31_4C_42_48  # "HBL1": another layout gets another number
-WORKERS = 128
+WORKERS = 64
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
 
@@ -160,6 +160,8 @@ class Tallies:
             self._view[base + _RUNNING + worker] = 0
 
     def _used_slots(self) -> list[int]:
+        if not self._view[2]:  # how many there are: looking would touch every page of the file
+            return []
         bases = range(_HEAD, _HEAD + SLOTS * _SLOT, _SLOT)
         return [base for base in bases if self._view[base + _NUMBER]]
 
@@ -210,6 +212,7 @@ class Tallies:
                 index = (number + step) % SLOTS
                 found = view[_HEAD + index * _SLOT + _NUMBER]
                 if found in (0, number):
+                    view[2] += found == 0
                     view[_HEAD + index * _SLOT + _NUMBER] = number
                     return _Slot(index)
         finally:

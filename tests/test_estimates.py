@@ -71,11 +71,11 @@ def test_bodies_are_estimated_by_their_bytes() -> None:
 
 def test_what_an_endpoint_usually_answers_is_learnt() -> None:
     estimates = Estimates()
-    assert estimates.answer_tokens(ENDPOINT) == USUAL_ANSWER
+    assert estimates.of_call(ENDPOINT, 400) == (100, USUAL_ANSWER)
     for _ in range(5):
         estimates.learn(ENDPOINT, Usage(10, 80), prompt_bytes=40, events=80, body_bytes=0)
-    assert estimates.answer_tokens(ENDPOINT) == 80
-    assert estimates.answer_tokens(("west", "model")) == USUAL_ANSWER
+    assert estimates.of_call(ENDPOINT, 400) == (100, 80)
+    assert estimates.of_call(("west", "model"), 0) == (0, USUAL_ANSWER)
 
 
 def test_answers_too_short_to_tell_teach_no_ratio() -> None:
