@@ -97,6 +97,9 @@ class Ledger:
         self._take_over_at = 0.0
         self._tidy_at = 0.0
         self._keys: dict[bytes, Caller] = {}
+        # Of requests that were lost with another process: key id, start, picodollars. The limits
+        # have to learn of them, on the loop's thread.
+        self.lost_costs: deque[tuple[str, float, int]] = deque()
         self._uses: dict[str, float] = {}  # key id → when it was used last
 
     # Called by the loop
@@ -347,9 +350,14 @@ class Ledger:
     def _store_remains(self, store: Store, remains: Remains) -> None:
         """Requests that ended as they ended, the others as lost; those in the store stay."""
         ended = [tuple(values) for values in remains.closed.values()]
-        lost = [make_row(_lost_record(*values)) for values in remains.opened.values()]
+        records = [_lost_record(*values) for values in remains.opened.values()]
+        lost = [record for record in records if store.find_record(record.id) is None]
         new = store.insert_rows(ended)
-        new_lost = store.insert_rows(lost)
+        new_lost = store.insert_records(lost)
+        if self._data_version >= 0:  # else the keys' history is read after this, and has it
+            self.lost_costs.extend(
+                (record.key_id, record.started, record.cost) for record in lost if record.cost
+            )
         if new or new_lost:
             logger.warning(
                 "a process was killed: %d records taken over from its journal, "

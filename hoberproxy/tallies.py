@@ -23,7 +23,18 @@ from typing import Protocol
 
 from .access import Caller
 from .errors import UnavailableError
-from .limits import CELLS, Headers, Lease, admit, limit_headers, restore, roll, settle
+from .limits import (
+    CELLS,
+    Headers,
+    Lease,
+    admit,
+    day_of,
+    limit_headers,
+    month_of,
+    restore,
+    roll,
+    settle,
+)
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -62,6 +73,9 @@ class Limiter(Protocol):
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""
+
+    def charge(self, key_id: str, started: float, spent: int) -> None:
+        """A call that began then, and was lost with its process, cost so many picodollars."""
 
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to this caller."""
@@ -196,13 +210,15 @@ class Tallies:
     def _slot_of(self, caller: Caller, now_ms: int) -> _Slot:
         slot = self._slots.get(caller.key_id)
         if slot is None:
-            slot = self._slots[caller.key_id] = self._find(caller.key_id)
+            slot = self._find(caller.key_id)
+            assert slot is not None, "made where there was none"
+            self._slots[caller.key_id] = slot
         if not self._view[slot.base + _HAS_HISTORY]:
             self._restore(slot, caller, now_ms)
         return slot
 
-    def _find(self, key_id: str) -> _Slot:
-        """The slot of a key, or a free one that becomes its own."""
+    def _find(self, key_id: str, *, create: bool = True) -> _Slot | None:
+        """The slot of a key; `create`: or a free one that becomes its own."""
         digest = hashlib.sha256(key_id.encode()).digest()
         number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
         view = self._view
@@ -211,6 +227,8 @@ class Tallies:
             for step in range(SLOTS):
                 index = (number + step) % SLOTS
                 found = view[_HEAD + index * _SLOT + _NUMBER]
+                if not found and not create:
+                    return None
                 if found in (0, number):
                     view[2] += found == 0
                     view[_HEAD + index * _SLOT + _NUMBER] = number
@@ -289,6 +307,22 @@ class Tallies:
             self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
+        finally:
+            _fcntl(self._fd, _SETLK, slot.unlock)
+
+    def charge(self, key_id: str, started: float, spent: int) -> None:
+        """A call that began then, and was lost with its process, cost so many picodollars."""
+        slot = self._slots.get(key_id) or self._find(key_id, create=False)
+        if slot is None:  # without limits, or not asked since: the records will tell
+            return
+        day = day_of(int(started * 1000))
+        lease = Lease(minute_start=-1, day=day, month=month_of(day), reserved=0)
+        self._acquire(slot.lock)
+        try:
+            if self._view[slot.base + _HAS_HISTORY]:
+                cells = self._read(slot)
+                settle(cells, lease, tokens=0, spent=spent)
+                self._write(slot, cells)
         finally:
             _fcntl(self._fd, _SETLK, slot.unlock)
 

@@ -522,6 +522,24 @@ def test_a_living_process_takes_over_what_another_leaves(
     wait_until(lambda: stored(path) == 1)
 
 
+def test_the_limits_learn_what_was_lost_while_others_live(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.ledger.TAKE_OVER_INTERVAL", 0.01)
+    living = make()
+    living.start()
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    one, ended = Record(id="req_1", started=5.0, key_id="key_1"), record(2)
+    for each in (one, ended):
+        dead.open(each, "a/b", ENDPOINT, 1000, 500)
+    dead.seal(ended)  # settled by the process itself
+    die(dead)
+    wait_until(lambda: stored(path) == 2)
+    wait_until(lambda: bool(living.lost_costs))
+    assert list(living.lost_costs) == [("key_1", 5.0, 2 * 10**9)]
+
+
 def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 from hoberproxy import tallies as tallies_module
 from hoberproxy.access import Caller
 from hoberproxy.errors import AccessError, UnavailableError
-from hoberproxy.limits import DAY_REQUESTS, TOTAL_SPENT, History, KeyLimits
+from hoberproxy.limits import DAY_REQUESTS, DAY_SPENT, TOTAL_SPENT, History, KeyLimits
 from hoberproxy.tallies import Tallies
 
 NOW = 1_700_000_000.0
@@ -120,6 +120,18 @@ def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
         assert passes(tallies, one)
         assert not passes(tallies, one)
     assert caplog.text.count("holds a lock") == 1
+
+
+def test_what_was_lost_with_a_process_is_charged_to_its_key(tallies: Tallies) -> None:
+    one = caller(budget=100)
+    tallies.charge("key_1", NOW, 60)  # not asked yet: the records have it
+    assert passes(tallies, one)
+    tallies.charge("key_1", NOW, 60)
+    tallies.charge("key_2", NOW, 60)
+    assert passes(tallies, one)
+    tallies.charge("key_1", NOW - 86_400, 40)
+    assert tallies.counters(one, NOW)[DAY_SPENT] == 60
+    assert not passes(tallies, one)
 
 
 # Among processes
