@@ -32,8 +32,13 @@ class Accounts:
         self._estimates = Estimates()
         self._counter: TokenCounter | None = None  # with the first request to be counted
 
-    def open(self, record: Record, caller: Caller, call: Call, plan: Plan) -> Lease | None:
-        """Count the call in and tell the journal; what `close` wants back. Raises AccessError."""
+    def open(
+        self, record: Record, caller: Caller, call: Call, plan: Plan, now: float
+    ) -> Lease | None:
+        """Count the call in and tell the journal; what `close` wants back. Raises AccessError.
+
+        `now` in unix seconds: not the record's start, for a body may have taken long.
+        """
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
         wish, lease = call.max_output, None
@@ -41,9 +46,7 @@ class Accounts:
             while self._ledger.lost_costs:
                 self._limiter.charge(*self._ledger.lost_costs.popleft())
             answer = usual if wish is None else wish
-            lease = self._limiter.admit(
-                caller, record.started, prompt, answer, is_bounded=wish is not None
-            )
+            lease = self._limiter.admit(caller, now, prompt, answer, is_bounded=wish is not None)
         if wish is not None and wish < usual:
             usual = wish
         self._ledger.open(record, step.slug, step.endpoint, prompt, usual)

@@ -158,7 +158,9 @@ class Exchange:
             self._prompt_bytes = call.prompt_bytes
             self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
-            self._lease = self._gateway.accounts.open(self.record, self._caller, call, plan)
+            self._lease = self._gateway.accounts.open(
+                self.record, self._caller, call, plan, unix_time()
+            )
         except ProxyError as error:
             self.refuse(error, close=close)
             return

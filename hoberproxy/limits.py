@@ -114,14 +114,17 @@ def month_start(month: int) -> float:
 
 
 def roll(cells: Cells, now_ms: int) -> None:
-    """Begin the windows anew whose time is over."""
+    """Begin the windows anew whose time is over.
+
+    Processes wait for each other's lock: a `now` that is a little before the window's start belongs
+    to it. Only a clock that was set back by more than a window begins one anew.
+    """
     start = cells[MINUTE_START]
-    # A clock that was set back must not stretch a minute.
-    if not start <= now_ms < start + MINUTE_MS:
+    if not start - MINUTE_MS < now_ms < start + MINUTE_MS:
         cells[MINUTE_START] = now_ms
         cells[MINUTE_REQUESTS] = cells[MINUTE_TOKENS] = 0
     day = now_ms // DAY_MS
-    if cells[DAY] != day:
+    if not cells[DAY] - 1 <= day <= cells[DAY]:
         cells[DAY] = day
         cells[DAY_REQUESTS] = cells[DAY_SPENT] = 0
         month = month_of(day)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -110,6 +111,38 @@ def test_a_clock_that_is_set_back_does_not_stretch_a_minute() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=1)
     ask(cells, limits, NOW)
     ask(cells, limits, NOW - 3600_000)
+
+
+def test_who_waited_for_the_lock_belongs_to_the_window_that_began_meanwhile() -> None:
+    cells, limits = fresh(), KeyLimits(requests_per_minute=2, requests_per_day=3)
+    ask(cells, limits, MIDNIGHT)
+    ask(cells, limits, MIDNIGHT - 1)
+    refusal(cells, limits, MIDNIGHT - 1)
+    ask(cells, limits, MIDNIGHT + MINUTE_MS)
+    assert refusal(cells, limits, MIDNIGHT - 1).status == 429
+    assert cells[DAY_REQUESTS] == 3
+
+
+@settings(deadline=None)
+@given(
+    limit=st.integers(1, 10),
+    moments=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 300)), max_size=150),
+)
+def test_exactly_the_limit_passes_also_when_clocks_are_read_out_of_order(
+    limit: int, moments: list[tuple[int, int]]
+) -> None:
+    cells, limits, now = fresh(), KeyLimits(requests_per_minute=limit), NOW
+    passed: dict[int, int] = {}  # by the start of their minute
+    for gap, lag in moments:
+        now += gap
+        try:
+            start = ask(cells, limits, now - lag).minute_start
+        except AccessError:
+            assert passed[cells[0]] == limit
+        else:
+            passed[start] = passed.get(start, 0) + 1
+    assert all(count <= limit for count in passed.values())
+    assert all(later - start >= MINUTE_MS for start, later in pairwise(passed))
 
 
 # Calls at once

@@ -89,7 +89,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
 
         def account() -> None:
             record.sealed = None
-            lease = accounts.open(record, caller, call, PLAN)
+            lease = accounts.open(record, caller, call, PLAN, record.started)
             accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
             accounts.seal(record)
             if caller.limits is not None:
