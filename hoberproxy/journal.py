@@ -1,7 +1,9 @@
 """What outlives a killed process: two entries a request, in files that are mapped into memory.
 
     segment:  magic │ generation │ entry, entry, entry, … │ eight zeros
-    entry:    length │ CRC-32 of generation and payload │ payload, a JSON array
+    entry:    length │ CRC-32 of generation and payload │ payload: a letter and a JSON array
+
+The first entry of a segment names what stands in the others, for another version may read them.
 
 *Opened* is appended before the upstream is called, *closed*, the whole row of the record, before
 the last byte goes to the client. Appending copies into memory: no system call, and what was copied
@@ -22,13 +24,14 @@ import struct
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from .rows import Row
+from .rows import COLUMNS, Row
 
 logger = logging.getLogger("hoberproxy.ledger")
 
@@ -39,6 +42,13 @@ _MAGIC = b"hbjrnl01"  # another form of entries gets another
 _HEAD = struct.Struct("<8sQ")  # magic, generation
 _ENTRY = struct.Struct("<II")  # length of the payload, checksum
 _END = bytes(_ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
+# What is told of a request that is opened; of a closed one it is the row.
+OPENED = (
+    *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
+    *("slug", "provider", "prompt_tokens", "completion_tokens", "price"),
+)
+_NAMES = b"n" + orjson.dumps([OPENED, COLUMNS])
+Values = dict[str, Any]
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
 
 
@@ -69,8 +79,8 @@ class _Segment:
         generation = secrets.token_bytes(8)
         self._seed = zlib.crc32(generation)
         self._map[: _HEAD.size] = _MAGIC + generation
-        self._map[_HEAD.size : _HEAD.size + len(_END)] = _END
         self.end = _HEAD.size
+        self.append(_NAMES)
 
     def append(self, payload: bytes) -> None:
         entry = _ENTRY.pack(len(payload), zlib.crc32(payload, self._seed)) + payload + _END
@@ -109,11 +119,14 @@ class Journal:
     # The path of a request
 
     def open(self, values: list[Any]) -> int:
-        """Tell that a request is about to go upstream; the number of the segment that has it."""
+        """Tell that a request is about to go upstream, in the order of OPENED.
+
+        Returns the number of the segment that has it, as `close_request` does.
+        """
         return self._append(b"o" + orjson.dumps(values))
 
     def close_request(self, row: Row) -> int:
-        """Tell how a request ended; the number of the segment that has it."""
+        """Tell how a request ended."""
         try:
             payload = b"c" + orjson.dumps(row)
         except (TypeError, ValueError):  # what JSON cannot hold; the store has its own way with it
@@ -208,17 +221,25 @@ class Journal:
 class Remains:
     """What a dead process left: the rows of requests that ended, what is known of the others.
 
-    The files stay locked until `remove` or `release`.
+    By request id, and in each by name. The files stay locked until `remove`, `set_aside` or
+    `release`.
     """
 
-    closed: dict[str, list[Any]] = field(default_factory=dict)
-    opened: dict[str, list[Any]] = field(default_factory=dict)
+    closed: dict[str, Values] = field(default_factory=dict)
+    opened: dict[str, Values] = field(default_factory=dict)
     _files: list[tuple[Path, int]] = field(default_factory=list)
 
     def remove(self) -> None:
         """All of it is in the store."""
         for path, _ in self._files:
             path.unlink(missing_ok=True)
+        self.release()
+
+    def set_aside(self) -> None:
+        """No try will read them: leave the files to a person."""
+        for path, _ in self._files:
+            with suppress(OSError):
+                path.rename(path.with_suffix(".unreadable"))
         self.release()
 
     def release(self) -> None:
@@ -254,8 +275,13 @@ def _lock_all(paths: list[Path]) -> Remains | None:
             remains.release()
             return None
         remains._files.append((path, descriptor))
-    for path, descriptor in remains._files:
-        _read_segment(path, descriptor, remains)
+    try:
+        for path, descriptor in remains._files:
+            _read_segment(path, descriptor, remains)
+    except (KeyError, TypeError, ValueError) as exc:
+        logger.error("%s: no journal of this program: %s", paths[0].name, type(exc).__name__)
+        remains.set_aside()
+        return None
     for request_id in remains.closed:
         remains.opened.pop(request_id, None)
     return remains if remains._files else None
@@ -264,17 +290,17 @@ def _lock_all(paths: list[Path]) -> Remains | None:
 def _read_segment(path: Path, descriptor: int, remains: Remains) -> None:
     with os.fdopen(os.dup(descriptor), "rb") as file:
         data = file.read()
-    is_torn = False
+    names: dict[bytes, list[str]] = {}
     for payload in read_entries(data):
         if payload is None:
-            is_torn = True
-            continue
-        values = orjson.loads(payload[1:])
-        (remains.opened if payload[:1] == b"o" else remains.closed)[values[0]] = values
-    if is_torn:
-        logger.warning(
-            "%s: the last entry is torn, as a crash leaves it; it is left out", path.name
-        )
+            logger.warning("%s: the last entry is torn and left out: a crash does that", path.name)
+            return
+        kind, values = payload[:1], orjson.loads(payload[1:])
+        if kind == b"n":
+            names = dict(zip((b"o", b"c"), values, strict=True))
+        else:
+            found = dict(zip(names[kind], values, strict=True))
+            (remains.opened if kind == b"o" else remains.closed)[found["id"]] = found
 
 
 def read_entries(data: bytes) -> Iterator[bytes | None]:

@@ -23,10 +23,10 @@ from itertools import chain
 
 from .access import Caller, Keyring
 from .catalog import Endpoint
-from .journal import NOWHERE, Journal, Remains, take_over
+from .journal import NOWHERE, Journal, Remains, Values, take_over
 from .prices import parse_prices
 from .record import LOST, Record
-from .rows import KEY_ID, STARTED, Row, make_row
+from .rows import COLUMNS, KEY_ID, STARTED, Row, make_row, row_of
 from .store import DAY, Store, StoreError
 from .usage import Usage
 
@@ -139,7 +139,7 @@ class Ledger:
         """Tell the journal that a request goes upstream; the tokens are estimates of both parts."""
         prices = endpoint.prices
         record.opened_in = self._journal.open(
-            [
+            [  # in the order of journal.OPENED
                 record.id,
                 record.started,
                 record.key_id,
@@ -342,15 +342,25 @@ class Ledger:
         for remains in take_over(self._journal_path):
             try:
                 self._store_remains(store, remains)
-            except BaseException:
-                remains.release()
-                raise
-            remains.remove()
+            except StoreError as exc:
+                if exc.is_transient:
+                    remains.release()
+                    raise
+                self._set_aside(remains, exc)
+            except Exception as exc:  # what another version wrote must not end this thread
+                self._set_aside(remains, exc)
+            else:
+                remains.remove()
+
+    def _set_aside(self, remains: Remains, exc: Exception) -> None:
+        count = len(remains.closed) + len(remains.opened)
+        logger.error("a journal with %d requests is set aside: %s", count, type(exc).__name__)
+        remains.set_aside()
 
     def _store_remains(self, store: Store, remains: Remains) -> None:
         """Requests that ended as they ended, the others as lost; those in the store stay."""
-        ended = [tuple(values) for values in remains.closed.values()]
-        records = [_lost_record(*values) for values in remains.opened.values()]
+        ended = [row_of(values) for values in remains.closed.values()]
+        records = [_lost_record(values) for values in remains.opened.values()]
         lost = [record for record in records if store.find_record(record.id) is None]
         new = store.insert_rows(ended)
         new_lost = store.insert_records(lost)
@@ -367,37 +377,18 @@ class Ledger:
             )
 
 
-def _lost_record(
-    request_id: str,
-    started: float,
-    key_id: str,
-    key_label: str,
-    path: str,
-    requested: list[str],
-    streamed: bool,
-    slug: str,
-    provider: str,
-    prompt_tokens: int,
-    answer_tokens: int,
-    price: str | None,
-) -> Record:
-    """The record of a request of which only the beginning is known, by `Ledger.open`."""
-    usage = Usage(prompt_tokens, answer_tokens, is_estimated=True)
+def _lost_record(values: Values) -> Record:
+    """The record of a request of which only the beginning is known."""
+    price = values["price"]
+    usage = Usage(values["prompt_tokens"], values["completion_tokens"], is_estimated=True)
     return Record(
-        id=request_id,
-        started=started,
-        key_id=key_id,
-        key_label=key_label,
-        path=path,
-        requested=tuple(requested),
-        slug=slug,
-        provider=provider,
-        streamed=streamed,
-        code=LOST,
-        attempts=1,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=answer_tokens,
-        estimated=True,
-        price=price or "",
-        cost=parse_prices(price).cost(usage) if price is not None else None,
+        **{name: value for name, value in values.items() if name in COLUMNS}
+        | {
+            "requested": tuple(values["requested"]),
+            "code": LOST,
+            "attempts": 1,
+            "estimated": True,
+            "price": price or "",
+            "cost": parse_prices(price).cost(usage) if price is not None else None,
+        }
     )

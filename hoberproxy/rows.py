@@ -6,8 +6,9 @@ The row is made once, where the request ends: the journal and the store take the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 import orjson
 
@@ -79,6 +80,11 @@ def clean_row(record: Record) -> Row:
     return tuple(_clean(values[name]) for name in COLUMNS)
 
 
+def row_of(values: Mapping[str, Any]) -> Row:
+    """The row of values by their names, as another version of the program may have written them."""
+    return tuple(values.get(name, value) for name, value in _DEFAULTS.items())
+
+
 def clean_values(row: Row) -> Row:
     """A row that no table took, with whatever no column can hold replaced."""
     return tuple(_clean(value) for value in row)
@@ -98,6 +104,7 @@ def _clean(value: object) -> str | int | float | None:
     return clip_text(value, 8192) if isinstance(value, str) else ""
 
 
+_DEFAULTS = dict(zip(COLUMNS, _row(Record(id="", started=0.0)), strict=True))
 _PARSERS: dict[str, Callable[[str], object]] = {
     "requested": lambda text: tuple(orjson.loads(text)),
     "failures": lambda text: [FailedAttempt(**failure) for failure in orjson.loads(text)],

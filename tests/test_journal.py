@@ -30,7 +30,20 @@ def file_of(tmp_path: Path) -> Path:
 
 
 def payloads(tmp_path: Path) -> list[bytes | None]:
-    return list(read_entries(file_of(tmp_path).read_bytes()))
+    """All entries but the first, which names what is in the others."""
+    return entries(file_of(tmp_path).read_bytes())
+
+
+def entries(data: bytes) -> list[bytes | None]:
+    first, *others = read_entries(data)
+    assert first is not None and first.startswith(b"n[")
+    return others
+
+
+@pytest.fixture(autouse=True)
+def short_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of one or two values."""
+    monkeypatch.setattr(journal_module, "_NAMES", b'n[["id","x"],["id","y"]]')
 
 
 def row(number: int) -> tuple[Any, ...]:
@@ -56,15 +69,15 @@ def test_wherever_a_last_entry_is_torn_the_others_are_read(
     data = file_of(tmp_path).read_bytes()
     for cut in range(start + 1, end):
         torn = data[:cut] + bytes(len(data) - cut)
-        read = list(read_entries(torn))
+        read = entries(torn)
         assert read == [b'o["req_1"]', None], f"cut at {cut}"
-    assert list(read_entries(data[:start] + bytes(len(data) - start))) == [b'o["req_1"]']
+    assert entries(data[:start] + bytes(len(data) - start)) == [b'o["req_1"]']
 
 
 def test_a_segment_used_again_shows_nothing_of_its_earlier_use(
     journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 200)
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 240)
     for number in range(40):
         found = journal.open([f"req_{number:04}"])
         assert found != NOWHERE
@@ -77,7 +90,7 @@ def test_a_segment_used_again_shows_nothing_of_its_earlier_use(
 def test_what_is_not_settled_is_not_overwritten(
     journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 200)
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 240)
     numbers = [journal.open([f"req_{number:04}"]) for number in range(12)]
     assert NOWHERE in numbers and journal.lost == numbers.count(NOWHERE)
     journal.prepare()
@@ -115,8 +128,8 @@ def test_who_takes_over_first_has_it_alone(tmp_path: Path) -> None:
     journal.close()
     (remains,) = take_over(tmp_path / "journal")
     assert list(take_over(tmp_path / "journal")) == []
-    assert remains.opened == {"req_1": ["req_1", "a"]}
-    assert remains.closed == {"req_2": ["req_2", "c"]}
+    assert remains.opened == {"req_1": {"id": "req_1", "x": "a"}}
+    assert remains.closed == {"req_2": {"id": "req_2", "y": "c"}}
     remains.release()
     (again,) = take_over(tmp_path / "journal")
     again.remove()
@@ -131,13 +144,25 @@ def test_files_of_another_kind_are_not_read(tmp_path: Path) -> None:
         remains.release()
 
 
+def test_a_journal_that_cannot_be_read_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.prepare()
+    journal.open(["too", "many", "values"])
+    journal.close()
+    assert list(take_over(tmp_path / "journal")) == []
+    assert [path.suffix for path in (tmp_path / "journal").iterdir()] == [".unreadable"]
+    assert "no journal of this program" in caplog.text
+
+
 def write_forever(path: Path, ready: Any) -> None:
     journal = Journal(path)
     journal.prepare()
     number = 0
     while True:
         number += 1
-        journal.open([f"req_{number}"])
+        journal.open([f"req_{number}", *[0] * 11])
         if number == 500:
             ready.set()
         if number >= 100_000:

@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from hoberproxy.access import Keyring
@@ -506,6 +507,37 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
     make().start()
     assert [one.status for one in store.export_records()] == [200, 200]
     store.close()
+
+
+def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = Ledger(path, Keyring())
+    names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"]])
+    monkeypatch.setattr("hoberproxy.journal._NAMES", b"n" + names)
+    dead._journal.prepare()
+    dead._journal.close_request(("req_1", 5.0, 200, "?"))
+    die(dead)
+    monkeypatch.undo()
+    make().start()
+    store = Store(path)
+    assert list(store.export_records()) == [Record(id="req_1", started=5.0, status=200)]
+    store.close()
+
+
+def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    dead._journal.open(["req_1", "no time", *[None] * 10])
+    die(dead)
+    ledger = make()
+    ledger.start()
+    ledger.put(record(1))
+    wait_until(lambda: ledger.written == 1)
+    assert "a journal with 1 requests is set aside" in caplog.text
+    assert list(path.with_name("store.db-requests").glob("*.unreadable"))
 
 
 def test_a_living_process_takes_over_what_another_leaves(
