@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
@@ -38,13 +39,14 @@ EVERYTHING = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY, PLENTY * PICO)
 
 
 class _Drained(Ledger):
-    """A ledger whose thread is always done: what it is handed is in the store at once."""
+    """A ledger whose thread is always done: what it is handed is in the store a batch later."""
 
     def put(self, record: Record) -> None:
         super().put(record)
-        entry = self._queue.pop()
-        self._taken -= 1
-        self._journal.settle(entry[1:])
+        if len(self._queue) == BATCH:
+            self._journal.settle(chain.from_iterable(entry[1:] for entry in self._queue))
+            self._taken -= BATCH
+            self._queue.clear()
 
 
 def _folder() -> Path:
