@@ -157,6 +157,8 @@ class Ledger:
 
     def seal(self, record: Record) -> None:
         """Tell the journal what the record says now, before its client sees the answer's end."""
+        if record.sealed is not None:  # it ended otherwise than it seemed: the later entry counts
+            self._journal.settle((record.closed_in,))
         record.sealed = row = make_row(record)
         record.closed_in = self._journal.close_request(row)
 

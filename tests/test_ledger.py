@@ -618,6 +618,31 @@ def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
     assert ledger.journal_lost == 20
 
 
+def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    one = record(1)
+    dead.open(one, "a/b", ENDPOINT, 1, 1)
+    dead.seal(one)
+    one.status, one.code = 499, "client_closed"
+    dead.seal(one)
+    die(dead)
+    ledger = make()
+    ledger.start()
+    two = record(2)
+    ledger.seal(two)
+    ledger.seal(two)
+    ledger.put(two)
+    wait_until(lambda: ledger.written == 1)
+    ledger.close()
+    assert not list(path.with_name("store.db-requests").iterdir())  # nothing waits for the first
+    store = Store(path)
+    assert [one.status for one in store.export_records()] == [499, 200]
+    store.close()
+
+
 # Chores
 
 
