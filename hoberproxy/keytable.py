@@ -179,7 +179,7 @@ class KeyTable(Database):
     def load_keys(self, known: Mapping[bytes, Caller] | None = None) -> dict[bytes, Caller]:
         """Every key's digest and caller, for the keyring.
 
-        `known` are those loaded before: what their limits count is in shared memory already, so
+        `known` are those loaded before: what their limits count since then is in shared memory, so
         their history is not summed up again.
         """
         with self._mapped("read keys from"):
@@ -188,7 +188,7 @@ class KeyTable(Database):
                 f"models, {', '.join(_LIMITS)} FROM keys"
             ).fetchall()
         counted = {
-            caller.key_id
+            caller.key_id: caller.history
             for caller in (known or {}).values()
             if caller.limits is not None and caller.limits.needs_history
         }
@@ -201,10 +201,14 @@ class KeyTable(Database):
                 callers[old_digest] = replace(caller, expires=until)
         return callers
 
-    def _make_caller(self, values: list[Any], created: float, counted: set[str]) -> Caller:
+    def _make_caller(
+        self, values: list[Any], created: float, counted: Mapping[str, History]
+    ) -> Caller:
         key_id, label, kind, expires, revoked, models, *numbers = values
         limits = KeyLimits(*numbers)
-        needs_history = limits.needs_history and revoked is None and key_id not in counted
+        history = NO_HISTORY
+        if limits.needs_history and revoked is None:
+            history = counted.get(key_id) or self.sum_history(key_id, created)
         return Caller(
             key_id=key_id,
             label=label,
@@ -213,7 +217,7 @@ class KeyTable(Database):
             revoked=revoked,
             models=tuple(orjson.loads(models)),
             limits=None if limits.is_unlimited else limits,
-            history=self.sum_history(key_id, created) if needs_history else NO_HISTORY,
+            history=history,
         )
 
     def sum_history(self, key_id: str, since: float = 0.0) -> History:

@@ -62,10 +62,9 @@ class KeyLimits:
     @property
     def needs_settling(self) -> bool:
         """What a call really used matters for the next one."""
+        # With a limit a day too: what is spent is counted on, should the key be given a budget.
         return (
-            self.tokens_per_minute is not None
-            or self.concurrency is not None
-            or self.budget is not None
+            self.tokens_per_minute is not None or self.concurrency is not None or self.needs_history
         )
 
     @property
@@ -142,6 +141,17 @@ def restore(cells: Cells, history: History, now_ms: int) -> None:
     cells[MONTH_SPENT] = history.month_spent
     cells[TOTAL_SPENT] = history.total_spent
     roll(cells, now_ms)
+
+
+def catch_up(cells: Cells, history: History, now_ms: int) -> None:
+    """Raise counters to what the records know: they stood still while nothing limited them."""
+    roll(cells, now_ms)
+    if cells[DAY] == history.day:
+        cells[DAY_REQUESTS] = max(cells[DAY_REQUESTS], history.day_requests)
+        cells[DAY_SPENT] = max(cells[DAY_SPENT], history.day_spent)
+    if cells[MONTH] == month_of(history.day):
+        cells[MONTH_SPENT] = max(cells[MONTH_SPENT], history.month_spent)
+    cells[TOTAL_SPENT] = max(cells[TOTAL_SPENT], history.total_spent)
 
 
 # Admission

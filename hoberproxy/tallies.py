@@ -26,8 +26,10 @@ from .errors import UnavailableError
 from .limits import (
     CELLS,
     Headers,
+    History,
     Lease,
     admit,
+    catch_up,
     day_of,
     limit_headers,
     month_of,
@@ -92,11 +94,12 @@ def _lock_request(kind: int, start: int) -> bytes:
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "lock", "offset", "unlock")
+    __slots__ = ("base", "history", "lock", "offset", "unlock")
 
     def __init__(self, index: int) -> None:
         self.base = _HEAD + index * _SLOT
         self.offset = 8 * (self.base + _CELLS)  # of the cells, in bytes
+        self.history: History | None = None  # the one that was looked at last
         self.lock = _lock_request(fcntl.F_WRLCK, 8 * self.base)
         self.unlock = _lock_request(fcntl.F_UNLCK, 8 * self.base)
 
@@ -213,8 +216,8 @@ class Tallies:
             slot = self._find(caller.key_id)
             assert slot is not None, "made where there was none"
             self._slots[caller.key_id] = slot
-        if not self._view[slot.base + _HAS_HISTORY]:
-            self._restore(slot, caller, now_ms)
+        if slot.history is not caller.history:
+            self._look_back(slot, caller.history, now_ms)
         return slot
 
     def _find(self, key_id: str, *, create: bool = True) -> _Slot | None:
@@ -238,14 +241,18 @@ class Tallies:
         logger.error("limits: expected up to %d limited keys, got more", SLOTS)
         raise UnavailableError("there is no room for another key's limits", code="overloaded")
 
-    def _restore(self, slot: _Slot, caller: Caller, now_ms: int) -> None:
+    def _look_back(self, slot: _Slot, history: History, now_ms: int) -> None:
+        """Begin with what the records know of a key, or see that nothing of it is missing."""
+        slot.history = history
         self._acquire(slot.lock)
         try:
-            if not self._view[slot.base + _HAS_HISTORY]:
-                cells = self._read(slot)
-                restore(cells, caller.history, now_ms)
-                self._write(slot, cells)
-                self._view[slot.base + _HAS_HISTORY] = 1
+            cells = self._read(slot)
+            if self._view[slot.base + _HAS_HISTORY]:
+                catch_up(cells, history, now_ms)
+            else:
+                restore(cells, history, now_ms)
+            self._write(slot, cells)
+            self._view[slot.base + _HAS_HISTORY] = 1
         finally:
             _fcntl(self._fd, _SETLK, slot.unlock)
 

@@ -688,6 +688,20 @@ def test_costs_add_up_beyond_64_bits(store: Store) -> None:
     assert store.sum_usage("key")[0].cost == 8 * 2**62
 
 
+def test_the_history_of_a_key_is_summed_once_and_kept(store: Store) -> None:
+    key, row = store.create_key("x", limits=KeyLimits(budget=100))
+    store.insert_records([record("req_1", key_id=row.key_id, cost=7, attempts=1)])
+    first = store.load_keys()
+    assert first[hash_key(key)].history.total_spent == 7
+    store.insert_records([record("req_2", key_id=row.key_id, cost=7, attempts=1)])
+    again = store.load_keys(first)
+    assert again[hash_key(key)].history is first[hash_key(key)].history
+    store.update_key(row.key_id, {"budget": None})
+    without = store.load_keys(again)
+    store.update_key(row.key_id, {"budget": 50})
+    assert store.load_keys(without)[hash_key(key)].history.total_spent == 14
+
+
 # Single records
 
 

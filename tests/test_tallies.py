@@ -73,7 +73,7 @@ def test_a_call_that_ended_makes_room(tallies: Tallies) -> None:
 
 
 def test_where_only_requests_are_limited_nothing_is_left_to_settle(tallies: Tallies) -> None:
-    one = caller(requests_per_minute=5, requests_per_day=9)
+    one = caller(requests_per_minute=5)
     assert tallies.admit(one, NOW, 1, 1, is_bounded=True) is None
 
 
@@ -83,6 +83,20 @@ def test_history_counts_once(tallies: Tallies, path: Path) -> None:
     other = Tallies(path)  # beside a living one nothing is forgotten
     assert other.counters(one, NOW)[DAY_REQUESTS] == 4
     other.close()
+
+
+def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(tallies: Tallies) -> None:
+    today = int(NOW // 86_400)
+    assert passes(tallies, caller(requests_per_minute=5))  # what is spent is not counted here
+    before = History(today, day_requests=1, day_spent=70, month_spent=80, total_spent=90)
+    limited = caller(history=before, budget=100)
+    lease = tallies.admit(limited, NOW, 1, 1, is_bounded=True)
+    assert lease is not None
+    tallies.settle(limited, lease, tokens=0, spent=10)
+    assert not passes(tallies, limited)
+    assert tallies.counters(limited, NOW)[DAY_SPENT] == 80
+    older = History(today, day_requests=1, day_spent=1, month_spent=1, total_spent=1)
+    assert tallies.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
 
 
 def test_the_first_process_after_all_have_gone_goes_by_the_records(path: Path) -> None:

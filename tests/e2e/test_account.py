@@ -174,3 +174,28 @@ async def test_while_the_store_is_locked_no_request_fails_and_all_records_come_l
             database.execute("ROLLBACK")
         await eventually(lambda: set(ids_in(tmp_path)) >= seen.whole)
     assert len(seen.whole) > 10
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["stopped", "killed"])
+async def test_the_count_of_a_day_survives_the_process(tmp_path: Path, is_killed: bool) -> None:
+    with closing(Store(tmp_path / "records.db")) as store:
+        key, _ = store.create_key("x", limits=KeyLimits(requests_per_day=3))
+
+    async def ask(program: Program) -> int:
+        async with program.connect() as client:
+            await client.ask(chat(), headers=[f"authorization: Bearer {key}"])
+            return (await client.read_reply()).status
+
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with running_program(tmp_path, upstream, keys=True) as program:
+            first = [await ask(program) for _ in range(2)]
+            if is_killed:
+                program.process.kill()
+            else:
+                program.process.terminate()
+            await program.wait()
+        (tmp_path / "records.db-limits").unlink()  # as after a power cut, at the worst
+        async with running_program(tmp_path, upstream, keys=True) as program:
+            second = [await ask(program) for _ in range(2)]
+        upstream.failures.clear()
+    assert (first, second) == ([200, 200], [200, 429])
