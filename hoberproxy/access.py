@@ -2,7 +2,8 @@
 
 A key is `hb_live_` or `hb_test_`, 33 base62 characters that hold 192 random bits, and 6 more that
 are the CRC-32 of all before them: a mistyped key is told from an unknown one without a look-up.
-Storing keys is left to the store, randomness and the clock to the caller. Limits come here later.
+Storing keys is left to the store, randomness and the clock to the caller, counting what a key uses
+to limits.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from .errors import AccessError
+from .limits import History, KeyLimits
 
 KINDS = ("live", "test")
 RANDOM_BYTES = 24  # 192 bits
@@ -77,16 +80,29 @@ def display_hint(key: str) -> str:
 
 # Callers
 
+NO_HISTORY = History()
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who a key stands for. `expires` and `revoked` are unix seconds, None for never."""
+    """Who a key stands for. `expires` and `revoked` are unix seconds, None for never.
+
+    `models` are patterns of slugs the key may use, none for all of them. `history` is what was
+    used before the limits' own counters began.
+    """
 
     key_id: str
     label: str
     kind: str
     expires: float | None
     revoked: float | None
+    models: tuple[str, ...] = ()
+    limits: KeyLimits | None = None  # None, not one without limits: nothing is counted then
+    history: History = NO_HISTORY
+
+    def may_use(self, slug: str) -> bool:
+        """Whether the key is for this model of the catalog, too."""
+        return not self.models or any(fnmatchcase(slug, pattern) for pattern in self.models)
 
     def has_expired(self, now: float) -> bool:
         """Whether the key's time is over at `now` (unix seconds)."""

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
+from .account_pages import AccountPages
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .gateway import Gateway
 from .metrics import CONTENT_TYPE, Gauges
@@ -27,7 +28,8 @@ _NOT_SERVED = frozenset(
     ("/responses", "/completions", "/embeddings", "/messages", "/audio", "/images", "/moderations")
 )
 _PATHS = (
-    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{slug}, GET /healthz, GET /readyz"
+    "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{slug}, GET /v1/generation?id=, "
+    "GET /v1/key, GET /healthz, GET /readyz"
 )
 _CORS_PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
@@ -42,7 +44,10 @@ def make_app(gateway: Gateway) -> web.Application:
     app = web.Application(middlewares=[_in_the_contracts_form])
     app[GATEWAY] = gateway
     app.on_response_prepare.append(_finish_head)
+    pages = AccountPages(gateway)
+    app.on_cleanup.append(pages.aclose)
     for prefix in PREFIXES:
+        pages.add_to(app, prefix)
         app.router.add_get(prefix + "/models", _list_models)
         app.router.add_get(prefix + "/models/{slug:.+}", _show_model)
         app.router.add_route("*", prefix + "/chat/completions", _post_only)
@@ -75,6 +80,7 @@ def _gauges(gateway: Gateway, connections: int) -> Gauges:
         },
         records_queued=gateway.ledger.depth,
         records_lost=gateway.ledger.lost,
+        journal_lost=gateway.ledger.journal_lost,
         log_lines_lost=log.lost if log is not None else 0,
     )
 

@@ -38,6 +38,7 @@ class Owner(Protocol):
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None: ...
     def send_answer(self, head: ResponseHead, body: bytes) -> None: ...
+    def seal(self, status: int, following: int) -> None: ...
     def attempt_finished(self, attempt: Attempt) -> None: ...
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None: ...
 
@@ -192,6 +193,10 @@ class Attempt:
         if self._injected and head.status in (400, 422):
             error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
         self.fail(error)
+
+    def seal(self, following: int) -> None:
+        if not self._is_ended:
+            self._owner.seal(200, following)
 
     def finish(self) -> None:
         if not self._is_ended:

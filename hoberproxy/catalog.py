@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from .prices import Prices
+
 # `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
 # GET /v1/models the same across restarts and workers.
 DEFAULT_CREATED = 1709000000
@@ -154,18 +156,6 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
-    """USD per million tokens, exact."""
-
-    prompt: Decimal = Decimal(0)
-    completion: Decimal = Decimal(0)
-
-    @property
-    def is_free(self) -> bool:
-        return not self.prompt and not self.completion
-
-
-@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A model at a provider, under the name it has there. None is "not known"."""
 
@@ -178,6 +168,7 @@ class Endpoint:
     weight: float | None = None  # its share of the requests, against those beside it
     abilities: Abilities = NO_ABILITIES
     adaptation: Adaptation = NO_ADAPTATION
+    usage: str = "report"  # "count": what it does not report is counted by a tokenizer
     # What it is known by, here and to health: its place may change with the config.
     key: tuple[str, str] = field(init=False, repr=False, compare=False)
 

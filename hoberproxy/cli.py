@@ -1,4 +1,4 @@
-"""The command line: serve, check, config, keys, usage, bench, version.
+"""The command line: serve, check, config, bench, version; keys, usage and export are elsewhere.
 
 Exit code 3: could not start.
 """
@@ -13,13 +13,13 @@ import logging
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
+from .commands_keys import add_keys
+from .commands_usage import add_usage
 from .config import (
     EXAMPLE,
     Address,
@@ -29,7 +29,8 @@ from .config import (
     ServerSettings,
     parse_config,
 )
-from .store import KeyRow, Store, StoreError, UsageRow
+from .printing import print_table
+from .store import Store, StoreError
 
 if TYPE_CHECKING:
     from .server import Server
@@ -41,7 +42,6 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2  # argparse's own
 EXIT_CANNOT_START = 3
 DEFAULT_CONFIG = "hoberproxy.toml"
-GROUPS = ("key", "model", "provider", "day", "status")
 BENCH_PARTS = {
     "mock": ("mock_upstream", "a model server to measure against"),
     "load": ("load", "load on any OpenAI-compatible server"),
@@ -117,45 +117,13 @@ def make_parser() -> argparse.ArgumentParser:
     config.add_argument("--example", action="store_true", required=True, help="print the example")
     config.set_defaults(run=_print_example)
 
-    _add_keys(commands, config_option)
-
-    usage = commands.add_parser(
-        "usage", parents=[config_option], help="sum requests and tokens from the records"
-    )
-    usage.add_argument("--by", choices=GROUPS, default="model", help="default: model")
-    usage.add_argument("--since", metavar="DATE", help="from this day on (UTC), YYYY-MM-DD")
-    usage.add_argument("--until", metavar="DATE", help="up to and with this day (UTC)")
-    usage.set_defaults(run=_usage)
-
+    add_keys(commands, config_option, _open_store)
+    add_usage(commands, config_option, _open_store)
     _add_bench(commands)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
     return parser
-
-
-def _add_keys(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    config_option: argparse.ArgumentParser,
-) -> None:
-    keys = commands.add_parser("keys", help="create, list and revoke keys")
-    actions = keys.add_subparsers(title="actions", required=True, metavar="ACTION")
-    create = actions.add_parser(
-        "create", parents=[config_option], help="make a key and print it, this once"
-    )
-    create.add_argument("--label", required=True, help="what records and logs call it")
-    create.add_argument("--test", action="store_true", help="an hb_test_ key, not hb_live_")
-    create.add_argument(
-        "--expires", metavar="WHEN", help="a day (YYYY-MM-DD, UTC) or a time from now (12h, 30d)"
-    )
-    create.set_defaults(run=_create_key)
-    listing = actions.add_parser("list", parents=[config_option], help="list all keys")
-    listing.set_defaults(run=_list_keys)
-    revoke = actions.add_parser(
-        "revoke", parents=[config_option], help="stop a key, within a second"
-    )
-    revoke.add_argument("key", metavar="ID", help="its id or hint from `keys list`")
-    revoke.set_defaults(run=_revoke_key)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -290,7 +258,7 @@ def _check_live(config: Config, arguments: argparse.Namespace) -> int:
     reports = run_probe(
         config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_tell_progress
     )
-    _print_table(COLUMNS, [report.cells for report in reports])
+    print_table(COLUMNS, [report.cells for report in reports])
     if any(model.is_wildcard for model in config.models):
         print('of a model that ends in "/*", the first that the provider lists was asked')
     for report in reports:
@@ -378,7 +346,7 @@ def _cannot_start(*problems: str) -> int:
     return EXIT_CANNOT_START
 
 
-# keys, usage
+# The store that keys, usage and export mean
 
 
 def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store:
@@ -391,122 +359,3 @@ def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store
             "run this where the proxy was started, or name its --config"
         )
     return Store(path)
-
-
-def _create_key(arguments: argparse.Namespace) -> int:
-    expires = _parse_expiry(arguments.expires, time.time()) if arguments.expires else None
-    store = _open_store(arguments, create=True)
-    try:
-        key, row = store.create_key(
-            arguments.label, kind="test" if arguments.test else "live", expires=expires
-        )
-    finally:
-        store.close()
-    print(f"{row.key_id} ({row.label}); the key is shown this once:", file=sys.stderr)
-    print(key)
-    return EXIT_OK
-
-
-def _list_keys(arguments: argparse.Namespace) -> int:
-    store = _open_store(arguments)
-    try:
-        rows = store.list_keys()
-    finally:
-        store.close()
-    now = time.time()
-    _print_table(
-        ("id", "label", "key", "created", "expires", "state"),
-        [
-            (
-                row.key_id,
-                row.label,
-                row.hint,
-                _day(row.created),
-                _day(row.expires) if row.expires is not None else "never",
-                _key_state(row, now),
-            )
-            for row in rows
-        ],
-    )
-    return EXIT_OK
-
-
-def _key_state(row: KeyRow, now: float) -> str:
-    if row.revoked is not None:
-        return "revoked"
-    if row.expires is not None and row.expires <= now:
-        return "expired"
-    return "active"
-
-
-def _revoke_key(arguments: argparse.Namespace) -> int:
-    store = _open_store(arguments)
-    try:
-        row = store.revoke_key(arguments.key)
-    finally:
-        store.close()
-    print(f"revoked {row.key_id} ({row.label})")
-    return EXIT_OK
-
-
-def _usage(arguments: argparse.Namespace) -> int:
-    since = _parse_day(arguments.since) if arguments.since else None
-    until = _parse_day(arguments.until) + 86400 if arguments.until else None
-    store = _open_store(arguments)
-    try:
-        rows = store.sum_usage(arguments.by, since, until)
-    finally:
-        store.close()
-    _print_table(
-        (arguments.by, "requests", "failed", "prompt", "completion", "cached", "first content"),
-        [_usage_cells(row) for row in rows],
-        right_from=1,
-    )
-    if any(row.estimated_share for row in rows):
-        print("~ some of these tokens are estimates: their upstream told no usage")
-    return EXIT_OK
-
-
-def _usage_cells(row: UsageRow) -> tuple[str, ...]:
-    mark = "~" if row.estimated_share else ""
-    return (
-        f"{row.label} ({row.name})" if row.label else row.name or "-",
-        f"{row.requests:,}",
-        f"{row.failed:,}",
-        f"{mark}{row.prompt_tokens:,}",
-        f"{mark}{row.completion_tokens:,}",
-        f"{row.cached_tokens:,}",
-        f"{row.first_content * 1000:,.0f} ms" if row.first_content is not None else "-",
-    )
-
-
-def _print_table(
-    head: tuple[str, ...], rows: list[tuple[str, ...]], *, right_from: int | None = None
-) -> None:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
-        cells = [
-            cell.rjust(width)
-            if right_from is not None and index >= right_from
-            else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
-
-
-def _parse_day(text: str) -> float:
-    try:
-        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
-    except ValueError:
-        raise StoreError(f"expected a day as YYYY-MM-DD, got {text!r}") from None
-
-
-def _parse_expiry(text: str, now: float) -> float:
-    units = {"m": "minutes", "h": "hours", "d": "days"}
-    if text[:-1].isdigit() and text[-1:] in units:
-        return now + timedelta(**{units[text[-1]]: int(text[:-1])}).total_seconds()
-    return _parse_day(text)

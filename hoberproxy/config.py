@@ -29,7 +29,6 @@ from .catalog import (
     ConfigError,
     Endpoint,
     Model,
-    Prices,
     Provider,
     Refusal,
     TimeLimits,
@@ -44,6 +43,7 @@ from .catalog import (
 )
 from .example import EXAMPLE
 from .presets import PRESETS, Preset, first_set, preset_key, preset_url
+from .prices import Prices
 from .tables import Table, nearest, plain_number, shown
 
 __all__ = [
@@ -111,6 +111,7 @@ class KeySettings:
 @dataclass(frozen=True, slots=True)
 class RecordSettings:
     file: str = "hoberproxy.db"
+    keep_days: int = 0  # single records; 0: for good. Sums of days stay in any case
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +248,11 @@ def _read_keys(table: Table, server: ServerSettings) -> KeySettings:
 
 
 def _read_records(table: Table) -> RecordSettings:
-    return RecordSettings(file=table.parse("file", RecordSettings().file, _parse_path))
+    default = RecordSettings()
+    return RecordSettings(
+        file=table.parse("file", default.file, _parse_path),
+        keep_days=table.integer("keep_days", default.keep_days, 0, 36500),
+    )
 
 
 def _read_routing(table: Table) -> RoutingSettings:
@@ -475,22 +480,31 @@ def _read_endpoint(table: Table, slug: str, providers: Mapping[str, Provider]) -
         weight=table.number("weight", "0", "1000000"),
         abilities=read_abilities(table, provider.abilities if provider else NO_ABILITIES),
         adaptation=read_adaptation(table, provider.adaptation if provider else NO_ADAPTATION),
+        usage=table.choice("usage", "report", ("report", "count")),
     )
 
 
 def _read_prices(table: Table) -> Prices | None:
-    prices = table.table("price")
-    prompt, completion = (_read_price(prices, name) for name in ("prompt", "completion"))
-    return Prices(prompt, completion) if "price" in table.values else None
+    below = table.table("price")
+    prices = Prices(
+        prompt=_read_price(below, "prompt") or Decimal(0),
+        completion=_read_price(below, "completion") or Decimal(0),
+        cached=_read_price(below, "cached"),
+        reasoning=_read_price(below, "reasoning"),
+        request=_read_price(below, "request", "USD per request") or Decimal(0),
+    )
+    return prices if "price" in table.values else None
 
 
-def _read_price(table: Table, name: str) -> Decimal:
+def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -> Decimal | None:
     table.know(name)
-    value = table.values.get(name, 0)
+    value = table.values.get(name)
+    if value is None:
+        return None
     text = value if isinstance(value, str) else plain_number(value)
     if _PRICE.fullmatch(text):
         return Decimal(text)
-    expected = "USD per million tokens, 0 to 9999999, at most 12 decimals"
+    expected = f"{unit}, 0 to 9999999, at most 12 decimals"
     got = "another string" if isinstance(value, str) else shown(value)
     table.note(name, Refusal(expected, got, 'write it like "0.14"'))
     return Decimal(0)

@@ -28,6 +28,8 @@ EXAMPLE = """\
 
 [records]
 #file = "hoberproxy.db"
+# days that single records are kept; 0 is for good
+#keep_days = 0
 
 # one request over all its endpoints; no attempt begins after the timeout, in seconds
 [routing]
@@ -76,7 +78,7 @@ context_length = 131072
 provider = "deepseek"
 model = "deepseek-chat"
 max_output = 8192
-# USD per million tokens
+# USD per million tokens; also cached, reasoning, and request (USD each)
 price = { prompt = "0.14", completion = "0.28" }
 
 [[models.endpoints]]

@@ -15,9 +15,11 @@ from dataclasses import asdict
 from typing import NamedTuple, Protocol
 
 from .access import ANONYMOUS, Caller
+from .accounting import permitted
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
 from .config import Config
+from .counting import KeptAnswer
 from .downstream import Answer
 from .errors import (
     FailedAttempt,
@@ -31,11 +33,11 @@ from .errors import (
 )
 from .gateway import Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
+from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .request import Call, injected_options, parse_call, serialize_upstream_body
 from .routing import Plan, make_plan
-from .usage import Usage, estimate_usage
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -82,6 +84,12 @@ class Exchange:
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
     _refusal: ProxyError | None = None
+    _caller = ANONYMOUS
+    _lease: Lease | None = None
+    _sealed_as: tuple[int, str] | None = None  # status and code
+    _kept: KeptAnswer | None = None  # where the texts are to be counted
+    _kept_body = b""
+    _run_start = 0.0
     _call: Call | None = None
     _prompt_bytes = 0
     _plan: Plan | None = None
@@ -136,7 +144,8 @@ class Exchange:
                 self._refusal = error
                 return None
             known = Admitted(caller, gateway.keyring.version, gateway.config)
-        record.key_id, record.key_label = known.caller.key_id, known.caller.label
+        self._caller = caller = known.caller
+        record.key_id, record.key_label = caller.key_id, caller.label
         return known
 
     @property
@@ -164,14 +173,19 @@ class Exchange:
 
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
+        self._run_start = time.monotonic()
         try:
             if self._refusal is not None:
                 raise self._refusal
             self._call = call = parse_call(body)
             self.record.streamed = call.stream
             self.record.requested = tuple([clip_text(slug) for slug in call.candidates[:16]])
-            self._plan = self._make_plan(call)
+            self._prompt_bytes = call.prompt_bytes
+            self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
+            self._lease = self._gateway.accounts.open(
+                self.record, self._caller, call, plan, unix_time()
+            )
         except ProxyError as error:
             self.refuse(error, close=close)
             return
@@ -213,6 +227,8 @@ class Exchange:
             attempt.pause()
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
         self._downstream.hasten(self.now + self._longest_wait(attempt))
+        if self.record.attempts == 1:
+            self.record.overhead = time.monotonic() - self._run_start
         attempt.start()
 
     def _make_attempt(self) -> Attempt:
@@ -233,7 +249,11 @@ class Exchange:
             self._attempt.forget()
         if self._without:
             injected -= self._without
-        return Attempt(self, call, step, upstream.pool, self._answer, request, injected)
+        answer, self._kept = self._answer, None
+        if step.endpoint.usage == "count":
+            answer = self._kept = KeptAnswer(answer)
+            self._kept_body = call.body
+        return Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
         """The body under an upstream's name for the model, built anew only in another form."""
@@ -272,9 +292,7 @@ class Exchange:
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         """The first content is here: the body is not needed any more, nor another endpoint."""
-        assert self._call is not None
         self._observe_first_content(is_stream=is_stream)
-        self._prompt_bytes = self._call.prompt_bytes
         self._call = self._body = None
         if not self._answer.is_started:
             self._answer.start(200, *self._answer_head(head, is_stream=is_stream))
@@ -282,6 +300,9 @@ class Exchange:
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
         self._observe_first_content(is_stream=False)
+        self.seal(200, len(body))
+        if self._kept is not None:
+            self._kept.keep(body)
         headers, prepared = self._answer_head(head, is_stream=False)
         self._answer.send(200, headers, body, prepared=prepared)
 
@@ -305,6 +326,8 @@ class Exchange:
         step = attempt.step
         prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
         headers: Headers = []
+        if self._caller.limits is not None:
+            headers += self._gateway.accounts.headers(self._caller, unix_time())
         if self.record.attempts > 1:
             headers += self._attempts_header()
         if origins := self._gateway.config.server.cors_origins:
@@ -316,6 +339,8 @@ class Exchange:
 
     def _common_headers(self) -> Headers:
         headers = [(b"x-request-id", self.record.id.encode())]
+        if self._caller.limits is not None:
+            headers += self._gateway.accounts.headers(self._caller, unix_time())
         origins = self._gateway.config.server.cors_origins
         return headers + cors_headers(origins, self._head.get(b"origin")) if origins else headers
 
@@ -428,20 +453,23 @@ class Exchange:
         if self._attempt is not None:
             self._attempt.abort()
         answer = self._answer
+        self.record.code = error.recorded_code
         if not answer.is_started:
             status = error.status
             body = serialize_error(error, numeric_code=self._numeric_code)
+            self.seal(status, len(body))
             answer.send(status, [_JSON, *self._error_headers(error)], body, close=close)
         elif self.record.streamed:
             status = answer.status
             # In the middle of a long event a blank line ends what can't be completed.
             is_whole = self._attempt is None or self._attempt.is_at_boundary
             event = serialize_error_event(error, numeric_code=self._numeric_code)
-            answer.finish(event if is_whole else b"\n\n" + event, close=True)
+            event = event if is_whole else b"\n\n" + event
+            self.seal(status, len(event))
+            answer.finish(event, close=True)
         else:
             status = answer.status
             answer.abort()
-        self.record.code = error.recorded_code
         self._account(status)
 
     @property
@@ -559,17 +587,34 @@ class Exchange:
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.exchanges.discard(self)
-        record.status = status
-        record.total = time.monotonic() - self._clock_start
-        record.bytes_out = self._answer.body_bytes
-        if self._failures:
-            record.failures = list(self._failures)
+        self.seal(status)
         if attempt is not None:
-            self._account_answer(attempt)
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
         self._attempt = self._call = self._refusal = self._body = None
-        gateway.close_record(record)
+        gateway.close_record(record, self._caller, self._lease)
+        if self._kept is not None and attempt is not None:
+            endpoint = attempt.step.endpoint
+            gateway.accounts.count(record, endpoint, self._kept_body, self._kept.kept)
+
+    def seal(self, status: int, following: int = 0) -> None:
+        """Account for an answer whose last `following` bytes are about to be written.
+
+        Before the client can take it for complete: what a client saw has a record. Sealing once
+        more changes something only if it ended in another way.
+        """
+        record = self.record
+        if self._sealed_as == (status, record.code):
+            return
+        self._sealed_as = status, record.code
+        record.status = status
+        record.total = time.monotonic() - self._clock_start
+        record.bytes_out = self._answer.body_bytes + following
+        if self._failures:
+            record.failures = list(self._failures)
+        if self._attempt is not None:
+            self._account_answer(self._attempt)
+        self._gateway.accounts.seal(record)
 
     def _account_answer(self, attempt: Attempt) -> None:
         record, outcome = self.record, attempt.outcome()
@@ -579,30 +624,15 @@ class Exchange:
         record.upstream_id = clip_text(outcome.upstream_id)
         record.finish_reason = clip_text(outcome.finish_reason)
         record.events = outcome.content_events
-        usage = outcome.usage
-        if usage is not None:
-            record.has_usage = True
-        elif record.first_content is not None or (
-            record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
-        ):
-            call = self._call
-            usage = estimate_usage(
-                prompt_bytes=self._prompt_bytes if call is None else call.prompt_bytes,
-                content_events=outcome.content_events,
-                content_bytes=outcome.content_bytes,
-            )
-        if usage is not None:
-            _fill_usage(record, usage)
-
-
-def _fill_usage(record: Record, usage: Usage) -> None:
-    (
-        record.prompt_tokens,
-        record.completion_tokens,
-        record.cached_tokens,
-        record.reasoning_tokens,
-        record.estimated,
-    ) = usage
+        self._gateway.accounts.fill(
+            record,
+            attempt.step.endpoint,
+            outcome.usage,
+            prompt_bytes=self._prompt_bytes,
+            body_bytes=outcome.content_bytes,
+            is_answered=record.first_content is not None
+            or (record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES),
+        )
 
 
 def _check_media_type(head: RequestHead) -> None:

@@ -16,14 +16,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .access import Keyring
+from .access import Caller, Keyring
 from .accesslog import AccessLog
+from .accounting import Accounts
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Clock, Wheel
 from .health import Health, Key
 from .http11 import serialize_fields, serialize_request_head
 from .ledger import Ledger
+from .limits import Lease
 from .metrics import Metrics
 from .pool import Pool
 from .record import Record
@@ -105,6 +107,7 @@ class Gateway:
     catalog: Catalog
     keyring: Keyring
     ledger: Ledger
+    accounts: Accounts
     access_log: AccessLog | None
     metrics: Metrics
     upstreams: dict[str, Upstream]
@@ -128,10 +131,10 @@ class Gateway:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options
 
-    def close_record(self, record: Record) -> None:
+    def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Account for a request that has ended; nothing may change its record after this."""
         self.metrics.observe(record)
-        self.ledger.put(record)
+        self.accounts.close(record, caller, lease)
         if self.access_log is not None:
             self.access_log.write(record)
 

@@ -32,6 +32,7 @@ class Gauges:
     upstream_connections: Mapping[str, tuple[int, int]]  # provider → idle, busy
     records_queued: int
     records_lost: int
+    journal_lost: int
     log_lines_lost: int
 
 
@@ -118,6 +119,10 @@ class Metrics:
             hoberproxy_bad_heads=("Requests refused before they were one.", self.bad_heads),
             hoberproxy_estimated_requests=("Requests counted by estimate.", self._estimated),
             hoberproxy_records_lost=("Records that could not be kept.", gauges.records_lost),
+            hoberproxy_journal_entries_lost=(
+                "Entries the journal had no room for: a crash would lose them.",
+                gauges.journal_lost,
+            ),
             hoberproxy_log_lines_lost=("Log lines dropped.", gauges.log_lines_lost),
         )
         yield from _plain_gauges(

@@ -257,6 +257,9 @@ class _Question:
         message = choice.get("message") if isinstance(choice, dict) else None
         self.message = message if isinstance(message, dict) else {}
 
+    def seal(self, status: int, following: int) -> None:
+        """Questions of the probe are not recorded."""
+
     def attempt_finished(self, attempt: Attempt) -> None:
         self._ended.set_result(None)
 

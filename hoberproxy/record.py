@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from .errors import FailedAttempt
 
+LOST = "lost"  # the code of a request whose end nobody saw: its process was killed
+NOT_STORED = {"is_stored": False}
 CLIENT_CLOSED = 499  # nginx's number for a client that went away; never sent, only recorded
 
 
@@ -49,6 +51,24 @@ class Record:
     bytes_out: int = 0  # body bytes relayed downstream
     first_content: float | None = None
     total: float = 0.0
+    price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
+    cost: int | None = None  # in picodollars (1e-12 USD); None: not known
+    overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
+    # Of the ledger, not stored: the row once it is told to the journal, and the journal's segments.
+    sealed: tuple[str | int | float | None, ...] | None = field(default=None, metadata=NOT_STORED)
+    opened_in: int = field(default=-1, metadata=NOT_STORED)
+    closed_in: int = field(default=-1, metadata=NOT_STORED)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How fast the answer was written, from its first content on; None where that was at once.
+
+        A body has its first content with its last: only a stream can be measured.
+        """
+        if not self.streamed or self.first_content is None:
+            return None
+        seconds = self.total - self.first_content
+        return self.completion_tokens / seconds if seconds > 0 else None
 
     @property
     def is_failure(self) -> bool:

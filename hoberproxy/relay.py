@@ -44,6 +44,9 @@ class Reporter(Protocol):
     def open_answer(self, *, is_stream: bool) -> None:
         """Content is about to be written: start the answer, nothing is retried from here on."""
 
+    def seal(self, following: int) -> None:
+        """The last bytes of the answer, so many, are about to be written: account for it first."""
+
     def finish(self) -> None:
         """The answer was passed on to its end."""
 
@@ -121,6 +124,8 @@ class StreamRelay(Relay):
         if out:
             if not self._is_open:
                 self._open()
+            if scanner.is_done:
+                self._attempt.seal(len(out))
             self._answer.write(out)
         if scanner.failure is not None:
             self._fail_stream()
@@ -141,6 +146,7 @@ class StreamRelay(Relay):
         else:
             if not self._is_open:
                 self._open()
+            self._attempt.seal(len(out))
             self._answer.finish(out)
             self._attempt.finish()
 
@@ -232,9 +238,9 @@ class BodyRelay(Relay):
         self._completion = completion
         if self._as_stream:
             self._attempt.open_answer(is_stream=True)
-            self._answer.finish(
-                serialize_as_stream(completion, self._slug, wants_usage=self._wants_usage)
-            )
+            stream = serialize_as_stream(completion, self._slug, wants_usage=self._wants_usage)
+            self._attempt.seal(len(stream))
+            self._answer.finish(stream)
         else:
             self._attempt.send_answer(completion.body)
         self._attempt.finish()
@@ -277,6 +283,7 @@ class BodyRelay(Relay):
     def _end_large(self, rewriter: MemberRewriter) -> None:
         self._write(rewriter.feed_eof())
         if rewriter.is_complete:
+            self._attempt.seal(0)
             self._answer.finish()
             self._attempt.finish()
         else:

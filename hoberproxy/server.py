@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from aiohttp import web
 
 from .access import Keyring
 from .accesslog import AccessLog
+from .accounting import Accounts
 from .app import make_app, make_metrics_app
 from .catalog import Catalog
 from .config import Address, Config, ConfigError
@@ -25,6 +27,7 @@ from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
 from .metrics import Metrics
+from .tallies import Tallies
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
@@ -48,6 +51,7 @@ class Server:
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._gateway: Gateway | None = None
+        self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
@@ -78,13 +82,16 @@ class Server:
         upstreams = make_upstreams(config, loop, wheel)
         keyring = Keyring()
         catalog = Catalog(config.models)
+        ledger = Ledger(config.records.file, keyring, keep_days=config.records.keep_days)
+        self._tallies = tallies = _open_tallies(config.records.file)
         return Gateway(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
-            ledger=Ledger(config.records.file, keyring),
+            ledger=ledger,
+            accounts=Accounts(ledger, tallies),
             access_log=AccessLog(sys.stderr, config.log.format) if config.log.access else None,
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
@@ -137,14 +144,15 @@ class Server:
         assert gateway is not None, "started before"
         _check_keys(config, self.addresses)
         upstreams = make_upstreams(config, gateway.loop, gateway.wheel, gateway.upstreams)
-        if (config.server.listen, config.server.metrics_listen, config.records) != (
+        if (config.server.listen, config.server.metrics_listen, config.records.file) != (
             self._config.server.listen,
             self._config.server.metrics_listen,
-            self._config.records,
+            self._config.records.file,
         ):
             logger.warning("a changed listener or records file is used from the next start on")
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
+        gateway.ledger.keep_days = config.records.keep_days
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
         gateway.upstreams = upstreams
@@ -250,7 +258,10 @@ class Server:
             self._ticker.close()
         for upstream in gateway.upstreams.values():
             await upstream.pool.aclose()
+        gateway.accounts.shut()
         await gateway.ledger.aclose()
+        if self._tallies is not None:
+            self._tallies.close()
         if gateway.access_log is not None:
             gateway.access_log.close()
 
@@ -280,6 +291,15 @@ def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
                 f"listening on {', '.join(public)}; require keys, or start on 127.0.0.1 alone"
             ]
         )
+
+
+def _open_tallies(records_file: str) -> Tallies:
+    path = f"{os.path.realpath(records_file)}-limits"
+    try:
+        return Tallies(path)
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise StartError(f"cannot use {path} for the limits of keys: {reason}") from exc
 
 
 def _explain(address: Address, exc: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Token usage as model servers report it, and estimates where they do not.
+"""Token usage as model servers report it; where they do not, estimates.py guesses.
 
 One reader for every dialect seen on the wire. Where the numbers stand in a stream is the
 scanner's business (stream.py), where they go is the ledger's.
@@ -50,19 +50,6 @@ def parse_usage(usage: dict[str, Any]) -> Usage | None:
         reasoning = _count(details.get("reasoning_tokens"))
     cached = cached or _count(get("prompt_cache_hit_tokens"))
     return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0)
-
-
-def estimate_usage(*, prompt_bytes: int, content_events: int, content_bytes: int = 0) -> Usage:
-    """A guess for a request whose upstream told nothing.
-
-    In a stream one content event is about one token; a body has its bytes alone.
-    """
-    completion = content_events or -(-content_bytes // BYTES_PER_TOKEN)
-    return Usage(
-        prompt_tokens=-(-prompt_bytes // BYTES_PER_TOKEN),
-        completion_tokens=completion,
-        is_estimated=True,
-    )
 
 
 def _count(value: object) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,8 @@ from pathlib import Path
 import pytest
 
 from hoberproxy import __version__
-from hoberproxy.cli import GROUPS, main
+from hoberproxy.cli import main
+from hoberproxy.commands_usage import GROUPS
 from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.store import Store
@@ -219,7 +221,8 @@ def test_a_key_is_shown_once_listed_by_its_hint_and_revoked(
     listing = capsys.readouterr().out
     assert key not in listing
     head, line = listing.splitlines()
-    assert head.split() == ["id", "label", "key", "created", "expires", "state"]
+    names = ["id", "label", "key", "created", "last used", "expires", "limits", "state"]
+    assert re.split(r" {2,}", head) == names
     assert line.startswith(key_id)
     assert line.endswith("active")
     assert f"hb_live_...{key[-4:]}" in line
@@ -563,3 +566,143 @@ def test_usage_piped_into_head_ends_without_a_complaint(records: None) -> None:
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# Limits of keys
+
+
+def created(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, str]:
+    """A new key and its id."""
+    assert main(["keys", "create", "--label", "team", *options]) == 0
+    shown = capsys.readouterr()
+    return shown.out.strip(), shown.err.split()[0]
+
+
+LIMITS = ("--rpm", "60", "--tpm", "100000", "--rpd", "1000", "--concurrency", "4")
+MONEY = ("--budget", "5.00", "--budget-period", "month", "--models", "deepseek/*,openai/*")
+
+
+def test_a_key_is_made_with_limits_and_shows_them(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, key_id = created(capsys, *LIMITS, *MONEY)
+    assert main(["keys", "show", key_id]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "rpm 60, tpm 100000, rpd 1000, concurrency 4, 5.00 USD a month, "
+        "models deepseek/* openai/*\n"
+    ) in shown
+    assert "0.00 USD today" in shown
+
+
+def test_an_update_changes_and_takes_away(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, key_id = created(capsys, *LIMITS, *MONEY, "--expires", "30d")
+    options = ["--rpm", "none", "--concurrency", "9", "--models", "none", "--expires", "none"]
+    assert main(["keys", "update", key_id, *options, "--label", "other"]) == 0
+    expected = "tpm 100000, rpd 1000, concurrency 9, 5.00 USD a month"
+    assert capsys.readouterr().out == f"updated {key_id} (other): {expected}\n"
+    main(["keys", "list"])
+    assert " never " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--rpm", "0"], "from 1 to"),
+        (["--rpm", "many"], "a whole number"),
+        (["--budget", "five"], "an amount in USD"),
+        (["--budget", "-1"], "an amount in USD"),
+        (["--budget", "NaN"], "an amount in USD"),
+        (["--budget", "2000000"], "from 0 to 1000000"),
+        (["--expires", "soon"], "a day as YYYY-MM-DD"),
+        (["--models", ""], "patterns of slugs"),
+    ],
+)
+def test_limits_that_make_no_sense_are_refused(
+    config: Path, options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["keys", "create", "--label", "x", *options]) == 1
+    assert problem in capsys.readouterr().err
+
+
+def test_an_update_of_nothing_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, key_id = created(capsys)
+    assert main(["keys", "update", key_id]) == 1
+    assert "something to change" in capsys.readouterr().err
+
+
+def test_a_rotation_prints_the_new_key_and_until_when_the_old_one_works(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, key_id = created(capsys)
+    assert main(["keys", "rotate", key_id, "--grace", "2h"]) == 0
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}\n", shown.out) and shown.out.strip() != old
+    assert "the old key works until" in shown.err
+    main(["keys", "show", key_id])
+    assert "old key    works until" in capsys.readouterr().out
+    assert main(["keys", "rotate", key_id, "--grace", "a while"]) == 1
+
+
+# Usage and export in other forms
+
+
+@pytest.fixture
+def costs(config: Path) -> None:
+    store = Store("records.db")
+    store.insert_records(
+        Record(
+            id=f"req_{number}",
+            started=1_700_000_000.0 + number,
+            key_id="key_1",
+            key_label="team",
+            slug="a/b",
+            provider=provider,
+            status=200,
+            attempts=1,
+            streamed=True,
+            requested=("a/b", "c/d"),
+            prompt_tokens=10,
+            completion_tokens=30,
+            first_content=0.5,
+            total=2.0,
+            cost=cost,
+        )
+        for number, (provider, cost) in enumerate([("one", 10**12), ("two", 3), ("two", None)])
+    )
+    store.close()
+
+
+def test_usage_shows_money_as_bars(costs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--by", "provider"]) == 0
+    head, two, one, note = capsys.readouterr().out.splitlines()
+    assert "USD" in head
+    assert "0.000000000003+" in two and "▏" in two
+    assert "1.0000" in one and one.endswith("█" * 20)
+    assert note.startswith("+ some")
+
+
+def test_usage_is_written_for_programs(costs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--by", "key", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["key"], row["label"], row["requests"]) == ("key_1", "team", 3)
+    assert (row["cost"], row["unpriced"]) == ("1.000000000003", 1)
+    assert main(["usage", "--by", "provider", "--format", "csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("provider,requests,failed,") and len(lines) == 3
+
+
+def test_usage_since_a_while_ago(costs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--since", "30d", "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_records_are_exported_as_lines(costs: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export"]) == 0
+    first, *others = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["id"], first["cost"], first["tokens_per_second"]) == ("req_0", "1.00", 20.0)
+    assert first["requested"] == ["a/b", "c/d"] and len(others) == 2
+    assert main(["export", "--format", "csv", "--until", "2023-11-14"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("id,started,key_id") and len(lines) == 3
+    assert '"[""a/b"",""c/d""]"' in lines[0]

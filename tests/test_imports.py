@@ -13,8 +13,10 @@ import hoberproxy
 PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
-    "__init__ __main__ accesslog app attempts cli deadlines demo diagnosis exchange gateway ledger"
-    " listing metrics origin pool probe quickstart relay server store upstream wire".split()
+    "__init__ __main__ accesslog account_pages accounting app attempts cli commands_keys"
+    " commands_usage counting database deadlines demo diagnosis exchange gateway journal"
+    " keytable ledger listing metrics origin pool printing probe quickstart relay server"
+    " store tallies upstream wire".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from hoberproxy.access import Keyring
+from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
 from hoberproxy.ledger import BUSY_TIMEOUT, Ledger
+from hoberproxy.prices import Prices
 from hoberproxy.record import Record
+from hoberproxy.rows import Row
 from hoberproxy.store import Store, StoreError
 
 PATIENCE = 30.0  # seconds; only a failing test waits so long
@@ -148,15 +155,15 @@ def test_records_wait_while_the_store_is_locked_and_are_written_once(
 
 def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Make the next `times` writes fail as on a full disk."""
-    insert = Store.insert_records
+    insert = Store.insert_rows
     failures = iter(range(times))
 
-    def insert_or_fail(store: Store, records: list[Record]) -> int:
+    def insert_or_fail(store: Store, rows: list[Row]) -> int:
         if next(failures, None) is not None:
             raise StoreError("the disk is full", is_transient=True)
-        return insert(store, records)
+        return insert(store, rows)
 
-    monkeypatch.setattr(Store, "insert_records", insert_or_fail)
+    monkeypatch.setattr(Store, "insert_rows", insert_or_fail)
 
 
 def test_an_outage_is_logged_once_however_often_it_is_tried(
@@ -212,19 +219,36 @@ def test_put_does_not_wait_for_a_locked_store(make: Callable[..., Ledger], path:
         assert (ledger.written, ledger.depth) == (0, 20_000)  # all while the lock is held
 
 
-def test_beyond_its_capacity_the_ledger_counts_what_it_loses(
-    make: Callable[..., Ledger], path: Path
+def test_beyond_its_capacity_records_are_left_to_the_next_process(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = make(capacity=100)
     ledger.start()
     with Lock(path):
         for number in range(130):
             ledger.put(record(number))
-        assert (ledger.depth, ledger.lost) == (100, 30)
+        assert (ledger.depth, ledger.lost) == (100, 0)
     wait_until(lambda: ledger.written == 100)
     ledger.put(record(1000))
-    wait_until(lambda: ledger.written == 101)
-    assert (stored(path), ledger.lost) == (101, 30)
+    assert ledger.close(PATIENCE) == 0
+    assert stored(path) == 101
+    make().start()
+    assert stored(path) == 131
+    assert "30 records taken over" in caplog.text
+
+
+def test_beyond_its_capacity_and_without_a_journal_records_are_lost_and_counted(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.with_name("store.db-requests").write_text("a file where the directory should be")
+    ledger = make(capacity=100)
+    ledger.start()
+    with Lock(path):
+        for number in range(130):
+            ledger.put(record(number))
+        assert (ledger.depth, ledger.lost, ledger.journal_lost) == (100, 30, 130)
+    wait_until(lambda: ledger.written == 100)
+    assert caplog.text.count("no journal") == 1
 
 
 def test_closing_on_a_locked_store_gives_up_in_time_and_says_how_many(
@@ -272,14 +296,14 @@ def test_a_fault_of_ours_loses_its_batch_and_not_the_thread(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    insert = Store.insert_records
+    insert = Store.insert_rows
 
-    def stumble(store: Store, records: list[Record]) -> int:
-        if any(one.id == "req_1" for one in records):
+    def stumble(store: Store, rows: list[Row]) -> int:
+        if any(row[0] == "req_1" for row in rows):
             raise RuntimeError("text that may be a secret")
-        return insert(store, records)
+        return insert(store, rows)
 
-    monkeypatch.setattr(Store, "insert_records", stumble)
+    monkeypatch.setattr(Store, "insert_rows", stumble)
     ledger = make()
     ledger.start()
     ledger.put(record(1))
@@ -368,10 +392,10 @@ def test_keys_made_and_revoked_elsewhere_take_effect(
 def test_keys_are_reloaded_while_records_cannot_be_written(
     make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(store: Store, records: list[Record]) -> int:
+    def refuse(store: Store, rows: list[Row]) -> int:
         raise StoreError("the disk is full", is_transient=True)
 
-    monkeypatch.setattr(Store, "insert_records", refuse)
+    monkeypatch.setattr(Store, "insert_rows", refuse)
     keyring = Keyring()
     ledger = make(keyring)
     ledger.start()
@@ -390,7 +414,7 @@ def test_records_of_another_process_are_no_reason_to_load_keys(
     loads: list[int] = []
     looks: list[int] = []
     load, look = Store.load_keys, Store.keys_version
-    monkeypatch.setattr(Store, "load_keys", lambda store: loads.append(1) or load(store))
+    monkeypatch.setattr(Store, "load_keys", lambda store, _: loads.append(1) or load(store))
     monkeypatch.setattr(Store, "keys_version", lambda store: looks.append(1) or look(store))
     make().start()
     store = Store(path)
@@ -426,4 +450,226 @@ def test_keys_stay_in_force_while_they_cannot_be_reloaded(
     assert caplog.text.count("keys cannot be reloaded") == 1
     other, _ = store.create_key("y")
     wait_until(lambda: authenticates(keyring, other))
+    store.close()
+
+
+# What a killed process leaves
+
+
+ENDPOINT = Endpoint("east", "m", prices=Prices(Decimal(1), Decimal(2)))
+
+
+def die(ledger: Ledger) -> None:
+    """Let go of the journal as a killed process does: nothing is written any more."""
+    assert ledger._thread is None, "a thread would write it"
+    for segment in [*ledger._journal._segments.values(), ledger._journal._current]:
+        assert segment is not None
+        segment.close(remove=False)
+
+
+def test_what_a_killed_process_did_not_write_is_taken_over(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    for number in range(3):
+        one = record(number)
+        dead.open(one, "a/b", ENDPOINT, 1000, 500)
+        if number:
+            dead.seal(one)
+    die(dead)
+    make().start()
+    store = Store(path)
+    lost, *ended = store.export_records()
+    assert [one.status for one in ended] == [200, 200]
+    assert (lost.status, lost.code, lost.slug, lost.provider) == (0, "lost", "a/b", "east")
+    assert (lost.prompt_tokens, lost.completion_tokens, lost.estimated) == (1000, 500, True)
+    assert lost.cost == 2 * 10**9  # 1000 at 1 USD and 500 at 2 USD a million
+    assert [row.name for row in store.sum_usage("status")] == ["200", "lost"]
+    store.close()
+    assert not list(path.with_name("store.db-requests").glob(f"{dead._journal._owner}*"))
+    assert "2 records taken over" in caplog.text
+
+
+def test_what_is_in_the_store_already_is_not_taken_over_again(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    for number in range(2):
+        one = record(number)
+        dead.open(one, "a/b", ENDPOINT, 1, 1)
+        if number:
+            dead.seal(one)
+    die(dead)
+    store = Store(path)
+    store.insert_records([record(0), record(1)])
+    make().start()
+    assert [one.status for one in store.export_records()] == [200, 200]
+    store.close()
+
+
+def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = Ledger(path, Keyring())
+    names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"]])
+    monkeypatch.setattr("hoberproxy.journal._NAMES", b"n" + names)
+    dead._journal.prepare()
+    dead._journal.close_request(("req_1", 5.0, 200, "?"))
+    die(dead)
+    monkeypatch.undo()
+    make().start()
+    store = Store(path)
+    assert list(store.export_records()) == [Record(id="req_1", started=5.0, status=200)]
+    store.close()
+
+
+def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    dead._journal.open(["req_1", "no time", *[None] * 10])
+    die(dead)
+    ledger = make()
+    ledger.start()
+    ledger.put(record(1))
+    wait_until(lambda: ledger.written == 1)
+    assert "a journal with 1 requests is set aside" in caplog.text
+    assert list(path.with_name("store.db-requests").glob("*.unreadable"))
+
+
+def test_a_living_process_takes_over_what_another_leaves(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.ledger.TAKE_OVER_INTERVAL", 0.01)
+    make().start()
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    dead.seal(record(1))
+    time.sleep(0.05)
+    assert stored(path) == 0  # it lives: its journal is its own
+    die(dead)
+    wait_until(lambda: stored(path) == 1)
+
+
+def test_the_limits_learn_what_was_lost_while_others_live(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.ledger.TAKE_OVER_INTERVAL", 0.01)
+    living = make()
+    living.start()
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    one, ended = Record(id="req_1", started=5.0, key_id="key_1"), record(2)
+    for each in (one, ended):
+        dead.open(each, "a/b", ENDPOINT, 1000, 500)
+    dead.seal(ended)  # settled by the process itself
+    die(dead)
+    wait_until(lambda: stored(path) == 2)
+    wait_until(lambda: bool(living.lost_costs))
+    assert list(living.lost_costs) == [("key_1", 5.0, 2 * 10**9)]
+
+
+def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.journal.SEGMENT_BYTES", 4096)
+    ledger = make(tick=0.001)
+    ledger.start()
+    longest = record(0)
+    ledger.open(longest, "a/b", ENDPOINT, 1, 1)
+    for number in range(1, 200):
+        one = record(number)
+        ledger.open(one, "a/b", ENDPOINT, 1, 1)
+        ledger.put(one)
+        wait_until(lambda number=number: ledger.written == number)
+        wait_until(lambda: bool(ledger._journal._spares))
+    files = list(path.with_name("store.db-requests").iterdir())
+    assert len(files) <= 4  # of the 30 or so that all entries would fill
+    ledger.put(longest)
+    ledger.close()
+    assert not list(path.with_name("store.db-requests").iterdir())
+
+
+def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
+    make: Callable[..., Ledger],
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ledger = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        ledger.start()
+        for number in range(10):
+            one = record(number)
+            ledger.open(one, "a/b", ENDPOINT, 1, 1)
+            ledger.put(one)
+        wait_until(lambda: ledger.written == 10)
+        assert (ledger.journal_lost, ledger.lost) == (20, 0)
+    wait_until(lambda: "written again" in caplog.text)
+    assert caplog.text.count("No space left") == 1
+    ledger.put(record(10))
+    assert ledger.journal_lost == 20
+
+
+def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    dead = Ledger(path, Keyring())
+    dead._journal.prepare()
+    one = record(1)
+    dead.open(one, "a/b", ENDPOINT, 1, 1)
+    dead.seal(one)
+    one.status, one.code = 499, "client_closed"
+    dead.seal(one)
+    die(dead)
+    ledger = make()
+    ledger.start()
+    two = record(2)
+    ledger.seal(two)
+    ledger.seal(two)
+    ledger.put(two)
+    wait_until(lambda: ledger.written == 1)
+    ledger.close()
+    assert not list(path.with_name("store.db-requests").iterdir())  # nothing waits for the first
+    store = Store(path)
+    assert [one.status for one in store.export_records()] == [499, 200]
+    store.close()
+
+
+# Chores
+
+
+def test_days_are_summed_and_old_records_deleted(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.store.PURGE_ROWS", 2)
+    monkeypatch.setattr("hoberproxy.ledger.TIDY_INTERVAL", 0.01)
+    ledger = make(keep_days=3)
+    ledger.start()
+    now = time.time()
+    for number in range(10):
+        ledger.put(Record(id=f"req_{number}", started=now - number * 86400.0, status=200))
+    wait_until(lambda: stored(path) == 4)
+    store = Store(path)
+    assert sum(row.requests for row in store.sum_usage("day")) == 10
+    store.close()
+
+
+def test_the_last_use_of_a_key_is_written_down(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.ledger.TIDY_INTERVAL", 0.01)
+    store = Store(path)
+    _, row = store.create_key("x")
+    ledger = make()
+    ledger.start()
+    ledger.put(Record(id="req_1", started=123.0, key_id=row.key_id))
+    wait_until(lambda: store.find_key(row.key_id).last_used == 123.0)
     store.close()

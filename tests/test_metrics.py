@@ -19,6 +19,7 @@ GAUGES = Gauges(
     upstream_connections={"east": (4, 2), "west": (0, 1)},
     records_queued=5,
     records_lost=6,
+    journal_lost=8,
     log_lines_lost=7,
 )
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -78,6 +79,7 @@ def test_gauges_are_told_as_they_are() -> None:
     assert samples[of("hoberproxy_connections_open")] == 8
     assert samples[of("hoberproxy_records_queued")] == 5
     assert samples[of("hoberproxy_records_lost_total")] == 6
+    assert samples[of("hoberproxy_journal_entries_lost_total")] == 8
     assert samples[of("hoberproxy_log_lines_lost_total")] == 7
     connections = "hoberproxy_upstream_connections"
     assert samples[of(connections, provider="east", state="idle")] == 4

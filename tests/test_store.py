@@ -6,15 +6,18 @@ import math
 import sqlite3
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hoberproxy import store as store_module
-from hoberproxy.access import Keyring, hash_key, is_well_formed
-from hoberproxy.errors import FailedAttempt
+from hoberproxy import database as database_module
+from hoberproxy.access import Caller, Keyring, hash_key, is_well_formed
+from hoberproxy.errors import AccessError, FailedAttempt
+from hoberproxy.limits import PICO, History, KeyLimits
 from hoberproxy.record import Record
+from hoberproxy.schema import MIGRATIONS
 from hoberproxy.store import Store, StoreError, UsageRow
 
 DAY = 86_400.0
@@ -180,13 +183,41 @@ def test_an_older_file_is_brought_forward_with_its_data(
     old.insert_records([FULL])
     old.close()
     later = (("CREATE TABLE extras (x)",), ("INSERT INTO extras SELECT id FROM records",))
-    monkeypatch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS + later)
+    monkeypatch.setattr(database_module, "MIGRATIONS", database_module.MIGRATIONS + later)
     for _ in range(2):  # the second time there is nothing left to do
         Store(path).close()
     db = sqlite3.connect(path)
     assert db.execute("SELECT x FROM extras").fetchall() == [("req_full",)]
-    assert db.execute("SELECT version FROM schema_version").fetchall() == [(3,)]
+    assert db.execute("SELECT version FROM schema_version").fetchall() == [(len(MIGRATIONS) + 2,)]
     db.close()
+
+
+@pytest.mark.parametrize("version", range(len(MIGRATIONS)))
+def test_a_file_of_every_earlier_version_is_brought_forward(
+    path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(database_module, "MIGRATIONS", MIGRATIONS[:version])
+        database_module.Database(path).close()
+    db = sqlite3.connect(path)
+    if version:
+        db.execute("INSERT INTO keys VALUES ('key_1', x'01', 'x', 'live', 'hint', 1.0, 9.0, NULL)")
+        columns = [name for _, name, *_ in db.execute("PRAGMA table_info(records)")]
+        values = {"id": "req_old", "requested": '["a/b"]', "failures": "[]", "started": START}
+        db.execute(
+            f"INSERT INTO records ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+            [values.get(name, 1) for name in columns],
+        )
+    db.commit()
+    db.close()
+    store = Store(path)
+    assert {row.key_id: (row.expires, row.models) for row in store.list_keys()} == (
+        {"key_1": (9.0, ())} if version else {}
+    )
+    assert [one.id for one in store.export_records()] == (["req_old"] if version else [])
+    assert sum(row.requests for row in store.sum_usage("day")) == (1 if version else 0)
+    store.insert_records([FULL])
+    store.close()
 
 
 def test_a_migration_that_fails_leaves_the_old_version(
@@ -194,11 +225,11 @@ def test_a_migration_that_fails_leaves_the_old_version(
 ) -> None:
     Store(path).close()
     broken = (("CREATE TABLE extras (x)", "INSERT INTO nowhere VALUES (1)"),)
-    monkeypatch.setattr(store_module, "MIGRATIONS", store_module.MIGRATIONS + broken)
+    monkeypatch.setattr(database_module, "MIGRATIONS", database_module.MIGRATIONS + broken)
     with pytest.raises(StoreError, match="nowhere"):
         Store(path)
     db = sqlite3.connect(path)
-    assert db.execute("SELECT version FROM schema_version").fetchone() == (1,)
+    assert db.execute("SELECT version FROM schema_version").fetchone() == (len(MIGRATIONS),)
     assert db.execute("SELECT name FROM sqlite_master WHERE name = 'extras'").fetchall() == []
     db.close()
 
@@ -483,3 +514,226 @@ def test_a_key_deleted_by_hand_counts_as_a_change(store: Store, path: Path) -> N
     db.commit()
     db.close()
     assert store.keys_version() > version
+
+
+# Limits, rotation, last use
+
+
+LIMITS = KeyLimits(10, 1000, 100, 4, 5 * PICO, "month")
+
+
+def caller_of(store: Store, key: str) -> Caller:
+    return store.load_keys()[hash_key(key)]
+
+
+def test_limits_and_models_of_a_key_reach_its_caller(store: Store) -> None:
+    key, row = store.create_key("x", limits=LIMITS, models=["deepseek/*"])
+    caller = caller_of(store, key)
+    assert (caller.limits, caller.models) == (LIMITS, ("deepseek/*",))
+    assert caller.may_use("deepseek/chat") and not caller.may_use("openai/gpt")
+    assert store.find_key(row.key_id) == row
+
+
+def test_a_key_without_limits_has_none_to_look_at(store: Store) -> None:
+    key, _ = store.create_key("x")
+    assert caller_of(store, key).limits is None
+
+
+def test_an_update_changes_what_it_names(store: Store) -> None:
+    key, row = store.create_key("x", limits=LIMITS)
+    changes = {"label": "y", "concurrency": None, "budget": 7, "expires": START + 1}
+    changed = store.update_key(row.hint, changes)
+    assert changed == store.find_key(row.key_id)
+    assert changed.limits == replace(LIMITS, concurrency=None, budget=7)
+    assert (changed.label, changed.expires) == ("y", START + 1)
+    assert caller_of(store, key).label == "y"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"requests_per_minute": 0},
+        {"concurrency": -1},
+        {"tokens_per_minute": 2**60},
+        {"budget": -1},
+        {"budget_period": "year"},
+        {"models": ["a\nb"]},
+        {"models": ["x"] * 65},
+        {"label": ""},
+    ],
+)
+def test_an_update_that_makes_no_sense_changes_nothing(
+    store: Store, changes: dict[str, Any]
+) -> None:
+    _, row = store.create_key("x", limits=LIMITS)
+    with pytest.raises(StoreError, match="expected"):
+        store.update_key(row.key_id, changes)
+    assert store.find_key(row.key_id) == row
+
+
+def test_the_old_key_works_for_a_while_after_a_rotation(store: Store) -> None:
+    old, row = store.create_key("x", limits=LIMITS)
+    new, rotated = store.rotate_key(row.key_id, 60.0)
+    ring = Keyring()
+    ring.replace(store.load_keys())
+    for key in (old, new):
+        caller = ring.authenticate(b"Bearer " + key.encode(), START + 59)
+        assert (caller.key_id, caller.limits) == (row.key_id, LIMITS)
+    with pytest.raises(AccessError, match="expired"):
+        ring.authenticate(b"Bearer " + old.encode(), START + 60)
+    ring.authenticate(b"Bearer " + new.encode(), START + 60)
+    assert rotated.hint != row.hint and rotated.old_until == START + 60
+    store.rotate_key(row.key_id, 60.0)  # the oldest of three stops at once
+    with pytest.raises(KeyError):
+        caller_of(store, old)
+
+
+def test_a_revoked_key_is_not_rotated(store: Store) -> None:
+    _, row = store.create_key("x")
+    store.revoke_key(row.key_id)
+    with pytest.raises(StoreError, match="revoked"):
+        store.rotate_key(row.key_id, 60.0)
+
+
+def test_the_last_use_of_a_key_is_no_reason_to_load_keys(store: Store) -> None:
+    _, row = store.create_key("x")
+    version = store.keys_version()
+    store.note_uses({row.key_id: START})
+    store.note_uses({row.key_id: START - 5})
+    assert store.find_key(row.key_id).last_used == START
+    assert store.keys_version() == version
+
+
+# History, days, retention
+
+
+def spend(number: int, started: float, cost: int | None = 5, **values: Any) -> Record:
+    values = values or {"key_id": "key_1", "attempts": 1}
+    return record(f"req_{number}", started=started, cost=cost, **values)
+
+
+def test_history_is_today_this_month_and_in_all(store: Store) -> None:
+    store.insert_records(
+        [
+            spend(1, START),
+            spend(2, START, None),
+            spend(3, START, 9, key_id="key_2", attempts=1),
+            spend(4, START, 0, key_id="key_1"),  # refused: not tried anywhere
+            spend(5, START - DAY),
+            spend(6, START - 20 * DAY),
+        ]
+    )
+    today = int(START // DAY)
+    expected = History(today, day_requests=2, day_spent=5, month_spent=10, total_spent=15)
+    assert store.sum_history("key_1") == expected
+    store.sum_days(START)
+    assert store.sum_history("key_1") == expected
+
+
+def test_sums_stay_when_days_are_summed_and_their_records_deleted(store: Store) -> None:
+    store.insert_records(
+        [
+            record(
+                f"req_{number}",
+                started=START - number * DAY / 4,
+                key_id=f"key_{number % 2}",
+                slug=f"m{number % 3}",
+                provider="east",
+                status=(200, 502)[number % 2],
+                cost=(None, 10**12)[number % 2],
+                attempts=1,
+                prompt_tokens=number,
+                first_content=0.5,
+            )
+            for number in range(40)
+        ]
+    )
+    before = {by: store.sum_usage(by) for by in ("key", "model", "provider", "day", "status")}
+    store.sum_days(START)
+    assert {by: store.sum_usage(by) for by in before} == before
+    deleted = store.delete_records(START - 2 * DAY)
+    assert 0 < deleted < 40 and store.delete_records(START - 2 * DAY) == 0
+    assert {by: store.sum_usage(by) for by in before} == before
+    since = START // DAY * DAY - 3 * DAY
+    assert sum(row.requests for row in store.sum_usage("key", since)) == 16
+
+
+def test_days_not_yet_summed_are_not_deleted(store: Store) -> None:
+    store.insert_records([spend(1, START - 9 * DAY)])
+    assert store.delete_records(START) == 0
+
+
+def test_a_record_that_comes_late_is_summed_with_its_day(store: Store) -> None:
+    store.insert_records([spend(1, START - DAY)])
+    store.sum_days(START)
+    store.insert_records([spend(2, START - DAY)])
+    assert [row.requests for row in store.sum_usage("day")] == [2]
+    store.sum_days(START)
+    assert [row.requests for row in store.sum_usage("day")] == [2]
+
+
+def test_a_record_that_comes_after_its_day_was_deleted_does_not_take_its_sum_away(
+    store: Store,
+) -> None:
+    store.insert_records([spend(1, START - 9 * DAY), spend(2, START)])
+    store.sum_days(START)
+    assert store.delete_records(START - DAY) == 1
+    store.insert_records([spend(3, START - 9 * DAY)])
+    store.sum_days(START)
+    assert [row.requests for row in store.sum_usage("day")] == [1, 1]
+
+
+def test_costs_add_up_beyond_64_bits(store: Store) -> None:
+    store.insert_records([spend(number, START, 2**62) for number in range(8)])
+    assert store.sum_usage("key")[0].cost == 8 * 2**62
+
+
+def test_the_history_of_a_key_is_summed_once_and_kept(store: Store) -> None:
+    key, row = store.create_key("x", limits=KeyLimits(budget=100))
+    store.insert_records([record("req_1", key_id=row.key_id, cost=7, attempts=1)])
+    first = store.load_keys()
+    assert first[hash_key(key)].history.total_spent == 7
+    store.insert_records([record("req_2", key_id=row.key_id, cost=7, attempts=1)])
+    again = store.load_keys(first)
+    assert again[hash_key(key)].history is first[hash_key(key)].history
+    store.update_key(row.key_id, {"budget": None})
+    without = store.load_keys(again)
+    store.update_key(row.key_id, {"budget": 50})
+    assert store.load_keys(without)[hash_key(key)].history.total_spent == 14
+
+
+# Single records
+
+
+def test_export_has_every_record_once_in_order(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hoberproxy.store.EXPORT_ROWS", 3)
+    times = [START + number // 4 for number in range(20)]  # several at the same time
+    store.insert_records([spend(number, time) for number, time in enumerate(times)])
+    assert [one.id for one in store.export_records()] == [f"req_{n}" for n in range(20)]
+    part = store.export_records(START + 1, START + 3)
+    assert [one.id for one in part] == [f"req_{n}" for n in range(4, 12)]
+
+
+def test_a_record_is_found_by_both_ids_and_by_its_own_key_alone(store: Store) -> None:
+    store.insert_records([FULL])
+    assert store.find_record("req_full", "key_1") == FULL
+    assert store.find_record("req_full", "key_2") is None
+    assert store.find_generation("chatcmpl-9", "key_1") == FULL
+    assert store.find_generation("chatcmpl-9", "key_2") is None
+
+
+def test_a_better_count_amends_an_estimate_only(store: Store) -> None:
+    store.insert_records(
+        [
+            record("req_1", estimated=True, completion_tokens=5),
+            record("req_2", has_usage=True, completion_tokens=5),
+        ]
+    )
+    for name in ("req_1", "req_2"):
+        store.amend_usage(name, 1, 7, 3)
+    first, second = (store.find_record(name) for name in ("req_1", "req_2"))
+    assert first is not None and second is not None
+    assert (first.completion_tokens, first.cost, first.estimated) == (7, 3, False)
+    assert (second.completion_tokens, second.cost) == (5, None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.usage import Usage, estimate_usage, parse_usage, read_usage
+from hoberproxy.usage import Usage, parse_usage, read_usage
 
 PLAIN = {"prompt_tokens": 7, "completion_tokens": 5}
 
@@ -105,13 +105,3 @@ def test_no_form_of_usage_is_too_strange_to_read(document: dict[str, Any]) -> No
         counts = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
         assert all(type(count) is int and 0 <= count <= 2**40 for count in counts)
         assert not usage.is_estimated
-
-
-def test_a_streams_estimate_counts_its_events() -> None:
-    estimate = estimate_usage(prompt_bytes=401, content_events=12, content_bytes=9999)
-    assert estimate == Usage(101, 12, is_estimated=True)
-
-
-def test_a_bodys_estimate_counts_its_bytes() -> None:
-    estimate = estimate_usage(prompt_bytes=0, content_events=0, content_bytes=9)
-    assert estimate == Usage(0, 3, is_estimated=True)

@@ -23,7 +23,7 @@ from ..machine import describe_machine
 from ..processes import environment
 from . import Case
 
-MODULES = ("scanner", "framing", "body_checks", "plan", "path")
+MODULES = ("scanner", "framing", "body_checks", "plan", "path", "account")
 ROUND_SECONDS = 0.05
 CALLS = (20, 120)  # of the two counted runs; the first ones also warm the interpreter up
 COUNT_TIMEOUT = 120.0

@@ -19,6 +19,7 @@ from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 
 from . import Case
+from .account import accounts_in, temporary_folder
 from .streams import CONTENT, FINISH, MODEL, OPENING, SLUG, chunk, request_body
 
 _CONFIG = f"""
@@ -75,13 +76,6 @@ class _Transport:
         return 0
 
 
-class _Ledger:
-    """Takes records and forgets them."""
-
-    def put(self, record: object) -> None:
-        """Dropped."""
-
-
 class _Path:
     """A client's connection and its upstream's, with nothing but the proxy's code between."""
 
@@ -92,7 +86,7 @@ class _Path:
         caller = Caller("key_1", "bench", "test", None, None)
         keyring.replace({hash_key(_KEY): caller})
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
-        ledger: Any = _Ledger()
+        ledger, accounts = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
         self._gateway = gateway = Gateway(
             config=config,
@@ -101,6 +95,7 @@ class _Path:
             catalog=catalog,
             keyring=keyring,
             ledger=ledger,
+            accounts=accounts,
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),

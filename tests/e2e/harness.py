@@ -396,19 +396,18 @@ class Program:
 
 @asynccontextmanager
 async def running_program(
-    folder: Path, upstream: ScriptedUpstream, server: str = ""
+    folder: Path, upstream: ScriptedUpstream, server: str = "", *, keys: bool = False
 ) -> AsyncIterator[Program]:
-    """`python -m hoberproxy serve`; `server` are lines of that table."""
+    """`python -m hoberproxy serve`; `server` are lines of that table. `keys`: clients need one."""
     config = folder / "hoberproxy.toml"
-    config.write_text(
-        PROGRAM_CONFIG.format(
-            server=server,
-            folder=folder,
-            url=upstream.base_url,
-            slug=SLUG,
-            upstream_model=UPSTREAM_MODEL,
-        )
+    text = PROGRAM_CONFIG.format(
+        server=server,
+        folder=folder,
+        url=upstream.base_url,
+        slug=SLUG,
+        upstream_model=UPSTREAM_MODEL,
     )
+    config.write_text(text.replace("required = false", "required = true") if keys else text)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
         stdout=asyncio.subprocess.PIPE,

@@ -1,0 +1,130 @@
+"""A request's account: limits, journal and queue on its path, and its record's way into the store.
+
+The files lie in a folder of their own under the system's temporary one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import chain
+from pathlib import Path
+
+from hoberproxy.access import ANONYMOUS, Caller, Keyring
+from hoberproxy.accounting import Accounts
+from hoberproxy.catalog import Endpoint
+from hoberproxy.ledger import Ledger
+from hoberproxy.limits import PICO, KeyLimits
+from hoberproxy.prices import Prices
+from hoberproxy.record import Record
+from hoberproxy.request import parse_call
+from hoberproxy.routing import Plan, Step
+from hoberproxy.rows import make_row
+from hoberproxy.store import Store
+from hoberproxy.tallies import Tallies
+from hoberproxy.usage import Usage
+
+from . import Case
+from .streams import SLUG, request_body
+
+BATCH = 500
+PLENTY = 10**9
+ENDPOINT = Endpoint("east", "model-2024", prices=Prices(Decimal("0.14"), Decimal("0.28")))
+PLAN = Plan((Step(SLUG, ENDPOINT),))
+USAGE = Usage(100, 200, 50)
+EVERYTHING = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY, PLENTY * PICO)
+
+
+class _Drained(Ledger):
+    """A ledger whose thread is always done: what it is handed is in the store a batch later."""
+
+    def put(self, record: Record) -> None:
+        super().put(record)
+        if len(self._queue) == BATCH:
+            self._journal.settle(chain.from_iterable(entry[1:] for entry in self._queue))
+            self._taken -= BATCH
+            self._queue.clear()
+
+
+def _record(number: int) -> Record:
+    return Record(
+        id=f"req_0123456789abcdef{number:08x}",
+        started=1_700_000_000.0 + number / 1000,
+        key_id="key_0123456789ab",
+        key_label="team-a",
+        path="/v1/chat/completions",
+        requested=(SLUG,),
+        slug=SLUG,
+        provider="east",
+        upstream_model="model-2024",
+        upstream_id=f"chatcmpl-{number * 7919:024x}",
+        streamed=True,
+        status=200,
+        finish_reason="stop",
+        attempts=1,
+        events=64,
+        bytes_out=12_345,
+        first_content=0.123,
+        total=1.234,
+    )
+
+
+def accounts_in(folder: Path) -> tuple[Ledger, Accounts]:
+    """A ledger that takes records as fast as they come, and the accounts on it."""
+    ledger = _Drained(folder / "store.db", Keyring())
+    ledger._journal.prepare()
+    return ledger, Accounts(ledger, Tallies(folder / "limits"))
+
+
+def temporary_folder() -> Path:
+    """One that goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="hoberproxy-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
+    def make() -> Callable[[], object]:
+        _, accounts = accounts_in(temporary_folder())
+        caller = ANONYMOUS
+        if limits is not None:
+            caller = Caller("key_0123456789ab", "team-a", "live", None, None, limits=limits)
+        call, record = parse_call(request_body(100)), _record(1)
+
+        def account() -> None:
+            record.sealed = None
+            lease = accounts.open(record, caller, call, PLAN, record.started)
+            accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
+            accounts.seal(record)
+            if caller.limits is not None:
+                accounts.headers(caller, record.started)
+            accounts.close(record, caller, lease)
+
+        return account
+
+    return make
+
+
+def _writing() -> Callable[[], object]:
+    store = Store(temporary_folder() / "store.db")
+    rows = [make_row(_record(number)) for number in range(BATCH)]
+    written = 0
+
+    def write() -> None:
+        nonlocal written
+        prefix = f"req_{written:016x}"
+        written += 1
+        store.insert_rows([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
+
+    return write
+
+
+CASES = (
+    Case("no limits", _account(None), unit="request"),
+    Case("requests a minute", _account(KeyLimits(requests_per_minute=PLENTY)), unit="request"),
+    Case("every limit", _account(EVERYTHING), unit="request"),
+    Case("into the store, by 500", _writing, BATCH, unit="record"),
+)

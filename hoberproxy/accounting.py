@@ -1,0 +1,154 @@
+"""A request's account: may it begin, what is held for it, what it used and cost in the end.
+
+Brings together who knows: the limits, the journal and the ledger, and what was learnt of an
+endpoint's answers. The exchange calls `open` before its first attempt, `seal` before the last byte
+of the answer goes out, and `close` at the end, however it came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .access import Caller
+from .catalog import Endpoint
+from .counting import TokenCounter
+from .errors import AccessError
+from .estimates import Estimates
+from .ledger import Ledger
+from .limits import Headers, Lease
+from .record import Record
+from .request import Call
+from .routing import Plan
+from .tallies import Limiter
+from .usage import Usage
+
+
+class Accounts:
+    """One per process; to be used on the loop's thread."""
+
+    def __init__(self, ledger: Ledger, limiter: Limiter) -> None:
+        self._ledger = ledger
+        self._limiter = limiter
+        self._estimates = Estimates()
+        self._counter: TokenCounter | None = None  # with the first request to be counted
+
+    def open(
+        self, record: Record, caller: Caller, call: Call, plan: Plan, now: float
+    ) -> Lease | None:
+        """Count the call in and tell the journal; what `close` wants back. Raises AccessError.
+
+        `now` in unix seconds: not the record's start, for a body may have taken long.
+        """
+        step = plan.steps[0]
+        prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
+        wish, lease = call.max_output, None
+        if caller.limits is not None:
+            while self._ledger.lost_costs:
+                self._limiter.charge(*self._ledger.lost_costs.popleft())
+            answer = usual if wish is None else wish
+            lease = self._limiter.admit(caller, now, prompt, answer, is_bounded=wish is not None)
+        if wish is not None and wish < usual:
+            usual = wish
+        self._ledger.open(record, step.slug, step.endpoint, prompt, usual)
+        return lease
+
+    def fill(
+        self,
+        record: Record,
+        endpoint: Endpoint,
+        usage: Usage | None,
+        *,
+        prompt_bytes: int,
+        body_bytes: int,
+        is_answered: bool,
+    ) -> None:
+        """Put usage and cost into the record: as reported, else estimated if there was an answer.
+
+        `body_bytes` are of an answer that was no stream.
+        """
+        key, prices = endpoint.key, endpoint.prices
+        if usage is not None:
+            record.has_usage = True
+            if record.status == 200 and not record.code:
+                self._estimates.learn(
+                    key,
+                    usage,
+                    prompt_bytes=prompt_bytes,
+                    events=record.events,
+                    body_bytes=body_bytes,
+                )
+        elif is_answered:
+            usage = self._estimates.usage(
+                key, prompt_bytes=prompt_bytes, events=record.events, body_bytes=body_bytes
+            )
+        else:
+            record.cost = 0  # no upstream answered, none asks for money
+            return
+        record.prompt_tokens = usage.prompt_tokens
+        record.completion_tokens = usage.completion_tokens
+        record.cached_tokens = usage.cached_tokens
+        record.reasoning_tokens = usage.reasoning_tokens
+        record.estimated = usage.is_estimated
+        if prices is not None:
+            record.price = prices.text
+            record.cost = prices.cost(usage)
+
+    def seal(self, record: Record) -> None:
+        """The record is as it will be stored: tell the journal."""
+        self._ledger.seal(record)
+
+    def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
+        """Hand the record over, and settle what was held."""
+        self._ledger.put(record)
+        if lease is not None:
+            self._limiter.settle(
+                caller,
+                lease,
+                tokens=record.prompt_tokens + record.completion_tokens,
+                spent=record.cost or 0,
+            )
+
+    def count(self, record: Record, endpoint: Endpoint, body: bytes, answer: bytes | None) -> None:
+        """Have a closed record's tokens counted, off the loop, in place of an estimate."""
+        if record.has_usage or not record.estimated or answer is None:
+            return
+        if self._counter is None:
+            self._counter = TokenCounter()
+
+        def amend(prompt: int, completion: int) -> None:
+            prices = endpoint.prices
+            cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
+            self._ledger.amend(record.id, prompt, completion, cost)
+
+        self._counter.count(body, answer, amend)
+
+    def shut(self) -> None:
+        """The last request has ended; before the ledger's closing."""
+        if self._counter is not None:
+            self._counter.close()
+
+    def counters(self, caller: Caller, now: float) -> list[int]:
+        """What a caller with limits has used of them, by the places in limits.py."""
+        return self._limiter.counters(caller, now)
+
+    def headers(self, caller: Caller, now: float) -> Headers:
+        """The x-ratelimit-* fields of an answer to a caller with limits."""
+        return self._limiter.headers(caller, now)
+
+
+def permitted(plan: Plan, caller: Caller) -> Plan:
+    """The plan without the models that the key may not use. AccessError if nothing is left."""
+    if not caller.models:
+        return plan
+    steps = tuple(step for step in plan.steps if caller.may_use(step.slug))
+    if not steps:
+        slugs = ", ".join(dict.fromkeys(step.slug for step in plan.steps))
+        raise AccessError(
+            f"expected a model out of {', '.join(caller.models)} with this key, got {slugs[:256]}; "
+            "ask for another model, or use another key",
+            code="model_not_allowed",
+            status=403,
+            type="permission_error",
+            param="model",
+        )
+    return replace(plan, steps=steps)

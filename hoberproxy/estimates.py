@@ -1,0 +1,77 @@
+"""Token counts for requests whose upstream told none, by what it told of others.
+
+Learnt for each endpoint: bytes of a prompt in a token, tokens in an event of a stream or in the
+bytes of a body, and how long its answers usually are. Nothing of a text is looked at.
+"""
+
+from __future__ import annotations
+
+from .health import Key
+from .usage import BYTES_PER_TOKEN, Usage
+
+MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
+USUAL_ANSWER = 500  # tokens, of an endpoint that has not answered yet
+SHARE = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
+SHORTEST_LEARNT = 8  # tokens: below, the framing of a chat outweighs its text
+
+
+class Ratios:
+    """What was learnt of one endpoint."""
+
+    __slots__ = ("answer", "answers", "per_byte", "per_event", "prompt_bytes")
+
+    def __init__(self) -> None:
+        self.prompt_bytes = float(BYTES_PER_TOKEN)  # in a token
+        self.per_event = 1.0  # tokens
+        self.per_byte = 1.0 / BYTES_PER_TOKEN  # tokens, of a body as it is relayed
+        self.answer = float(USUAL_ANSWER)  # tokens
+        self.answers = 0
+
+
+class Estimates:
+    """All endpoints of a process."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[Key, Ratios] = {}
+        self._unknown = Ratios()
+
+    def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
+        """A prompt's tokens, by its bytes in the request, and those an answer usually takes."""
+        ratios = self._of(endpoint)
+        return round(prompt_bytes / ratios.prompt_bytes), round(ratios.answer)
+
+    def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
+        """A guess for an answer of so many content events, or of a body of so many bytes."""
+        ratios = self._of(endpoint)
+        completion = events * ratios.per_event if events else body_bytes * ratios.per_byte
+        return Usage(
+            prompt_tokens=round(prompt_bytes / ratios.prompt_bytes),
+            completion_tokens=round(completion),
+            is_estimated=True,
+        )
+
+    def learn(
+        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
+    ) -> None:
+        """An answer came to its end, and the upstream told its usage."""
+        ratios = self._ratios.get(endpoint)
+        if ratios is None:
+            if len(self._ratios) >= MAX_LEARNT:
+                del self._ratios[next(iter(self._ratios))]
+            ratios = self._ratios[endpoint] = Ratios()
+        share = SHARE if ratios.answers >= 1 / SHARE else 1 / (ratios.answers + 1)
+        ratios.answers += 1
+        completion = usage.completion_tokens
+        ratios.answer += (completion - ratios.answer) * share
+        if usage.prompt_tokens >= SHORTEST_LEARNT:
+            ratios.prompt_bytes += (
+                prompt_bytes / usage.prompt_tokens - ratios.prompt_bytes
+            ) * share
+        if completion >= SHORTEST_LEARNT:
+            if events:
+                ratios.per_event += (completion / events - ratios.per_event) * share
+            elif body_bytes:
+                ratios.per_byte += (completion / body_bytes - ratios.per_byte) * share
+
+    def _of(self, endpoint: Key) -> Ratios:
+        return self._ratios.get(endpoint, self._unknown)

@@ -1,0 +1,344 @@
+"""What one key may use: requests and tokens per minute, requests per day, calls at once, money.
+
+The counters of a key are a row of integers, its cells, so that they can lie in memory that several
+processes share; who owns the memory and who holds the lock is left to tallies.py. A minute begins
+with the first request after the last one ended; days and months are calendar ones in UTC, so that
+they can be counted anew from the records. Money is in whole picodollars (1e-12 USD).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from math import ceil
+from typing import NamedTuple, Protocol
+
+from .errors import AccessError
+
+PICO = 10**12  # picodollars in a dollar
+PERIODS = ("day", "month", "total")
+MINUTE_MS = 60_000
+DAY_MS = 86_400_000
+BUSY_WAIT = 1.0  # seconds: nobody knows when one of the running calls ends
+
+# The places of a key's cells.
+MINUTE_START = 0  # unix ms; 0: none has begun
+MINUTE_REQUESTS = 1
+MINUTE_TOKENS = 2  # settled and reserved
+DAY = 3  # days since 1970
+DAY_REQUESTS = 4
+DAY_SPENT = 5
+MONTH = 6  # year * 12 + month
+MONTH_SPENT = 7
+TOTAL_SPENT = 8
+CELLS = 9
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Cells(Protocol):
+    """A row of integers, wherever it lies."""
+
+    def __getitem__(self, place: int, /) -> int: ...
+    def __setitem__(self, place: int, value: int, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may use; None is no limit. `budget` is in picodollars per `budget_period`."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    requests_per_day: int | None = None
+    concurrency: int | None = None
+    budget: int | None = None
+    budget_period: str = "total"
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Nothing is limited."""
+        return all(getattr(self, each.name) is None for each in fields(self)[:-1])
+
+    @property
+    def needs_settling(self) -> bool:
+        """What a call really used matters for the next one."""
+        # With a limit a day too: what is spent is counted on, should the key be given a budget.
+        return (
+            self.tokens_per_minute is not None or self.concurrency is not None or self.needs_history
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """Counters outlive the process: they have to be counted from the records."""
+        return self.requests_per_day is not None or self.budget is not None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What the records knew of a key on `day` (since 1970, UTC): on it, in its month and in all."""
+
+    day: int = 0
+    day_requests: int = 0
+    day_spent: int = 0
+    month_spent: int = 0
+    total_spent: int = 0
+
+
+class Lease(NamedTuple):  # made for each request, at a third of the cost of a dataclass
+    """One admitted call, to be settled once. Its windows, and the tokens held for it."""
+
+    minute_start: int
+    day: int
+    month: int
+    reserved: int
+
+
+# Windows
+
+
+def day_of(now_ms: int) -> int:
+    """Days since 1970, UTC."""
+    return now_ms // DAY_MS
+
+
+def month_of(day: int) -> int:
+    """Months since the year 0 of a day since 1970."""
+    date = datetime.fromtimestamp(day * DAY_MS / 1000, UTC)
+    return date.year * 12 + date.month - 1
+
+
+def month_start(month: int) -> float:
+    """Unix seconds of a month's first moment."""
+    return datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
+
+
+def roll(cells: Cells, now_ms: int) -> None:
+    """Begin the windows anew whose time is over.
+
+    Processes wait for each other's lock: a `now` that is a little before the window's start belongs
+    to it. Only a clock that was set back by more than a window begins one anew.
+    """
+    start = cells[MINUTE_START]
+    if not start - MINUTE_MS < now_ms < start + MINUTE_MS:
+        cells[MINUTE_START] = now_ms
+        cells[MINUTE_REQUESTS] = cells[MINUTE_TOKENS] = 0
+    day = now_ms // DAY_MS
+    if not cells[DAY] - 1 <= day <= cells[DAY]:
+        cells[DAY] = day
+        cells[DAY_REQUESTS] = cells[DAY_SPENT] = 0
+        month = month_of(day)
+        if cells[MONTH] != month:
+            cells[MONTH] = month
+            cells[MONTH_SPENT] = 0
+
+
+def restore(cells: Cells, history: History, now_ms: int) -> None:
+    """Put what the records know in place of the counters that outlive a process."""
+    day = history.day or day_of(now_ms)
+    cells[DAY], cells[MONTH] = day, month_of(day)
+    cells[DAY_REQUESTS] = history.day_requests
+    cells[DAY_SPENT] = history.day_spent
+    cells[MONTH_SPENT] = history.month_spent
+    cells[TOTAL_SPENT] = history.total_spent
+    roll(cells, now_ms)
+
+
+def catch_up(cells: Cells, history: History, now_ms: int) -> None:
+    """Raise counters to what the records know: they stood still while nothing limited them."""
+    roll(cells, now_ms)
+    if cells[DAY] == history.day:
+        cells[DAY_REQUESTS] = max(cells[DAY_REQUESTS], history.day_requests)
+        cells[DAY_SPENT] = max(cells[DAY_SPENT], history.day_spent)
+    if cells[MONTH] == month_of(history.day):
+        cells[MONTH_SPENT] = max(cells[MONTH_SPENT], history.month_spent)
+    cells[TOTAL_SPENT] = max(cells[TOTAL_SPENT], history.total_spent)
+
+
+# Admission
+
+
+def admit(
+    cells: Cells,
+    limits: KeyLimits,
+    now_ms: int,
+    *,
+    prompt_tokens: int,
+    answer_tokens: int,
+    is_bounded: bool,
+    running: int = 0,
+) -> Lease:
+    """Count a call in, or raise AccessError with the wait that is needed (429, or 402).
+
+    `answer_tokens` is what the client asked for at most if `is_bounded`, else a guess, which
+    gives way where the limit is tight. `running` are this key's calls under way.
+    """
+    roll(cells, now_ms)
+    _check_requests(cells, limits, now_ms)
+    if limits.concurrency is not None and running >= limits.concurrency:
+        raise _refusal(
+            f"{_count(limits.concurrency, 'call')} of this key at once, got one more; "
+            "wait for one to end",
+            BUSY_WAIT,
+        )
+    _check_budget(cells, limits, now_ms)
+    reserved = 0
+    if limits.tokens_per_minute is not None:
+        reserved = _reserve(
+            cells, limits.tokens_per_minute, now_ms, prompt_tokens, answer_tokens, is_bounded
+        )
+    cells[MINUTE_REQUESTS] += 1
+    cells[MINUTE_TOKENS] += reserved
+    cells[DAY_REQUESTS] += 1
+    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], reserved)
+
+
+def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
+    """Put what the call used, in tokens and picodollars, in place of what was held for it.
+
+    It belongs to the windows in which the call began; those that are over are let be.
+    """
+    if cells[MINUTE_START] == lease.minute_start:
+        cells[MINUTE_TOKENS] = max(0, cells[MINUTE_TOKENS] + tokens - lease.reserved)
+    if cells[DAY] == lease.day:
+        cells[DAY_SPENT] += spent
+    if cells[MONTH] == lease.month:
+        cells[MONTH_SPENT] += spent
+    cells[TOTAL_SPENT] += spent
+
+
+def spent_in(cells: Cells, period: str) -> int:
+    """Picodollars spent in the current day or month, or in all."""
+    return cells[{"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}[period]]
+
+
+def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
+    per_minute, per_day = limits.requests_per_minute, limits.requests_per_day
+    if per_minute is not None and cells[MINUTE_REQUESTS] >= per_minute:
+        raise _refusal(
+            f"{_count(per_minute, 'request')} a minute with this key, got one more; "
+            "wait for the next minute",
+            _minute_left(cells, now_ms),
+        )
+    if per_day is not None and cells[DAY_REQUESTS] >= per_day:
+        raise _refusal(
+            f"{_count(per_day, 'request')} a day (UTC) with this key, got one more; "
+            "wait for the next day",
+            _day_left(now_ms),
+        )
+
+
+def _check_budget(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
+    if limits.budget is None or spent_in(cells, limits.budget_period) < limits.budget:
+        return
+    amount, period = format_dollars(limits.budget), limits.budget_period
+    span = "in all" if period == "total" else f"a {period} (UTC)"
+    raise AccessError(
+        f"expected this key to spend up to {amount} USD {span}, and it is spent; "
+        "raise the budget, or wait for the next period where it has one",
+        code="budget_exceeded",
+        status=402,
+        type="insufficient_quota",
+        retry_after=_period_left(cells, period, now_ms),
+    )
+
+
+def _reserve(
+    cells: Cells, limit: int, now_ms: int, prompt: int, answer: int, is_bounded: bool
+) -> int:
+    """How many tokens to hold for a call; raises where there are not as many."""
+    wanted = prompt + answer if is_bounded else min(prompt + answer, max(limit, prompt))
+    if wanted > limit:
+        raise _refusal(
+            f"up to {_count(limit, 'token')} a minute with this key, got a request that may take "
+            f"about {wanted}; shorten it, or lower its max_tokens",
+            None,
+        )
+    if cells[MINUTE_TOKENS] + wanted > limit:
+        raise _refusal(
+            f"{_count(limit, 'token')} a minute with this key, got a request that may take about "
+            f"{wanted} more; wait for the next minute",
+            _minute_left(cells, now_ms),
+        )
+    return wanted
+
+
+def _refusal(message: str, wait: float | None) -> AccessError:
+    return AccessError(
+        f"expected at most {message}",
+        code="rate_limit_exceeded",
+        status=429,
+        type="rate_limit_error",
+        retry_after=wait,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _minute_left(cells: Cells, now_ms: int) -> float:
+    return (cells[MINUTE_START] + MINUTE_MS - now_ms) / 1000
+
+
+def _day_left(now_ms: int) -> float:
+    return (DAY_MS - now_ms % DAY_MS) / 1000
+
+
+def _period_left(cells: Cells, period: str, now_ms: int) -> float | None:
+    if period == "day":
+        return _day_left(now_ms)
+    return month_start(cells[MONTH] + 1) - now_ms / 1000 if period == "month" else None
+
+
+# What is told
+
+
+def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
+    """The x-ratelimit-* fields: of the minute, or of the day where only that is limited."""
+    left = (cells[MINUTE_START] + MINUTE_MS - now_ms) / 1000
+    has_ended = not 0 < left <= 60
+    reset = b"0ms" if has_ended else format_wait(left)
+    headers: Headers = []
+    if (limit := limits.requests_per_minute) is not None:
+        used = 0 if has_ended else cells[MINUTE_REQUESTS]
+        headers += (
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-requests", reset),
+        )
+    elif (limit := limits.requests_per_day) is not None:
+        used = cells[DAY_REQUESTS] if cells[DAY] == now_ms // DAY_MS else 0
+        headers += (
+            (b"x-ratelimit-limit-requests", b"%d" % limit),
+            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-requests", format_wait(_day_left(now_ms))),
+        )
+    if (limit := limits.tokens_per_minute) is not None:
+        used = 0 if has_ended else cells[MINUTE_TOKENS]
+        headers += (
+            (b"x-ratelimit-limit-tokens", b"%d" % limit),
+            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, limit - used)),
+            (b"x-ratelimit-reset-tokens", reset),
+        )
+    return headers
+
+
+def format_wait(seconds: float) -> bytes:
+    """A time as OpenAI writes it: `250ms`, `1s`, `6m0s`, `23h59m0s`; rounded up."""
+    if seconds < 1:
+        return b"%dms" % max(0, ceil(seconds * 1000))
+    whole = ceil(seconds)
+    if whole < 60:
+        return b"%ds" % whole
+    if whole < 3600:
+        return b"%dm%ds" % divmod(whole, 60)
+    hours, rest = divmod(whole, 3600)
+    return b"%dh%dm%ds" % (hours, *divmod(rest, 60))
+
+
+def format_dollars(pico: int) -> str:
+    """Picodollars as dollars in plain notation, exact, with two decimals at least."""
+    sign, pico = ("-", -pico) if pico < 0 else ("", pico)
+    whole, rest = divmod(pico, PICO)
+    decimals = f"{rest:012d}".rstrip("0").ljust(2, "0")
+    return f"{sign}{whole}.{decimals}"

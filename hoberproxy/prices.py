@@ -1,0 +1,72 @@
+"""What an endpoint asks for its work, and what one request cost by it. Exact: no floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+
+from .usage import Usage
+
+# A price has up to 12 decimals per million tokens: in attodollars (1e-18 USD) a token's is whole.
+_PER_TOKEN = 10**12
+_PER_REQUEST = 10**18
+_ATTO_IN_PICO = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """USD per million tokens, and per request; at most 12 decimals.
+
+    `cached` input costs as `prompt` does where it is None, `reasoning` as `completion`.
+    """
+
+    prompt: Decimal = Decimal(0)
+    completion: Decimal = Decimal(0)
+    cached: Decimal | None = None
+    reasoning: Decimal | None = None
+    request: Decimal = Decimal(0)
+    text: str = field(init=False, repr=False, compare=False)  # of records: `prompt=0.14 …`
+    _rates: tuple[int, int, int, int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        cached = self.prompt if self.cached is None else self.cached
+        reasoning = self.completion if self.reasoning is None else self.reasoning
+        per_token = (self.prompt, cached, self.completion, reasoning)
+        rates = (
+            *(int(price * _PER_TOKEN) for price in per_token),
+            int(self.request * _PER_REQUEST),
+        )
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        given = {name: price for name, price in named.items() if price or name in _ALWAYS}
+        text = " ".join(f"{name}={price:f}" for name, price in given.items() if price is not None)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "_rates", rates)
+
+    @property
+    def is_free(self) -> bool:
+        """Nothing costs anything."""
+        return not any(self._rates)
+
+    def cost(self, usage: Usage) -> int:
+        """Picodollars for one request, rounded half up."""
+        prompt, cached, completion, reasoning, request = self._rates
+        # Upstreams that count the parts apart from the whole must not make it negative.
+        cached_tokens = min(usage.cached_tokens, usage.prompt_tokens)
+        reasoning_tokens = min(usage.reasoning_tokens, usage.completion_tokens)
+        atto = (
+            (usage.prompt_tokens - cached_tokens) * prompt
+            + cached_tokens * cached
+            + (usage.completion_tokens - reasoning_tokens) * completion
+            + reasoning_tokens * reasoning
+            + request
+        )
+        return (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+
+
+_ALWAYS = frozenset(("prompt", "completion"))
+
+
+def parse_prices(text: str) -> Prices:
+    """What a record's `price` says. Raises ValueError, or an ArithmeticError, for other texts."""
+    pairs = dict(part.split("=", 1) for part in text.split())
+    return Prices(**{name: Decimal(value) for name, value in pairs.items()})

@@ -1,0 +1,359 @@
+"""The limits' counters in a file that all processes of one machine share, exact among them.
+
+    limits file: head │ locks of the workers │ slot, slot, slot, …   one for each limited key
+    slot:        key's number │ history read? │ cells (limits.py) │ calls under way, by worker
+
+Every process maps the file. A key's cells change only under a lock on a byte of its slot, which
+the kernel frees with its holder. A worker holds the lock of its own number for as long as it lives:
+whoever finds a number's lock free knows that the calls counted under it are over. What is counted
+is limits.py's business; a limiter for several machines would take the place of `Tallies`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import mmap
+import os
+import struct
+import time
+from contextlib import suppress
+from typing import Protocol
+
+from .access import Caller
+from .errors import UnavailableError
+from .limits import (
+    CELLS,
+    Headers,
+    History,
+    Lease,
+    admit,
+    catch_up,
+    day_of,
+    limit_headers,
+    month_of,
+    restore,
+    roll,
+    settle,
+)
+
+logger = logging.getLogger("hoberproxy.server")
+
+MAGIC = 0x31_4C_42_48  # "HBL1": another layout gets another number
+WORKERS = 64
+SLOTS = 8192  # limited keys
+LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
+
+_HEAD = 64  # integers of 8 bytes
+_NUMBER, _HAS_HISTORY, _CELLS, _RUNNING = 0, 1, 2, 2 + CELLS
+_SLOT = _RUNNING + WORKERS
+_SIZE = 8 * (_HEAD + SLOTS * _SLOT)
+_TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
+_WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
+
+
+_unpack = struct.Struct(f"{CELLS}q").unpack_from
+_pack = struct.Struct(f"{CELLS}q").pack_into
+_fcntl = fcntl.fcntl
+_SETLK = fcntl.F_OFD_SETLK  # locks of the open file: not lost when another descriptor is closed
+
+
+class Limiter(Protocol):
+    """What the path asks of whoever keeps the limits."""
+
+    def admit(
+        self,
+        caller: Caller,
+        now: float,
+        prompt_tokens: int,
+        answer_tokens: int,
+        *,
+        is_bounded: bool,
+    ) -> Lease | None:
+        """Count a call in; None if nothing has to be settled. Raises AccessError."""
+
+    def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """An admitted call is over, and used so much (tokens, picodollars)."""
+
+    def charge(self, key_id: str, started: float, spent: int) -> None:
+        """A call that began then, and was lost with its process, cost so many picodollars."""
+
+    def headers(self, caller: Caller, now: float) -> Headers:
+        """The x-ratelimit-* fields of an answer to this caller."""
+
+    def counters(self, caller: Caller, now: float) -> list[int]:
+        """A copy of the key's counters as of `now`, by their places in limits.py."""
+
+
+def _lock_request(kind: int, start: int) -> bytes:
+    """A struct flock for one byte, made once: whence is the file's start, l_pid has to be 0."""
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, 1, 0)
+
+
+class _Slot:
+    """One key's part of the file."""
+
+    __slots__ = ("base", "history", "lock", "offset", "unlock")
+
+    def __init__(self, index: int) -> None:
+        self.base = _HEAD + index * _SLOT
+        self.offset = 8 * (self.base + _CELLS)  # of the cells, in bytes
+        self.history: History | None = None  # the one that was looked at last
+        self.lock = _lock_request(fcntl.F_WRLCK, 8 * self.base)
+        self.unlock = _lock_request(fcntl.F_UNLCK, 8 * self.base)
+
+
+class Tallies:
+    """The limits file of one process. To be used on one thread; `close` frees what it holds."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises OSError if the file cannot be made or mapped."""
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Allocated now: a disk that is full later would end the process at a store to memory.
+            os.posix_fallocate(self._fd, 0, _SIZE)
+            self._map = mmap.mmap(self._fd, _SIZE)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._view = memoryview(self._map).cast("q")
+        self._slots: dict[str, _Slot] = {}
+        self._is_late = False
+        self._worker = -1
+        self._join()
+
+    def close(self) -> None:
+        """Leave: the locks of this process go with its descriptor."""
+        self._slots.clear()
+        self._view.release()
+        self._map.close()
+        os.close(self._fd)
+
+    # Workers
+
+    def _join(self) -> None:
+        """Take a worker's number, and clear what a dead one left under it."""
+        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        try:
+            is_alone = not any(self._is_alive(worker) for worker in range(WORKERS))
+            if self._view[0] != MAGIC:
+                self._view[0] = MAGIC
+            elif is_alone:
+                self._forget_processes()
+            self._worker = self._take_number()
+            self._clear_running(self._worker)
+        finally:
+            self._release(table)
+
+    def _take_number(self) -> int:
+        for worker in range(WORKERS):
+            with suppress(BlockingIOError):
+                request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
+                _fcntl(self._fd, _SETLK, request)
+                self._view[1] = max(self._view[1], worker + 1)
+                return worker
+        raise OSError(f"expected up to {WORKERS} processes to share the limits, got more")
+
+    def _is_alive(self, worker: int) -> bool:
+        """Whether another process holds that number."""
+        if worker == self._worker:
+            return True
+        request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
+        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
+        kind: int = struct.unpack_from("h", answer)[0]
+        return kind != fcntl.F_UNLCK
+
+    def _forget_processes(self) -> None:
+        """All who counted here are gone: the records know better what they used."""
+        for base in self._used_slots():
+            self._view[base + _HAS_HISTORY] = 0
+        for worker in range(self._view[1]):
+            self._clear_running(worker)
+        self._view[1] = 0
+
+    def _clear_running(self, worker: int) -> None:
+        for base in self._used_slots():
+            self._view[base + _RUNNING + worker] = 0
+
+    def _used_slots(self) -> list[int]:
+        if not self._view[2]:  # how many there are: looking would touch every page of the file
+            return []
+        bases = range(_HEAD, _HEAD + SLOTS * _SLOT, _SLOT)
+        return [base for base in bases if self._view[base + _NUMBER]]
+
+    # Locks
+
+    def _acquire(self, request: bytes) -> None:
+        """Lock; at once, but for a holder that is just being scheduled away."""
+        try:
+            _fcntl(self._fd, _SETLK, request)
+        except BlockingIOError:
+            self._wait_for(request)
+
+    def _wait_for(self, request: bytes) -> None:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while time.monotonic() < deadline:
+            os.sched_yield()
+            with suppress(BlockingIOError):
+                _fcntl(self._fd, _SETLK, request)
+                self._is_late = False
+                return
+        # A process stopped by a debugger must not stop all others: go on without it.
+        if not self._is_late:
+            logger.error("limits: another process holds a lock and does not run; counting goes on")
+        self._is_late = True
+
+    def _release(self, locked: bytes) -> None:
+        start = struct.unpack_from("q", locked, 8)[0]
+        _fcntl(self._fd, _SETLK, _lock_request(fcntl.F_UNLCK, start))
+
+    # Slots
+
+    def _slot_of(self, caller: Caller, now_ms: int) -> _Slot:
+        slot = self._slots.get(caller.key_id)
+        if slot is None:
+            slot = self._find(caller.key_id)
+            assert slot is not None, "made where there was none"
+            self._slots[caller.key_id] = slot
+        if slot.history is not caller.history:
+            self._look_back(slot, caller.history, now_ms)
+        return slot
+
+    def _find(self, key_id: str, *, create: bool = True) -> _Slot | None:
+        """The slot of a key; `create`: or a free one that becomes its own."""
+        digest = hashlib.sha256(key_id.encode()).digest()
+        number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
+        view = self._view
+        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        try:
+            for step in range(SLOTS):
+                index = (number + step) % SLOTS
+                found = view[_HEAD + index * _SLOT + _NUMBER]
+                if not found and not create:
+                    return None
+                if found in (0, number):
+                    view[2] += found == 0
+                    view[_HEAD + index * _SLOT + _NUMBER] = number
+                    return _Slot(index)
+        finally:
+            self._release(table)
+        logger.error("limits: expected up to %d limited keys, got more", SLOTS)
+        raise UnavailableError("there is no room for another key's limits", code="overloaded")
+
+    def _look_back(self, slot: _Slot, history: History, now_ms: int) -> None:
+        """Begin with what the records know of a key, or see that nothing of it is missing."""
+        slot.history = history
+        self._acquire(slot.lock)
+        try:
+            cells = self._read(slot)
+            if self._view[slot.base + _HAS_HISTORY]:
+                catch_up(cells, history, now_ms)
+            else:
+                restore(cells, history, now_ms)
+            self._write(slot, cells)
+            self._view[slot.base + _HAS_HISTORY] = 1
+        finally:
+            _fcntl(self._fd, _SETLK, slot.unlock)
+
+    def _read(self, slot: _Slot) -> list[int]:
+        # All at once and back: integers of a memoryview cost twice those of a list.
+        return list(_unpack(self._map, slot.offset))
+
+    def _write(self, slot: _Slot, cells: list[int]) -> None:
+        _pack(self._map, slot.offset, *cells)
+
+    # What the path asks for (Limiter)
+
+    def admit(
+        self,
+        caller: Caller,
+        now: float,
+        prompt_tokens: int,
+        answer_tokens: int,
+        *,
+        is_bounded: bool,
+    ) -> Lease | None:
+        """Count a call in; None if nothing has to be settled. Raises AccessError."""
+        limits = caller.limits
+        assert limits is not None, "callers without limits are not asked here"
+        now_ms = int(now * 1000)
+        slot = self._slot_of(caller, now_ms)
+        self._acquire(slot.lock)
+        try:
+            running = 0
+            if limits.concurrency is not None:
+                running = self._count_running(slot, limits.concurrency)
+            cells = self._read(slot)
+            lease = admit(
+                cells,
+                limits,
+                now_ms,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer_tokens,
+                is_bounded=is_bounded,
+                running=running,
+            )
+            self._write(slot, cells)
+            if limits.concurrency is not None:
+                self._view[slot.base + _RUNNING + self._worker] += 1
+        finally:
+            _fcntl(self._fd, _SETLK, slot.unlock)
+        # Always, where calls at once are counted, whatever the limits are when it ends.
+        return lease if limits.needs_settling else None
+
+    def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """An admitted call is over, and used so much (tokens, picodollars)."""
+        limits = caller.limits
+        assert limits is not None, "a lease is given under limits"
+        slot = self._slots[caller.key_id]
+        self._acquire(slot.lock)
+        try:
+            cells = self._read(slot)
+            settle(cells, lease, tokens=tokens, spent=spent)
+            self._write(slot, cells)
+            if limits.concurrency is not None:
+                self._view[slot.base + _RUNNING + self._worker] -= 1
+        finally:
+            _fcntl(self._fd, _SETLK, slot.unlock)
+
+    def charge(self, key_id: str, started: float, spent: int) -> None:
+        """A call that began then, and was lost with its process, cost so many picodollars."""
+        slot = self._slots.get(key_id) or self._find(key_id, create=False)
+        if slot is None:  # without limits, or not asked since: the records will tell
+            return
+        day = day_of(int(started * 1000))
+        lease = Lease(minute_start=-1, day=day, month=month_of(day), reserved=0)
+        self._acquire(slot.lock)
+        try:
+            if self._view[slot.base + _HAS_HISTORY]:
+                cells = self._read(slot)
+                settle(cells, lease, tokens=0, spent=spent)
+                self._write(slot, cells)
+        finally:
+            _fcntl(self._fd, _SETLK, slot.unlock)
+
+    def _count_running(self, slot: _Slot, limit: int) -> int:
+        """Calls under way; dead workers are looked for only when it matters."""
+        start = slot.base + _RUNNING
+        counts = self._view[start : start + self._view[1]].tolist()
+        if (running := sum(counts)) < limit:
+            return running
+        for worker, count in enumerate(counts):
+            if count and not self._is_alive(worker):
+                self._view[start + worker] = counts[worker] = 0
+        return sum(counts)
+
+    def headers(self, caller: Caller, now: float) -> Headers:
+        """The x-ratelimit-* fields of an answer to this caller."""
+        slot = self._slots.get(caller.key_id)
+        if slot is None or caller.limits is None:
+            return []
+        return limit_headers(self._read(slot), caller.limits, int(now * 1000))
+
+    def counters(self, caller: Caller, now: float) -> list[int]:
+        """A copy of the key's counters as of `now`, by their places in limits.py."""
+        now_ms = int(now * 1000)
+        cells = self._read(self._slot_of(caller, now_ms))
+        roll(cells, now_ms)
+        return cells

@@ -1,0 +1,150 @@
+"""Counting texts: what of a request and an answer is counted, and how the count gets to the record.
+
+The tokenizer is a stand-in that takes every word for a token.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+
+from hoberproxy.catalog import Endpoint, Model
+from hoberproxy.counting import (
+    TOKENS_PER_MESSAGE,
+    TOKENS_PER_REPLY,
+    TokenCounter,
+    count_answer,
+    count_prompt,
+)
+from hoberproxy.prices import Prices
+from hoberproxy.record import Record
+from hoberproxy.store import Store
+
+from .conftest import SLUG, Proxy, StartProxy, chat, wait_until
+from .scripted import ScriptedUpstream, completion, json_response, sse, stream_events
+
+
+def words(text: str) -> list[int]:
+    return [0] * len(text.split())
+
+
+@pytest.fixture
+def tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = SimpleNamespace(encode_ordinary=words)
+    module = SimpleNamespace(get_encoding=lambda name: encoding)
+    monkeypatch.setitem(sys.modules, "bpe_openai", module)
+
+
+def stream(*deltas: dict[str, Any]) -> bytes:
+    events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    return b"".join(b"data: %b\n\n" % orjson.dumps(event) for event in events) + b"data: [DONE]\n\n"
+
+
+def test_a_prompts_texts_are_counted_and_its_framing() -> None:
+    body = {
+        "messages": [
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "one two three"}, {"a": 1}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        ]
+    }
+    framing = 3 * TOKENS_PER_MESSAGE + TOKENS_PER_REPLY
+    assert count_prompt(orjson.dumps(body), words) == 2 + 3 + 1 + framing
+
+
+def test_words_cut_by_a_deltas_end_are_one() -> None:
+    answer = stream({"content": "one tw"}, {"content": "o three"}, {"reasoning": "four"}, {})
+    assert count_answer(answer, words) == 3 + 1
+    assert count_answer(answer.replace(b"\n", b"\r\n"), words) == 3 + 1
+
+
+def test_calls_of_tools_are_counted_each_for_itself() -> None:
+    calls = [{"index": 0, "function": {"name": "get", "arguments": "{ a"}}, {"index": 1}]
+    more = [{"index": 0, "function": {"arguments": "b }"}}]
+    assert count_answer(stream({"tool_calls": calls}, {"tool_calls": more}), words) == 1 + 3
+
+
+def test_a_body_is_counted_by_its_message() -> None:
+    assert count_answer(orjson.dumps(completion("one two")), words) == 2
+
+
+@pytest.mark.parametrize("answer", [b"", b": only a comment\n\n", b'{"choices": null}'])
+def test_an_answer_that_says_nothing_has_no_tokens(answer: bytes) -> None:
+    assert count_answer(answer, words) == 0
+
+
+def test_without_the_tokenizer_it_is_said_once_and_estimates_stay(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "bpe_openai", None)  # an ImportError
+    counter = TokenCounter()
+    for _ in range(3):
+        counter.count(b"{}", b"", lambda *_: pytest.fail("there is nothing to count with"))
+    counter._thread.shutdown(wait=True)
+    assert caplog.text.count("hoberproxy[count]") == 1
+
+
+def test_a_text_that_cannot_be_read_does_not_end_the_counting(
+    tokenizer: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    counter, counted = TokenCounter(), list[tuple[int, int]]()
+    body = orjson.dumps({"messages": []})
+    for answer in (b"{broken secret", b""):
+        counter.count(body, answer, lambda *numbers: counted.append(numbers))
+    counter._thread.shutdown(wait=True)
+    assert counted == [(TOKENS_PER_REPLY, 0)]
+    assert "could not be counted" in caplog.text and "secret" not in caplog.text
+
+
+# Through the proxy
+
+
+async def counted(proxy: Proxy, body: dict[str, Any]) -> Record:
+    endpoint = Endpoint(
+        "scripted", "upstream-model", prices=Prices(Decimal(1), Decimal(1)), usage="count"
+    )
+    proxy.server.reload(replace(proxy.gateway.config, models=(Model(SLUG, (endpoint,)),)))
+    client = await proxy.connect()
+    client.send(chat(proxy.key, body))
+    assert (await client.read_answer()).status == 200
+    store = Store(proxy.gateway.config.records.file)
+    found: list[Record] = []
+
+    def is_amended() -> bool:
+        found[:] = store.export_records()
+        return bool(found) and not found[0].estimated
+
+    await wait_until(is_amended)
+    store.close()
+    return found[0]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_a_count_takes_the_place_of_an_estimate(
+    tokenizer: None, start_proxy: StartProxy, upstream: ScriptedUpstream, is_stream: bool
+) -> None:
+    events = stream_events(3, usage=None)
+    upstream.add(sse(*events) if is_stream else json_response(200, completion("a b c", usage=None)))
+    messages = [{"role": "user", "content": "one two three four"}]
+    record = await counted(
+        await start_proxy(), {"model": SLUG, "stream": is_stream, "messages": messages}
+    )
+    assert not record.has_usage
+    assert record.prompt_tokens == 4 + TOKENS_PER_MESSAGE + TOKENS_PER_REPLY
+    assert record.completion_tokens == (3 if not is_stream else record.completion_tokens)
+    assert record.cost == (record.prompt_tokens + record.completion_tokens) * 10**6
+
+
+async def test_reported_usage_wins(
+    tokenizer: None, start_proxy: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    upstream.add(json_response(200, completion("a b c", usage=(50, 60))))
+    messages = [{"role": "user", "content": "one"}]
+    record = await counted(await start_proxy(), {"model": SLUG, "messages": messages})
+    assert (record.prompt_tokens, record.completion_tokens, record.has_usage) == (50, 60, True)

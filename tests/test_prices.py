@@ -1,0 +1,67 @@
+"""Prices and costs: exact to the picodollar."""
+
+from __future__ import annotations
+
+from decimal import ROUND_HALF_UP, Decimal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hoberproxy.limits import PICO, format_dollars
+from hoberproxy.prices import Prices, parse_prices
+from hoberproxy.usage import Usage
+
+price = st.decimals(0, 1000, places=12)
+tokens = st.integers(0, 10**9)
+
+
+@settings(deadline=None)
+@given(price, price, price, price, price, tokens, tokens, tokens, tokens)
+def test_a_cost_is_what_decimal_arithmetic_says(
+    prompt: Decimal,
+    completion: Decimal,
+    cached: Decimal,
+    reasoning: Decimal,
+    request: Decimal,
+    fresh_in: int,
+    cached_in: int,
+    plain_out: int,
+    reasoning_out: int,
+) -> None:
+    usage = Usage(fresh_in + cached_in, plain_out + reasoning_out, cached_in, reasoning_out)
+    million = (
+        fresh_in * prompt + cached_in * cached + plain_out * completion + reasoning_out * reasoning
+    )
+    expected = ((million / 10**6 + request) * PICO).to_integral_value(ROUND_HALF_UP)
+    assert Prices(prompt, completion, cached, reasoning, request).cost(usage) == expected
+
+
+def test_without_prices_of_their_own_cached_and_reasoning_tokens_cost_as_the_others() -> None:
+    prices = Prices(Decimal("0.14"), Decimal("0.28"))
+    plain, detailed = Usage(1000, 100), Usage(1000, 100, 900, 50)
+    assert prices.cost(plain) == prices.cost(detailed)
+    assert format_dollars(prices.cost(plain)) == "0.000168"
+
+
+def test_parts_greater_than_the_whole_do_not_make_a_negative_cost() -> None:
+    assert Prices(Decimal(1), Decimal(1), Decimal(0), Decimal(0)).cost(Usage(10, 10, 99, 99)) == 0
+
+
+@pytest.mark.parametrize(
+    ("prices", "is_free"),
+    [
+        (Prices(), True),
+        (Prices(request=Decimal("0.01")), False),
+        (Prices(reasoning=Decimal(1)), False),
+    ],
+)
+def test_free_is_what_costs_nothing_in_any_way(prices: Prices, is_free: bool) -> None:
+    assert prices.is_free is is_free
+
+
+def test_prices_write_themselves_for_the_record() -> None:
+    assert Prices(Decimal("0.14"), Decimal("0.28")).text == "prompt=0.14 completion=0.28"
+    full = Prices(Decimal(1), Decimal(0), Decimal("0.10"), Decimal(2), Decimal("0.005"))
+    assert full.text == "prompt=1 completion=0 cached=0.10 reasoning=2 request=0.005"
+    assert parse_prices(full.text) == full

@@ -1,0 +1,226 @@
+"""Limits shared by real processes: exactly the limit passes, and the dead hold nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hoberproxy import tallies as tallies_module
+from hoberproxy.access import Caller
+from hoberproxy.errors import AccessError, UnavailableError
+from hoberproxy.limits import DAY_REQUESTS, DAY_SPENT, TOTAL_SPENT, History, KeyLimits
+from hoberproxy.tallies import Tallies
+
+NOW = 1_700_000_000.0
+WAIT = 30.0
+PROCESSES = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "limits"
+
+
+@pytest.fixture
+def tallies(path: Path) -> Iterator[Tallies]:
+    tallies = Tallies(path)
+    yield tallies
+    tallies.close()
+
+
+def caller(key_id: str = "key_1", history: History | None = None, **limits: int) -> Caller:
+    return Caller(
+        key_id,
+        "x",
+        "live",
+        None,
+        None,
+        limits=KeyLimits(**limits),  # type: ignore[arg-type]
+        history=history or History(),
+    )
+
+
+def passes(tallies: Tallies, caller: Caller, now: float = NOW) -> bool:
+    try:
+        tallies.admit(caller, now, 1, 1, is_bounded=True)
+    except AccessError:
+        return False
+    return True
+
+
+# Within one process
+
+
+def test_keys_are_counted_apart(tallies: Tallies) -> None:
+    one, other = (caller(name, requests_per_minute=1) for name in ("key_1", "key_2"))
+    assert [passes(tallies, each) for each in (one, one, other, other)] == [True, False] * 2
+
+
+def test_a_call_that_ended_makes_room(tallies: Tallies) -> None:
+    one = caller(concurrency=1)
+    lease = tallies.admit(one, NOW, 1, 1, is_bounded=True)
+    assert lease is not None and not passes(tallies, one)
+    tallies.settle(one, lease, tokens=2, spent=3)
+    assert passes(tallies, one)
+    assert tallies.counters(one, NOW)[TOTAL_SPENT] == 3
+
+
+def test_where_only_requests_are_limited_nothing_is_left_to_settle(tallies: Tallies) -> None:
+    one = caller(requests_per_minute=5)
+    assert tallies.admit(one, NOW, 1, 1, is_bounded=True) is None
+
+
+def test_history_counts_once(tallies: Tallies, path: Path) -> None:
+    one = caller(history=History(day_requests=3), requests_per_day=5)
+    assert passes(tallies, one)
+    other = Tallies(path)  # beside a living one nothing is forgotten
+    assert other.counters(one, NOW)[DAY_REQUESTS] == 4
+    other.close()
+
+
+def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(tallies: Tallies) -> None:
+    today = int(NOW // 86_400)
+    assert passes(tallies, caller(requests_per_minute=5))  # what is spent is not counted here
+    before = History(today, day_requests=1, day_spent=70, month_spent=80, total_spent=90)
+    limited = caller(history=before, budget=100)
+    lease = tallies.admit(limited, NOW, 1, 1, is_bounded=True)
+    assert lease is not None
+    tallies.settle(limited, lease, tokens=0, spent=10)
+    assert not passes(tallies, limited)
+    assert tallies.counters(limited, NOW)[DAY_SPENT] == 80
+    older = History(today, day_requests=1, day_spent=1, month_spent=1, total_spent=1)
+    assert tallies.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
+
+
+def test_the_first_process_after_all_have_gone_goes_by_the_records(path: Path) -> None:
+    one = caller(requests_per_day=9, requests_per_minute=2)
+    first = Tallies(path)
+    assert passes(first, one) and passes(first, one)
+    first.close()
+    second = Tallies(path)
+    again = caller(history=History(day_requests=8), requests_per_day=9, requests_per_minute=2)
+    assert second.counters(again, NOW)[DAY_REQUESTS] == 8
+    assert not passes(second, again)  # the minute is not forgotten
+    assert passes(second, again, NOW + 60)
+    second.close()
+
+
+def test_more_limited_keys_than_there_is_room_for_are_refused(
+    tallies: Tallies, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tallies_module, "SLOTS", 3)
+    for number in range(3):
+        assert passes(tallies, caller(f"key_{number}", requests_per_minute=1))
+    with pytest.raises(UnavailableError):
+        passes(tallies, caller("key_3", requests_per_minute=1))
+    assert "more" in caplog.text
+
+
+def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
+    tallies: Tallies, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tallies_module, "LOCK_PATIENCE", 0.01)
+    one = caller(requests_per_minute=2)
+    assert passes(tallies, one)
+    with path.open("r+b") as file:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, tallies._slots["key_1"].lock)
+        assert passes(tallies, one)
+        assert not passes(tallies, one)
+    assert caplog.text.count("holds a lock") == 1
+
+
+def test_what_was_lost_with_a_process_is_charged_to_its_key(tallies: Tallies) -> None:
+    one = caller(budget=100)
+    tallies.charge("key_1", NOW, 60)  # not asked yet: the records have it
+    assert passes(tallies, one)
+    tallies.charge("key_1", NOW, 60)
+    tallies.charge("key_2", NOW, 60)
+    assert passes(tallies, one)
+    tallies.charge("key_1", NOW - 86_400, 40)
+    assert tallies.counters(one, NOW)[DAY_SPENT] == 60
+    assert not passes(tallies, one)
+
+
+# Among processes
+
+
+def count_passes(
+    path: Path, limits: dict[str, int], tries: int, begin: object, out: object
+) -> None:
+    tallies = Tallies(path)
+    begin.wait(WAIT)  # type: ignore[attr-defined]
+    one = caller(**limits)
+    out.put(sum(passes(tallies, one) for _ in range(tries)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        pytest.param({"requests_per_minute": 1000}, id="requests a minute"),
+        pytest.param({"requests_per_day": 1000}, id="requests a day"),
+        pytest.param({"concurrency": 1000}, id="calls at once"),
+        pytest.param({"tokens_per_minute": 2000}, id="tokens a minute"),
+    ],
+)
+def test_of_four_processes_exactly_the_limit_passes(path: Path, limits: dict[str, int]) -> None:
+    stays = Tallies(path)  # else the first to end would leave its calls to the others
+    begin, out = PROCESSES.Barrier(4), PROCESSES.Queue()
+    workers = [
+        PROCESSES.Process(target=hold, args=(path, limits, 900, begin, out)) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    counts = [out.get(timeout=WAIT) for _ in workers]
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    stays.close()
+    assert sum(counts) == 1000
+
+
+def hold(path: Path, limits: dict[str, int], tries: int, begin: object, out: object) -> None:
+    """Count, and live on: what a dead worker held would be free."""
+    count_passes(path, limits, tries, begin, out)
+    time.sleep(WAIT)
+
+
+def test_what_a_killed_worker_held_is_free(path: Path) -> None:
+    tallies = Tallies(path)
+    begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
+    worker = PROCESSES.Process(target=hold, args=(path, {"concurrency": 3}, 3, begin, out))
+    worker.start()
+    begin.wait(WAIT)
+    assert out.get(timeout=WAIT) == 3
+    assert not passes(tallies, caller(concurrency=3))
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert passes(tallies, caller(concurrency=3))
+    tallies.close()
+
+
+def test_money_adds_up_over_processes(path: Path) -> None:
+    tallies = Tallies(path)
+    workers = [PROCESSES.Process(target=spend, args=(path, 200)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(WAIT)
+    assert tallies.counters(caller(budget=10**9), NOW)[TOTAL_SPENT] == 4 * 200 * 7
+    tallies.close()
+
+
+def spend(path: Path, times: int) -> None:
+    tallies = Tallies(path)
+    one = caller(budget=10**9)
+    for _ in range(times):
+        lease = tallies.admit(one, NOW, 1, 1, is_bounded=True)
+        assert lease is not None
+        tallies.settle(one, lease, tokens=0, spent=7)
