@@ -104,7 +104,8 @@ async def _health(request: web.Request) -> web.Response:
 
 
 async def _ready(request: web.Request) -> web.Response:
-    if request.app[GATEWAY].is_draining:
+    # A worker that drains for its successor answers for a service that is ready.
+    if request.app[GATEWAY].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
     return _json({"status": "ready"})
 

@@ -121,7 +121,7 @@ class Exchange:
 
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
-        if gateway.is_draining:
+        if gateway.is_stopping:
             raise UnavailableError(
                 "this process is shutting down; try again",
                 code="draining",

@@ -94,7 +94,8 @@ class Gateway:
     health: Health = field(default_factory=Health)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)
-    is_draining: bool = False
+    is_draining: bool = False  # every connection ends with its next answer
+    is_stopping: bool = False  # and nobody takes over: further requests are refused
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _last_id: int = 0

@@ -30,6 +30,8 @@ from .wire import DownstreamConnection
 logger = logging.getLogger("hoberproxy.server")
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
+# Seconds in which an idle connection may still bring a request that was on its way.
+IDLE_GRACE = 0.5
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 
 
@@ -45,6 +47,7 @@ class Server:
         self._listeners: list[asyncio.Server] = []
         self._runners: list[web.AppRunner] = []
         self._connections: set[DownstreamConnection] = set()
+        self._leave = asyncio.Event()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._gateway: Gateway | None = None
@@ -165,6 +168,11 @@ class Server:
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()
+        self._leave.set()
+
+    def hand_over(self) -> None:
+        """Others serve on the same sockets: take no more connections, and end with the last."""
+        self._leave.set()
 
     def stop_on_signals(self) -> None:
         """SIGTERM and SIGINT stop."""
@@ -196,23 +204,27 @@ class Server:
 
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
-        await self._stop.wait()
-        await self.drain_connections()
+        await self._leave.wait()
+        await self.drain_connections(is_handover=not self._stop.is_set())
         await self.aclose()
 
-    async def drain_connections(self) -> None:
-        """Let running requests end, for `drain_timeout` at most; then end them with an error."""
+    async def drain_connections(self, *, is_handover: bool = False) -> None:
+        """Let running requests end, for `drain_timeout` at most; then end them with an error.
+
+        `is_handover`: others serve on the same sockets. Then each connection gets one more answer,
+        however long it idles before; otherwise a refusal, and only for a moment.
+        """
         gateway = self._gateway
         assert gateway is not None
         gateway.is_draining = True
+        gateway.is_stopping = not is_handover
         for listener in self._listeners:
             listener.close()
-        for connection in list(self._connections):
-            connection.close_if_idle()
         running = len(gateway.exchanges)
         if running:
             logger.info("draining: %d requests are running", running)
-        await self._wait_for_exchanges(gateway)
+        await self._wait_for_connections(gateway)
+        gateway.is_stopping = True
         for exchange in list(gateway.exchanges):
             exchange.refuse(
                 UnavailableError(
@@ -223,10 +235,20 @@ class Server:
                 close=True,
             )
 
-    async def _wait_for_exchanges(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, gateway: Gateway) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.server.drain_timeout
-        while gateway.exchanges and loop.time() < deadline and not self._stop_now.is_set():
+        begun = loop.time()
+        deadline = begun + self._config.server.drain_timeout
+        while (now := loop.time()) < deadline and not self._stop_now.is_set():
+            if not gateway.is_stopping and self._stop.is_set():  # the successor ends too
+                gateway.is_stopping, begun = True, now
+            if gateway.is_stopping and now - begun >= IDLE_GRACE:
+                for connection in list(self._connections):
+                    connection.close_if_idle(now - IDLE_GRACE)
+                if not gateway.exchanges:
+                    return
+            elif not self._connections:
+                return
             try:
                 async with asyncio.timeout(gateway.wheel.tick):
                     await self._stop_now.wait()

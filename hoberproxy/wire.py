@@ -165,9 +165,9 @@ class DownstreamConnection(asyncio.Protocol):
         self._searched = 0
         self._is_overrun = False
         self._waiting_since = self._gateway.wheel.now
-        if self._gateway.is_draining:
-            self._close()
-        elif self._buffer and not self.is_paused:
+        # Also while draining: one more answer, which tells the client to connect anew. A request
+        # may be on its way already, and closing would reset it.
+        if self._buffer and not self.is_paused:
             # Not from here: an answer may just be ending in the caller.
             self._gateway.loop.call_soon(self._read_head)
         self._gateway.wheel.schedule(self, self._due())
@@ -387,9 +387,9 @@ class DownstreamConnection(asyncio.Protocol):
         """No request has begun on it."""
         return self._state is State.HEAD and not self._buffer
 
-    def close_if_idle(self) -> None:
-        """Close unless a request is under way."""
-        if self.is_idle:
+    def close_if_idle(self, since: float = math.inf) -> None:
+        """Close unless a request is under way, or one ended after `since`, in loop time."""
+        if self.is_idle and self._waiting_since <= since:
             self._close()
 
     def abort(self) -> None:
