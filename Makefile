@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-real demo-model fmt lint types check bench bench-micro clean
+.PHONY: help install run test test-load test-real demo-model fmt lint types check bench bench-micro clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,7 +44,10 @@ run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
 	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
 
 test: $(VENV)/.dev $(VENV)/.js ## run the tests
-	$(BIN)/python -m pytest -m 'not real' $(TEST_ARGS)
+	$(BIN)/python -m pytest -m 'not real and not load' $(TEST_ARGS)
+
+test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
+	$(BIN)/python -m pytest -m load $(TEST_ARGS)
 
 test-real: $(VENV)/.real ## drive a real model server through the proxy with the official SDK
 	$(BIN)/python -m pytest -m real tests/real $(TEST_ARGS)

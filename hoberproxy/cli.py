@@ -89,6 +89,13 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--listen", metavar="HOST:PORT", help="listen here instead of where the config says"
     )
+    serve.add_argument(
+        "--workers",
+        metavar="COUNT",
+        type=_number_parser(int, 0, 256),
+        help="processes that serve, under one that watches them; 0 is one per core. "
+        "Without it a single process serves",
+    )
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
@@ -175,8 +182,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from .server import StartError
+    from .listeners import StartError
 
+    if arguments.workers is not None:
+        return _serve_with_workers(arguments)
     config = _load_config(arguments)
     listen = _parse_listen(arguments.listen) if arguments.listen else None
     if config is not None:
@@ -189,6 +198,20 @@ def _serve(arguments: argparse.Namespace) -> int:
             _run_embedded(ServerSettings(listen=(listen,)) if listen else ServerSettings())
     except (StartError, StoreError) as error:
         return _cannot_start(str(error))
+    return EXIT_OK
+
+
+def _serve_with_workers(arguments: argparse.Namespace) -> int:
+    from .listeners import StartError
+    from .service import serve_with_workers
+
+    path = arguments.config or DEFAULT_CONFIG
+    if arguments.config is None and not Path(path).exists():
+        return _cannot_start(f"--workers needs a config: expected ./{path} or --config FILE")
+    try:
+        serve_with_workers(path, arguments.listen, arguments.workers)
+    except StartError as error:
+        return _cannot_start(*error.problems)
     return EXIT_OK
 
 

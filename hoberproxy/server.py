@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import uvloop
 from aiohttp import web
@@ -24,26 +26,23 @@ from .errors import UnavailableError
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
+from .listeners import BACKLOG, Listeners, StartError, flat
 from .metrics import Metrics
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
 
-BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
 # Seconds in which an idle connection may still bring a request that was on its way.
 IDLE_GRACE = 0.5
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 
 
-class StartError(Exception):
-    """The process cannot start; the message says what was in the way."""
-
-
 class Server:
     """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
         self._config = config
+        self._given = listeners
         self._listeners: list[asyncio.Server] = []
         self._runners: list[web.AppRunner] = []
         self._connections: set[DownstreamConnection] = set()
@@ -59,21 +58,40 @@ class Server:
 
     async def start(self) -> None:
         """Open the store, then listen. Raises StartError, StoreError or ConfigError."""
-        _check_keys(self._config, self._config.server.listen)
+        given = self._given
+        _check_keys(self._config, given.addresses if given else self._config.server.listen)
         self._gateway = gateway = self._build()
         gateway.ledger.start()
         self._ticker = Ticker(gateway.wheel, gateway.loop)
         gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
         handlers = await self._handlers(make_app(gateway))
+
+        def connection() -> DownstreamConnection:
+            return DownstreamConnection(gateway, handlers, self._connections)
+
+        if given is not None:
+            await self._listen_on(connection, given)
+            return
         for address in self._config.server.listen:
-            listener = await self._listen(
-                lambda: DownstreamConnection(gateway, handlers, self._connections), address
-            )
+            listener = await self._listen(connection, address)
             self._listeners.append(listener)
             port = listener.sockets[0].getsockname()[1]
             self.addresses.append(Address(address.host, port))
         if self._config.server.metrics_listen is not None:
             await self._listen_for_metrics(gateway, self._config.server.metrics_listen)
+
+    async def _listen_on(
+        self, protocol: Callable[[], asyncio.Protocol], listeners: Listeners
+    ) -> None:
+        """Accept on sockets that are others' too: closing ours loses no waiting connection."""
+        loop = asyncio.get_running_loop()
+        self.addresses = listeners.addresses
+        for each in flat(listeners.clients.values()):
+            if each.family == socket.AF_UNIX:
+                listener = await loop.create_unix_server(protocol, sock=each, backlog=BACKLOG)
+            else:
+                listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
+            self._listeners.append(listener)
 
     def _build(self) -> Gateway:
         config, loop = self._config, asyncio.get_running_loop()
@@ -154,6 +172,13 @@ class Server:
         for upstream in retired:
             upstream.pool.retire()
 
+    def snapshot(self) -> dict[str, Any]:
+        """The counts since the start and what is so now, for whoever watches all workers."""
+        return {}
+
+    def observe_lag(self, seconds: float) -> None:
+        """The loop was so late for a timer."""
+
     def on_deadline(self, now: float) -> float:
         """Sweep the pools."""
         assert self._gateway is not None
@@ -163,9 +188,14 @@ class Server:
 
     # The end
 
-    def stop(self) -> None:
+    @property
+    def is_leaving(self) -> bool:
+        """The end has begun."""
+        return self._leave.is_set()
+
+    def stop(self, *, at_once: bool = False) -> None:
         """First call: take no more requests and let running ones end. Second: end them now."""
-        if self._stop.is_set():
+        if self._stop.is_set() or at_once:
             self._stop_now.set()
         self._stop.set()
         self._leave.set()

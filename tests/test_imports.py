@@ -13,15 +13,16 @@ import hoberproxy
 PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
-    "__init__ __main__ accesslog app attempts cli deadlines demo diagnosis exchange gateway ledger"
-    " listing metrics origin pool probe quickstart relay server store upstream wire".split()
+    "__init__ __main__ accesslog app attempts channel child cli deadlines demo diagnosis exchange"
+    " gateway ledger listeners listing metrics notify origin pool probe quickstart relay server"
+    " service source store succession supervisor upstream wire worker".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
     "aiohttp aiohappyeyeballs asyncio os selectors signal socket sqlite3 ssl subprocess threading"
     " time uvloop".split()
 )
-TOP = ("exchange", "wire", "app", "server", "cli")  # each is imported only by what follows it
+TOP = ("exchange", "wire", "app", "server", "worker", "cli")  # each is imported only by what follows it
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 CORE = frozenset(MODULES) - SHELL
 
