@@ -223,15 +223,18 @@ def _at(config: Config, listen: Address | None) -> Config:
 
 
 async def _started(config: Config) -> Server:
+    from .listeners import passed_by_systemd
+    from .notify import Notifier
     from .server import Server
 
-    server = Server(config)
+    server = Server(config, passed_by_systemd(os.environ), Notifier(os.environ))
     try:
         await server.start()
     except BaseException:
         await server.aclose()
         raise
     server.stop_on_signals()
+    server.announce()
     return server
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
+from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
 from .app import make_app, make_metrics_app
@@ -28,6 +29,7 @@ from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
 from .listeners import BACKLOG, Listeners, StartError, flat
 from .metrics import Metrics
+from .notify import Notifier
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
@@ -40,9 +42,16 @@ POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past the
 class Server:
     """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
 
-    def __init__(self, config: Config, listeners: Listeners | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        listeners: Listeners | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
         self._config = config
         self._given = listeners
+        self._notifier = notifier or Notifier({})
+        self._watchdog: asyncio.TimerHandle | None = None
         self._listeners: list[asyncio.Server] = []
         self._runners: list[web.AppRunner] = []
         self._connections: set[DownstreamConnection] = set()
@@ -71,14 +80,13 @@ class Server:
 
         if given is not None:
             await self._listen_on(connection, given)
-            return
-        for address in self._config.server.listen:
-            listener = await self._listen(connection, address)
-            self._listeners.append(listener)
-            port = listener.sockets[0].getsockname()[1]
-            self.addresses.append(Address(address.host, port))
-        if self._config.server.metrics_listen is not None:
-            await self._listen_for_metrics(gateway, self._config.server.metrics_listen)
+        else:
+            for address in self._config.server.listen:
+                listener = await self._listen(connection, address)
+                self._listeners.append(listener)
+                port = listener.sockets[0].getsockname()[1]
+                self.addresses.append(Address(address.host, port))
+        await self._listen_for_metrics(gateway, given.metrics if given else [])
 
     async def _listen_on(
         self, protocol: Callable[[], asyncio.Protocol], listeners: Listeners
@@ -136,16 +144,34 @@ class Server:
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
 
-    async def _listen_for_metrics(self, gateway: Gateway, address: Address) -> None:
+    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
+        address = self._config.server.metrics_listen
+        if address is None and not given:
+            return
         app = make_metrics_app(gateway, lambda: len(self._connections))
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         self._runners.append(runner)
+        for each in given:
+            await web.SockSite(runner, each).start()
+        if given or address is None:
+            return
         try:
             await web.TCPSite(runner, address.host, address.port).start()
         except OSError as exc:
             advice = 'choose another, or "off", as server.metrics_listen'
             raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
+
+    def announce(self) -> None:
+        """Tell systemd that clients are served, and go on to tell it that the loop turns."""
+        self._notifier.ready(f"one process, {__version__}")
+        if self._notifier.watchdog is not None:
+            self._feed_watchdog(self._notifier.watchdog / 4)
+
+    def _feed_watchdog(self, interval: float) -> None:
+        self._notifier.alive()
+        loop = asyncio.get_running_loop()
+        self._watchdog = loop.call_later(interval, self._feed_watchdog, interval)
 
     def reload(self, config: Config) -> None:
         """Serve by another config from now on; running requests end by theirs.
@@ -205,8 +231,10 @@ class Server:
         self._leave.set()
 
     def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT stop."""
+        """SIGTERM and SIGINT stop; SIGUSR2 is for a supervisor, and must not end us."""
         loop = asyncio.get_running_loop()
+        upgrade = "only `serve --workers` can be upgraded while it runs: restart this one"
+        loop.add_signal_handler(signal.SIGUSR2, logger.warning, upgrade)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
 
@@ -224,6 +252,7 @@ class Server:
     async def _reload(self, load: Callable[[], Config]) -> None:
         while self._is_reload_due:
             self._is_reload_due = False
+            self._notifier.reloading()
             try:
                 self.reload(await asyncio.to_thread(load))
             except ConfigError as error:
@@ -231,10 +260,12 @@ class Server:
                     logger.error("config not reloaded: %s", problem)
             else:
                 logger.info("config reloaded")
+            self._notifier.ready(f"one process, {__version__}")
 
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
         await self._leave.wait()
+        self._notifier.stopping()
         await self.drain_connections(is_handover=not self._stop.is_set())
         await self.aclose()
 
@@ -291,6 +322,8 @@ class Server:
             listener.close()
         if self._reloading is not None:
             self._reloading.cancel()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
         gateway = self._gateway
         if gateway is None:
             return

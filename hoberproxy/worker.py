@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import signal
 import socket
@@ -101,6 +102,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
+        # The supervisor serves the metrics of all.
+        server = dataclasses.replace(config.server, metrics_listen=None)
+        config = dataclasses.replace(config, server=server)
         listeners = _listeners(start["sockets"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)

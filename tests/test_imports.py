@@ -22,7 +22,14 @@ SHELL_LIBRARIES = frozenset(
     "aiohttp aiohappyeyeballs asyncio os selectors signal socket sqlite3 ssl subprocess threading"
     " time uvloop".split()
 )
-TOP = ("exchange", "wire", "app", "server", "worker", "cli")  # each is imported only by what follows it
+TOP = (
+    "exchange",
+    "wire",
+    "app",
+    "server",
+    "worker",
+    "cli",
+)  # each is imported only by what follows it
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 CORE = frozenset(MODULES) - SHELL
 
