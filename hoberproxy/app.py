@@ -16,6 +16,7 @@ from aiohttp import web
 
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .gateway import Gateway
+from .memory import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
 from .origin import cors_headers
 
@@ -56,7 +57,7 @@ def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> 
     """The application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = gateway.metrics.render(_gauges(gateway, count_connections()))
+        body = gateway.metrics.render(gauges_of(gateway, count_connections()))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
@@ -64,7 +65,8 @@ def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> 
     return app
 
 
-def _gauges(gateway: Gateway, connections: int) -> Gauges:
+def gauges_of(gateway: Gateway, connections: int) -> Gauges:
+    """What is so now."""
     log = gateway.access_log
     return Gauges(
         streams_open=len(gateway.exchanges),
@@ -76,6 +78,7 @@ def _gauges(gateway: Gateway, connections: int) -> Gauges:
         records_queued=gateway.ledger.depth,
         records_lost=gateway.ledger.lost,
         log_lines_lost=log.lost if log is not None else 0,
+        resident_bytes=resident_bytes(),
     )
 
 

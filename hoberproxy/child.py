@@ -126,10 +126,17 @@ class Child:
             pid, status = self.pid, 0
         if pid == 0:
             return False
+        self._read_rest()
         self.exit_code = os.waitstatus_to_exitcode(status)
         self.ended.set()
         self.settled.set()
         return True
+
+    def _read_rest(self) -> None:
+        """Its last words: the news of its end may overtake them."""
+        with contextlib.suppress(OSError):
+            while self.end is not None and (data := self.end.recv(1 << 16)):
+                self.channel.data_received(data)
 
     def close(self) -> None:
         """Let go of the channel."""

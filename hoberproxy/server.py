@@ -19,7 +19,7 @@ from aiohttp import web
 from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
-from .app import make_app, make_metrics_app
+from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Wheel
@@ -36,6 +36,9 @@ logger = logging.getLogger("hoberproxy.server")
 
 # Seconds in which an idle connection may still bring a request that was on its way.
 IDLE_GRACE = 0.5
+# Seconds for a connection that was accepted in the last turn to be told of.
+ACCEPTED_GRACE = 0.1
+HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 
 
@@ -51,6 +54,8 @@ class Server:
         self._config = config
         self._given = listeners
         self._notifier = notifier or Notifier({})
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self.on_beat: Callable[[], None] = notify_nobody
         self._watchdog: asyncio.TimerHandle | None = None
         self._listeners: list[asyncio.Server] = []
         self._runners: list[web.AppRunner] = []
@@ -87,6 +92,7 @@ class Server:
                 port = listener.sockets[0].getsockname()[1]
                 self.addresses.append(Address(address.host, port))
         await self._listen_for_metrics(gateway, given.metrics if given else [])
+        self._beat(gateway.loop.time())
 
     async def _listen_on(
         self, protocol: Callable[[], asyncio.Protocol], listeners: Listeners
@@ -200,10 +206,18 @@ class Server:
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
-        return {}
+        gateway = self._gateway
+        assert gateway is not None, "started before"
+        return gateway.metrics.snapshot(gauges_of(gateway, len(self._connections)))
 
-    def observe_lag(self, seconds: float) -> None:
-        """The loop was so late for a timer."""
+    def _beat(self, due: float) -> None:
+        """Twice a second: the loop turns, and so late."""
+        assert self._gateway is not None, "started before"
+        loop = self._gateway.loop
+        self._gateway.metrics.observe_lag(loop.time() - due)
+        self.on_beat()
+        following = loop.time() + HEARTBEAT
+        self._heartbeat = loop.call_at(following, self._beat, following)
 
     def on_deadline(self, now: float) -> float:
         """Sweep the pools."""
@@ -285,7 +299,7 @@ class Server:
         if running:
             logger.info("draining: %d requests are running", running)
         await self._wait_for_connections(gateway)
-        gateway.is_stopping = True
+        gateway.is_stopping = gateway.is_stopping or bool(self._connections)
         for exchange in list(gateway.exchanges):
             exchange.refuse(
                 UnavailableError(
@@ -308,7 +322,7 @@ class Server:
                     connection.close_if_idle(now - IDLE_GRACE)
                 if not gateway.exchanges:
                     return
-            elif not self._connections:
+            elif not self._connections and now - begun >= ACCEPTED_GRACE:
                 return
             try:
                 async with asyncio.timeout(gateway.wheel.tick):
@@ -322,8 +336,9 @@ class Server:
             listener.close()
         if self._reloading is not None:
             self._reloading.cancel()
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        for timer in (self._watchdog, self._heartbeat):
+            if timer is not None:
+                timer.cancel()
         gateway = self._gateway
         if gateway is None:
             return
@@ -348,6 +363,10 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
+
+
+def notify_nobody() -> None:
+    """Nobody wants to know that the loop turns."""
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:

@@ -36,6 +36,7 @@ class Legacy:
     children: list[Child]
     ends: dict[int, tuple[socket.socket, bytes]] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)  # counts of workers that are gone
+    reloads: dict[str, int] = field(default_factory=dict)  # by how they went
 
 
 def leave_legacy(legacy: Legacy) -> int:
@@ -59,6 +60,7 @@ def leave_legacy(legacy: Legacy) -> int:
         "metrics": [_keep(each) for each in listeners.metrics],
         "children": [_state_of(child) for child in legacy.children],
         "ended": legacy.ended,
+        "reloads": legacy.reloads,
     }
     number = os.memfd_create("hoberproxy", 0)
     with os.fdopen(os.dup(number), "wb") as file:
@@ -114,6 +116,7 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
         listeners=listeners,
         children=[],
         ended=state.get("ended", {}),
+        reloads=state.get("reloads", {}),
     )
     for each in state["children"]:
         child = Child(

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,8 +26,11 @@ from . import __version__
 from .catalog import ConfigError
 from .child import Child, State, python_command, spawn
 from .config import Config
-from .listeners import Listeners, StartError, bind, flat
+from .exposition import Snapshot, merge, render
+from .listeners import Listeners, StartError, bind, flat, name_of
+from .memory import resident_bytes
 from .notify import Notifier
+from .scrape import MetricsListener
 from .source import ConfigSource
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
 
@@ -74,6 +78,9 @@ class Supervisor:
         self._due: set[str] = set()  # "reload", "upgrade"
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ended: Snapshot = legacy.ended if legacy else {}  # counts of workers that are gone
+        self._reloads = {"ok": 0, "failed": 0}
+        self._metrics: list[MetricsListener] = []
         self._is_stopping = False
         self._is_cut = False
         self._stopped = asyncio.Event()
@@ -85,6 +92,11 @@ class Supervisor:
             await self._adopt(self._legacy)
         else:
             await self._start()
+        for each in self._listeners.metrics:
+            metrics = MetricsListener(self.render_metrics)
+            await metrics.start(each)
+            self._metrics.append(metrics)
+            logger.info("metrics of all workers are at http://%s/metrics", name_of(each))
         watch = [self._start_task(self._poll(), "poll")]
         if self._notifier.watchdog is not None:
             watch.append(self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog"))
@@ -121,6 +133,7 @@ class Supervisor:
     async def _start(self) -> None:
         try:
             self._bind(self._config)
+            self._bind_metrics(self._config)
             children = await self._start_workers()
         except BaseException:
             await self._kill(self._children)
@@ -136,7 +149,20 @@ class Supervisor:
             return
         for address in config.server.listen:
             if address not in self._listeners.clients:
-                self._listeners.clients[address] = bind(address)
+                try:
+                    self._listeners.clients[address] = bind(address)
+                except StartError as error:
+                    raise StartError(f"{error}; choose another with --listen") from error
+
+    def _bind_metrics(self, config: Config) -> None:
+        address = config.server.metrics_listen
+        if address is None or self._listeners.metrics:
+            return
+        try:
+            self._listeners.metrics = bind(address)
+        except StartError as error:
+            advice = 'choose another, or "off", as server.metrics_listen'
+            raise StartError(f"metrics: {error}; {advice}") from error
 
     def _unbind(self, config: Config) -> None:
         if self._listeners.is_passed:
@@ -203,6 +229,7 @@ class Supervisor:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
+        self._ended = merge([self._ended, child.snapshot], ended=True)
         child.close()
         if was_serving and not self._is_stopping:
             lived = time.time() - child.started
@@ -285,6 +312,7 @@ class Supervisor:
             self._note_problems("config not reloaded", error.problems)
             return
         self.problems = []
+        self._reloads["ok"] += 1
         for child in old:
             child.leave()
         self._unbind(self._config)
@@ -293,6 +321,7 @@ class Supervisor:
 
     def _note_problems(self, what: str, problems: Iterable[str]) -> None:
         self.problems = list(problems)
+        self._reloads["failed"] += 1
         for problem in problems:
             logger.error("%s: %s", what, problem)
 
@@ -348,6 +377,8 @@ class Supervisor:
             restarts=self.restarts,
             listeners=self._listeners,
             children=self._children,
+            ended=dict(self._ended),
+            reloads=self._reloads,
         )
         number = leave_legacy(legacy)
         os.environ[STATE_VARIABLE] = str(number)
@@ -364,6 +395,7 @@ class Supervisor:
         """Go on where the program before us stopped; then as after a reload."""
         self._listeners = legacy.listeners
         self.restarts = legacy.restarts
+        self._reloads.update(legacy.reloads)
         self._children = legacy.children
         for child in self._children:
             await child.attach(*legacy.ends[child.pid])
@@ -381,6 +413,25 @@ class Supervisor:
     async def refresh(self) -> None:
         """Ask all workers how they are."""
         await asyncio.gather(*(child.refresh() for child in self._children))
+
+    async def render_metrics(self) -> bytes:
+        """The sum over all workers, also those that are gone, as Prometheus' text."""
+        await self.refresh()
+        return render(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        """As of the workers' last snapshots."""
+        states = Counter(child.state.value for child in self._children)
+        own = {
+            "workers": [
+                [[state.value], states[state.value]] for state in State if state is not State.ENDED
+            ],
+            "worker_restarts": [[[], self.restarts]],
+            "reloads": [[[result], count] for result, count in self._reloads.items()],
+            "build_info": [[[__version__], 1]],
+            "resident_bytes": [[[], resident_bytes()]],
+        }
+        return merge([self._ended, *(child.snapshot for child in self._children), own])
 
     async def _feed_watchdog(self, interval: float) -> None:
         while True:
@@ -413,6 +464,8 @@ class Supervisor:
 
     async def _end(self) -> None:
         self._listeners.close()
+        for metrics in self._metrics:
+            metrics.close()
         if self._changing is not None:
             self._changing.cancel()
         for child in self._children:

@@ -26,7 +26,6 @@ from .store import StoreError
 
 logger = logging.getLogger("hoberproxy.server")
 
-HEARTBEAT = 0.5  # seconds between signs of life of the loop
 BYE_LIMIT = 2.0  # seconds for the last message to be read
 START_LIMIT = 30.0  # seconds to wait for the word to start
 EXIT_CANNOT_START = 3
@@ -42,8 +41,6 @@ class Worker:
         self._channel = Channel(self._on_message, self._on_lost)
         self._loop = asyncio.get_running_loop()
         self._lost = asyncio.Event()
-        self._beat_due = 0.0
-        self._beat: asyncio.TimerHandle | None = None
 
     async def serve(self) -> None:
         """From start to end. Raises what `Server.start` does."""
@@ -55,10 +52,8 @@ class Worker:
         self._loop.add_signal_handler(signal.SIGTERM, self._server.stop)
         await self._loop.create_connection(lambda: self._channel, sock=self._end)
         self._channel.send("ready")
-        self._tell_alive()
+        self._server.on_beat = self._tell_alive
         await self._server.wait_closed()
-        if self._beat is not None:
-            self._beat.cancel()
         self._channel.send("bye", snapshot=self._server.snapshot())
         self._channel.close()
         with contextlib.suppress(TimeoutError):
@@ -81,11 +76,6 @@ class Worker:
         self._server.stop()
 
     def _tell_alive(self) -> None:
-        now = self._loop.time()
-        if self._beat_due:
-            self._server.observe_lag(now - self._beat_due)
-        self._beat_due = now + HEARTBEAT
-        self._beat = self._loop.call_later(HEARTBEAT, self._tell_alive)
         self._channel.send("alive")
 
 

@@ -14,8 +14,8 @@ PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
     "__init__ __main__ accesslog app attempts channel child cli deadlines demo diagnosis exchange"
-    " gateway ledger listeners listing metrics notify origin pool probe quickstart relay server"
-    " service source store succession supervisor upstream wire worker".split()
+    " gateway ledger listeners listing memory metrics notify origin pool probe quickstart relay"
+    " scrape server service source store succession supervisor upstream wire worker".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -58,6 +58,13 @@ class Manager:
                 return heard
 
 
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    listening = Manager(tmp_path / "notify")
+    yield listening
+    listening.socket.close()
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -90,8 +97,9 @@ async def started(
 
 
 @pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
-async def test_readiness_reloads_and_the_end_are_told(tmp_path: Path, options: list[str]) -> None:
-    manager = Manager(tmp_path / "notify")
+async def test_readiness_reloads_and_the_end_are_told(
+    manager: Manager, tmp_path: Path, options: list[str]
+) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
         async with started(tmp_path, options, manager.environ) as running:
@@ -107,11 +115,11 @@ async def test_readiness_reloads_and_the_end_are_told(tmp_path: Path, options: l
             running.process.send_signal(signal.SIGTERM)
             assert (await manager.hear()).startswith("STOPPING=1\n")
             assert await running.wait() == 0
-    manager.socket.close()
 
 
-async def test_an_upgrade_is_a_reload_of_the_same_main_process(tmp_path: Path) -> None:
-    manager = Manager(tmp_path / "notify")
+async def test_an_upgrade_is_a_reload_of_the_same_main_process(
+    manager: Manager, tmp_path: Path
+) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
         async with started(tmp_path, WORKERS[1], manager.environ) as running:
@@ -124,7 +132,6 @@ async def test_an_upgrade_is_a_reload_of_the_same_main_process(tmp_path: Path) -
             assert heard.startswith("READY=1\n")
             assert running.process.returncode is None
             assert (await running.post(chat())).status == 200
-    manager.socket.close()
 
 
 @pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
@@ -150,9 +157,8 @@ async def test_a_socket_of_systemd_is_served_and_stays_open_at_the_end(
 
 @pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
 async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
-    tmp_path: Path, options: list[str]
+    manager: Manager, tmp_path: Path, options: list[str]
 ) -> None:
-    manager = Manager(tmp_path / "notify")
     manager.environ["WATCHDOG_USEC"] = "1200000"
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
@@ -169,4 +175,3 @@ async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
             finally:
                 os.kill(stuck, signal.SIGCONT)
             await eventually(lambda: "WATCHDOG=1" in manager.hear_all())
-    manager.socket.close()

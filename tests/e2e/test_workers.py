@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.scripted import (
     WAIT,
@@ -71,21 +72,29 @@ class Service(Program):
                 await asyncio.sleep(0.01)
 
 
-def write_config(folder: Path, url: str, *, server: str = "", slug: str = SLUG) -> Path:
+def write_config(
+    folder: Path, url: str, *, server: str = "", slug: str = SLUG, metrics: str = "off"
+) -> Path:
     text = PROGRAM_CONFIG.format(
         server=server, folder=folder, url=url, slug=slug, upstream_model=UPSTREAM_MODEL
     )
     config = folder / "hoberproxy.toml"
+    text = text.replace('metrics_listen = "off"', f'metrics_listen = "{metrics}"')
     config.write_text(text.replace('"warning"', '"info"'))
     return config
 
 
 @asynccontextmanager
 async def service(
-    folder: Path, upstream: ScriptedUpstream, *, workers: int = 2, server: str = ""
+    folder: Path,
+    upstream: ScriptedUpstream,
+    *,
+    workers: int = 2,
+    server: str = "",
+    metrics: str = "off",
 ) -> AsyncIterator[Service]:
     """It must have ended by itself, or it is told to."""
-    config = write_config(folder, upstream.base_url, server=server)
+    config = write_config(folder, upstream.base_url, server=server, metrics=metrics)
     log = folder / "stderr.txt"
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
@@ -310,6 +319,68 @@ async def test_a_config_that_workers_cannot_start_with_changes_nothing(tmp_path:
         await running.logged("config not reloaded")
         assert running.workers() == before
         assert (await running.post(chat())).status == 200
+
+
+# Metrics
+
+
+async def scrape(running: Service) -> dict[str, float]:
+    """Samples by name, summed over their labels."""
+    await running.logged("metrics of all workers are at")
+    port = int(running.log().partition("metrics of all workers are at http://127.0.0.1:")[2][:5])
+    async with connected(port) as client:
+        await client.send(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        reply = await client.read_reply()
+    assert reply.status == 200 and reply.headers["content-type"].startswith("text/plain")
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(reply.body.decode()):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+async def test_one_scrape_tells_the_sum_over_all_workers_also_those_that_are_gone(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedUpstream(default=GOOD) as upstream,
+        service(tmp_path, upstream, metrics="127.0.0.1:0") as running,
+    ):
+        for _ in range(10):
+            assert (await running.post(chat())).status == 200
+        before = await scrape(running)
+        assert before["hoberproxy_requests_total"] == 10
+        assert before["hoberproxy_request_seconds_count"] == 10
+        assert before["hoberproxy_workers"] == 2
+        assert before["hoberproxy_loop_lag_seconds_count"] >= 0
+        old = running.workers()
+        os.kill(old[0], signal.SIGKILL)
+        await running.logged(" serves")
+        assert (await scrape(running))["hoberproxy_requests_total"] == 10
+        for count, number in enumerate((signal.SIGHUP, signal.SIGUSR2), start=1):
+            running.send(number)
+            await running.logged("config reloaded", count)
+            assert (await running.post(chat())).status == 200
+            await eventually(lambda: len(running.workers()) == 2)
+            assert (await scrape(running))["hoberproxy_requests_total"] == 10 + count
+        after = await scrape(running)
+        assert after["hoberproxy_worker_restarts_total"] == 1
+        assert after["hoberproxy_reloads_total"] == 2
+        assert after["hoberproxy_connections_open"] == 0
+        assert after["hoberproxy_resident_bytes"] > 3 * 2**20
+
+
+async def test_other_paths_of_the_metrics_listener_are_404(tmp_path: Path) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        service(tmp_path, upstream, workers=1, metrics="127.0.0.1:0") as running,
+    ):
+        await scrape(running)
+        port = int(running.log().partition("are at http://127.0.0.1:")[2][:5])
+        for path, status in (("/", 404), ("/metrics?x=1", 200)):
+            async with connected(port) as client:
+                await client.send(b"GET %b HTTP/1.1\r\n\r\n" % path.encode())
+                assert (await client.read_reply()).status == status
 
 
 # Under load
