@@ -43,6 +43,7 @@ class Child:
         self.started = started  # unix seconds
         self.last_heard = time.monotonic()
         self.snapshot: dict[str, Any] = {}
+        self.account: dict[str, Any] = {}
         self.problems: list[str] = []
         self.exit_code: int | None = None
         self.settled = asyncio.Event()  # ready, or ended without having been
@@ -69,8 +70,9 @@ class Child:
             self.settled.set()
         elif kind == "failed":
             self.problems = [str(problem) for problem in message.get("problems", ())]
-        elif kind in ("snapshot", "bye"):
-            self.snapshot = message.get("snapshot") or {}
+        elif kind in ("snapshot", "bye", "account"):
+            self.snapshot = message.get("snapshot", self.snapshot)
+            self.account = message.get("account", self.account)
             waiter = self._asked.pop(message.get("id", 0), None)
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
@@ -80,14 +82,14 @@ class Child:
             waiter.cancel()
         self._asked.clear()
 
-    async def refresh(self, limit: float = 2.0) -> None:
-        """Ask for a new snapshot; after `limit` seconds the last one has to do."""
+    async def refresh(self, what: str = "snapshot", limit: float = 2.0) -> None:
+        """Ask for a new snapshot or account; after `limit` seconds the last one has to do."""
         if self.state is State.STARTING or self.ended.is_set():
             return
         self._last_ask += 1
         waiter = self._asked[self._last_ask] = asyncio.get_running_loop().create_future()
         number = self._last_ask
-        self.channel.send("snapshot", id=number)
+        self.channel.send(what, id=number)
         try:
             async with asyncio.timeout(limit):
                 await waiter

@@ -1,4 +1,4 @@
-"""The command line: serve, check, config, keys, usage, bench, version.
+"""The command line: serve, status, upgrade, check, config, keys, usage, bench, version.
 
 Exit code 3: could not start.
 """
@@ -25,6 +25,8 @@ from .config import (
     Address,
     Config,
     ConfigError,
+    KeySettings,
+    LogSettings,
     RecordSettings,
     ServerSettings,
     parse_config,
@@ -97,6 +99,19 @@ def make_parser() -> argparse.ArgumentParser:
         "Without it a single process serves",
     )
     serve.set_defaults(run=_serve)
+
+    status = commands.add_parser(
+        "status", parents=[config_option], help="ask the running proxy how it is"
+    )
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(run=_status)
+
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[config_option],
+        help="let the running `serve --workers` go on with what is installed now",
+    )
+    upgrade.set_defaults(run=_upgrade)
 
     check = commands.add_parser(
         "check", parents=[config_option], help="read the config and list every problem in it"
@@ -213,6 +228,26 @@ def _serve_with_workers(arguments: argparse.Namespace) -> int:
     except StartError as error:
         return _cannot_start(*error.problems)
     return EXIT_OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .commands_service import show_status
+
+    return show_status(_config_of_service(arguments), _print_table, as_json=arguments.json)
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    from .commands_service import upgrade
+
+    return upgrade(_config_of_service(arguments))
+
+
+def _config_of_service(arguments: argparse.Namespace) -> Config:
+    """The config, or as much of it as a start without one in this directory has."""
+    config = _load_config(arguments)
+    if config is not None:
+        return config
+    return Config(ServerSettings(), KeySettings(), RecordSettings(), LogSettings(), {}, ())
 
 
 def _at(config: Config, listen: Address | None) -> Config:

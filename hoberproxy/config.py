@@ -93,6 +93,7 @@ class ServerSettings:
 
     listen: tuple[Address, ...] = (Address("127.0.0.1", 8080),)
     metrics_listen: Address | None = Address("127.0.0.1", 9464)
+    admin_socket: str = ""  # a path; empty: beside the records file; "off"
     max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
     head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
     body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
@@ -212,6 +213,7 @@ def _read_server(table: Table) -> ServerSettings:
     return ServerSettings(
         listen=listen,
         metrics_listen=metrics,
+        admin_socket=table.parse("admin_socket", default.admin_socket, str),
         max_body_bytes=table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30),
         head_timeout=table.seconds("head_timeout", default.head_timeout),
         body_timeout=table.seconds("body_timeout", default.body_timeout),

@@ -11,6 +11,8 @@ EXAMPLE = """\
 [server]
 #listen = ["127.0.0.1:8080"]
 #metrics_listen = "127.0.0.1:9464"
+# for `hoberproxy status`; "" is beside the records file
+#admin_socket = ""
 #max_body_bytes = 33554432
 # seconds
 #head_timeout = 10

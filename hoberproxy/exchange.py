@@ -102,6 +102,11 @@ class Exchange:
         self.wheel_slot = 0
         gateway.exchanges.add(self)
 
+    @property
+    def content_events(self) -> int:
+        """Tokens so far, as near as events tell them."""
+        return 0 if self._attempt is None else self._attempt.outcome().content_events
+
     # Authenticate
 
     def admit(self) -> bool:

@@ -52,6 +52,7 @@ class Metrics:
         self.label = label
         self.bad_heads = 0
         self.refused_connections = 0
+        self.events = 0  # of all streams that have ended
         self._requests: dict[tuple[str, str, str], int] = defaultdict(int)
         self._errors: dict[str, int] = defaultdict(int)
         self._tokens: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
@@ -82,6 +83,7 @@ class Metrics:
             counts[2] += record.cached_tokens
             counts[3] += record.reasoning_tokens
         self._estimated += record.estimated
+        self.events += record.events
         key = model, provider
         _observe(self._request, key, REQUEST_BUCKETS, record.total)
         first = record.first_content

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,8 +22,10 @@ from aiohttp import web
 from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
+from .admin import AdminSocket, admin_path
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
+from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Wheel
 from .errors import UnavailableError
@@ -28,8 +33,10 @@ from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
 from .listeners import BACKLOG, Listeners, StartError, flat
+from .memory import resident_bytes
 from .metrics import Metrics
 from .notify import Notifier
+from .status import combine
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
@@ -38,6 +45,7 @@ logger = logging.getLogger("hoberproxy.server")
 IDLE_GRACE = 0.5
 # Seconds for a connection that was accepted in the last turn to be told of.
 ACCEPTED_GRACE = 0.1
+SAMPLE = 1.0  # seconds over which rates are told
 HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 
@@ -54,6 +62,8 @@ class Server:
         self._config = config
         self._given = listeners
         self._notifier = notifier or Notifier({})
+        self._admin: AdminSocket | None = None
+        self._started = time.time()
         self._heartbeat: asyncio.TimerHandle | None = None
         self.on_beat: Callable[[], None] = notify_nobody
         self._watchdog: asyncio.TimerHandle | None = None
@@ -92,6 +102,8 @@ class Server:
                 port = listener.sockets[0].getsockname()[1]
                 self.addresses.append(Address(address.host, port))
         await self._listen_for_metrics(gateway, given.metrics if given else [])
+        self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
+        await self._admin.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -209,6 +221,45 @@ class Server:
         gateway = self._gateway
         assert gateway is not None, "started before"
         return gateway.metrics.snapshot(gauges_of(gateway, len(self._connections)))
+
+    def account(self) -> dict[str, Any]:
+        """What `hoberproxy status` tells of this process."""
+        gateway = self._gateway
+        assert gateway is not None, "started before"
+        return {
+            "streams": len(gateway.exchanges),
+            "connections": len(self._connections),
+            "resident_bytes": resident_bytes(),
+            "events": gateway.metrics.events
+            + sum(exchange.content_events for exchange in gateway.exchanges),
+            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "health": [
+                {
+                    "provider": each.provider,
+                    "model": each.upstream_model,
+                    "is_cooling": each.is_cooling,
+                    "cooldown": each.cooldown,
+                    "failure_rate": each.failure_rate,
+                    "first_content": each.first_content,
+                    "throughput": each.throughput,
+                }
+                for each in gateway.health.snapshot(gateway.loop.time())
+            ],
+        }
+
+    async def _answer_admin(self, question: Message) -> Message:
+        own = {
+            "pid": os.getpid(),
+            "state": "draining" if self.is_leaving else "serving",
+            "started": self._started,
+        }
+        if question["kind"] == "status":
+            before, begun = self.account(), time.monotonic()
+            await asyncio.sleep(SAMPLE)
+            seconds = time.monotonic() - begun
+            document = combine([before | own], [self.account() | own], seconds)
+            return document | {"version": __version__, **own}
+        return {"error": "only `serve --workers` can be upgraded while it runs: restart this one"}
 
     def _beat(self, due: float) -> None:
         """Twice a second: the loop turns, and so late."""
@@ -336,6 +387,8 @@ class Server:
             listener.close()
         if self._reloading is not None:
             self._reloading.cancel()
+        if self._admin is not None:
+            self._admin.close()
         for timer in (self._watchdog, self._heartbeat):
             if timer is not None:
                 timer.cancel()

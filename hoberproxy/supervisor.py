@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import __version__
+from .admin import AdminSocket, admin_path
 from .catalog import ConfigError
+from .channel import Message
 from .child import Child, State, python_command, spawn
 from .config import Config
 from .exposition import Snapshot, merge, render
@@ -32,6 +34,7 @@ from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
 from .source import ConfigSource
+from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -41,6 +44,7 @@ STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
 FIRST_BACK_OFF = 0.1
 MAX_BACK_OFF = 30.0
 STEADY = 60.0  # seconds a worker must have lived for its death to be no failure to start
+SAMPLE = 1.0  # seconds over which rates are told
 POLL_INTERVAL = 5.0  # seconds between snapshots: what a crash may take of the counts
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -80,6 +84,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: Snapshot = legacy.ended if legacy else {}  # counts of workers that are gone
         self._reloads = {"ok": 0, "failed": 0}
+        self._admin: AdminSocket | None = None
         self._metrics: list[MetricsListener] = []
         self._is_stopping = False
         self._is_cut = False
@@ -97,6 +102,10 @@ class Supervisor:
             await metrics.start(each)
             self._metrics.append(metrics)
             logger.info("metrics of all workers are at http://%s/metrics", name_of(each))
+        self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
+        await self._admin.start()
+        if self._legacy is None:
+            self._announce()
         watch = [self._start_task(self._poll(), "poll")]
         if self._notifier.watchdog is not None:
             watch.append(self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog"))
@@ -134,12 +143,14 @@ class Supervisor:
         try:
             self._bind(self._config)
             self._bind_metrics(self._config)
-            children = await self._start_workers()
+            await self._start_workers()
         except BaseException:
             await self._kill(self._children)
             self._listeners.close()
             raise
-        self._tell_ready(children)
+
+    def _announce(self) -> None:
+        self._tell_ready(self._serving)
         for address in self._listeners.addresses:
             print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
 
@@ -286,6 +297,7 @@ class Supervisor:
             # One that comes meanwhile leads to another: the file may have been read before.
             is_upgrade = "upgrade" in self._due
             self._due.clear()
+            self.problems = []
             self._notifier.reloading()
             async with self._starting:
                 if is_upgrade:
@@ -311,7 +323,6 @@ class Supervisor:
             self._unbind(self._config)
             self._note_problems("config not reloaded", error.problems)
             return
-        self.problems = []
         self._reloads["ok"] += 1
         for child in old:
             child.leave()
@@ -414,6 +425,47 @@ class Supervisor:
         """Ask all workers how they are."""
         await asyncio.gather(*(child.refresh() for child in self._children))
 
+    async def _answer_admin(self, question: Message) -> Message:
+        kind = question["kind"]
+        if kind == "status":
+            before, begun = await self._accounts(), time.monotonic()
+            await asyncio.sleep(SAMPLE)
+            after = await self._accounts()
+            return combine(before, after, time.monotonic() - begun) | self._state()
+        if kind == "upgrade":
+            self.problems = []
+            state = self._state()
+            asyncio.get_running_loop().call_later(0.05, self.upgrade)  # the answer goes first
+            return state
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "started": self.started,
+            "generation": self.generation,
+            "upgrades": self.upgrades,
+            "restarts": self.restarts,
+            "problems": self.problems,
+            "is_changing": bool(self._due)
+            or (self._changing is not None and not self._changing.done()),
+        }
+
+    async def _accounts(self) -> list[dict[str, Any]]:
+        children = list(self._children)
+        await asyncio.gather(*(child.refresh("account") for child in children))
+        return [
+            child.account
+            | {
+                "pid": child.pid,
+                "state": child.state.value,
+                "generation": child.generation,
+                "started": child.started,
+            }
+            for child in children
+        ]
+
     async def render_metrics(self) -> bytes:
         """The sum over all workers, also those that are gone, as Prometheus' text."""
         await self.refresh()
@@ -466,6 +518,8 @@ class Supervisor:
         self._listeners.close()
         for metrics in self._metrics:
             metrics.close()
+        if self._admin is not None:
+            self._admin.close()
         if self._changing is not None:
             self._changing.cancel()
         for child in self._children:

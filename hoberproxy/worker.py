@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import Iterable, Sequence
 
+from .admin import OFF
 from .channel import Channel, Message, read_first_message, serialize_message
 from .config import Config, ConfigError
 from .listeners import Listeners, StartError, name_of
@@ -64,6 +65,8 @@ class Worker:
         kind = message["kind"]
         if kind == "snapshot":
             self._channel.send("snapshot", id=message.get("id"), snapshot=self._server.snapshot())
+        elif kind == "account":
+            self._channel.send("account", id=message.get("id"), account=self._server.account())
         elif kind == "leave":
             self._server.hand_over()
         elif kind == "stop":
@@ -92,8 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
-        # The supervisor serves the metrics of all.
-        server = dataclasses.replace(config.server, metrics_listen=None)
+        # The supervisor tells of all.
+        server = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
         config = dataclasses.replace(config, server=server)
         listeners = _listeners(start["sockets"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)

@@ -13,9 +13,10 @@ import hoberproxy
 PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
-    "__init__ __main__ accesslog app attempts channel child cli deadlines demo diagnosis exchange"
-    " gateway ledger listeners listing memory metrics notify origin pool probe quickstart relay"
-    " scrape server service source store succession supervisor upstream wire worker".split()
+    "__init__ __main__ accesslog admin app attempts channel child cli commands_service deadlines"
+    " demo diagnosis exchange gateway ledger listeners listing memory metrics notify origin pool"
+    " probe quickstart relay scrape server service source store succession supervisor upstream"
+    " wire worker".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
