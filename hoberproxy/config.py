@@ -102,6 +102,9 @@ class ServerSettings:
     drain_timeout: float = 600.0  # most answers end within; orchestrators often allow less
     comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
     cors_origins: tuple[str, ...] = ()
+    max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
+    max_connections_per_address: int = 0  # 0 is no limit
+    trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,11 @@ def _read_server(table: Table) -> ServerSettings:
         drain_timeout=table.seconds("drain_timeout", default.drain_timeout, low="0"),
         comment_after=table.seconds("comment_after", default.comment_after, low="0"),
         cors_origins=table.strings("cors_origins", _parse_origin),
+        max_streams=table.integer("max_streams", default.max_streams, 0, 10**7),
+        max_connections_per_address=table.integer(
+            "max_connections_per_address", default.max_connections_per_address, 0, 10**6
+        ),
+        trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
 
 
@@ -525,6 +533,14 @@ def _parse_origin(text: str) -> str:
     if not _ORIGIN.fullmatch(text):
         raise Refusal("an origin", "something else", 'write it like "https://host", without path')
     return text.lower()  # as browsers send it
+
+
+def _parse_network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        advice = 'write it like "10.0.0.0/8" or "127.0.0.1"'
+        raise Refusal("an address or network", "something else", advice) from None
 
 
 def _parse_owner(text: str) -> str:

@@ -23,6 +23,10 @@ EXAMPLE = """\
 # comment lines to streams that wait, so that no balancer cuts them; 0 is never
 #comment_after = 10
 #cors_origins = []
+# over it new requests are refused with 503, running ones go on; 0 is no limit
+#max_streams = 10000
+#max_connections_per_address = 0
+#trusted_proxies = []
 
 [keys]
 # make one with: hoberproxy keys create --label NAME

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Protocol
 
 from .access import ANONYMOUS, Caller
+from .admission import NO_GROUP
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
 from .downstream import Answer
@@ -60,6 +61,10 @@ class Downstream(Protocol):
     def unread_bytes(self) -> int:
         """What waits for the client to read it, here and in the system."""
 
+    @property
+    def address_group(self) -> int:
+        """Where its address is counted; NO_GROUP if it is not."""
+
 
 class Exchange:
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
@@ -99,6 +104,7 @@ class Exchange:
         self._paused_since = self.now
         self._unread_bytes = downstream.unread_bytes if downstream.is_paused else 0
         self._is_closed = False
+        self._group = NO_GROUP
         self.wheel_slot = 0
         gateway.exchanges.add(self)
 
@@ -111,7 +117,11 @@ class Exchange:
 
     def admit(self) -> bool:
         """Whether the request may go on to its body; if not, `run` tells the client why."""
+        gateway = self._gateway
         try:
+            self._group = gateway.admission.admit(
+                self._head, len(gateway.exchanges), self._downstream.address_group
+            )
             caller = self._authenticate()
         except ProxyError as error:
             self._refusal = error
@@ -534,6 +544,8 @@ class Exchange:
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.wheel.cancel(self)
         gateway.exchanges.discard(self)
+        gateway.admission.note_streams(len(gateway.exchanges))
+        gateway.admission.leave(self._group)
         record.status = status
         record.total = time.monotonic() - self._clock_start
         record.bytes_out = self._answer.body_bytes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
+from .admission import Admission
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
@@ -91,6 +92,7 @@ class Gateway:
     access_log: AccessLog | None
     metrics: Metrics
     upstreams: dict[str, Upstream]
+    admission: Admission
     health: Health = field(default_factory=Health)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)

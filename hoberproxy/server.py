@@ -23,6 +23,7 @@ from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
 from .admin import AdminSocket, admin_path
+from .admission import Admission
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
@@ -37,6 +38,7 @@ from .memory import resident_bytes
 from .metrics import Metrics
 from .notify import Notifier
 from .status import combine
+from .tally import Tally, new_tally_memory
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
@@ -58,7 +60,9 @@ class Server:
         config: Config,
         listeners: Listeners | None = None,
         notifier: Notifier | None = None,
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = tally
         self._config = config
         self._given = listeners
         self._notifier = notifier or Notifier({})
@@ -134,7 +138,13 @@ class Server:
             access_log=AccessLog(sys.stderr, config.log.format) if config.log.access else None,
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
+            admission=self._make_admission(config),
         )
+
+    def _make_admission(self, config: Config) -> Admission:
+        if self._tally is None and config.server.max_connections_per_address:
+            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
+        return Admission(config.server, self._tally)
 
     async def _handlers(self, app: web.Application) -> web.Server:
         runner = web.AppRunner(
@@ -209,6 +219,7 @@ class Server:
             logger.warning("a changed listener or records file is used from the next start on")
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
+        gateway.admission = self._make_admission(config)
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
         gateway.upstreams = upstreams

@@ -36,6 +36,7 @@ class Legacy:
     children: list[Child]
     ends: dict[int, tuple[socket.socket, bytes]] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)  # counts of workers that are gone
+    tally: int = -1  # file of the counts that workers share
     reloads: dict[str, int] = field(default_factory=dict)  # by how they went
 
 
@@ -61,7 +62,9 @@ def leave_legacy(legacy: Legacy) -> int:
         "children": [_state_of(child) for child in legacy.children],
         "ended": legacy.ended,
         "reloads": legacy.reloads,
+        "tally": legacy.tally,
     }
+    os.set_inheritable(legacy.tally, True)
     number = os.memfd_create("hoberproxy", 0)
     with os.fdopen(os.dup(number), "wb") as file:
         file.write(json.dumps(state).encode())
@@ -93,6 +96,7 @@ def keep_legacy(legacy: Legacy) -> None:
     ends = [child.end for child in legacy.children if child.end is not None]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
         each.set_inheritable(False)
+    os.set_inheritable(legacy.tally, False)
 
 
 def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
@@ -117,7 +121,10 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
         children=[],
         ended=state.get("ended", {}),
         reloads=state.get("reloads", {}),
+        tally=state.get("tally", -1),
     )
+    if legacy.tally >= 0:
+        os.set_inheritable(legacy.tally, False)
     for each in state["children"]:
         child = Child(
             each["pid"],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import mmap
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ from .scrape import MetricsListener
 from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
+from .tally import SLOTS, TALLY_BYTES, Tally, new_tally_memory
 
 logger = logging.getLogger("hoberproxy.supervisor")
 
@@ -83,6 +85,7 @@ class Supervisor:
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: Snapshot = legacy.ended if legacy else {}  # counts of workers that are gone
+        self._tally_file, self._tally = open_tally(legacy.tally if legacy else -1)
         self._reloads = {"ok": 0, "failed": 0}
         self._admin: AdminSocket | None = None
         self._metrics: list[MetricsListener] = []
@@ -184,6 +187,8 @@ class Supervisor:
 
     async def _start_workers(self) -> list[Child]:
         """A new generation; StartError, and none of it is left, if one cannot start."""
+        if len(self._children) + self._count > SLOTS:
+            raise StartError(f"expected at most {SLOTS} workers at a time, old ones among them")
         self.generation += 1
         children = [await self._spawn() for _ in range(self._count)]
         waits = [child.settled.wait() for child in children]
@@ -198,11 +203,12 @@ class Supervisor:
 
     async def _spawn(self) -> Child:
         listening = [each.fileno() for each in flat(self._listeners.clients.values())]
-        pid, end = spawn(listening)
+        pid, end = spawn([*listening, self._tally_file])
+        slot = min(set(range(SLOTS)) - {child.slot for child in self._children})
         child = Child(
             pid,
             generation=self.generation,
-            slot=0,
+            slot=slot,
             state=State.STARTING,
             started=time.time(),
         )
@@ -214,6 +220,8 @@ class Supervisor:
             files=self._source.files,
             listen=self._source.listen,
             sockets=listening,
+            tally=self._tally_file,
+            slot=slot,
         )
         return child
 
@@ -240,6 +248,7 @@ class Supervisor:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
+        self._tally.clear(child.slot)
         self._ended = merge([self._ended, child.snapshot], ended=True)
         child.close()
         if was_serving and not self._is_stopping:
@@ -390,6 +399,7 @@ class Supervisor:
             children=self._children,
             ended=dict(self._ended),
             reloads=self._reloads,
+            tally=self._tally_file,
         )
         number = leave_legacy(legacy)
         os.environ[STATE_VARIABLE] = str(number)
@@ -533,6 +543,15 @@ class Supervisor:
             await self._kill(self._children)
         for task in list(self._tasks):
             task.cancel()
+
+
+def open_tally(number: int) -> tuple[int, Tally]:
+    """The counts that workers share, in the file of that number, or in a new one for -1."""
+    if number < 0:
+        number = os.memfd_create("hoberproxy-tally")
+        os.ftruncate(number, TALLY_BYTES)
+        return number, Tally(new_tally_memory(number, os.urandom(16)), 0)
+    return number, Tally(mmap.mmap(number, TALLY_BYTES), 0)
 
 
 def _problems_of(failed: list[Child]) -> str:

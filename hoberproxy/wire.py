@@ -17,8 +17,9 @@ from typing import Any
 
 from aiohttp import web
 
+from .admission import NO_GROUP
 from .downstream import Answer
-from .errors import RequestError, serialize_error
+from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Exchange
 from .gateway import Gateway
 from .http11 import (
@@ -89,6 +90,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._waiting_since = 0.0
         self._discarded_bytes = 0
         self.is_paused = False
+        self.address_group = NO_GROUP
         self.wheel_slot = 0
 
     # What the loop does
@@ -96,7 +98,15 @@ class DownstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
         self._connections.add(self)
-        self._await_request()
+        try:
+            peer = transport.get_extra_info("peername")
+            address = peer[0] if isinstance(peer, tuple) else ""
+            self.address_group = self._gateway.admission.enter(address)
+        except UnavailableError as error:
+            self._gateway.metrics.refused_connections += 1
+            self._refuse(error.status, error)
+        else:
+            self._await_request()
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -130,6 +140,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.CLOSED
         self._transport = None
         self._connections.discard(self)
+        self._gateway.admission.leave(self.address_group)
         self._gateway.wheel.cancel(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
@@ -213,7 +224,11 @@ class DownstreamConnection(asyncio.Protocol):
         self._gateway.metrics.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
-        refusal = RequestError(str(error), code=code, status=status)
+        self._refuse(status, RequestError(str(error), code=code, status=status))
+
+    def _refuse(self, status: int, refusal: ProxyError) -> None:
+        """Answer before there is a request, and close."""
+        retry_after = refusal.retry_after
         self._buffer = b""
         self._answer_early()
         answer = self._answer(version_minor=1, keep_alive=False)
@@ -222,7 +237,9 @@ class DownstreamConnection(asyncio.Protocol):
             [
                 (b"content-type", b"application/json"),
                 (b"x-request-id", self._gateway.new_request_id().encode()),
-                (b"x-should-retry", b"false"),
+                (b"x-should-retry", b"false")
+                if retry_after is None
+                else (b"retry-after", b"%d" % math.ceil(retry_after)),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
             ],
             serialize_error(refusal),

@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import mmap
+import os
 import signal
 import socket
 import sys
@@ -19,11 +21,12 @@ from collections.abc import Iterable, Sequence
 
 from .admin import OFF
 from .channel import Channel, Message, read_first_message, serialize_message
-from .config import Config, ConfigError
+from .config import ConfigError
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
 from .store import StoreError
+from .tally import TALLY_BYTES, Tally
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -99,9 +102,11 @@ def main(arguments: Sequence[str]) -> int:
         server = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
         config = dataclasses.replace(config, server=server)
         listeners = _listeners(start["sockets"])
+        tally = Tally(mmap.mmap(start["tally"], TALLY_BYTES), start["slot"])
+        os.close(start["tally"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
-        run(lambda: _serve(config, listeners, end))
+        run(lambda: _serve(Server(config, listeners, tally=tally), end))
     except (StartError, StoreError) as error:
         return _fail(end, [str(error)])
     except ConfigError as error:
@@ -120,8 +125,8 @@ def _listeners(numbers: list[int]) -> Listeners:
     return listeners
 
 
-async def _serve(config: Config, listeners: Listeners, end: socket.socket) -> None:
-    await Worker(Server(config, listeners), end).serve()
+async def _serve(server: Server, end: socket.socket) -> None:
+    await Worker(server, end).serve()
 
 
 def _fail(end: socket.socket, problems: Iterable[str]) -> int:

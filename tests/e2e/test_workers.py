@@ -321,6 +321,31 @@ async def test_a_config_that_workers_cannot_start_with_changes_nothing(tmp_path:
         assert (await running.post(chat())).status == 200
 
 
+# Limits
+
+
+async def test_the_maximum_of_streams_holds_over_all_workers_and_a_dead_one_frees_its_share(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedUpstream(default=WAITING) as upstream,
+        service(tmp_path, upstream, server="max_streams = 3") as running,
+        contextlib.AsyncExitStack() as stack,
+    ):
+        clients = [await stack.enter_async_context(running.connect()) for _ in range(6)]
+        for client in clients[:3]:
+            await begin_stream(client)
+        for client in clients[3:]:
+            await client.ask(chat(stream=True))
+            refused = await client.read_reply()
+            assert (refused.status, refused.error["code"]) == (503, "overloaded")
+        for pid in running.workers():
+            os.kill(pid, signal.SIGKILL)
+        await running.logged(" serves", 2)
+        async with running.connect() as again:
+            await begin_stream(again)
+
+
 # Metrics
 
 
