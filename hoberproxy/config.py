@@ -132,6 +132,7 @@ class LogSettings:
     level: str = "info"
     access: bool = True
     format: str = "auto"  # human on a terminal, JSON elsewhere
+    sample: float = 1.0  # share of requests without a failure that get a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,10 +271,12 @@ def _read_routing(table: Table) -> RoutingSettings:
 
 def _read_log(table: Table) -> LogSettings:
     default = LogSettings()
+    sample = table.number("sample", "0", "1")
     return LogSettings(
         level=table.choice("level", default.level, ("debug", "info", "warning", "error")),
         access=table.boolean("access", default.access),
         format=table.choice("format", default.format, ("auto", "human", "json")),
+        sample=default.sample if sample is None else sample,
     )
 
 

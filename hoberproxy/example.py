@@ -44,6 +44,8 @@ EXAMPLE = """\
 #level = "info"
 #access = true
 #format = "auto"
+# share of the lines of requests without a failure; failures are always logged
+#sample = 1
 
 # A provider that hoberproxy knows: address, variable of the key and quirks come from the preset.
 [providers.deepseek]

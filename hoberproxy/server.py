@@ -135,7 +135,11 @@ class Server:
             catalog=catalog,
             keyring=keyring,
             ledger=Ledger(config.records.file, keyring),
-            access_log=AccessLog(sys.stderr, config.log.format) if config.log.access else None,
+            access_log=(
+                AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
+                if config.log.access
+                else None
+            ),
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
             admission=self._make_admission(config),
@@ -220,6 +224,8 @@ class Server:
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
         gateway.admission = self._make_admission(config)
+        if gateway.access_log is not None:
+            gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
         gateway.upstreams = upstreams
