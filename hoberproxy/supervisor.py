@@ -109,12 +109,10 @@ class Supervisor:
         await self._admin.start()
         if self._legacy is None:
             self._announce()
-        watch = [self._start_task(self._poll(), "poll")]
+        self._start_task(self._poll(), "poll")
         if self._notifier.watchdog is not None:
-            watch.append(self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog"))
+            self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog")
         await self._stopped.wait()
-        for task in watch:
-            task.cancel()
         await self._end()
 
     def _handle_signals(self) -> None:
@@ -202,7 +200,9 @@ class Supervisor:
         return children
 
     async def _spawn(self) -> Child:
-        listening = [each.fileno() for each in flat(self._listeners.clients.values())]
+        groups = self._listeners.clients
+        wanted = groups if self._listeners.is_passed else self._config.server.listen
+        listening = [each.fileno() for each in flat(groups[address] for address in wanted)]
         pid, end = spawn([*listening, self._tally_file])
         slot = min(set(range(SLOTS)) - {child.slot for child in self._children})
         child = Child(
@@ -333,6 +333,14 @@ class Supervisor:
             self._note_problems("config not reloaded", error.problems)
             return
         self._reloads["ok"] += 1
+        old_settings = before[1].server
+        if (config.server.metrics_listen, admin_path(config)) != (
+            old_settings.metrics_listen,
+            admin_path(before[1]),
+        ):
+            logger.warning(
+                "a changed metrics_listen or admin_socket is used from the next start on"
+            )
         for child in old:
             child.leave()
         self._unbind(self._config)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -307,6 +308,28 @@ async def test_a_bad_config_changes_nothing_and_a_new_worker_still_gets_the_good
         await running.logged(" serves")
         for _ in range(4):
             assert (await running.post(chat())).status == 200
+
+
+async def test_a_reload_may_listen_elsewhere(tmp_path: Path) -> None:
+    async with ScriptedUpstream(default=GOOD) as upstream, service(tmp_path, upstream) as running:
+        before = running.port
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            config = write_config(tmp_path, upstream.base_url)
+            text = config.read_text().replace("127.0.0.1:0", f"127.0.0.1:{port}")
+            config.write_text(text)
+            running.send(signal.SIGHUP)
+            await running.logged(f"config not reloaded: cannot listen on 127.0.0.1:{port}")
+        assert (await running.post(chat())).status == 200
+        running.send(signal.SIGHUP)
+        await running.logged("config reloaded")
+        async with connected(port) as client:
+            await client.ask(chat())
+            assert (await client.read_reply()).status == 200
+        await eventually(lambda: len(running.workers()) == 2)
+        with pytest.raises(ConnectionError):
+            async with connected(before):
+                pass
 
 
 async def test_a_config_that_workers_cannot_start_with_changes_nothing(tmp_path: Path) -> None:
