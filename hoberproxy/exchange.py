@@ -134,6 +134,11 @@ class Exchange:
         """The body is worth keeping."""
         return self._refusal is None
 
+    @property
+    def has_no_room(self) -> bool:
+        """The proxy is full: to be refused at once."""
+        return self._refusal is not None and self._refusal.code == "overloaded"
+
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
         if gateway.is_stopping:

@@ -261,6 +261,10 @@ class DownstreamConnection(asyncio.Protocol):
         self._body_bytes = 0
         self._state = State.BODY
         is_admitted = exchange.admit()
+        if exchange.has_no_room and (head.length is None or len(rest) < head.length):
+            self._answer_early()  # the rest of its body would take room all the same
+            exchange.run(b"", close=True)
+            return
         if head.length is not None and head.length > self.max_body_bytes:
             self._refuse_body()
             return

@@ -113,6 +113,11 @@ async def test_over_the_maximum_a_request_is_refused_while_what_runs_goes_on(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["retry-after"] == "1"
     assert len(proxy.gateway.exchanges) == 1
+    slow = await proxy.connect()
+    slow.send(chat(proxy.key, framing="content-length: 5000"))  # only a part of it comes
+    answer = await slow.read_answer()
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert len(proxy.gateway.exchanges) == 1
     await running.aclose()
     await wait_until(lambda: not proxy.gateway.exchanges)
     late.send(chat(proxy.key))
