@@ -144,7 +144,8 @@ class Supervisor:
         try:
             self._bind(self._config)
             self._bind_metrics(self._config)
-            await self._start_workers()
+            async with self._starting:
+                await self._start_workers()
         except BaseException:
             await self._kill(self._children)
             self._listeners.close()
@@ -308,12 +309,14 @@ class Supervisor:
             self._due.clear()
             self.problems = []
             self._notifier.reloading()
-            async with self._starting:
-                if is_upgrade:
-                    await self._exec()  # returns only if it cannot be done
-                else:
-                    await self._reload()
-            self._tell_ready(self._serving)
+            try:
+                async with self._starting:
+                    if is_upgrade:
+                        await self._exec()  # returns only if it cannot be done
+                    else:
+                        await self._reload()
+            finally:
+                self._tell_ready(self._serving)
 
     @property
     def _serving(self) -> list[Child]:

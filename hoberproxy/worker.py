@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib
 import logging
 import mmap
 import os
@@ -86,8 +87,10 @@ class Worker:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the number of the channel's descriptor, or `check`: can it be imported?"""
+    """`arguments`: the number of the channel's descriptor, or `check`: can all be imported?"""
     if arguments == ["check"]:
+        for name in ("cli", "service"):  # what the supervisor will be
+            importlib.import_module(f"{__package__}.{name}")
         return 0
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         # A terminal sends Ctrl-C to all its processes; the supervisor says what is to happen.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import hoberproxy
 from tests.scripted import (
     WAIT,
     AwaitRelease,
@@ -93,6 +95,7 @@ async def service(
     workers: int = 2,
     server: str = "",
     metrics: str = "off",
+    installed: Path | None = None,
 ) -> AsyncIterator[Service]:
     """It must have ended by itself, or it is told to."""
     config = write_config(folder, upstream.base_url, server=server, metrics=metrics)
@@ -103,6 +106,7 @@ async def service(
             *("--workers", str(workers)),
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
+            cwd=installed,
         )
     assert process.stdout is not None
     try:
@@ -308,6 +312,35 @@ async def test_a_bad_config_changes_nothing_and_a_new_worker_still_gets_the_good
         await running.logged(" serves")
         for _ in range(4):
             assert (await running.post(chat())).status == 200
+
+
+async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
+    tmp_path: Path,
+) -> None:
+    installed = tmp_path / "installed"
+    shutil.copytree(Path(hoberproxy.__file__).parent, installed / "hoberproxy")
+    init, server = (installed / "hoberproxy" / name for name in ("__init__.py", "service.py"))
+    good = server.read_text()
+    async with (
+        ScriptedUpstream(WAITING, default=GOOD) as upstream,
+        service(tmp_path, upstream, installed=installed) as running,
+        running.connect() as client,
+    ):
+        first = await begin_stream(client)
+        before = running.workers()
+        init.write_text('__version__ = "99.0"')
+        server.write_text("import nothing_of_that_name")
+        running.send(signal.SIGUSR2)
+        await running.logged("not upgraded: the installed code cannot be run: ModuleNotFound")
+        assert running.workers() == before
+        assert (await running.post(chat())).status == 200
+        server.write_text(good)
+        running.send(signal.SIGUSR2)
+        await running.logged("upgraded to 99.0")
+        await running.logged("config reloaded")
+        assert (await running.post(chat())).status == 200
+        upstream.release("go")
+        assert first + await finish_stream(client) == as_client_sees(EVENTS)
 
 
 async def test_a_reload_may_listen_elsewhere(tmp_path: Path) -> None:
