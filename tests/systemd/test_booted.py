@@ -1,0 +1,134 @@
+"""The life of an installed service under a real systemd, from install to uninstall.
+
+The tests run in their order, on one machine; each begins with a running service.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from hoberproxy import __version__
+
+from .conftest import UPSTREAM_PORT
+from .machine import Machine
+from .service import CONFIG, METRICS_PORT, PROVIDER_KEY, Service
+from .upstream import Upstream
+
+pytestmark = pytest.mark.systemd
+
+MORE_MODELS = """
+[[models]]
+slug = "test/second"
+endpoints = [{ provider = "test", model = "m" }]
+"""
+
+
+def test_a_dry_run_changes_nothing(machine: Machine) -> None:
+    said = Service(machine).install(__version__, "--dry-run")
+    assert "  + systemctl daemon-reload" in said
+    assert not machine.path("/opt").exists()
+    assert not machine.path("/etc/hoberproxy").exists()
+
+
+def test_the_second_install_finds_all_done(installed: Service) -> None:
+    assert "  + " not in installed.install(__version__)
+
+
+def test_what_is_installed_pleases_systemd(installed: Service) -> None:
+    unit = "/etc/systemd/system/hoberproxy.service"
+    assert installed.machine.run("systemd-analyze", "verify", "--man=no", unit) == ""
+
+
+def test_the_first_start_waits_for_a_key_and_says_so(installed: Service) -> None:
+    installed.machine.run("cp", "/srv/deploy/hoberproxy.toml", CONFIG)
+    installed.machine.attempt("systemctl", "start", "hoberproxy.service")
+    installed.wait_until(
+        lambda: "providers.openai.api_key_file: expected a readable file" in installed.journal(),
+        "telling what is missing",
+    )
+    # No second start by hand: it is retried until the config is right.
+    installed.configure(UPSTREAM_PORT)
+    installed.wait_until(lambda: installed.show("ActiveState") == "active", "active")
+
+
+def test_a_request_is_answered_logged_and_counted(service: Service, upstream: Upstream) -> None:
+    assert service.ask() == 200
+    assert f"Bearer {PROVIDER_KEY}" in upstream.authorizations
+    # Lines and records are written off the path, a moment later.
+    service.wait_until(lambda: '"status":200' in service.journal(), "logging the request")
+    assert PROVIDER_KEY not in service.journal()
+    status, metrics = service.get("/metrics", METRICS_PORT)
+    assert status == 200
+    assert 'hoberproxy_requests_total{model="test/model",provider="test",status="2xx"}' in metrics
+    service.wait_until(
+        lambda: "test/model" in service.hoberproxy("usage", "--config", CONFIG), "recording it"
+    )
+
+
+def test_the_service_sees_only_what_it_needs(service: Service) -> None:
+    pid = str(service.main_pid)
+    machine = service.machine
+    inside = ("nsenter", "--target", pid, "--mount", "setpriv", "--reuid=hoberproxy")
+    inside = (*inside, "--regid=hoberproxy", "--clear-groups")
+    assert machine.attempt(*inside, "cat", "/etc/hoberproxy/keys/test").returncode != 0
+    assert machine.attempt(*inside, "touch", "/etc/hoberproxy/x").returncode != 0
+    assert machine.attempt(*inside, "touch", "/opt/hoberproxy/x").returncode != 0
+    assert machine.attempt(*inside, "touch", "/var/lib/hoberproxy/x").returncode == 0
+    limits = machine.run("grep", "Max open files", f"/proc/{pid}/limits")
+    assert int(limits.split()[3]) >= 2 * 10_000
+
+
+def test_a_reload_takes_the_new_config_and_cuts_no_stream(
+    service: Service, upstream: Upstream
+) -> None:
+    stream = service.stream()
+    assert service.ask("test/second") == 404
+    service.configure(UPSTREAM_PORT, MORE_MODELS)
+    service.systemctl("reload", "hoberproxy.service")
+    service.wait_until(lambda: service.ask("test/second") == 200, "serving the new model")
+    assert stream.goes_on()
+    upstream.may_end.set()
+    assert stream.is_whole()
+
+
+def test_a_reload_of_a_bad_config_fails_and_changes_nothing(service: Service) -> None:
+    pid = service.main_pid
+    service.configure(UPSTREAM_PORT, "[[models]]\nslug = 5\n")
+    assert service.machine.attempt("systemctl", "reload", "hoberproxy.service").returncode != 0
+    assert "models[1].slug: expected" in service.journal()
+    assert service.ask() == 200
+    assert (service.show("ActiveState"), service.main_pid) == ("active", pid)
+
+
+def test_stopping_lets_running_answers_end(service: Service, upstream: Upstream) -> None:
+    stream = service.stream()
+    service.systemctl("stop", "--no-block", "hoberproxy.service")
+    service.wait_until(lambda: service.show("ActiveState") == "deactivating", "stopping")
+    assert stream.goes_on()
+    upstream.may_end.set()
+    assert stream.is_whole()
+    service.wait_until(lambda: service.show("ActiveState") == "inactive", "stopped")
+    assert service.show("Result") == "success"
+
+
+def test_a_killed_service_is_started_again(service: Service) -> None:
+    restarts = int(service.show("NRestarts"))
+    service.systemctl("kill", "--kill-whom=main", "--signal=KILL", "hoberproxy.service")
+    service.wait_until(lambda: int(service.show("NRestarts")) == restarts + 1, "restarted")
+    service.wait_until(service.is_ready, "ready")
+    assert service.ask() == 200
+
+
+def test_uninstalling_leaves_config_keys_and_records_unless_told(service: Service) -> None:
+    machine = service.machine
+    machine.run("/srv/deploy/install.sh", "--uninstall")
+    assert not machine.path("/opt/hoberproxy").exists()
+    assert machine.attempt("systemctl", "cat", "hoberproxy.service").returncode != 0
+    assert machine.path("/etc/hoberproxy/keys/test").exists()
+    assert machine.path("/var/lib/hoberproxy/hoberproxy.db").exists()
+    machine.run("/srv/deploy/install.sh", "--uninstall", "--purge")
+    assert not machine.path("/etc/hoberproxy").exists()
+    assert not machine.path("/var/lib/hoberproxy").exists()
+    assert machine.attempt("getent", "passwd", "hoberproxy").returncode != 0
+    left = machine.run("find", "/etc", "/opt", "/run", "/var/lib", "-name", "*hoberproxy*")
+    assert left == ""
