@@ -24,14 +24,19 @@ NEXT_VERSION = f"{__version__}+next"
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the program in two versions and all that it needs: no network inside."""
+    """A folder with the next version, and all that this one is built from and needs.
+
+    The machine has no network: pip finds everything here.
+    """
     if reason := why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("wheels")
     environment = tmp_path_factory.mktemp("build")
     _run(DEBIAN_PYTHON, "-m", "venv", str(environment))
     pip = (str(environment / "bin/pip"), "--disable-pip-version-check")
-    _run(*pip, "wheel", "--quiet", "--wheel-dir", str(folder), str(REPOSITORY))
+    _run(*pip, "wheel", "--quiet", "--wheel-dir", str(folder), str(REPOSITORY), "hatchling")
+    for own in folder.glob("hoberproxy-*.whl"):
+        own.unlink()
     source = _copy_source(tmp_path_factory.mktemp("next"))
     _run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source))
     return folder
@@ -59,7 +64,7 @@ def _run(*command: str) -> None:
 
 @pytest.fixture(scope="session")
 def machine(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    shared = {"/srv/deploy": REPOSITORY / "deploy", "/srv/wheels": wheels}
+    shared = {"/srv/checkout": REPOSITORY, "/srv/wheels": wheels}
     with booted(tmp_path_factory.mktemp("machine"), shared) as running:
         yield running
 
@@ -75,7 +80,7 @@ def upstream(machine: Machine) -> Iterator[Upstream]:
 def installed(machine: Machine, upstream: Upstream) -> Service:
     """The service, installed and configured as deploy/README.md says, not yet started."""
     service = Service(machine)
-    service.install(__version__)
+    service.install()
     service.configure(UPSTREAM_PORT)
     return service
 

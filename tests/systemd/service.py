@@ -16,6 +16,7 @@ PORT = 8080
 METRICS_PORT = 9464
 SLUG = "test/model"
 PROVIDER_KEY = "sk-provider-secret"
+INSTALL = "/srv/checkout/deploy/install.sh"
 CONFIG = "/etc/hoberproxy/hoberproxy.toml"
 PROGRAM = "/opt/hoberproxy/bin/hoberproxy"
 # Given to the service, so that what takes minutes in production takes seconds here.
@@ -44,15 +45,11 @@ class Service:
 
     # As an operator
 
-    def install(self, version: str, *options: str) -> str:
-        """Run install.sh with the wheel of a version; returns what it printed."""
-        wheel = f"/srv/wheels/hoberproxy-{version}-py3-none-any.whl"
-        # Without a network pip finds all it needs beside the wheel.
+    def install(self, *options: str) -> str:
+        """Run install.sh of the checkout; returns what it printed."""
+        # Without a network pip finds there what it would fetch.
         return self.machine.run(
-            *("/srv/deploy/install.sh", "--wheel", wheel, *options),
-            timeout=120,
-            PIP_NO_INDEX="1",
-            PIP_FIND_LINKS="/srv/wheels",
+            INSTALL, *options, timeout=120, PIP_NO_INDEX="1", PIP_FIND_LINKS="/srv/wheels"
         )
 
     def configure(self, upstream_port: int, more: str = "") -> None:
