@@ -108,11 +108,12 @@ def booted(folder: Path, shared: Mapping[str, Path]) -> Iterator[Machine]:
     """Boot one whose files are in `folder`; `shared` is seen in it, read-only, by path."""
     root = folder / "root"
     _lay_out(root)
-    with open(folder / "console", "wb") as console:
+    name = f"hoberproxy-test-{os.getpid()}"
+    with _own_cgroups(name) as enter, open(folder / "console", "wb") as console:
         nspawn = subprocess.Popen(
             [
                 *("systemd-nspawn", "--quiet", "--boot", f"--directory={root}"),
-                *(f"--machine=hoberproxy-test-{os.getpid()}", "--register=no", "--keep-unit"),
+                *(f"--machine={name}", "--register=no", "--keep-unit"),
                 *("--settings=no", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
                 *("--private-network", "--bind-ro=/usr"),
                 *(f"--bind-ro={outside}:{inside}" for inside, outside in shared.items()),
@@ -120,16 +121,39 @@ def booted(folder: Path, shared: Mapping[str, Path]) -> Iterator[Machine]:
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
+            preexec_fn=enter,
         )
-    try:
-        yield _wait_until_booted(root, nspawn, folder / "console")
-    finally:
-        nspawn.send_signal(signal.SIGTERM)  # it passes on an orderly end
         try:
-            nspawn.wait(WAIT)
-        except subprocess.TimeoutExpired:
-            nspawn.kill()
-            nspawn.wait(WAIT)
+            yield _wait_until_booted(root, nspawn, folder / "console")
+        finally:
+            nspawn.send_signal(signal.SIGTERM)  # it passes on an orderly end
+            try:
+                nspawn.wait(WAIT)
+            except subprocess.TimeoutExpired:
+                nspawn.kill()
+                nspawn.wait(WAIT)
+
+
+@contextmanager
+def _own_cgroups(name: str) -> Iterator[Callable[[], None]]:
+    """Where no systemd runs outside, two machines would else be laid into the same groups."""
+    hierarchies = [Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup/unified")]
+    if Path("/run/systemd/system").exists():
+        hierarchies = []
+    groups = [hierarchy / name for hierarchy in hierarchies if hierarchy.is_dir()]
+    for group in groups:
+        group.mkdir()
+
+    def enter() -> None:
+        for group in groups:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    try:
+        yield enter
+    finally:
+        for group in groups:
+            for folder, _, _ in os.walk(group, topdown=False):
+                os.rmdir(folder)
 
 
 def _lay_out(root: Path) -> None:
