@@ -164,8 +164,21 @@ def spawn(passed: list[int]) -> tuple[int, socket.socket]:
     return pid, ours
 
 
-def python_command(module: str, *arguments: str) -> list[str]:
-    """How to run a module of this package in a new process."""
+def python_command(module: str, *arguments: str, python: str = "") -> list[str]:
+    """How to run a module of this package in a new process, by this Python or another."""
     # As this process was started: only `python -m` looks for modules in the folder it is in.
     is_module = Path(sys.argv[0]).name == "__main__.py"
-    return [sys.executable, *([] if is_module else ["-P"]), "-m", module, *arguments]
+    return [python or sys.executable, *([] if is_module else ["-P"]), "-m", module, *arguments]
+
+
+def installed_python() -> str:
+    """The Python of what is installed by now: the one named by the script we were started as.
+
+    Each version may have an environment of its own, and the script be a link to the latest.
+    """
+    with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
+        mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()
+        is_python = mark == b"#!" and Path(python).name.startswith("python")
+        if is_python and os.access(python, os.X_OK):
+            return python
+    return sys.executable

@@ -27,7 +27,7 @@ from . import __version__
 from .admin import AdminSocket, admin_path
 from .catalog import ConfigError
 from .channel import Message
-from .child import Child, State, python_command, spawn
+from .child import Child, State, installed_python, python_command, spawn
 from .config import Config
 from .exposition import Snapshot, merge, render
 from .listeners import Listeners, StartError, bind, flat, name_of
@@ -381,7 +381,7 @@ class Supervisor:
 
     async def _try_installed(self) -> str | None:
         """Whether what is installed can be imported at all; what is wrong if not."""
-        command = python_command("hoberproxy.worker", "check")
+        command = python_command("hoberproxy.worker", "check", python=installed_python())
         process = await asyncio.create_subprocess_exec(
             *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
         )
@@ -414,13 +414,14 @@ class Supervisor:
         )
         number = leave_legacy(legacy)
         os.environ[STATE_VARIABLE] = str(number)
+        python = installed_python()
         try:
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+            os.execv(python, [python, *sys.orig_argv[1:]])
         except OSError as exc:
             del os.environ[STATE_VARIABLE]
             os.close(number)
             keep_legacy(legacy)
-            self._note_problems("not upgraded", [f"{sys.executable}: {exc.strerror}"])
+            self._note_problems("not upgraded", [f"{python}: {exc.strerror}"])
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     async def _adopt(self, legacy: Legacy) -> None:
