@@ -23,9 +23,10 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 PREFIX=/opt/hoberproxy
 ETC=/etc/hoberproxy
 STATE=/var/lib/hoberproxy
-UNITS=(hoberproxy.service)
+UNITS=(hoberproxy.socket hoberproxy.service)
 declare -A FILES=(
     [hoberproxy.service]=/etc/systemd/system/hoberproxy.service
+    [hoberproxy.socket]=/etc/systemd/system/hoberproxy.socket
     [hoberproxy.sysusers]=/etc/sysusers.d/hoberproxy.conf
     [hoberproxy.tmpfiles]=/etc/tmpfiles.d/hoberproxy.conf
 )
@@ -45,7 +46,8 @@ run() { # every command that changes something
     printf '  + %s\n' "$*"
     [ -n "$dry_run" ] || "$@"
 }
-is_active() { systemctl is-active --quiet hoberproxy.service; }
+show() { systemctl show --value --property="$1" hoberproxy.service; }
+is_active() { systemctl is-active --quiet hoberproxy.service 2>/dev/null; }
 
 parse_arguments() {
     while [ $# -gt 0 ]; do
@@ -114,7 +116,7 @@ find_wheel() {
 }
 
 install_program() {
-    local name release version
+    local name version
     version=$(basename "$wheel" | cut -d - -f 2)
     if [ -f "$wheel" ]; then
         name=$version-$(sha256sum "$wheel" | cut -c 1-12)
@@ -152,7 +154,7 @@ remove_old_releases() { # all but this one, the one before it, and those that pr
         sort -rn | cut -d ' ' -f 2-)
 }
 
-is_used() { grep -qsF "$1/" /proc/[0-9]*/maps; }
+is_used() { grep -qas "^$1/bin/python" /proc/[0-9]*/cmdline; }
 
 # Units, users, folders, config
 
@@ -185,36 +187,55 @@ take_over() {
         say "  systemctl enable --now ${UNITS[*]}"
     elif [ -n "$is_new_program" ]; then
         say "the running service goes over to the new program"
-        run systemctl restart hoberproxy.service
+        run systemctl kill --kill-whom=main --signal=USR2 hoberproxy.service
+        [ -n "$dry_run" ] || await_upgrade
     else
         say "the service runs this program"
     fi
     if [ -n "$is_new_unit" ] && is_active; then
-        say "the changed unit holds from the next start on (systemctl restart hoberproxy.service)"
+        say "the changed unit holds from the next start on (systemctl restart hoberproxy)"
     fi
 }
 
-remove_all() {
-    local unit source
-    for unit in "${UNITS[@]}"; do
-        [ ! -e "/etc/systemd/system/$unit" ] || run systemctl disable --now "$unit"
+await_upgrade() {
+    local tries
+    for tries in {1..60}; do
+        sleep 1
+        if [ "$(show ActiveState)" = active ] &&
+            grep -qas "^$release/bin/python" "/proc/$(show MainPID)/cmdline"; then
+            say "it serves: $(show StatusText)"
+            return
+        fi
     done
+    fail "after $tries s it still runs the old program; journalctl -u hoberproxy says why"
+}
+
+remove_all() {
+    local unit source installed=()
+    for unit in "${UNITS[@]}"; do
+        [ ! -e "/etc/systemd/system/$unit" ] || installed+=("$unit")
+    done
+    # Together: a socket that is left would start the service again.
+    [ "${#installed[@]}" = 0 ] || run systemctl disable --now "${installed[@]}"
     for source in "${!FILES[@]}"; do
         [ ! -e "${FILES[$source]}" ] || run rm -f "${FILES[$source]}"
     done
-    run systemctl daemon-reload
     [ ! -e "$PREFIX" ] || run rm -rf "$PREFIX"
-    if [ -z "$purge" ]; then
-        say "uninstalled; $ETC and $STATE are left (--purge removes them)"
-        return
+    if [ -n "$purge" ]; then
+        run rm -rf "$ETC" "$STATE" /etc/systemd/system/hoberproxy.{service,socket}.d
+        ! getent passwd hoberproxy >/dev/null || run userdel hoberproxy
     fi
-    run rm -rf "$ETC" "$STATE"
-    ! getent passwd hoberproxy >/dev/null || run userdel hoberproxy
-    say "uninstalled, with config, keys and records"
+    run systemctl daemon-reload
+    if [ -n "$purge" ]; then
+        say "uninstalled, with config, keys and records"
+    else
+        say "uninstalled; $ETC and $STATE are left (--purge removes them)"
+    fi
 }
 
 is_new_program=
 is_new_unit=
+release=
 parse_arguments "$@"
 if [ -n "$uninstall" ]; then
     [ -n "$dry_run" ] || check_root

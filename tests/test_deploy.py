@@ -13,11 +13,13 @@ import pytest
 
 from hoberproxy.cli import make_parser
 from hoberproxy.config import EXAMPLE, ServerSettings, parse_config
+from hoberproxy.listeners import BACKLOG
 
 from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 UNIT = DEPLOY / "hoberproxy.service"
+SOCKET = DEPLOY / "hoberproxy.socket"
 INSTALL = DEPLOY / "install.sh"
 PROGRAM = "/opt/hoberproxy/bin/hoberproxy"
 CONFIG = "/etc/hoberproxy/hoberproxy.toml"
@@ -50,13 +52,14 @@ def run(*command: str) -> tuple[int, str]:
 # The unit
 
 
-def test_systemd_has_nothing_to_say_against_the_unit(tmp_path: Path) -> None:
+def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
     analyze = need_tool("systemd-analyze")
-    unit = tmp_path / UNIT.name
+    units = [tmp_path / each.name for each in (UNIT, SOCKET)]
     # The program must exist for systemd; any does, what it is given is another test's.
-    unit.write_text(UNIT.read_text().replace(PROGRAM, sys.executable))
+    units[0].write_text(UNIT.read_text().replace(PROGRAM, sys.executable))
+    units[1].write_text(SOCKET.read_text())
     # Its status is 0 even for a name it does not know: only silence is good.
-    assert run(analyze, "verify", "--man=no", str(unit)) == (0, "")
+    assert run(analyze, "verify", "--man=no", *map(str, units)) == (0, "")
 
 
 def test_systemd_rates_the_hardening_two_or_better() -> None:
@@ -75,6 +78,12 @@ def test_the_command_line_knows_what_the_unit_runs(name: str) -> None:
 
 def test_systemd_kills_only_after_the_drain_has_had_its_time() -> None:
     assert float(read_unit(UNIT)["TimeoutStopSec"][0]) > ServerSettings().drain_timeout
+
+
+def test_the_socket_is_where_the_program_would_listen() -> None:
+    socket = read_unit(SOCKET)
+    assert socket["ListenStream"] == [str(address) for address in ServerSettings().listen]
+    assert int(socket["Backlog"][0]) >= BACKLOG
 
 
 def test_ten_thousand_streams_have_their_sockets() -> None:
@@ -99,8 +108,7 @@ def test_what_is_commented_out_in_the_config_shows_defaults_as_the_example_does(
     text = (DEPLOY / "hoberproxy.toml").read_text()
     shown = re.findall(r"(?m)^#(\w+ = [^#\n]*[^#\s])", text.partition("[providers")[0])
     assert shown
-    example = EXAMPLE.replace('["127.0.0.1:8080"]', '"127.0.0.1:8080"')
-    assert all(f"#{setting}\n" in example for setting in shown)
+    assert all(f"#{setting}\n" in EXAMPLE for setting in shown)
 
 
 def test_users_and_folders_are_taken_by_systemd(tmp_path: Path) -> None:

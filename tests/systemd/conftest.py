@@ -19,6 +19,7 @@ from .upstream import Upstream
 REPOSITORY = Path(__file__).parents[2]
 DEBIAN_PYTHON = "/usr/bin/python3"  # the only one in the machine
 UPSTREAM_PORT = 9100
+NEXT_WHEEL = f"/srv/wheels/hoberproxy-{__version__}+next-py3-none-any.whl"
 NEXT_VERSION = f"{__version__}+next"
 
 

@@ -122,6 +122,8 @@ def booted(folder: Path, shared: Mapping[str, Path]) -> Iterator[Machine]:
             stdout=console,
             stderr=subprocess.STDOUT,
             preexec_fn=enter,
+            # Only with these control groups is systemd told, in a container, that one is empty.
+            env=os.environ | {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
         )
         try:
             yield _wait_until_booted(root, nspawn, folder / "console")
@@ -151,9 +153,20 @@ def _own_cgroups(name: str) -> Iterator[Callable[[], None]]:
     try:
         yield enter
     finally:
+        deadline = time.monotonic() + WAIT
         for group in groups:
             for folder, _, _ in os.walk(group, topdown=False):
-                os.rmdir(folder)
+                _remove_group(Path(folder), deadline)
+
+
+def _remove_group(group: Path, deadline: float) -> None:
+    while True:
+        try:
+            return group.rmdir()
+        except OSError:  # the kernel still has a process in it
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _lay_out(root: Path) -> None:

@@ -66,14 +66,15 @@ class Service:
         return self.machine.run("systemctl", *arguments)
 
     def start(self) -> None:
-        self.systemctl("start", "hoberproxy.service")
-        self.wait_until(self.is_ready, "ready")
+        """Enable and start it; when this returns, clients are served."""
+        self.systemctl("enable", "--quiet", "--now", "hoberproxy.socket", "hoberproxy.service")
+        assert self.show("ActiveState") == "active"
 
-    def is_ready(self) -> bool:
-        try:
-            return self.get("/readyz")[0] == 200
-        except ConnectionError:
-            return False
+    @property
+    def workers(self) -> list[int]:
+        """Processes that serve; the supervisor's children."""
+        found = self.machine.attempt("pgrep", "--parent", str(self.main_pid))
+        return [int(pid) for pid in found.stdout.split()]
 
     def show(self, name: str) -> str:
         return self.systemctl("show", "--value", f"--property={name}", "hoberproxy.service").strip()
@@ -81,6 +82,13 @@ class Service:
     @property
     def main_pid(self) -> int:
         return int(self.show("MainPID"))
+
+    def wait_until_started_again(self, before: int) -> None:
+        """Until another main process than the one before is active."""
+        self.wait_until(
+            lambda: self.main_pid not in (0, before) and self.show("ActiveState") == "active",
+            "started again",
+        )
 
     def journal(self) -> str:
         return self.machine.run("journalctl", "--unit=hoberproxy", "--output=cat", "--no-pager")
