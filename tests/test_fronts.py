@@ -46,7 +46,7 @@ def write_nginx(folder: Path, port: int, proxy_port: int) -> None:
     for old, new in {
         "127.0.0.1:8080": f"127.0.0.1:{proxy_port}",
         "listen 443": f"listen 127.0.0.1:{port}",
-        "    listen [::]:443 ssl http2;\n": "",
+        "    listen [::]:443 ssl;\n": "",
         f"/etc/ssl/certs/{NAME}.pem": f"{folder}/certificate.pem",
         f"/etc/ssl/private/{NAME}.key": f"{folder}/certificate.key",
     }.items():
