@@ -136,12 +136,22 @@ install_program() {
         run touch "$release/.complete"
     fi
     if [ "$(readlink "$PREFIX/bin/hoberproxy" || true)" != "$release/bin/hoberproxy" ]; then
+        if is_active; then check_config; fi
         # Renamed into place: there is a program to start at every moment.
         run ln -sfn "$release/bin/hoberproxy" "$PREFIX/bin/.hoberproxy.new"
         run mv -fT "$PREFIX/bin/.hoberproxy.new" "$PREFIX/bin/hoberproxy"
         is_new_program=yes
     fi
     remove_old_releases "$release"
+}
+
+check_config() { # by the new program, with the variables that the running one has
+    local variables
+    printf '  + %s\n' "$release/bin/hoberproxy check --config $ETC/hoberproxy.toml"
+    [ -z "$dry_run" ] || return 0
+    mapfile -d '' -t variables <"/proc/$(show MainPID)/environ"
+    env -i "${variables[@]}" "$release/bin/hoberproxy" check --config "$ETC/hoberproxy.toml" ||
+        fail "the new program does not take the config; the old one stays"
 }
 
 remove_old_releases() { # all but this one, the one before it, and those that processes still use

@@ -10,6 +10,8 @@ import shutil
 
 import pytest
 
+from hoberproxy import __version__
+
 from .conftest import NEXT_VERSION, NEXT_WHEEL, UPSTREAM_PORT
 from .machine import Machine
 from .service import CONFIG, DROP_IN, METRICS_PORT, PROVIDER_KEY, Service
@@ -108,6 +110,14 @@ def test_a_reload_of_a_bad_config_fails_and_changes_nothing(service: Service) ->
     assert "models[1].slug: expected" in service.journal()
     assert service.ask() == 200
     assert (service.show("ActiveState"), service.main_pid) == ("active", pid)
+
+
+def test_a_new_version_that_would_not_start_is_left_aside(service: Service) -> None:
+    service.configure(UPSTREAM_PORT, "[[models]]\nslug = 5\n")
+    with pytest.raises(AssertionError, match="does not take the config; the old one stays"):
+        service.install("--wheel", NEXT_WHEEL)
+    assert service.hoberproxy("version") == f"hoberproxy {__version__}\n"
+    assert service.ask() == 200
 
 
 def test_a_new_version_takes_over_under_a_running_stream(
