@@ -11,11 +11,8 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hoberproxy.errors import FailedAttempt
-from hoberproxy.metrics import Metrics
-from hoberproxy.record import Record
+from hoberproxy.exposition import FAMILIES, empty_histogram, render
 
-from .test_metrics import GAUGES
 from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -41,13 +38,17 @@ def promtool(*arguments: str, given: bytes = b"") -> str:
 
 def scraped() -> bytes:
     """Every metric there is, with every label."""
-    metrics = Metrics(str)
-    record = Record(id="r", started=0.0, slug="a/b", provider="east", status=200)
-    record.failures = [FailedAttempt("east", 500, "upstream_error", "connect", 1)]
-    record.prompt_tokens = record.completion_tokens = 1
-    record.first_content = 0.1
-    metrics.observe(record)
-    return metrics.render(GAUGES)
+    return render(
+        {
+            family.name: [
+                [
+                    list(family.labels),
+                    empty_histogram(family.buckets) if family.kind == "histogram" else 1,
+                ]
+            ]
+            for family in FAMILIES
+        }
+    )
 
 
 def samples() -> dict[str, set[str]]:
