@@ -217,7 +217,8 @@ await_upgrade() {
             return
         fi
     done
-    fail "after $tries s it still runs the old program; journalctl -u hoberproxy says why"
+    journalctl --unit=hoberproxy --lines=5 --output=cat --no-pager >&2
+    fail "after $tries s it still runs the old program; above is the end of its journal"
 }
 
 remove_all() {
