@@ -5,6 +5,7 @@ The tests run in their order, on one machine; each begins with a running service
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 
@@ -134,6 +135,17 @@ def test_a_new_version_takes_over_under_a_running_stream(
     assert service.hoberproxy("version") == f"hoberproxy {NEXT_VERSION}\n"
     releases = service.machine.run("ls", "/opt/hoberproxy/releases").split()
     assert len(releases) == 2, "the one before is kept"
+
+
+def test_root_sees_how_the_service_is_and_others_do_not(service: Service) -> None:
+    stream = service.stream()
+    status = json.loads(service.hoberproxy("status", "--json", "--config", CONFIG))
+    serving = [worker["pid"] for worker in status["workers"] if worker["state"] == "serving"]
+    assert set(serving) <= set(service.workers)
+    assert status["streams"] == 1
+    mode = service.machine.run("stat", "--format=%A %U", "/var/lib/hoberproxy/hoberproxy.sock")
+    assert mode == "srw------- hoberproxy\n"
+    assert stream.goes_on()
 
 
 def test_a_worker_that_dies_is_replaced(service: Service) -> None:
