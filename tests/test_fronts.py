@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 NAME = "llm.example.com"
+CLIENT = "127.0.0.2"  # another address than the front's own
 EVENTS = stream_events(3)
 
 
@@ -100,8 +101,10 @@ def front(request: pytest.FixtureRequest) -> Front:
 
 
 @asynccontextmanager
-async def running_front(front: Front, folder: Path, proxy_port: int) -> AsyncIterator[RawClient]:
-    """Check the config, start the server, and connect a client that trusts its certificate."""
+async def running_front(
+    front: Front, folder: Path, proxy_port: int
+) -> AsyncIterator[Callable[[], Awaitable[RawClient]]]:
+    """Check the config, start the server, and connect clients that trust its certificate."""
     authority = trustme.CA()
     certificate = authority.issue_cert(NAME)
     certificate.private_key_pem.write_to_path(folder / "certificate.key")
@@ -115,11 +118,17 @@ async def running_front(front: Front, folder: Path, proxy_port: int) -> AsyncIte
     assert b"[warn]" not in output, output.decode()  # nginx's; Caddy's are about the certificate
 
     server = await start(folder, front.start(folder))
+    clients: list[RawClient] = []
+
+    async def connect_one() -> RawClient:
+        clients.append(await connect(port, authority))
+        return clients[-1]
+
     try:
-        client = await connect(port, authority)
-        yield client
-        await client.aclose()
+        yield connect_one
     finally:
+        for client in clients:
+            await client.aclose()
         with suppress(ProcessLookupError):
             server.terminate()
         await server.communicate()
@@ -142,7 +151,11 @@ async def connect(port: int, authority: trustme.CA) -> RawClient:
             try:
                 return RawClient(
                     *await asyncio.open_connection(
-                        "127.0.0.1", port, ssl=context, server_hostname=NAME
+                        "127.0.0.1",
+                        port,
+                        ssl=context,
+                        server_hostname=NAME,
+                        local_addr=(CLIENT, 0),
                     )
                 )
             except ConnectionError:
@@ -166,7 +179,8 @@ async def test_each_event_passes_when_it_comes(
     rest = b"".join(chunk(event) for event in (*EVENTS[2:], b""))
     upstream.add([*begin, AwaitRelease("the rest"), Send(rest)])
     proxy = await start_proxy()
-    async with running_front(front, tmp_path, proxy.port) as client:
+    async with running_front(front, tmp_path, proxy.port) as connect_one:
+        client = await connect_one()
         client.send(ask(proxy.key))
         assert b" 200 " in await client.read_line()
         await read_until(client, b"word0")  # while the upstream is still writing
@@ -179,9 +193,23 @@ async def test_a_client_that_leaves_takes_its_upstream_along(
 ) -> None:
     upstream.add([sse_head(), Send(chunk(EVENTS[0]) + chunk(EVENTS[1])), Stall()])
     proxy = await start_proxy()
-    async with running_front(front, tmp_path, proxy.port) as client:
+    async with running_front(front, tmp_path, proxy.port) as connect_one:
+        client = await connect_one()
         client.send(ask(proxy.key))
         await read_until(client, b"word0")
         await client.aclose()
         (record,) = await proxy.wait_for_records(1)
         assert record.status == 499
+
+
+async def test_the_front_says_whose_requests_they_are(
+    front: Front, start_proxy: StartProxy, upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    upstream.add([sse_head(), Send(chunk(EVENTS[0]) + chunk(EVENTS[1])), Stall()])
+    proxy = await start_proxy(max_connections_per_address=1, trusted_proxies=("127.0.0.1/32",))
+    async with running_front(front, tmp_path, proxy.port) as connect_one:
+        first, second = await connect_one(), await connect_one()
+        first.send(ask(proxy.key))
+        await read_until(first, b"word0")
+        second.send(ask(proxy.key))
+        assert b" 503 " in await second.read_line()
