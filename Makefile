@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-real demo-model fmt lint types check bench bench-micro clean
+.PHONY: help install tools run test test-load test-real test-systemd demo-model fmt lint types check bench \
+	bench-micro clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,11 +44,20 @@ install: $(VENV)/.core $(VENV)/.dev ## set up the virtual environment with all t
 run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
 	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
 
+tools: ## what the tests of deploy/ need, from Debian's packages
+	@.ci/tools
+
 test: $(VENV)/.dev $(VENV)/.js ## run the tests
-	$(BIN)/python -m pytest -m 'not real' $(TEST_ARGS)
+	$(BIN)/python -m pytest -m 'not real and not load and not systemd' $(TEST_ARGS)
+
+test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
+	$(BIN)/python -m pytest -m load $(TEST_ARGS)
 
 test-real: $(VENV)/.real ## drive a real model server through the proxy with the official SDK
 	$(BIN)/python -m pytest -m real tests/real $(TEST_ARGS)
+
+test-systemd: $(VENV)/.dev tools ## install, run, reload and remove the service in a booted container
+	$(BIN)/python -m pytest -m systemd tests/systemd $(TEST_ARGS)
 
 demo-model: $(VENV)/.real ## start a real small model (SmolLM2-135M) behind the proxy
 	@exec $(BIN)/python -m tests.real.demo_model $(RUN_ARGS)
@@ -72,4 +82,4 @@ bench-micro: $(VENV)/.dev ## ns and instructions per operation of the core
 	$(BIN)/python -m bench.micro $(BENCH_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) .tools tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import re
 import select
 import threading
@@ -26,7 +27,9 @@ from .record import Record
 
 CAPACITY = 10_000  # lines; about 300 bytes each
 FLUSH_INTERVAL = 0.1
-MAX_TEXT = 256  # characters of one value
+MAX_TEXT = 128  # characters of one value
+# What is written at once to a pipe stays in one piece among other workers' lines (POSIX).
+ATOMIC_BYTES = 4096
 
 
 # Text of clients and upstreams
@@ -200,6 +203,8 @@ class AccessLog:
         sink: HasFileno | int,
         format: str = "auto",
         *,
+        sample: float = 1.0,
+        draw: Callable[[], float] = random.random,
         capacity: int = CAPACITY,
         flush_interval: float = FLUSH_INTERVAL,
         clock: Callable[[], float] = time.time,
@@ -211,6 +216,8 @@ class AccessLog:
             raise ValueError(f"expected a format out of auto, human and json, got {format!r}")
         self._line = _human_line if format == "human" else _json_line
         self._loss = _human_loss if format == "human" else _json_loss
+        self.sample = sample  # the share of requests without a failure that get a line
+        self._draw = draw
         self._capacity = capacity
         self._interval = flush_interval
         self._clock = clock
@@ -240,7 +247,9 @@ class AccessLog:
         return self._taken - self._settled
 
     def write(self, record: Record) -> None:
-        """Take the line of a finished record; never blocks."""
+        """Take the line of a finished record; never blocks. A failure is never left out."""
+        if self.sample < 1.0 and not record.is_failure and self._draw() >= self.sample:
+            return
         if self._stop.is_set() or self.depth >= self._capacity:
             self._refused += 1
             return
@@ -280,15 +289,18 @@ class AccessLog:
 
     def _write_all(self, data: bytes) -> int:
         """Write, however long it takes; the number of lines a sink that is gone or full refused."""
-        rest = memoryview(data)
-        while rest and not self._is_abandoned:
+        view = memoryview(data)
+        position = 0
+        while position < len(data) and not self._is_abandoned:
+            end = data.rfind(b"\n", position, position + ATOMIC_BYTES) + 1
+            end = end or data.find(b"\n", position) + 1 or len(data)
             try:
-                rest = rest[os.write(self._fd, rest) :]
+                position += os.write(self._fd, view[position:end])
             except OSError as exc:
                 if exc.errno != errno.EAGAIN:
                     break
                 self._wait_writable()
-        return bytes(rest).count(b"\n")
+        return data.count(b"\n", position)
 
     def _wait_writable(self) -> None:
         """Wait a little for a non-blocking sink, as a terminal shared with others may be."""

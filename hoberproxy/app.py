@@ -17,6 +17,7 @@ from aiohttp import web
 from .account_pages import AccountPages
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .gateway import Gateway
+from .memory import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
 from .origin import cors_headers
 
@@ -61,7 +62,7 @@ def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> 
     """The application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = gateway.metrics.render(_gauges(gateway, count_connections()))
+        body = gateway.metrics.render(gauges_of(gateway, count_connections()))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
@@ -69,7 +70,8 @@ def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> 
     return app
 
 
-def _gauges(gateway: Gateway, connections: int) -> Gauges:
+def gauges_of(gateway: Gateway, connections: int) -> Gauges:
+    """What is so now."""
     log = gateway.access_log
     return Gauges(
         streams_open=len(gateway.exchanges),
@@ -82,6 +84,7 @@ def _gauges(gateway: Gateway, connections: int) -> Gauges:
         records_lost=gateway.ledger.lost,
         journal_lost=gateway.ledger.journal_lost,
         log_lines_lost=log.lost if log is not None else 0,
+        resident_bytes=resident_bytes(),
     )
 
 
@@ -110,7 +113,8 @@ async def _health(request: web.Request) -> web.Response:
 
 
 async def _ready(request: web.Request) -> web.Response:
-    if request.app[GATEWAY].is_draining:
+    # A worker that drains for its successor answers for a service that is ready.
+    if request.app[GATEWAY].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
     return _json({"status": "ready"})
 

@@ -1,4 +1,4 @@
-"""The command line: serve, check, config, bench, version; keys, usage and export are elsewhere.
+"""The command line: serve, status, upgrade, check, config, keys, usage, export, bench, version.
 
 Exit code 3: could not start.
 """
@@ -25,6 +25,8 @@ from .config import (
     Address,
     Config,
     ConfigError,
+    KeySettings,
+    LogSettings,
     RecordSettings,
     ServerSettings,
     parse_config,
@@ -89,7 +91,27 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--listen", metavar="HOST:PORT", help="listen here instead of where the config says"
     )
+    serve.add_argument(
+        "--workers",
+        metavar="COUNT",
+        type=_number_parser(int, 0, 256),
+        help="processes that serve, under one that watches them; 0 is one per core. "
+        "Without it a single process serves",
+    )
     serve.set_defaults(run=_serve)
+
+    status = commands.add_parser(
+        "status", parents=[config_option], help="ask the running proxy how it is"
+    )
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(run=_status)
+
+    upgrade = commands.add_parser(
+        "upgrade",
+        parents=[config_option],
+        help="let the running `serve --workers` go on with what is installed now",
+    )
+    upgrade.set_defaults(run=_upgrade)
 
     check = commands.add_parser(
         "check", parents=[config_option], help="read the config and list every problem in it"
@@ -143,8 +165,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from .server import StartError
+    from .listeners import StartError
 
+    if arguments.workers is not None:
+        return _serve_with_workers(arguments)
     config = _load_config(arguments)
     listen = _parse_listen(arguments.listen) if arguments.listen else None
     if config is not None:
@@ -160,6 +184,40 @@ def _serve(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _serve_with_workers(arguments: argparse.Namespace) -> int:
+    from .listeners import StartError
+    from .service import serve_with_workers
+
+    path = arguments.config or DEFAULT_CONFIG
+    if arguments.config is None and not Path(path).exists():
+        return _cannot_start(f"--workers needs a config: expected ./{path} or --config FILE")
+    try:
+        serve_with_workers(path, arguments.listen, arguments.workers)
+    except StartError as error:
+        return _cannot_start(*error.problems)
+    return EXIT_OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .commands_service import show_status
+
+    return show_status(_config_of_service(arguments), print_table, as_json=arguments.json)
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    from .commands_service import upgrade
+
+    return upgrade(_config_of_service(arguments))
+
+
+def _config_of_service(arguments: argparse.Namespace) -> Config:
+    """The config, or as much of it as a start without one in this directory has."""
+    config = _load_config(arguments)
+    if config is not None:
+        return config
+    return Config(ServerSettings(), KeySettings(), RecordSettings(), LogSettings(), {}, ())
+
+
 def _at(config: Config, listen: Address | None) -> Config:
     """The config with the address of --listen, where that was given."""
     if listen is None:
@@ -168,15 +226,18 @@ def _at(config: Config, listen: Address | None) -> Config:
 
 
 async def _started(config: Config) -> Server:
+    from .listeners import passed_by_systemd
+    from .notify import Notifier
     from .server import Server
 
-    server = Server(config)
+    server = Server(config, passed_by_systemd(os.environ), Notifier(os.environ))
     try:
         await server.start()
     except BaseException:
         await server.aclose()
         raise
     server.stop_on_signals()
+    server.announce()
     return server
 
 

@@ -93,6 +93,7 @@ class ServerSettings:
 
     listen: tuple[Address, ...] = (Address("127.0.0.1", 8080),)
     metrics_listen: Address | None = Address("127.0.0.1", 9464)
+    admin_socket: str = ""  # a path; empty: beside the records file; "off"
     max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
     head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
     body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
@@ -101,6 +102,9 @@ class ServerSettings:
     drain_timeout: float = 600.0  # most answers end within; orchestrators often allow less
     comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
     cors_origins: tuple[str, ...] = ()
+    max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
+    max_connections_per_address: int = 0  # 0 is no limit
+    trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,7 @@ class LogSettings:
     level: str = "info"
     access: bool = True
     format: str = "auto"  # human on a terminal, JSON elsewhere
+    sample: float = 1.0  # share of requests without a failure that get a line
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +218,7 @@ def _read_server(table: Table) -> ServerSettings:
     return ServerSettings(
         listen=listen,
         metrics_listen=metrics,
+        admin_socket=table.parse("admin_socket", default.admin_socket, str),
         max_body_bytes=table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30),
         head_timeout=table.seconds("head_timeout", default.head_timeout),
         body_timeout=table.seconds("body_timeout", default.body_timeout),
@@ -221,6 +227,11 @@ def _read_server(table: Table) -> ServerSettings:
         drain_timeout=table.seconds("drain_timeout", default.drain_timeout, low="0"),
         comment_after=table.seconds("comment_after", default.comment_after, low="0"),
         cors_origins=table.strings("cors_origins", _parse_origin),
+        max_streams=table.integer("max_streams", default.max_streams, 0, 10**7),
+        max_connections_per_address=table.integer(
+            "max_connections_per_address", default.max_connections_per_address, 0, 10**6
+        ),
+        trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
 
 
@@ -265,10 +276,12 @@ def _read_routing(table: Table) -> RoutingSettings:
 
 def _read_log(table: Table) -> LogSettings:
     default = LogSettings()
+    sample = table.number("sample", "0", "1")
     return LogSettings(
         level=table.choice("level", default.level, ("debug", "info", "warning", "error")),
         access=table.boolean("access", default.access),
         format=table.choice("format", default.format, ("auto", "human", "json")),
+        sample=default.sample if sample is None else sample,
     )
 
 
@@ -537,6 +550,14 @@ def _parse_origin(text: str) -> str:
     if not _ORIGIN.fullmatch(text):
         raise Refusal("an origin", "something else", 'write it like "https://host", without path')
     return text.lower()  # as browsers send it
+
+
+def _parse_network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        advice = 'write it like "10.0.0.0/8" or "127.0.0.1"'
+        raise Refusal("an address or network", "something else", advice) from None
 
 
 def _parse_owner(text: str) -> str:

@@ -11,6 +11,8 @@ EXAMPLE = """\
 [server]
 #listen = ["127.0.0.1:8080"]
 #metrics_listen = "127.0.0.1:9464"
+# for `hoberproxy status`; "" is beside the records file
+#admin_socket = ""
 #max_body_bytes = 33554432
 # seconds
 #head_timeout = 10
@@ -21,6 +23,10 @@ EXAMPLE = """\
 # comment lines to streams that wait, so that no balancer cuts them; 0 is never
 #comment_after = 10
 #cors_origins = []
+# over it new requests are refused with 503, running ones go on; 0 is no limit
+#max_streams = 10000
+#max_connections_per_address = 0
+#trusted_proxies = []
 
 [keys]
 # make one with: hoberproxy keys create --label NAME
@@ -40,6 +46,8 @@ EXAMPLE = """\
 #level = "info"
 #access = true
 #format = "auto"
+# share of the lines of requests without a failure; failures are always logged
+#sample = 1
 
 # A provider that hoberproxy knows: address, variable of the key and quirks come from the preset.
 [providers.deepseek]

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from .access import ANONYMOUS, Caller
 from .accounting import permitted
+from .admission import NO_GROUP
 from .attempts import Attempt
 from .catalog import Endpoint, Provider
 from .config import Config
@@ -63,6 +64,10 @@ class Downstream(Protocol):
     def unread_bytes(self) -> int:
         """What waits for the client to read it, here and in the system."""
 
+    @property
+    def address_group(self) -> int:
+        """Where its address is counted; NO_GROUP if it is not."""
+
     def hasten(self, when: float) -> None:
         """Ask `on_deadline` by `when` (loop time)."""
 
@@ -85,6 +90,7 @@ class Exchange:
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
     _refusal: ProxyError | None = None
     _caller = ANONYMOUS
+    _group = NO_GROUP  # where its address is counted
     _lease: Lease | None = None
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
@@ -123,6 +129,11 @@ class Exchange:
             self._paused_since, self._unread_bytes = self.now, downstream.unread_bytes
         gateway.exchanges.add(self)
 
+    @property
+    def content_events(self) -> int:
+        """Tokens so far, as near as events tell them."""
+        return 0 if self._attempt is None else self._attempt.outcome().content_events
+
     # Authenticate
 
     def admit(self, known: Admitted | None = None) -> Admitted | None:
@@ -131,19 +142,21 @@ class Exchange:
         `known` is what an exchange with the same head was told.
         """
         gateway, record = self._gateway, self.record
-        if (
-            known is None
-            or known.keyring_version != gateway.keyring.version
-            or known.config is not gateway.config
-            or known.caller.has_expired(record.started)
-            or gateway.is_draining
-        ):
-            try:
-                caller = self._authenticate()
-            except ProxyError as error:
-                self._refusal = error
-                return None
-            known = Admitted(caller, gateway.keyring.version, gateway.config)
+        try:
+            self._group = gateway.admission.admit(
+                self._head, len(gateway.exchanges), self._downstream.address_group
+            )
+            if (
+                known is None
+                or known.keyring_version != gateway.keyring.version
+                or known.config is not gateway.config
+                or known.caller.has_expired(record.started)
+                or gateway.is_stopping
+            ):
+                known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+        except ProxyError as error:
+            self._refusal = error
+            return None
         self._caller = caller = known.caller
         record.key_id, record.key_label = caller.key_id, caller.label
         return known
@@ -153,9 +166,14 @@ class Exchange:
         """The body is worth keeping."""
         return self._refusal is None
 
+    @property
+    def has_no_room(self) -> bool:
+        """The proxy is full: to be refused at once."""
+        return self._refusal is not None and self._refusal.code == "overloaded"
+
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
-        if gateway.is_draining:
+        if gateway.is_stopping:
             raise UnavailableError(
                 "this process is shutting down; try again",
                 code="draining",
@@ -587,6 +605,8 @@ class Exchange:
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.exchanges.discard(self)
+        gateway.admission.note_streams(len(gateway.exchanges))
+        gateway.admission.leave(self._group)
         self.seal(status)
         if attempt is not None:
             attempt.forget()

@@ -19,6 +19,7 @@ from . import __version__
 from .access import Caller, Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
+from .admission import Admission
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Clock, Wheel
@@ -111,10 +112,12 @@ class Gateway:
     access_log: AccessLog | None
     metrics: Metrics
     upstreams: dict[str, Upstream]
+    admission: Admission
     health: Health = field(default_factory=Health)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)
-    is_draining: bool = False
+    is_draining: bool = False  # every connection ends with its next answer
+    is_stopping: bool = False  # and nobody takes over: further requests are refused
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _last_id: int = 0

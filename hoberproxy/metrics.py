@@ -1,26 +1,36 @@
-"""Plain counters on the request's path, turned into Prometheus' text form when scraped.
+"""Plain counters on the request's path; exposition.py makes Prometheus' text form of them.
 
 A counter of the client library with labels costs 3 µs, a histogram 4: integers in dictionaries
-cost a tenth, and the library is only imported by the first scrape.
+cost a tenth. Nothing is counted for each chunk: gaps between events come from a stream's times and
+the number of its events.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .errors import FailedAttempt
+from .exposition import (
+    CONTENT_TYPE,
+    FIRST_CONTENT_BUCKETS,
+    GAP_BUCKETS,
+    LAG_BUCKETS,
+    REQUEST_BUCKETS,
+    empty_histogram,
+    render,
+)
+from .limits import PICO
 from .record import CLIENT_CLOSED, Record
 
-if TYPE_CHECKING:
-    from prometheus_client.core import Metric
+__all__ = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Seconds: from a local model's first token to a long prompt on a busy server.
-FIRST_CONTENT_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_KINDS = ("prompt", "completion", "cached", "reasoning")
+
+_Histograms = dict[tuple[str, str], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,7 @@ class Gauges:
     records_lost: int
     journal_lost: int
     log_lines_lost: int
+    resident_bytes: int = 0
 
 
 class Metrics:
@@ -42,11 +53,20 @@ class Metrics:
     def __init__(self, label: Callable[[str], str]) -> None:
         self.label = label
         self.bad_heads = 0
+        self.refused_connections = 0
+        self.events = 0  # of all streams that have ended
         self._requests: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._errors: dict[str, int] = defaultdict(int)
         self._tokens: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+        self._cost: dict[tuple[str, str], int] = defaultdict(int)  # in PICO
+        self._attempts = 0
         self._failed_attempts: dict[tuple[str, str], int] = defaultdict(int)
+        self._failovers: dict[tuple[str, str], int] = defaultdict(int)
         self._estimated = 0
-        self._first_content: dict[tuple[str, str], list[float]] = {}
+        self._first_content: _Histograms = {}
+        self._request: _Histograms = {}
+        self._gap: _Histograms = {}
+        self._lag = empty_histogram(LAG_BUCKETS)
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended."""
@@ -54,8 +74,11 @@ class Metrics:
         provider = record.provider
         is_plain = record.status == 200 and not record.code
         self._requests[model, provider, "2xx" if is_plain else _status_class(record)] += 1
-        for failure in record.failures:
-            self._failed_attempts[failure.provider, failure.phase] += 1
+        self._attempts += record.attempts
+        if not is_plain:
+            self._errors[record.code] += 1
+        if record.failures:
+            self._observe_failures(record)
         if record.prompt_tokens or record.completion_tokens:
             counts = self._tokens[model, provider]
             counts[0] += record.prompt_tokens
@@ -63,84 +86,91 @@ class Metrics:
             counts[2] += record.cached_tokens
             counts[3] += record.reasoning_tokens
         self._estimated += record.estimated
-        if record.first_content is not None:
-            self._observe_first_content((model, provider), record.first_content)
+        self.events += record.events
+        key = model, provider
+        if record.cost:
+            self._cost[key] += record.cost
+        _observe(self._request, key, REQUEST_BUCKETS, record.total)
+        first = record.first_content
+        if first is not None:
+            _observe(self._first_content, key, FIRST_CONTENT_BUCKETS, first)
+            if record.events > 1:
+                gaps = record.events - 1
+                mean = (record.total - first) / gaps
+                _observe(self._gap, key, GAP_BUCKETS, mean, gaps)
 
-    def _observe_first_content(self, key: tuple[str, str], seconds: float) -> None:
-        counts = self._first_content.get(key)
-        if counts is None:
-            # One count a bucket, one for what is over the last, and the sum.
-            counts = self._first_content[key] = [0.0] * (len(FIRST_CONTENT_BUCKETS) + 2)
-        counts[bisect_left(FIRST_CONTENT_BUCKETS, seconds)] += 1
-        counts[-1] += seconds
+    def _observe_failures(self, record: Record) -> None:
+        for failure in record.failures:
+            self._failed_attempts[failure.provider, failure.phase] += 1
+        # As many tries followed as there were, but for the first.
+        for failure in record.failures[: record.attempts - 1]:
+            self._failovers[failure.provider, _reason(failure)] += 1
+
+    def observe_lag(self, seconds: float) -> None:
+        """The loop came so late to a timer."""
+        seconds = max(seconds, 0.0)
+        self._lag[bisect_left(LAG_BUCKETS, seconds)] += 1
+        self._lag[-1] += seconds
+
+    def snapshot(self, gauges: Gauges) -> dict[str, list[Any]]:
+        """All counts and gauges, as JSON can have them."""
+        return {
+            "requests": _samples(self._requests),
+            "errors": [[[code], count] for code, count in self._errors.items()],
+            "tokens": [
+                [[*labels, kind], count]
+                for labels, counts in self._tokens.items()
+                for kind, count in zip(TOKEN_KINDS, counts, strict=True)
+            ],
+            "cost_dollars": [[list(key), cost / PICO] for key, cost in self._cost.items()],
+            "attempts": [[[], self._attempts]],
+            "failed_attempts": _samples(self._failed_attempts),
+            "failovers": _samples(self._failovers),
+            "first_content_seconds": _samples(self._first_content),
+            "request_seconds": _samples(self._request),
+            "event_gap_seconds": _samples(self._gap),
+            "loop_lag_seconds": [[[], list(self._lag)]],
+            "bad_heads": [[[], self.bad_heads]],
+            "refused_connections": [[[], self.refused_connections]],
+            "estimated_requests": [[[], self._estimated]],
+            "records_lost": [[[], gauges.records_lost]],
+            "journal_entries_lost": [[[], gauges.journal_lost]],
+            "log_lines_lost": [[[], gauges.log_lines_lost]],
+            "requests_open": [[[], gauges.streams_open]],
+            "connections_open": [[[], gauges.connections_open]],
+            "records_queued": [[[], gauges.records_queued]],
+            "resident_bytes": [[[], gauges.resident_bytes]],
+            "upstream_connections": [
+                [[provider, state], count]
+                for provider, counts in gauges.upstream_connections.items()
+                for state, count in zip(("idle", "busy"), counts, strict=True)
+            ],
+        }
 
     def render(self, gauges: Gauges) -> bytes:
         """All of it in the text format, version 0.0.4."""
-        from prometheus_client import CollectorRegistry, generate_latest
-
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Snapshot(self._families(gauges)))
-        return generate_latest(registry)
-
-    def _families(self, gauges: Gauges) -> Iterator[Metric]:
-        from prometheus_client.core import HistogramMetricFamily
-
-        yield _counter(
-            "hoberproxy_requests",
-            "Chat requests that have ended.",
-            ("model", "provider", "status"),
-            self._requests,
-        )
-        yield _counter(
-            "hoberproxy_tokens",
-            "Tokens counted; cached are part of prompt, reasoning of completion.",
-            ("model", "provider", "kind"),
-            {
-                (*labels, kind): count
-                for labels, counts in self._tokens.items()
-                for kind, count in zip(TOKEN_KINDS, counts, strict=True)
-            },
-        )
-        yield _counter(
-            "hoberproxy_failed_attempts",
-            "Tries on an endpoint that failed, by how far they had come.",
-            ("provider", "phase"),
-            self._failed_attempts,
-        )
-        first_content = HistogramMetricFamily(
-            "hoberproxy_first_content_seconds",
-            "Time from a request's head to its first content.",
-            labels=("model", "provider"),
-        )
-        for labels, counts in self._first_content.items():
-            first_content.add_metric(labels, _cumulated(counts), sum_value=counts[-1])
-        yield first_content
-        yield from _plain_counters(
-            hoberproxy_bad_heads=("Requests refused before they were one.", self.bad_heads),
-            hoberproxy_estimated_requests=("Requests counted by estimate.", self._estimated),
-            hoberproxy_records_lost=("Records that could not be kept.", gauges.records_lost),
-            hoberproxy_journal_entries_lost=(
-                "Entries the journal had no room for: a crash would lose them.",
-                gauges.journal_lost,
-            ),
-            hoberproxy_log_lines_lost=("Log lines dropped.", gauges.log_lines_lost),
-        )
-        yield from _plain_gauges(
-            hoberproxy_requests_open=("Chat requests under way.", gauges.streams_open),
-            hoberproxy_connections_open=("Connections of clients.", gauges.connections_open),
-            hoberproxy_records_queued=("Records on their way.", gauges.records_queued),
-        )
-        yield _pools(gauges.upstream_connections)
+        return render(self.snapshot(gauges))
 
 
-class _Snapshot:
-    """A collector in the client library's sense."""
+def _samples(counts: Mapping[Any, Any]) -> list[Any]:
+    return [
+        [list(labels), list(value) if isinstance(value, list) else value]
+        for labels, value in counts.items()
+    ]
 
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
 
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+def _observe(
+    histograms: _Histograms,
+    key: tuple[str, str],
+    buckets: tuple[float, ...],
+    seconds: float,
+    times: int = 1,
+) -> None:
+    counts = histograms.get(key)
+    if counts is None:
+        counts = histograms[key] = empty_histogram(buckets)
+    counts[bisect_left(buckets, seconds)] += times
+    counts[-1] += seconds * times
 
 
 def _status_class(record: Record) -> str:
@@ -152,45 +182,12 @@ def _status_class(record: Record) -> str:
     return f"{record.status // 100}xx"
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...], counts: Mapping[Any, int]) -> Metric:
-    from prometheus_client.core import CounterMetricFamily
-
-    family = CounterMetricFamily(name, text, labels=labels)
-    for values, count in counts.items():
-        family.add_metric(values, count)
-    return family
-
-
-def _plain_counters(**counts: tuple[str, int]) -> Iterator[Metric]:
-    from prometheus_client.core import CounterMetricFamily
-
-    for name, (text, value) in counts.items():
-        yield CounterMetricFamily(name, text, value=value)
-
-
-def _plain_gauges(**values: tuple[str, int]) -> Iterator[Metric]:
-    from prometheus_client.core import GaugeMetricFamily
-
-    for name, (text, value) in values.items():
-        yield GaugeMetricFamily(name, text, value=value)
-
-
-def _pools(connections: Mapping[str, tuple[int, int]]) -> Metric:
-    from prometheus_client.core import GaugeMetricFamily
-
-    family = GaugeMetricFamily(
-        "hoberproxy_upstream_connections", "Connections to providers.", labels=("provider", "state")
-    )
-    for provider, (idle, busy) in connections.items():
-        family.add_metric((provider, "idle"), idle)
-        family.add_metric((provider, "busy"), busy)
-    return family
-
-
-def _cumulated(counts: list[float]) -> list[tuple[str, Any]]:
-    buckets: list[tuple[str, Any]] = []
-    total = 0.0
-    for bound, count in zip((*FIRST_CONTENT_BUCKETS, "+Inf"), counts, strict=False):
-        total += count
-        buckets.append((str(bound), total))
-    return buckets
+def _reason(failure: FailedAttempt) -> str:
+    """Why a try failed, in few words: a label."""
+    if failure.code == "upstream_timeout":
+        return "timeout"
+    if failure.status is None:
+        return failure.phase if failure.phase == "connect" else "broken"
+    if failure.status == 429:
+        return "rate_limit"
+    return f"{failure.status // 100}xx" if failure.status >= 400 else "broken"

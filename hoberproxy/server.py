@@ -9,45 +9,74 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import uvloop
 from aiohttp import web
 
+from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
-from .app import make_app, make_metrics_app
+from .admin import AdminSocket, admin_path
+from .admission import Admission
+from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
+from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Wheel
 from .errors import UnavailableError
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
+from .listeners import BACKLOG, Listeners, StartError, flat
+from .memory import resident_bytes
 from .metrics import Metrics
+from .notify import Notifier
+from .status import combine
 from .tallies import Tallies
+from .tally import Tally, new_tally_memory
 from .wire import DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
 
-BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
+# Seconds in which an idle connection may still bring a request that was on its way.
+IDLE_GRACE = 0.5
+# Seconds for a connection that was accepted in the last turn to be told of.
+ACCEPTED_GRACE = 0.1
+SAMPLE = 1.0  # seconds over which rates are told
+HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
-
-
-class StartError(Exception):
-    """The process cannot start; the message says what was in the way."""
 
 
 class Server:
     """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        listeners: Listeners | None = None,
+        notifier: Notifier | None = None,
+        tally: Tally | None = None,
+    ) -> None:
+        self._tally = tally
         self._config = config
+        self._given = listeners
+        self._notifier = notifier or Notifier({})
+        self._admin: AdminSocket | None = None
+        self._started = time.time()
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self.on_beat: Callable[[], None] = notify_nobody
+        self._watchdog: asyncio.TimerHandle | None = None
         self._listeners: list[asyncio.Server] = []
         self._runners: list[web.AppRunner] = []
         self._connections: set[DownstreamConnection] = set()
+        self._leave = asyncio.Event()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._gateway: Gateway | None = None
@@ -60,21 +89,42 @@ class Server:
 
     async def start(self) -> None:
         """Open the store, then listen. Raises StartError, StoreError or ConfigError."""
-        _check_keys(self._config, self._config.server.listen)
+        given = self._given
+        _check_keys(self._config, given.addresses if given else self._config.server.listen)
         self._gateway = gateway = self._build()
         gateway.ledger.start()
         self._ticker = Ticker(gateway.wheel, gateway.loop)
         gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
         handlers = await self._handlers(make_app(gateway))
-        for address in self._config.server.listen:
-            listener = await self._listen(
-                lambda: DownstreamConnection(gateway, handlers, self._connections), address
-            )
+
+        def connection() -> DownstreamConnection:
+            return DownstreamConnection(gateway, handlers, self._connections)
+
+        if given is not None:
+            await self._listen_on(connection, given)
+        else:
+            for address in self._config.server.listen:
+                listener = await self._listen(connection, address)
+                self._listeners.append(listener)
+                port = listener.sockets[0].getsockname()[1]
+                self.addresses.append(Address(address.host, port))
+        await self._listen_for_metrics(gateway, given.metrics if given else [])
+        self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
+        await self._admin.start()
+        self._beat(gateway.loop.time())
+
+    async def _listen_on(
+        self, protocol: Callable[[], asyncio.Protocol], listeners: Listeners
+    ) -> None:
+        """Accept on sockets that are others' too: closing ours loses no waiting connection."""
+        loop = asyncio.get_running_loop()
+        self.addresses = listeners.addresses
+        for each in flat(listeners.clients.values()):
+            if each.family == socket.AF_UNIX:
+                listener = await loop.create_unix_server(protocol, sock=each, backlog=BACKLOG)
+            else:
+                listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
-            port = listener.sockets[0].getsockname()[1]
-            self.addresses.append(Address(address.host, port))
-        if self._config.server.metrics_listen is not None:
-            await self._listen_for_metrics(gateway, self._config.server.metrics_listen)
 
     def _build(self) -> Gateway:
         config, loop = self._config, asyncio.get_running_loop()
@@ -92,10 +142,20 @@ class Server:
             keyring=keyring,
             ledger=ledger,
             accounts=Accounts(ledger, tallies),
-            access_log=AccessLog(sys.stderr, config.log.format) if config.log.access else None,
+            access_log=(
+                AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
+                if config.log.access
+                else None
+            ),
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
+            admission=self._make_admission(config),
         )
+
+    def _make_admission(self, config: Config) -> Admission:
+        if self._tally is None and config.server.max_connections_per_address:
+            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
+        return Admission(config.server, self._tally)
 
     async def _handlers(self, app: web.Application) -> web.Server:
         runner = web.AppRunner(
@@ -123,16 +183,34 @@ class Server:
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
 
-    async def _listen_for_metrics(self, gateway: Gateway, address: Address) -> None:
+    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
+        address = self._config.server.metrics_listen
+        if address is None and not given:
+            return
         app = make_metrics_app(gateway, lambda: len(self._connections))
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         self._runners.append(runner)
+        for each in given:
+            await web.SockSite(runner, each).start()
+        if given or address is None:
+            return
         try:
             await web.TCPSite(runner, address.host, address.port).start()
         except OSError as exc:
             advice = 'choose another, or "off", as server.metrics_listen'
             raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
+
+    def announce(self) -> None:
+        """Tell systemd that clients are served, and go on to tell it that the loop turns."""
+        self._notifier.ready(f"one process, {__version__}")
+        if self._notifier.watchdog is not None:
+            self._feed_watchdog(self._notifier.watchdog / 4)
+
+    def _feed_watchdog(self, interval: float) -> None:
+        self._notifier.alive()
+        loop = asyncio.get_running_loop()
+        self._watchdog = loop.call_later(interval, self._feed_watchdog, interval)
 
     def reload(self, config: Config) -> None:
         """Serve by another config from now on; running requests end by theirs.
@@ -153,12 +231,69 @@ class Server:
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
         gateway.ledger.keep_days = config.records.keep_days
+        gateway.admission = self._make_admission(config)
+        if gateway.access_log is not None:
+            gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
         gateway.upstreams = upstreams
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The counts since the start and what is so now, for whoever watches all workers."""
+        gateway = self._gateway
+        assert gateway is not None, "started before"
+        return gateway.metrics.snapshot(gauges_of(gateway, len(self._connections)))
+
+    def account(self) -> dict[str, Any]:
+        """What `hoberproxy status` tells of this process."""
+        gateway = self._gateway
+        assert gateway is not None, "started before"
+        return {
+            "streams": len(gateway.exchanges),
+            "connections": len(self._connections),
+            "resident_bytes": resident_bytes(),
+            "events": gateway.metrics.events
+            + sum(exchange.content_events for exchange in gateway.exchanges),
+            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "health": [
+                {
+                    "provider": each.provider,
+                    "model": each.upstream_model,
+                    "is_cooling": each.is_cooling,
+                    "cooldown": each.cooldown,
+                    "failure_rate": each.failure_rate,
+                    "first_content": each.first_content,
+                    "throughput": each.throughput,
+                }
+                for each in gateway.health.snapshot(gateway.loop.time())
+            ],
+        }
+
+    async def _answer_admin(self, question: Message) -> Message:
+        own = {
+            "pid": os.getpid(),
+            "state": "draining" if self.is_leaving else "serving",
+            "started": self._started,
+        }
+        if question["kind"] == "status":
+            before, begun = self.account(), time.monotonic()
+            await asyncio.sleep(SAMPLE)
+            seconds = time.monotonic() - begun
+            document = combine([before | own], [self.account() | own], seconds)
+            return document | {"version": __version__, **own}
+        return {"error": "only `serve --workers` can be upgraded while it runs: restart this one"}
+
+    def _beat(self, due: float) -> None:
+        """Twice a second: the loop turns, and so late."""
+        assert self._gateway is not None, "started before"
+        loop = self._gateway.loop
+        self._gateway.metrics.observe_lag(loop.time() - due)
+        self.on_beat()
+        following = loop.time() + HEARTBEAT
+        self._heartbeat = loop.call_at(following, self._beat, following)
 
     def on_deadline(self, now: float) -> float:
         """Sweep the pools."""
@@ -169,15 +304,27 @@ class Server:
 
     # The end
 
-    def stop(self) -> None:
+    @property
+    def is_leaving(self) -> bool:
+        """The end has begun."""
+        return self._leave.is_set()
+
+    def stop(self, *, at_once: bool = False) -> None:
         """First call: take no more requests and let running ones end. Second: end them now."""
-        if self._stop.is_set():
+        if self._stop.is_set() or at_once:
             self._stop_now.set()
         self._stop.set()
+        self._leave.set()
+
+    def hand_over(self) -> None:
+        """Others serve on the same sockets: take no more connections, and end with the last."""
+        self._leave.set()
 
     def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT stop."""
+        """SIGTERM and SIGINT stop; SIGUSR2 is for a supervisor, and must not end us."""
         loop = asyncio.get_running_loop()
+        upgrade = "only `serve --workers` can be upgraded while it runs: restart this one"
+        loop.add_signal_handler(signal.SIGUSR2, logger.warning, upgrade)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
 
@@ -195,6 +342,7 @@ class Server:
     async def _reload(self, load: Callable[[], Config]) -> None:
         while self._is_reload_due:
             self._is_reload_due = False
+            self._notifier.reloading()
             try:
                 self.reload(await asyncio.to_thread(load))
             except ConfigError as error:
@@ -202,26 +350,32 @@ class Server:
                     logger.error("config not reloaded: %s", problem)
             else:
                 logger.info("config reloaded")
+            self._notifier.ready(f"one process, {__version__}")
 
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
-        await self._stop.wait()
-        await self.drain_connections()
+        await self._leave.wait()
+        self._notifier.stopping()
+        await self.drain_connections(is_handover=not self._stop.is_set())
         await self.aclose()
 
-    async def drain_connections(self) -> None:
-        """Let running requests end, for `drain_timeout` at most; then end them with an error."""
+    async def drain_connections(self, *, is_handover: bool = False) -> None:
+        """Let running requests end, for `drain_timeout` at most; then end them with an error.
+
+        `is_handover`: others serve on the same sockets. Then each connection gets one more answer,
+        however long it idles before; otherwise a refusal, and only for a moment.
+        """
         gateway = self._gateway
         assert gateway is not None
         gateway.is_draining = True
+        gateway.is_stopping = not is_handover
         for listener in self._listeners:
             listener.close()
-        for connection in list(self._connections):
-            connection.close_if_idle()
         running = len(gateway.exchanges)
         if running:
             logger.info("draining: %d requests are running", running)
-        await self._wait_for_exchanges(gateway)
+        await self._wait_for_connections(gateway)
+        gateway.is_stopping = gateway.is_stopping or bool(self._connections)
         for exchange in list(gateway.exchanges):
             exchange.refuse(
                 UnavailableError(
@@ -232,10 +386,20 @@ class Server:
                 close=True,
             )
 
-    async def _wait_for_exchanges(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, gateway: Gateway) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.server.drain_timeout
-        while gateway.exchanges and loop.time() < deadline and not self._stop_now.is_set():
+        begun = loop.time()
+        deadline = begun + self._config.server.drain_timeout
+        while (now := loop.time()) < deadline and not self._stop_now.is_set():
+            if not gateway.is_stopping and self._stop.is_set():  # the successor ends too
+                gateway.is_stopping, begun = True, now
+            if gateway.is_stopping and now - begun >= IDLE_GRACE:
+                for connection in list(self._connections):
+                    connection.close_if_idle(now - IDLE_GRACE)
+                if not gateway.exchanges:
+                    return
+            elif not self._connections and now - begun >= ACCEPTED_GRACE:
+                return
             try:
                 async with asyncio.timeout(gateway.wheel.tick):
                     await self._stop_now.wait()
@@ -248,6 +412,11 @@ class Server:
             listener.close()
         if self._reloading is not None:
             self._reloading.cancel()
+        if self._admin is not None:
+            self._admin.close()
+        for timer in (self._watchdog, self._heartbeat):
+            if timer is not None:
+                timer.cancel()
         gateway = self._gateway
         if gateway is None:
             return
@@ -275,6 +444,10 @@ class Server:
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
+
+
+def notify_nobody() -> None:
+    """Nobody wants to know that the loop turns."""
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:

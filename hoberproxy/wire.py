@@ -17,8 +17,9 @@ from typing import Any
 
 from aiohttp import web
 
+from .admission import NO_GROUP
 from .downstream import Answer
-from .errors import RequestError, serialize_error
+from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Admitted, Exchange
 from .gateway import Gateway
 from .http11 import (
@@ -94,6 +95,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._waiting_since = 0.0
         self._discarded_bytes = 0
         self.is_paused = False
+        self.address_group = NO_GROUP
         self.wheel_slot = 0
 
     # What the loop does
@@ -101,7 +103,15 @@ class DownstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
         self._connections.add(self)
-        self._await_request()
+        try:
+            peer = transport.get_extra_info("peername")
+            address = peer[0] if isinstance(peer, tuple) else ""
+            self.address_group = self._gateway.admission.enter(address)
+        except UnavailableError as error:
+            self._gateway.metrics.refused_connections += 1
+            self._refuse(error.status, error)
+        else:
+            self._await_request()
 
     def data_received(self, data: bytes) -> None:
         state = self._state
@@ -140,6 +150,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._state = State.CLOSED
         self._transport = None
         self._connections.discard(self)
+        self._gateway.admission.leave(self.address_group)
         self._gateway.wheel.cancel(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
@@ -173,9 +184,9 @@ class DownstreamConnection(asyncio.Protocol):
         self._searched = 0
         self._is_overrun = False
         gateway = self._gateway
-        if gateway.is_draining:
-            self._close()
-        elif self._buffer or self.is_paused:
+        # Also while draining: one more answer, which tells the client to connect anew. A request
+        # may be on its way already, and closing would reset it.
+        if self._buffer or self.is_paused:
             if not self.is_paused:
                 # Not from here: an answer may just be ending in the caller.
                 gateway.loop.call_soon(self._read_head)
@@ -232,7 +243,11 @@ class DownstreamConnection(asyncio.Protocol):
         self._gateway.metrics.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
-        refusal = RequestError(str(error), code=code, status=status)
+        self._refuse(status, RequestError(str(error), code=code, status=status))
+
+    def _refuse(self, status: int, refusal: ProxyError) -> None:
+        """Answer before there is a request, and close."""
+        retry_after = refusal.retry_after
         self._buffer = b""
         self._answer_early()
         answer = self._answer(version_minor=1, keep_alive=False)
@@ -241,7 +256,9 @@ class DownstreamConnection(asyncio.Protocol):
             [
                 (b"content-type", b"application/json"),
                 (b"x-request-id", self._gateway.new_request_id().encode()),
-                (b"x-should-retry", b"false"),
+                (b"x-should-retry", b"false")
+                if retry_after is None
+                else (b"retry-after", b"%d" % math.ceil(retry_after)),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
             ],
             serialize_error(refusal),
@@ -282,6 +299,10 @@ class DownstreamConnection(asyncio.Protocol):
         self._body = body = body_reader(head) if length is None else LengthBody(length)
         self._body_bytes = 0
         self._state = State.BODY
+        if exchange.has_no_room:
+            self._answer_early()  # the rest of its body would take room all the same
+            exchange.run(b"", close=True)
+            return
         if head.expects_continue and not rest and not body.is_complete:
             if not is_admitted:  # the client waits for our word and need not send its body
                 self._answer_early()
@@ -419,9 +440,9 @@ class DownstreamConnection(asyncio.Protocol):
         """No request has begun on it."""
         return self._state is State.HEAD and not self._buffer
 
-    def close_if_idle(self) -> None:
-        """Close unless a request is under way."""
-        if self.is_idle:
+    def close_if_idle(self, since: float = math.inf) -> None:
+        """Close unless a request is under way, or one ended after `since`, in loop time."""
+        if self.is_idle and self._waiting_since <= since:
             self._close()
 
     def abort(self) -> None:

@@ -115,7 +115,7 @@ def test_empty_values_are_a_dash() -> None:
         pytest.param("\ud800", '"\\ud800"', id="half a surrogate pair"),
         pytest.param("\U000e0001", '"\\U000e0001"', id="invisible tag"),
         pytest.param("équipe", '"équipe"', id="letters of any language"),
-        pytest.param("x" * 300, f'"{"x" * 256}"', id="too long is cut"),
+        pytest.param("x" * 300, f'"{"x" * 128}"', id="too long is cut"),
     ],
 )
 def test_foreign_text_cannot_forge_a_human_line(text: str, shown: str) -> None:
@@ -352,3 +352,38 @@ def test_a_line_after_closing_is_counted_as_lost(pipe: tuple[int, int]) -> None:
     log.close(PATIENCE)
     log.write(record())
     assert log.lost == 1
+
+
+def test_of_good_requests_a_share_is_logged_and_of_failures_all(tmp_path: Path) -> None:
+    draws = iter([0.05, 0.5, 0.15, 0.0])
+    with (tmp_path / "log").open("wb") as sink:
+        log = AccessLog(sink, "json", sample=0.1, draw=lambda: next(draws))
+        for number in range(4):
+            log.write(record(id=f"good{number}"))
+        log.write(FAILED)
+        assert log.close() == 0
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["good0", "good3", FAILED.id]
+    assert log.lost == 0
+
+
+def test_no_line_of_one_process_is_written_into_a_line_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a pipe a write of up to 4096 bytes stays in one piece: none may end within a line."""
+    pieces: list[bytes] = []
+    write = os.write
+
+    def note(number: int, data: memoryview) -> int:
+        pieces.append(bytes(data))
+        return write(number, data)
+
+    with (tmp_path / "log").open("wb") as sink:
+        log = AccessLog(sink, "json", flush_interval=30.0)
+        for _ in range(40):
+            log.write(record())
+        monkeypatch.setattr(os, "write", note)
+        log.close()
+    assert sum(piece.count(b"\n") for piece in pieces) == 40
+    assert all(len(piece) <= 4096 and piece.endswith(b"\n") for piece in pieces)
+    assert len(pieces) > 2

@@ -171,13 +171,13 @@ async def test_the_process_is_healthy_also_while_it_drains(
     client: Client, gateway: Gateway, path: str
 ) -> None:
     assert (await client.get(path)).status == 200
-    gateway.is_draining = True
+    gateway.is_draining = gateway.is_stopping = True
     assert (await client.get(path)).status == 200
 
 
 async def test_a_draining_process_takes_no_traffic(client: Client, gateway: Gateway) -> None:
     assert (await client.get("/readyz")).status == 200
-    gateway.is_draining = True
+    gateway.is_draining = gateway.is_stopping = True
     response = await client.get("/readyz")
     assert (response.status, (await error_of(response))["code"]) == (503, "draining")
     assert response.headers["Retry-After"] == "1"

@@ -13,17 +13,25 @@ import hoberproxy
 PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
-    "__init__ __main__ accesslog account_pages accounting app attempts cli commands_keys"
-    " commands_usage counting database deadlines demo diagnosis exchange gateway journal"
-    " keytable ledger listing metrics origin pool printing probe quickstart relay server"
-    " store tallies upstream wire".split()
+    "__init__ __main__ accesslog account_pages accounting admin app attempts channel child cli"
+    " commands_keys commands_service commands_usage counting database deadlines demo diagnosis"
+    " exchange gateway journal keytable ledger listeners listing memory metrics notify origin pool"
+    " printing probe quickstart relay scrape server service source store succession supervisor"
+    " tallies upstream wire worker".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
     "aiohttp aiohappyeyeballs asyncio os selectors signal socket sqlite3 ssl subprocess threading"
     " time uvloop".split()
 )
-TOP = ("exchange", "wire", "app", "server", "cli")  # each is imported only by what follows it
+TOP = (
+    "exchange",
+    "wire",
+    "app",
+    "server",
+    "worker",
+    "cli",
+)  # each is imported only by what follows it
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 CORE = frozenset(MODULES) - SHELL
 

@@ -179,3 +179,40 @@ def test_counters_never_fall_from_scrape_to_scrape() -> None:
     second = scrape(metrics)
     assert all(second[key] >= value for key, value in first.items())
     assert second[of("hoberproxy_first_content_seconds_count", model="a/b", provider="east")] == 2
+
+
+def test_failovers_are_the_failures_that_another_try_followed() -> None:
+    failures = [
+        FailedAttempt("east", 429, "upstream_error", "head", 1),
+        FailedAttempt("west", None, "upstream_error", "connect", 1),
+        FailedAttempt("north", None, "upstream_timeout", "opening", 1),
+    ]
+    recovered = record(failures=failures[:2], attempts=3)
+    in_vain = record(failures=failures, attempts=3, status=504, code="upstream_timeout")
+    samples = scrape(metrics_of(recovered, in_vain))
+    name = "hoberproxy_failovers_total"
+    assert named(samples, name) == {
+        frozenset({("provider", "east"), ("reason", "rate_limit")}): 2,
+        frozenset({("provider", "west"), ("reason", "connect")}): 2,
+    }
+    assert samples[of("hoberproxy_attempts_total")] == 6
+    assert samples[of("hoberproxy_errors_total", code="upstream_timeout")] == 1
+
+
+def test_the_gaps_of_a_stream_are_counted_at_its_end() -> None:
+    samples = scrape(metrics_of(record(first_content=1.0, total=2.0, events=11)))
+    labels = {"model": "a/b", "provider": "east"}
+    assert samples[of("hoberproxy_event_gap_seconds_count", **labels)] == 10
+    assert samples[of("hoberproxy_event_gap_seconds_sum", **labels)] == 1.0
+    assert samples[of("hoberproxy_event_gap_seconds_bucket", **labels, le="0.1")] == 10
+    assert samples[of("hoberproxy_event_gap_seconds_bucket", **labels, le="0.05")] == 0
+    assert samples[of("hoberproxy_request_seconds_sum", **labels)] == 2.0
+
+
+def test_a_late_loop_is_seen() -> None:
+    metrics = metrics_of()
+    metrics.observe_lag(0.3)
+    metrics.observe_lag(-0.001)  # a clock that was read a little earlier
+    samples = scrape(metrics)
+    assert samples[of("hoberproxy_loop_lag_seconds_count")] == 2
+    assert samples[of("hoberproxy_loop_lag_seconds_sum")] == 0.3

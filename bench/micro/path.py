@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
+from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
@@ -66,6 +67,9 @@ class _Transport:
     def write(self, data: bytes) -> None:
         """Dropped."""
 
+    def get_extra_info(self, name: str) -> None:
+        """Nothing is known of it."""
+
     def is_closing(self) -> bool:
         return False
 
@@ -96,6 +100,7 @@ class _Path:
             keyring=keyring,
             ledger=ledger,
             accounts=accounts,
+            admission=Admission(config.server),
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),

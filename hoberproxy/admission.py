@@ -1,0 +1,105 @@
+"""Whether there is room: streams in all, and connections or requests of one address.
+
+A connection counts for the address it comes from. One of a trusted proxy counts for nobody; each
+chat request on it counts, while it runs, for the address that the proxy names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Protocol
+
+from .config import ServerSettings
+from .errors import UnavailableError
+from .tally import Tally
+
+RETRY_AFTER = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
+NO_GROUP = -1
+
+
+class Head(Protocol):
+    """The part of a request's head that is looked at."""
+
+    def get(self, name: bytes, /) -> bytes | None: ...
+
+
+class Admission:
+    """One per process. Without limits nothing is counted. `tally` is None in a single process
+    that limits no addresses."""
+
+    def __init__(self, settings: ServerSettings, tally: Tally | None = None) -> None:
+        self._tally = tally
+        self._streams = settings.max_streams
+        self._connections = settings.max_connections_per_address if tally is not None else 0
+        self._trusted = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
+
+    # Connections
+
+    def enter(self, address: str) -> int:
+        """A connection has come: the group to `leave` when it goes. Raises UnavailableError."""
+        if not self._connections or not address or self._is_trusted(address):
+            return NO_GROUP
+        return self._enter(address)
+
+    def leave(self, group: int) -> None:
+        """A connection or request has ended."""
+        if group != NO_GROUP and self._tally is not None:
+            self._tally.leave(group)
+
+    def _enter(self, address: str) -> int:
+        assert self._tally is not None
+        group = self._tally.group_of(address)
+        if self._tally.enter(group) > self._connections:
+            self._tally.leave(group)
+            raise UnavailableError(
+                f"expected at most {self._connections} connections from one address, got more",
+                code="overloaded",
+                retry_after=RETRY_AFTER,
+            )
+        return group
+
+    # Requests
+
+    def admit(self, head: Head, streams: int, group: int) -> int:
+        """A request has come, as one of `streams` of this process, on a connection of `group`.
+
+        Returns a group to `leave` at its end. Raises UnavailableError.
+        """
+        if self._streams:
+            total = streams if self._tally is None else self._tally.set_streams(streams)
+            if total > self._streams:
+                raise UnavailableError(
+                    f"this proxy serves {self._streams} requests at a time; try again",
+                    code="overloaded",
+                    retry_after=RETRY_AFTER,
+                )
+        if not self._connections or group != NO_GROUP:
+            return NO_GROUP
+        address = self._client_of(head.get(b"x-forwarded-for"))
+        return self._enter(address) if address else NO_GROUP
+
+    def note_streams(self, streams: int) -> None:
+        """So many are left in this process."""
+        if self._tally is not None:
+            self._tally.set_own_streams(streams)
+
+    def _client_of(self, forwarded: bytes | None) -> str:
+        """The last address that no trusted proxy has: what stands before it anybody can write."""
+        for each in reversed((forwarded or b"").decode("latin-1").split(",")):
+            address = each.strip()
+            try:
+                ipaddress.ip_address(address)
+            except ValueError:
+                return ""
+            if not self._is_trusted(address):
+                return address
+        return ""
+
+    def _is_trusted(self, address: str) -> bool:
+        if not self._trusted:
+            return False
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self._trusted)

@@ -1,0 +1,99 @@
+"""Messages between supervisor and worker: one JSON object a line, over a socket pair.
+
+Readers ignore members and kinds they do not know: after an upgrade the two ends are of different
+versions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+MAX_LINE_BYTES = 64 * 1024 * 1024  # a config with the files it names; a snapshot is kilobytes
+
+Message = dict[str, Any]
+
+
+class Channel(asyncio.Protocol):
+    """One end. `on_message` gets each message, `on_lost` is called once when the peer is gone."""
+
+    def __init__(
+        self,
+        on_message: Callable[[Message], None],
+        on_lost: Callable[[], None],
+        unread: bytes = b"",
+    ) -> None:
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self.unread = unread  # of a message that has not come to its end
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        for line in lines:
+            self._on_message(parse_message(line))
+        if len(self.unread) > MAX_LINE_BYTES:
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost()
+
+    def send(self, kind: str, **members: Any) -> None:
+        """Say something; nothing happens if the peer is gone."""
+        if self._transport is not None:
+            self._transport.write(serialize_message(kind, **members))
+
+    def close(self) -> None:
+        """Say nothing more; what was said is still sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def hold(self) -> bool:
+        """Read no more, so that another program can go on here; whether all was sent."""
+        if self._transport is None:
+            return True
+        self._transport.pause_reading()
+        return self._transport.get_write_buffer_size() == 0
+
+    def go_on(self) -> None:
+        """The other program did not come."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+
+def serialize_message(kind: str, **members: Any) -> bytes:
+    """One line."""
+    return json.dumps({"kind": kind, **members}, separators=(",", ":")).encode() + b"\n"
+
+
+def parse_message(line: bytes) -> Message:
+    """The message of a line; what is none has the kind ""."""
+    try:
+        message = json.loads(line)
+    except ValueError:
+        message = None
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        return {"kind": ""}
+    return message
+
+
+def read_first_message(end: socket.socket) -> Message:
+    """Wait for the first line, before there is a loop; what follows it stays unread.
+
+    Raises EOFError when the peer has gone, TimeoutError as the socket says.
+    """
+    line = bytearray()
+    while True:
+        ahead = end.recv(1 << 20, socket.MSG_PEEK)
+        if not ahead:
+            raise EOFError("the peer has gone")
+        line += end.recv(ahead.find(b"\n") + 1 or len(ahead))
+        if line.endswith(b"\n"):
+            return parse_message(bytes(line[:-1]))

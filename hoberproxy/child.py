@@ -1,0 +1,184 @@
+"""A worker process as its supervisor sees it: started, heard of, told what to do, reaped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from .channel import Channel, Message
+
+# What systemd says to its service is not for workers; the rest of the environment is.
+_SUPERVISORS_OWN = frozenset(
+    "NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_PID LISTEN_FDS LISTEN_FDNAMES".split()
+)
+
+
+class State(Enum):
+    """Where a worker is on its way."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    ENDED = "ended"
+
+
+class Child:
+    """One worker. `on_change` is called when it is ready, and when its process has ended."""
+
+    def __init__(
+        self, pid: int, *, generation: int, slot: int, state: State, started: float
+    ) -> None:
+        self.pid = pid
+        self.generation = generation
+        self.slot = slot
+        self.state = state
+        self.started = started  # unix seconds
+        self.last_heard = time.monotonic()
+        self.snapshot: dict[str, Any] = {}
+        self.account: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.exit_code: int | None = None
+        self.settled = asyncio.Event()  # ready, or ended without having been
+        self.ended = asyncio.Event()
+        self._asked: dict[int, asyncio.Future[None]] = {}
+        self._last_ask = 0
+        self.channel = Channel(self._on_message, self._on_lost)
+        self.end: socket.socket | None = None  # of the channel
+
+    async def attach(self, end: socket.socket, unread: bytes = b"") -> None:
+        """Talk over this end of the channel from now on."""
+        end.setblocking(False)
+        self.end = end
+        self.channel.unread = unread
+        loop = asyncio.get_running_loop()
+        # A copy for the transport: ours lives on, for a successor to take over.
+        await loop.create_connection(lambda: self.channel, sock=end.dup())
+
+    def _on_message(self, message: Message) -> None:
+        self.last_heard = time.monotonic()
+        kind = message["kind"]
+        if kind == "ready" and self.state is State.STARTING:
+            self.state = State.SERVING
+            self.settled.set()
+        elif kind == "failed":
+            self.problems = [str(problem) for problem in message.get("problems", ())]
+        elif kind in ("snapshot", "bye", "account"):
+            self.snapshot = message.get("snapshot", self.snapshot)
+            self.account = message.get("account", self.account)
+            waiter = self._asked.pop(message.get("id", 0), None)
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
+
+    def _on_lost(self) -> None:
+        for waiter in self._asked.values():
+            waiter.cancel()
+        self._asked.clear()
+
+    async def refresh(self, what: str = "snapshot", limit: float = 2.0) -> None:
+        """Ask for a new snapshot or account; after `limit` seconds the last one has to do."""
+        if self.state is State.STARTING or self.ended.is_set():
+            return
+        self._last_ask += 1
+        waiter = self._asked[self._last_ask] = asyncio.get_running_loop().create_future()
+        number = self._last_ask
+        self.channel.send(what, id=number)
+        try:
+            async with asyncio.timeout(limit):
+                await waiter
+        except (TimeoutError, asyncio.CancelledError):
+            self._asked.pop(number, None)
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():
+                raise
+
+    def leave(self) -> None:
+        """Others serve now: take no more connections and end with the last."""
+        if self.state in (State.STARTING, State.SERVING):
+            self.state = State.DRAINING
+            self.channel.send("leave")
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """The whole service ends."""
+        if self.state is State.STARTING:
+            self.signal(signal.SIGTERM)  # it does not listen to its channel yet
+        self.state = State.DRAINING
+        self.channel.send("stop", at_once=at_once)
+
+    def signal(self, number: int) -> None:
+        """Send a signal, unless it has been reaped: then its id may be another's."""
+        if not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def reap(self) -> bool:
+        """Look whether it has ended; True once."""
+        if self.ended.is_set():
+            return False
+        try:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+        except ChildProcessError:
+            pid, status = self.pid, 0
+        if pid == 0:
+            return False
+        self._read_rest()
+        self.exit_code = os.waitstatus_to_exitcode(status)
+        self.ended.set()
+        self.settled.set()
+        return True
+
+    def _read_rest(self) -> None:
+        """Its last words: the news of its end may overtake them."""
+        with contextlib.suppress(OSError):
+            while self.end is not None and (data := self.end.recv(1 << 16)):
+                self.channel.data_received(data)
+
+    def close(self) -> None:
+        """Let go of the channel."""
+        self.channel.close()
+        if self.end is not None:
+            self.end.close()
+
+
+def spawn(passed: list[int]) -> tuple[int, socket.socket]:
+    """Start a worker process that inherits these descriptors; its id and our end of its channel.
+
+    Spawned, not forked: a worker that is started with newly installed code runs that.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # Onto itself: the one way to let it be inherited by this process alone.
+        actions = [(os.POSIX_SPAWN_DUP2, number, number) for number in (theirs.fileno(), *passed)]
+        environ = {
+            name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
+        }
+        command = python_command("hoberproxy.worker", str(theirs.fileno()))
+        pid = os.posix_spawn(command[0], command, environ, file_actions=actions, setsigmask=[])
+    return pid, ours
+
+
+def python_command(module: str, *arguments: str, python: str = "") -> list[str]:
+    """How to run a module of this package in a new process, by this Python or another."""
+    # As this process was started: only `python -m` looks for modules in the folder it is in.
+    is_module = Path(sys.argv[0]).name == "__main__.py"
+    return [python or sys.executable, *([] if is_module else ["-P"]), "-m", module, *arguments]
+
+
+def installed_python() -> str:
+    """The Python of what is installed by now: the one named by the script we were started as.
+
+    Each version may have an environment of its own, and the script be a link to the latest.
+    """
+    with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
+        mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()
+        is_python = mark == b"#!" and Path(python).name.startswith("python")
+        if is_python and os.access(python, os.X_OK):
+            return python
+    return sys.executable

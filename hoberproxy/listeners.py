@@ -1,0 +1,111 @@
+"""The sockets that clients connect to: bound here, or handed over by systemd.
+
+Whoever has a copy of a listening socket keeps its waiting connections: workers come and go on the
+supervisor's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass, field
+
+from .config import Address
+
+BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
+FIRST_PASSED = 3  # systemd's first descriptor (sd_listen_fds(3))
+METRICS_NAME = "metrics"  # FileDescriptorName= of a socket that is not for clients
+
+
+class StartError(Exception):
+    """The process cannot start; the message says what was in the way."""
+
+    @property
+    def problems(self) -> list[str]:
+        """As ConfigError has them."""
+        return str(self).split("\n")
+
+
+@dataclass(slots=True)
+class Listeners:
+    """Listening sockets by what they are for. `is_passed`: systemd's, whatever the config says."""
+
+    clients: dict[Address, list[socket.socket]] = field(default_factory=dict)
+    metrics: list[socket.socket] = field(default_factory=list)
+    is_passed: bool = False
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where clients are really listened to, the port chosen where the config left it open."""
+        return [name_of(sockets[0]) for sockets in self.clients.values()]
+
+    def close(self) -> None:
+        """Close our copies."""
+        for each in (*flat(self.clients.values()), *self.metrics):
+            each.close()
+
+
+def flat(groups: Iterable[list[socket.socket]]) -> list[socket.socket]:
+    """All sockets of all groups."""
+    return [each for group in groups for each in group]
+
+
+def name_of(listener: socket.socket) -> Address:
+    """Where a socket is bound; of a Unix socket its path, with port 0."""
+    name = listener.getsockname()
+    if isinstance(name, tuple):
+        return Address(name[0], name[1])
+    return Address(os.fsdecode(name), 0)
+
+
+def bind(address: Address) -> list[socket.socket]:
+    """A listening socket for each address that the host's name leads to. Raises StartError."""
+    bound: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(
+            address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, kind, protocol, _, name in dict.fromkeys(found):
+            listener = socket.socket(family, kind, protocol)
+            bound.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if address.port == 0 and len(bound) > 1:  # one port for all of them
+                name = (name[0], bound[0].getsockname()[1], *name[2:])
+            listener.bind(name)
+            listener.listen(BACKLOG)
+            listener.setblocking(False)
+    except OSError as exc:
+        for listener in bound:
+            listener.close()
+        raise StartError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+    return bound
+
+
+def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
+    """What systemd opened for us (sd_listen_fds(3)), None without; children are not told."""
+    pid = environ.pop("LISTEN_PID", None)
+    count = environ.pop("LISTEN_FDS", None)
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or count is None or not count.isdecimal() or int(count) == 0:
+        return None
+    listeners = Listeners(is_passed=True)
+    for index in range(int(count)):
+        try:
+            listener = socket.socket(fileno=FIRST_PASSED + index)
+        except OSError as exc:
+            raise StartError(f"descriptor {FIRST_PASSED + index} of systemd is no socket") from exc
+        listener.set_inheritable(False)
+        listener.setblocking(False)
+        with contextlib.suppress(OSError):  # a longer queue than the unit's, if it may be
+            listener.listen(BACKLOG)
+        if index < len(names) and names[index] == METRICS_NAME:
+            listeners.metrics.append(listener)
+        else:
+            listeners.clients[name_of(listener)] = [listener]
+    if not listeners.clients:
+        raise StartError("systemd handed over no socket for clients")
+    return listeners

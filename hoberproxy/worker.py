@@ -1,0 +1,143 @@
+"""A worker: one Server on the supervisor's sockets, told what to do over a channel.
+
+    supervisor ── start (config, sockets), snapshot, leave, stop ──► worker
+               ◄── ready or failed, alive, snapshot, bye ──
+
+When the supervisor dies, its workers let running answers end and go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import importlib
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+
+from .admin import OFF
+from .channel import Channel, Message, read_first_message, serialize_message
+from .config import ConfigError
+from .listeners import Listeners, StartError, name_of
+from .server import Server, run
+from .source import ConfigSource
+from .store import StoreError
+from .tally import TALLY_BYTES, Tally
+
+logger = logging.getLogger("hoberproxy.server")
+
+BYE_LIMIT = 2.0  # seconds for the last message to be read
+START_LIMIT = 30.0  # seconds to wait for the word to start
+EXIT_CANNOT_START = 3
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
+
+
+class Worker:
+    """Serves until it is told to leave or to stop."""
+
+    def __init__(self, server: Server, end: socket.socket) -> None:
+        self._server = server
+        self._end = end
+        self._channel = Channel(self._on_message, self._on_lost)
+        self._loop = asyncio.get_running_loop()
+        self._lost = asyncio.Event()
+
+    async def serve(self) -> None:
+        """From start to end. Raises what `Server.start` does."""
+        try:
+            await self._server.start()
+        except BaseException:
+            await self._server.aclose()
+            raise
+        self._loop.add_signal_handler(signal.SIGTERM, self._server.stop)
+        await self._loop.create_connection(lambda: self._channel, sock=self._end)
+        self._channel.send("ready")
+        self._server.on_beat = self._tell_alive
+        await self._server.wait_closed()
+        self._channel.send("bye", snapshot=self._server.snapshot())
+        self._channel.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(BYE_LIMIT):
+                await self._lost.wait()
+
+    def _on_message(self, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "snapshot":
+            self._channel.send("snapshot", id=message.get("id"), snapshot=self._server.snapshot())
+        elif kind == "account":
+            self._channel.send("account", id=message.get("id"), account=self._server.account())
+        elif kind == "leave":
+            self._server.hand_over()
+        elif kind == "stop":
+            self._server.stop(at_once=bool(message.get("at_once")))
+
+    def _on_lost(self) -> None:
+        self._lost.set()
+        if not self._server.is_leaving:
+            logger.error("the supervisor is gone: draining")
+        self._server.stop()
+
+    def _tell_alive(self) -> None:
+        self._channel.send("alive")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`arguments`: the number of the channel's descriptor, or `check`: can all be imported?"""
+    if arguments == ["check"]:
+        for name in ("cli", "service"):  # what the supervisor will be
+            importlib.import_module(f"{__package__}.{name}")
+        return 0
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        # A terminal sends Ctrl-C to all its processes; the supervisor says what is to happen.
+        signal.signal(number, signal.SIG_IGN)
+    end = socket.socket(fileno=int(arguments[0]))
+    end.set_inheritable(False)
+    end.settimeout(START_LIMIT)
+    try:
+        start = read_first_message(end)
+        config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
+        # The supervisor tells of all.
+        server = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
+        config = dataclasses.replace(config, server=server)
+        listeners = _listeners(start["sockets"])
+        tally = Tally(mmap.mmap(start["tally"], TALLY_BYTES), start["slot"])
+        os.close(start["tally"])
+        logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
+        end.setblocking(False)
+        run(lambda: _serve(Server(config, listeners, tally=tally), end))
+    except (StartError, StoreError) as error:
+        return _fail(end, [str(error)])
+    except ConfigError as error:
+        return _fail(end, error.problems)
+    except (EOFError, OSError):  # the supervisor has given up
+        return EXIT_CANNOT_START
+    return 0
+
+
+def _listeners(numbers: list[int]) -> Listeners:
+    listeners = Listeners()
+    for number in numbers:
+        listener = socket.socket(fileno=number)
+        listener.set_inheritable(False)
+        listeners.clients.setdefault(name_of(listener), []).append(listener)
+    return listeners
+
+
+async def _serve(server: Server, end: socket.socket) -> None:
+    await Worker(server, end).serve()
+
+
+def _fail(end: socket.socket, problems: Iterable[str]) -> int:
+    with contextlib.suppress(OSError):
+        end.setblocking(True)
+        end.sendall(serialize_message("failed", problems=list(problems)))
+    return EXIT_CANNOT_START
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
