@@ -45,6 +45,11 @@ class Channel(asyncio.Protocol):
         self._transport = None
         self._on_lost()
 
+    @property
+    def is_open(self) -> bool:
+        """What is said may still be heard."""
+        return self._transport is not None
+
     def send(self, kind: str, **members: Any) -> None:
         """Say something; nothing happens if the peer is gone."""
         if self._transport is not None:

@@ -53,14 +53,19 @@ class Child:
         self.channel = Channel(self._on_message, self._on_lost)
         self.end: socket.socket | None = None  # of the channel
 
-    async def attach(self, end: socket.socket, unread: bytes = b"") -> None:
-        """Talk over this end of the channel from now on."""
+    def take(self, end: socket.socket, unread: bytes = b"") -> None:
+        """This is our end of its channel; `attach` follows."""
         end.setblocking(False)
         self.end = end
         self.channel.unread = unread
+
+    async def attach(self) -> None:
+        """Talk over the channel from now on, if the process has not ended meanwhile."""
+        if self.end is None or self.ended.is_set():
+            return
         loop = asyncio.get_running_loop()
         # A copy for the transport: ours lives on, for a successor to take over.
-        await loop.create_connection(lambda: self.channel, sock=end.dup())
+        await loop.create_connection(lambda: self.channel, sock=self.end.dup())
 
     def _on_message(self, message: Message) -> None:
         self.last_heard = time.monotonic()
@@ -107,8 +112,8 @@ class Child:
 
     def stop(self, *, at_once: bool = False) -> None:
         """The whole service ends."""
-        if self.state is State.STARTING:
-            self.signal(signal.SIGTERM)  # it does not listen to its channel yet
+        if self.state is State.STARTING or not self.channel.is_open:
+            self.signal(signal.SIGTERM)  # it does not hear what is said on its channel
         self.state = State.DRAINING
         self.channel.send("stop", at_once=at_once)
 

@@ -214,7 +214,8 @@ class Supervisor:
             started=time.time(),
         )
         self._children.append(child)
-        await child.attach(end)
+        child.take(end)
+        await child.attach()
         child.channel.send(
             "start",
             text=self._source.text,
@@ -430,9 +431,12 @@ class Supervisor:
         self.restarts = legacy.restarts
         self._reloads.update(legacy.reloads)
         self._children = legacy.children
-        for child in self._children:
-            await child.attach(*legacy.ends[child.pid])
-        self._reap()  # who ended meanwhile
+        for child in self._children:  # before any of them can be found to have ended
+            child.take(*legacy.ends[child.pid])
+        async with self._starting:
+            for child in list(self._children):
+                await child.attach()
+        self._reap()  # who ended before there was a handler for it
         logger.info("upgraded to %s", __version__)
         self.reload()
 

@@ -118,6 +118,8 @@ async def service(
     finally:
         if process.returncode is None:
             process.terminate()
+            await asyncio.sleep(0.3)  # two that are pending are one
+        if process.returncode is None:
             process.terminate()
         async with asyncio.timeout(WAIT):
             await process.communicate()
