@@ -63,7 +63,7 @@ class TokenCounter:
     """One thread that counts; `close` ends it after what it has begun."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-counter")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-counter")
         self._encode: Callable[[str], list[int]] | None = None
         self._is_missing = False
         self._waiting = 0
@@ -73,11 +73,11 @@ class TokenCounter:
         if self._is_missing or self._waiting >= MAX_WAITING:
             return
         self._waiting += 1
-        self._thread.submit(self._count, body, answer, amend)
+        self._executor.submit(self._count, body, answer, amend)
 
     def close(self) -> None:
         """Count no more; what waits stays an estimate."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _count(self, body: bytes, answer: bytes, amend: Callable[[int, int], None]) -> None:
         try:

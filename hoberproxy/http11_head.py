@@ -276,6 +276,10 @@ class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
     def __init__(self) -> None:
         self._kept: dict[bytes, int] = {}  # values by name
 
+    def clear(self) -> None:
+        super().clear()
+        self._kept.clear()
+
     def __missing__(self, line: bytes) -> tuple[bytes, bytes]:
         match = FIELD_LINE.fullmatch(line)
         if match is None:
@@ -289,7 +293,6 @@ class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
         ):
             if len(self) >= MAX_KEPT_LINES:
                 self.clear()
-                self._kept.clear()
                 kept = 0
             self._kept[name] = kept + 1
             self[line] = name, value

@@ -470,6 +470,11 @@ def _open_tallies(records_file: str) -> Tallies:
     path = f"{os.path.realpath(records_file)}-limits"
     try:
         return Tallies(path)
+    except FileNotFoundError as exc:
+        raise StartError(
+            f"expected the directory {os.path.dirname(path)} to exist, got none; create it or "
+            "change records.file"
+        ) from exc
     except OSError as exc:
         reason = exc.strerror or exc
         raise StartError(f"cannot use {path} for the limits of keys: {reason}") from exc

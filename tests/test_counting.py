@@ -86,7 +86,7 @@ def test_without_the_tokenizer_it_is_said_once_and_estimates_stay(
     counter = TokenCounter()
     for _ in range(3):
         counter.count(b"{}", b"", lambda *_: pytest.fail("there is nothing to count with"))
-    counter._thread.shutdown(wait=True)
+    counter._executor.shutdown(wait=True)
     assert caplog.text.count("hoberproxy[count]") == 1
 
 
@@ -97,7 +97,7 @@ def test_a_text_that_cannot_be_read_does_not_end_the_counting(
     body = orjson.dumps({"messages": []})
     for answer in (b"{broken secret", b""):
         counter.count(body, answer, lambda *numbers: counted.append(numbers))
-    counter._thread.shutdown(wait=True)
+    counter._executor.shutdown(wait=True)
     assert counted == [(TOKENS_PER_REPLY, 0)]
     assert "could not be counted" in caplog.text and "secret" not in caplog.text
 
