@@ -4,10 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_ARGS ?=
+COMPILED ?= .venv-compiled
+TEST_JOBS ?= 2
+# What a test or a build of the compiled package needs of the checkout.
+SOURCES := pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools run test test-load test-real test-systemd demo-model fmt lint types check bench \
-	bench-micro clean
+.PHONY: help install compiled tools run test test-compiled test-load test-real test-systemd demo-model fmt \
+	lint types check bench bench-pure bench-micro clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +30,17 @@ $(VENV)/.dev: $(VENV)/.core
 	@$(PIP) install --quiet --group test --group lint
 	@touch $@
 
+# Built from a copy: what mypyc makes would lie beside the sources, and be imported in their place.
+$(COMPILED)/.stamp: pyproject.toml $(wildcard hoberproxy/*.py bench/*.py bench/*/*)
+	@test -x $(COMPILED)/bin/python || $(PYTHON) -m venv $(COMPILED)
+	@echo "compiling the path of a request into $(COMPILED), which takes a minute or two ..."
+	@$(COMPILED)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	@$(COMPILED)/bin/python -m pip --disable-pip-version-check install --quiet --group test
+	@rm -rf build/compiled && mkdir -p build/compiled && cp -R $(SOURCES) build/compiled/
+	@HATCH_BUILD_HOOK_ENABLE_MYPYC=1 $(COMPILED)/bin/python -m pip --disable-pip-version-check \
+		install --quiet ./build/compiled
+	@touch $@
+
 # For one file of tests, which is skipped where this could not be made: never in the way.
 $(VENV)/.js: tests/js/package-lock.json | $(VENV)/.core
 	@if command -v node >/dev/null && command -v npm >/dev/null; then \
@@ -41,6 +56,8 @@ $(VENV)/.real: $(VENV)/.dev
 
 install: $(VENV)/.core $(VENV)/.dev ## set up the virtual environment with all that tests and checks need
 
+compiled: $(COMPILED)/.stamp ## a second environment, with the path of a request compiled (needs gcc)
+
 run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
 	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
 
@@ -48,7 +65,14 @@ tools: ## what the tests of deploy/ need, from Debian's packages
 	@.ci/tools
 
 test: $(VENV)/.dev $(VENV)/.js ## run the tests
-	$(BIN)/python -m pytest -m 'not real and not load and not systemd' $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m 'not real and not load and not systemd' $(TEST_ARGS)
+
+# In a folder without the package: else the sources would be tested once more.
+test-compiled: $(COMPILED)/.stamp ## the same tests, of the compiled package
+	@rm -rf build/tests && mkdir -p build/tests
+	@cp -R pyproject.toml Makefile README.md CHANGELOG.md CONTRIBUTING.md docs deploy bench tests .ci build/tests/
+	cd build/tests && ../../$(COMPILED)/bin/python -m pytest -n $(TEST_JOBS) \
+		-m 'not real and not load and not systemd' -p no:cacheprovider $(TEST_ARGS)
 
 test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
 	$(BIN)/python -m pytest -m load $(TEST_ARGS)
@@ -75,11 +99,14 @@ types: $(VENV)/.dev ## mypy, strict
 
 check: lint types test ## all that CI checks but the real model
 
-bench: $(VENV)/.dev ## the proxy beside a plain relay, under the same load
+bench: $(COMPILED)/.stamp ## the compiled proxy beside a plain relay, under the same load
+	$(COMPILED)/bin/hoberproxy bench compare $(BENCH_ARGS)
+
+bench-pure: $(VENV)/.dev ## the same, of the sources as they are
 	$(BIN)/python -m bench.side_by_side $(BENCH_ARGS)
 
 bench-micro: $(VENV)/.dev ## ns and instructions per operation of the core
 	$(BIN)/python -m bench.micro $(BENCH_ARGS)
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .tools tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(COMPILED) .tools tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -31,7 +31,7 @@ from .processes import (
     wait_listening,
 )
 from .procfs import ProcessTree, core_seconds
-from .scenarios import DIRECT, MEASURES, Scenario, Variant
+from .scenarios import DIRECT, MEASURES, PROXY_WITH_LOG, Scenario, Variant
 
 PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
 STEADY_PATIENCE = 60.0
@@ -134,7 +134,7 @@ class Runner:
         self._certificates = certificates
         self._most_connections = most_connections
         self._stack = ExitStack()
-        self._key = "bench"
+        self._key = self._limited_key = "bench"
         self._dead_port: int | None = None
 
     def __enter__(self) -> Runner:
@@ -156,7 +156,8 @@ class Runner:
         result = Run(number, variant.name, target.name)
         try:
             with self._started(target) as server:
-                self._measure(result, server, variant)
+                key = self._limited_key if target.name == PROXY_WITH_LOG else self._key
+                self._measure(result, server, variant, key)
         except (StartError, OSError, ValueError, HTTPException) as exc:
             result.problem = f"{type(exc).__name__}: {exc}"
         if not result.problem:
@@ -170,7 +171,9 @@ class Runner:
         """The proxy's key, in a database that every start of the proxy gets a copy of."""
         proxy = PROXIES[0]
         proxy.command(proxy.program, self._wiring(free_port()))
-        self._key = create_key(self._folder / "hoberproxy.toml")
+        config = self._folder / "hoberproxy.toml"
+        self._key = create_key(config, has_limits=False)
+        self._limited_key = create_key(config, has_limits=True)
         shutil.move(self._folder / "hoberproxy.db", self._folder / "empty.db")
 
     def _wiring(self, port: int) -> Wiring:
@@ -202,11 +205,11 @@ class Runner:
             (self._folder / f"hoberproxy.db{ending}").unlink(missing_ok=True)
         shutil.copy(self._folder / "empty.db", self._folder / "hoberproxy.db")
 
-    def _measure(self, run: Run, server: Started, variant: Variant) -> None:
+    def _measure(self, run: Run, server: Started, variant: Variant, key: str) -> None:
         output, log = self._folder / "load.json", self._folder / "load.log"
         output.unlink(missing_ok=True)
         meter = Meter(server.tree, self._cores.server)
-        command, variables = self._load_command(server, variant, output), {"BENCH_KEY": self._key}
+        command, variables = self._load_command(server, variant, output), {"BENCH_KEY": key}
         with running(command, log, self._cores.load, variables=variables) as load:
             if variant.steady and server.tree is not None:
                 run.steady = self._sample(load, server.tree, variant, meter.idle_bytes)

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 PROXY = "hoberproxy"
-PROXY_WITH_LOG = "hoberproxy, log on"
+PROXY_WITH_LOG = "hoberproxy, log and limits"
 DIRECT = "direct"
 REFERENCE = "nginx"  # ratios are to this one
 
@@ -28,6 +28,7 @@ class Traffic:
     events: int | None = None  # of a stream
     event_bytes: int | None = None  # the mock's are at least 236
     pace: float | None = None  # between the events of a stream
+    block_bytes: int | None = None  # that the mock hands over at once without a pace; 0: each alone
     prompt_bytes: int | None = None
     ramp: float | None = None  # over which the connections start
     new_connection: bool = False
@@ -191,10 +192,13 @@ SCENARIOS = (
     ),
     Scenario(
         "burst",
-        "what an event costs when many come at once",
-        (Variant("", BURST),),
+        "what an event costs when they come without a pace, each with its own write",
+        (
+            Variant("each alone", replace(BURST, block_bytes=0)),
+            Variant("in blocks of 64 KB", BURST),  # as no model server does: for comparison
+        ),
         ("cpu_event", "total_p50"),
-        (Bar("cpu_event", Kind.RATIO, 1.3),),
+        (Bar("cpu_event", Kind.RATIO, 1.3, variant="each alone"),),
     ),
     Scenario(
         "delay",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from .prices import Prices
 
@@ -361,7 +361,7 @@ class Catalog:
     """The models by slug, in the config's order."""
 
     # Clients choose what comes after a wildcard's prefix: without a bound they could fill memory.
-    CACHE_SIZE = 1024
+    CACHE_SIZE: ClassVar[int] = 1024
 
     def __init__(self, models: Iterable[Model]) -> None:
         self._all = {model.slug: model for model in models}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 Key = tuple[str, str]  # provider, upstream_model
 
@@ -158,7 +159,7 @@ class Health:
     wildcard, and could fill memory.
     """
 
-    SIZE = 4096
+    SIZE: ClassVar[int] = 4096
 
     def __init__(self) -> None:
         self._states: OrderedDict[Key, _State] = OrderedDict()

@@ -16,7 +16,7 @@ from pytest_aiohttp import AiohttpClient
 from hoberproxy.app import make_app, make_metrics_app
 from hoberproxy.gateway import Gateway
 
-from .conftest import Proxy, StartProxy, chat
+from .conftest import Proxy, StartProxy, chat, pure_only
 
 Client = TestClient[web.Request, web.Application]
 PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
@@ -148,6 +148,7 @@ async def test_under_api_v1_the_code_is_the_status(client: Client) -> None:
     assert (error["code"], error["metadata"]) == (404, {"code": "model_not_found"})
 
 
+@pure_only
 async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
     client: Client, gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -464,7 +464,9 @@ def test_a_failed_run_is_told_with_its_reason() -> None:
 # Micro benchmarks and the command line
 
 
-@pytest.mark.parametrize(("module", "case"), list(cases(MODULES)), ids=lambda each: str(each)[:60])
+@pytest.mark.parametrize(
+    ("module", "case"), list(cases(MODULES)), ids=lambda each: getattr(each, "name", each)
+)
 def test_every_micro_benchmark_runs(module: str, case: Any) -> None:
     operation = case.make()
     operation()

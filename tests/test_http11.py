@@ -31,6 +31,8 @@ from hoberproxy.http11 import (
     skip_empty_line,
 )
 
+from .conftest import pure_only
+
 SDK_HEAD = (
     b"POST /v1/chat/completions?trace=1 HTTP/1.1\r\n"
     b"Host: 127.0.0.1:8080\r\n"
@@ -626,6 +628,7 @@ def test_whole_chunks_behind_the_end_of_another_come_out_one_piece_each() -> Non
     assert reader.feed(b"lo\r\n" + LLAMA_BODY) == [b"lo", *LLAMA_EVENTS]
 
 
+@pure_only
 def test_a_large_chunk_passes_read_by_read_without_a_copy() -> None:
     reader = ChunkedBody()
     read_size, reads = 65536, 800

@@ -25,6 +25,8 @@ from hoberproxy.request import (
     serialize_upstream_body,
 )
 
+from .conftest import pure_only
+
 NO_ADAPTATION = Adaptation()
 USER = {"role": "user", "content": "hello"}
 SECRET = "do-not-tell"
@@ -634,6 +636,7 @@ def test_elements_of_an_array_are_found(
     assert [json.loads(data[start:end]) for start, end in spans] == elements
 
 
+@pure_only
 def test_messages_behind_the_last_role_that_changes_are_not_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -85,6 +85,7 @@ class _Path:
 
     def __init__(self) -> None:
         loop = asyncio.new_event_loop()
+        loop.close()  # only its clock is wanted
         config = parse_config(_CONFIG, environ={}, read_file=_read_nothing)
         keyring = Keyring()
         caller = Caller("key_1", "bench", "test", None, None)

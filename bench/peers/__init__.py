@@ -170,12 +170,17 @@ def _hoberproxy(log: str) -> Callable[[str, Wiring], Command]:
     return command
 
 
-def create_key(config: Path) -> str:
-    """A key of the proxy that `config` describes."""
-    command = [sys.executable, "-m", "hoberproxy", "keys", "create", "--label", "bench"]
-    done = subprocess.run(
-        [*command, "--config", str(config)], capture_output=True, check=True, text=True, timeout=60
-    )
+# Every limit there is, none of them reached.
+LIMITS = {"rpm": "900000000", "tpm": "900000000", "rpd": "900000000", "concurrency": "20000"}
+
+
+def create_key(config: Path, *, has_limits: bool) -> str:
+    """A key of the proxy that `config` describes, with every limit or none."""
+    command = [sys.executable, "-m", "hoberproxy", "keys", "create", "--config", str(config)]
+    command += ["--label", "limited" if has_limits else "bench"]
+    if has_limits:
+        command += [f"--{name}={value}" for name, value in (LIMITS | {"budget": "1000000"}).items()]
+    done = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60)
     return done.stdout.strip()
 
 

@@ -30,6 +30,7 @@ from tests.scripted import (
     stream_events,
 )
 
+from ..conftest import pure_only
 from .conftest import ProxyTo
 from .harness import (
     CHAT,
@@ -332,6 +333,7 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
 
 
 @pytest.mark.parametrize("faulty", [0, 1], ids=["the first try", "the second try"])
+@pure_only
 async def test_a_fault_of_our_own_is_told_and_not_taken_for_a_client_that_left(
     proxy_to: ProxyTo,
     monkeypatch: pytest.MonkeyPatch,
