@@ -6,6 +6,7 @@ A worker that replaces another must serve what was accepted, not what the file s
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,10 @@ class ConfigSource:
     text: str
     files: dict[str, str] = field(default_factory=dict)
     listen: str | None = None
+
+    def serialize(self) -> bytes:
+        """For another process: keys of providers are among the files."""
+        return json.dumps(dataclasses.asdict(self)).encode()
 
     def parse(self) -> Config:
         """The config, with the environment as it is. Raises ConfigError."""

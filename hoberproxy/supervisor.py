@@ -381,14 +381,17 @@ class Supervisor:
             child.channel.go_on()
 
     async def _try_installed(self) -> str | None:
-        """Whether what is installed can be imported at all; what is wrong if not."""
+        """What is wrong with the installed code, None if it imports and takes our config.
+
+        Once it runs in our place it is too late: a config that it refuses would end all streams.
+        """
         command = python_command("hoberproxy.worker", "check", python=installed_python())
         process = await asyncio.create_subprocess_exec(
-            *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.DEVNULL
+            *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
         )
         try:
             async with asyncio.timeout(START_LIMIT):
-                _, errors = await process.communicate()
+                _, errors = await process.communicate(self._source.serialize())
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib
+import json
 import logging
 import mmap
 import os
@@ -86,12 +87,23 @@ class Worker:
         self._channel.send("alive")
 
 
+def _check(source: bytes) -> int:
+    """Can all be imported, and is the config one that we take? Empty: of an older supervisor."""
+    for name in ("cli", "service"):  # what the supervisor will be
+        importlib.import_module(f"{__package__}.{name}")
+    try:
+        if source:
+            ConfigSource(**json.loads(source)).parse()
+    except ConfigError as error:
+        print("; ".join(error.problems), file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the number of the channel's descriptor, or `check`: can all be imported?"""
+    """`arguments`: the number of the channel's descriptor, or `check`."""
     if arguments == ["check"]:
-        for name in ("cli", "service"):  # what the supervisor will be
-            importlib.import_module(f"{__package__}.{name}")
-        return 0
+        return _check(sys.stdin.buffer.read())
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         # A terminal sends Ctrl-C to all its processes; the supervisor says what is to happen.
         signal.signal(number, signal.SIG_IGN)

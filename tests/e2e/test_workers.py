@@ -321,8 +321,10 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
 ) -> None:
     installed = tmp_path / "installed"
     shutil.copytree(Path(hoberproxy.__file__).parent, installed / "hoberproxy")
-    init, server = (installed / "hoberproxy" / name for name in ("__init__.py", "service.py"))
-    good = server.read_text()
+    init, server, config = (
+        installed / "hoberproxy" / name for name in ("__init__.py", "service.py", "config.py")
+    )
+    good, read = server.read_text(), config.read_text()
     async with (
         ScriptedUpstream(WAITING, default=GOOD) as upstream,
         service(tmp_path, upstream, installed=installed) as running,
@@ -337,6 +339,11 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
         assert running.workers() == before
         assert (await running.post(chat())).status == 200
         server.write_text(good)
+        config.write_text(read.replace('"models"', '"slugs"'))  # refuses the config that is served
+        running.send(signal.SIGUSR2)
+        await running.logged("slugs: ")
+        assert running.workers() == before
+        config.write_text(read)
         running.send(signal.SIGUSR2)
         await running.logged("upgraded to 99.0")
         await running.logged("config reloaded")
