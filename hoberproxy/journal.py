@@ -21,6 +21,7 @@ import mmap
 import os
 import secrets
 import struct
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,8 @@ OPENED = (
 )
 _NAMES = b"n" + orjson.dumps([OPENED, COLUMNS])
 Values = dict[str, Any]
+UNFINISHED = ".new"  # the ending of a segment that is being made
+UNFINISHED_FOR = 60.0  # seconds after which its maker must have died
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
 
 
@@ -60,17 +63,21 @@ class _Segment:
     def __init__(self, path: Path, number: int) -> None:
         self._path = path
         self.number = number
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # Under its own name only once it is locked: else another process could take it for one that
+        # a dead process left, and remove it.
+        new = path.with_suffix(UNFINISHED)
+        self._descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Allocated, or a full disk would end the process at a store to memory.
             os.posix_fallocate(self._descriptor, 0, SEGMENT_BYTES)
             self._map = mmap.mmap(self._descriptor, SEGMENT_BYTES)
+            self.begin(number)
+            new.rename(path)
         except BaseException:
             os.close(self._descriptor)
-            path.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
-        self.begin(number)
 
     def begin(self, number: int) -> None:
         """Forget what it holds; old entries do not fit the new generation's checksum."""
@@ -251,6 +258,10 @@ class Remains:
 
 def take_over(directory: str | os.PathLike[str]) -> Iterator[Remains]:
     """What each dead process left in the directory; whoever asks first gets it."""
+    for path in Path(directory).glob(f"*{UNFINISHED}"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > UNFINISHED_FOR:
+                path.unlink()
     owners: dict[str, list[Path]] = {}
     for path in sorted(Path(directory).glob("*-*.journal")):
         owners.setdefault(path.name.partition("-")[0], []).append(path)

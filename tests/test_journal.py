@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,14 @@ from typing import Any
 import pytest
 
 from hoberproxy import journal as journal_module
-from hoberproxy.journal import NOWHERE, Journal, read_entries, take_over
+from hoberproxy.journal import (
+    NOWHERE,
+    UNFINISHED,
+    UNFINISHED_FOR,
+    Journal,
+    read_entries,
+    take_over,
+)
 
 WAIT = 30.0
 
@@ -182,3 +191,31 @@ def test_what_a_killed_process_appended_is_all_there(tmp_path: Path) -> None:
     assert len(remains.opened) >= 500
     assert list(remains.opened) == [f"req_{n + 1}" for n in range(len(remains.opened))]
     remains.remove()
+
+
+def test_a_segment_that_is_being_made_is_not_taken_for_a_dead_process_s(tmp_path: Path) -> None:
+    made, forgotten = tmp_path / f"a-1{UNFINISHED}", tmp_path / f"b-1{UNFINISHED}"
+    for path in (made, forgotten):
+        path.touch()
+    long_ago = time.time() - UNFINISHED_FOR - 1
+    os.utime(forgotten, (long_ago, long_ago))
+    assert list(take_over(tmp_path)) == []
+    assert made.exists()
+    assert not forgotten.exists()
+
+
+def test_others_never_see_a_segment_without_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, operation: int) -> None:
+        assert not list(tmp_path.glob("*.journal"))
+        lock(descriptor, operation)
+
+    monkeypatch.setattr("hoberproxy.journal.fcntl.flock", lock_late)
+    journal = Journal(tmp_path)
+    journal.prepare()
+    assert list(tmp_path.glob("*.journal"))
+    monkeypatch.undo()
+    journal.close()
