@@ -110,6 +110,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
 
 def _writing() -> Callable[[], object]:
     store = Store(temporary_folder() / "store.db")
+    atexit.register(store.close)  # before its folder goes
     rows = [make_row(_record(number)) for number in range(BATCH)]
     written = 0
 
