@@ -227,11 +227,8 @@ class Exchange:
     def _begin_step(self, position: int) -> None:
         assert self._plan is not None
         self._position = position
-        if self._gateway.refused_options:
-            key = self._plan.steps[position].endpoint.key
-            self._without = self._gateway.refused_options.get(key, NOTHING_REFUSED)
-        else:
-            self._without = NOTHING_REFUSED
+        key = self._plan.steps[position].endpoint.key
+        self._without = self._gateway.refused_options.get(key, NOTHING_REFUSED)
         self.record.attempts += 1
         self._try_step()
 
@@ -343,24 +340,23 @@ class Exchange:
         assert attempt is not None
         step = attempt.step
         prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
-        headers: Headers = []
-        if self._caller.limits is not None:
-            headers += self._gateway.accounts.headers(self._caller, unix_time())
-        if self.record.attempts > 1:
-            headers += self._attempts_header()
-        if origins := self._gateway.config.server.cors_origins:
-            headers += cors_headers(origins, self._head.get(b"origin"))
+        headers = self._caller_headers() + self._attempts_header()
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
         return headers, b"%bx-request-id: %b\r\n" % (prepared, self.record.id.encode())
 
     def _common_headers(self) -> Headers:
-        headers = [(b"x-request-id", self.record.id.encode())]
+        return [(b"x-request-id", self.record.id.encode()), *self._caller_headers()]
+
+    def _caller_headers(self) -> Headers:
+        """What depends on who asks: the limits of its key, and the page it asks from."""
+        headers: Headers = []
         if self._caller.limits is not None:
             headers += self._gateway.accounts.headers(self._caller, unix_time())
-        origins = self._gateway.config.server.cors_origins
-        return headers + cors_headers(origins, self._head.get(b"origin")) if origins else headers
+        if origins := self._gateway.config.server.cors_origins:
+            headers += cors_headers(origins, self._head.get(b"origin"))
+        return headers
 
     # What the attempt reports
 

@@ -82,6 +82,7 @@ class Call:
     needs_tools = False
     needs_json = False
     max_output: int | None = None  # tokens
+    _prompt_bytes: int | None = None
 
     def __init__(self, document: JsonObject, body: bytes, members: list[Member] | None) -> None:
         self._document = document
@@ -121,7 +122,12 @@ class Call:
 
     @property
     def prompt_bytes(self) -> int:
-        """Size of the raw `messages` value."""
+        """Size of the raw `messages` value; measured once."""
+        if self._prompt_bytes is None:
+            self._prompt_bytes = self._measure_prompt()
+        return self._prompt_bytes
+
+    def _measure_prompt(self) -> int:
         if self.is_canonical:
             return len(orjson.dumps(self._document["messages"]))
         (member,) = (member for member in self.members if member.name == "messages")
