@@ -5,7 +5,8 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, Final
 
 import orjson
 
@@ -23,15 +24,26 @@ class CompletionError(Exception):
         self.is_error_body = is_error_body
 
 
-class Completion(NamedTuple):
+class Completion:
     """A checked completion: `body` names the catalog's slug, the rest is what it said."""
 
-    body: bytes
-    document: dict[str, Any]
-    usage: Usage | None
-    finish_reason: str
-    upstream_model: str
-    upstream_id: str
+    __slots__ = ("body", "document", "finish_reason", "upstream_id", "upstream_model", "usage")
+
+    def __init__(
+        self,
+        body: bytes,
+        document: dict[str, Any],
+        usage: Usage | None,
+        finish_reason: str,
+        upstream_model: str,
+        upstream_id: str,
+    ) -> None:
+        self.body = body
+        self.document = document
+        self.usage = usage
+        self.finish_reason = finish_reason
+        self.upstream_model = upstream_model
+        self.upstream_id = upstream_id
 
 
 def parse_completion(body: bytes, slug: str) -> Completion:
@@ -93,12 +105,19 @@ def _delta_choice(choice: Any) -> Any:
     return rest | {"delta": delta if delta is not None else {}}
 
 
+def _member(model: str) -> bytes:
+    return b'"model":%b' % orjson.dumps(model)
+
+
+_known_member: Final = lru_cache(maxsize=1024)(_member)  # the same few names all the time
+
+
 def _rename(body: bytes, model: str, slug: str) -> bytes:
-    start, old = body.find(b'"model"'), b'"model":%b' % orjson.dumps(model)
+    start, old = body.find(b'"model"'), _known_member(model)
     # A search is enough where nothing else can be meant: no other such name, none with escapes.
     is_sure = body.startswith(old, start) and body.find(b'"model"', start + 8) < 0
     if start > 0 and is_sure and b"\\u00" not in body:
-        return b'%b"model":%b%b' % (body[:start], orjson.dumps(slug), body[start + len(old) :])
+        return b"".join((body[:start], _known_member(slug), body[start + len(old) :]))
     member = find_member(body, "model")
     assert member is not None, "it has just been read"
     return replace_member(body, member, orjson.dumps(slug))

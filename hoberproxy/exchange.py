@@ -120,9 +120,7 @@ class Exchange:
         self._head = head
         self._answer = answer
         self._clock_start = time.monotonic()
-        self.record = Record(
-            id=gateway.new_request_id(), started=unix_time(), path=head.path.decode("latin-1")
-        )
+        self.record = Record(gateway.new_request_id(), unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
         if downstream.is_paused:  # behind already, with the answer to an earlier request
@@ -627,7 +625,7 @@ class Exchange:
         record.total = time.monotonic() - self._clock_start
         record.bytes_out = self._answer.body_bytes + following
         if self._failures:
-            record.failures = list(self._failures)
+            record.failures = self._failures
         if self._attempt is not None:
             self._account_answer(self._attempt)
         self._gateway.accounts.seal(record)

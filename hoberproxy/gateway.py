@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from . import __version__
 from .access import Caller, Keyring
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange
 
 MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
+_BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
 _SSE = b"text/event-stream; charset=utf-8"
 USER_AGENT = f"hoberproxy/{__version__}"
 
@@ -120,12 +121,16 @@ class Gateway:
     is_stopping: bool = False  # and nobody takes over: further requests are refused
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
+    _id_start: str = ""
     _last_id: int = 0
 
     def new_request_id(self) -> str:
         """Ours for one request: 64 random bits of this process and a count."""
-        self._last_id += 1
-        return f"req_{self._id_prefix}{self._last_id:08x}"
+        self._last_id = number = self._last_id + 1
+        low = number & 0xFF
+        if not low or not self._id_start:  # what goes before the last two digits
+            self._id_start = f"req_{self._id_prefix}{number >> 8:06x}"
+        return self._id_start + _BYTE_DIGITS[low]
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
         """An endpoint answers without these members that we would put in: leave them out too."""

@@ -23,6 +23,7 @@ MAX_LENGTH = 2**53  # what every JSON reader and log store still holds exactly
 MAX_KEPT_LINE_BYTES = 128  # longer lines are read anew each time
 MAX_KEPT_LINES = 1024
 MAX_KEPT_VALUES = 64  # of one header's name
+MAX_KEPT_HEAD_BYTES = 4 * 1024  # of a response; a longer one is no pattern for the next
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -32,6 +33,9 @@ VALUE = rb"[\t\x20-\x7e\x80-\xff]*+"
 _TARGET = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
 
 _TOKEN_ONLY = re.compile(TOKEN)
+_match_value = re.compile(VALUE).fullmatch
+# What else than its length settles how a response is framed, and whether its connection goes on.
+_FRAMING_NAMES = frozenset((b"transfer-encoding", b"connection", b"keep-alive"))
 _REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
@@ -119,21 +123,32 @@ class RequestHead(_Fields):
             object.__setattr__(self, "_first", dict(reversed(self.headers)))
 
 
-@dataclass(slots=True)  # frozen would cost 1 µs more; nobody changes it
-class ResponseHead(_Fields):
+class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobody changes one
     """What a model server answered to a POST, framing settled.
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
     says 5 and closes at once. `length` is in bytes, None unless `kind` is LENGTH.
     """
 
-    status: int
-    headers: Headers = field(repr=False)
-    kind: FramingKind
-    length: int | None
-    keep_alive: bool
-    keepalive_hint: float | None
-    _first: dict[bytes, bytes] = field(repr=False, compare=False)
+    __slots__ = ("_first", "headers", "keep_alive", "keepalive_hint", "kind", "length", "status")
+
+    def __init__(
+        self,
+        status: int,
+        headers: Headers,
+        kind: FramingKind,
+        length: int | None,
+        keep_alive: bool,
+        keepalive_hint: float | None,
+        first: dict[bytes, bytes],
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.kind = kind
+        self.length = length
+        self.keep_alive = keep_alive
+        self.keepalive_hint = keepalive_hint
+        self._first = first
 
     @property
     def content_encoding(self) -> bytes:
@@ -241,11 +256,14 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
-    lines = _split_lines(raw)
-    line = lines.pop(0)
+    return _read_response_head(_split_lines(raw))
+
+
+def _read_response_head(lines: list[bytes]) -> ResponseHead:
+    line = lines[0]
     read = _known_status_line if len(line) <= MAX_KEPT_LINE_BYTES else _parse_status_line
     status, version_minor = read(line)
-    headers = _parse_fields(lines)
+    headers = _parse_fields(lines[1:])
     first = _index(headers)
     kind, length = _framing(first, version_minor)
     if status < 200 or status in (204, 304):
@@ -261,6 +279,76 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
         _keepalive_hint(first.get(b"keep-alive")),
         first,
     )
+
+
+class ResponseHeads:
+    """Heads of one model server: the next one says what the last one said, but for a line or two.
+
+    Only lines that differ are read: 2 µs instead of 5.
+    """
+
+    __slots__ = ("_head", "_lines", "_names")
+
+    def __init__(self) -> None:
+        self._head: ResponseHead | None = None  # the last one that may serve as a pattern
+        self._lines: list[bytes] = []  # as they were
+        self._names: list[bytes] = []  # of the fields, with their colons, as they are written
+
+    def parse(self, raw: bytes) -> ResponseHead:
+        """As `parse_response_head`."""
+        known = self._head
+        try:
+            if known is None or len(raw) > MAX_RESPONSE_HEAD_BYTES:
+                return self._read(raw)
+            lines = _split_lines(raw)
+            head = self._compare(lines, known)
+            return head if head is not None else self._read(raw)
+        except HeadError as error:
+            error.status = 502
+            raise
+
+    def _compare(self, lines: list[bytes], known: ResponseHead) -> ResponseHead | None:
+        """The head if it differs from `known` in values only that say nothing of its framing."""
+        old = self._lines
+        if lines == old:
+            return known
+        if len(lines) != len(old) or lines[0] != old[0]:
+            return None
+        headers, first, length = known.headers.copy(), known._first.copy(), known.length
+        for place in range(1, len(lines)):
+            line = lines[place]
+            if line == old[place]:
+                continue
+            start = self._names[place - 1]
+            name = headers[place - 1][0]
+            if name in _FRAMING_NAMES or not line.startswith(start):
+                return None
+            value = line[len(start) :]
+            if not _match_value(value):
+                return None
+            value = value.strip(b" \t")
+            if name == b"content-length":
+                length = _parse_length(value)
+            headers[place - 1] = name, value
+            first[name] = value
+        return ResponseHead(
+            known.status,
+            headers,
+            known.kind,
+            length,
+            known.keep_alive,
+            known.keepalive_hint,
+            first,
+        )
+
+    def _read(self, raw: bytes) -> ResponseHead:
+        head = _parse_response_head(raw)
+        is_pattern = head.status == 200 and len(head._first) == len(head.headers)
+        if is_pattern and len(raw) <= MAX_KEPT_HEAD_BYTES:
+            self._head = head
+            self._lines = _split_lines(raw)
+            self._names = [line[: line.index(b":") + 1] for line in self._lines[1:]]
+        return head
 
 
 # Lines of a head

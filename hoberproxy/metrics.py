@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from .errors import FailedAttempt
 from .exposition import (
@@ -20,7 +20,6 @@ from .exposition import (
     GAP_BUCKETS,
     LAG_BUCKETS,
     REQUEST_BUCKETS,
-    empty_histogram,
     render,
 )
 from .limits import PICO
@@ -30,7 +29,7 @@ __all__ = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
 TOKEN_KINDS = ("prompt", "completion", "cached", "reasoning")
 
-_Histograms = dict[tuple[str, str], list[float]]
+_place: Final = bisect_left
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,60 @@ class Gauges:
     resident_bytes: int = 0
 
 
+class _Histogram:
+    """A count a bucket, one for what is over the last, and the sum."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float, times: int = 1) -> None:
+        self.counts[_place(self._bounds, seconds)] += times
+        self.total += seconds * times
+
+    @property
+    def values(self) -> list[float]:
+        """As exposition.py wants them."""
+        return [*self.counts, self.total]
+
+
+class _Series:
+    """What is counted under one model and provider."""
+
+    def __init__(self) -> None:
+        self.succeeded = 0
+        self.others: dict[str, int] = {}  # by how they ended
+        self.has_tokens = False
+        self.prompt_tokens = 0
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.reasoning_tokens = 0
+        self.cost = 0  # in PICO
+        self.request = _Histogram(REQUEST_BUCKETS)
+        self.first_content: _Histogram | None = None  # with the first content
+        self.gap: _Histogram | None = None
+
+    @property
+    def requests(self) -> dict[str, int]:
+        plain = self.succeeded + self.others.get("2xx", 0)
+        return self.others | ({"2xx": plain} if plain else {})
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """In the order of TOKEN_KINDS; none where none were told."""
+        if not self.has_tokens:
+            return ()
+        return (
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.reasoning_tokens,
+        )
+
+
 class Metrics:
     """Counts of one process since its start. `label` maps a slug to one of the catalog's."""
 
@@ -55,51 +108,58 @@ class Metrics:
         self.bad_heads = 0
         self.refused_connections = 0
         self.events = 0  # of all streams that have ended
-        self._requests: dict[tuple[str, str, str], int] = defaultdict(int)
+        self._series: dict[tuple[str, str], _Series] = {}
         self._errors: dict[str, int] = defaultdict(int)
-        self._tokens: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-        self._cost: dict[tuple[str, str], int] = defaultdict(int)  # in PICO
         self._attempts = 0
         self._failed_attempts: dict[tuple[str, str], int] = defaultdict(int)
         self._failovers: dict[tuple[str, str], int] = defaultdict(int)
         self._estimated = 0
-        self._first_content: _Histograms = {}
-        self._request: _Histograms = {}
-        self._gap: _Histograms = {}
-        self._lag = empty_histogram(LAG_BUCKETS)
+        self._lag = _Histogram(LAG_BUCKETS)
 
     def observe(self, record: Record) -> None:
         """Count a request that has ended."""
-        model = self.label(record.slug or (record.requested[0] if record.requested else ""))
-        provider = record.provider
-        is_plain = record.status == 200 and not record.code
-        self._requests[model, provider, "2xx" if is_plain else _status_class(record)] += 1
+        slug = record.slug or (record.requested[0] if record.requested else "")
+        key = self.label(slug), record.provider
+        series = self._series.get(key)
+        if series is None:
+            series = self._series[key] = _Series()
+        if record.status == 200 and not record.code:
+            series.succeeded += 1
+        else:
+            self._observe_failure(record, series)
         self._attempts += record.attempts
-        if not is_plain:
-            self._errors[record.code] += 1
         if record.failures:
-            self._observe_failures(record)
+            self._observe_failed_attempts(record)
         if record.prompt_tokens or record.completion_tokens:
-            counts = self._tokens[model, provider]
-            counts[0] += record.prompt_tokens
-            counts[1] += record.completion_tokens
-            counts[2] += record.cached_tokens
-            counts[3] += record.reasoning_tokens
+            series.has_tokens = True
+            series.prompt_tokens += record.prompt_tokens
+            series.completion_tokens += record.completion_tokens
+            series.cached_tokens += record.cached_tokens
+            series.reasoning_tokens += record.reasoning_tokens
         self._estimated += record.estimated
         self.events += record.events
-        key = model, provider
-        if record.cost:
-            self._cost[key] += record.cost
-        _observe(self._request, key, REQUEST_BUCKETS, record.total)
-        first = record.first_content
-        if first is not None:
-            _observe(self._first_content, key, FIRST_CONTENT_BUCKETS, first)
-            if record.events > 1:
-                gaps = record.events - 1
-                mean = (record.total - first) / gaps
-                _observe(self._gap, key, GAP_BUCKETS, mean, gaps)
+        if (cost := record.cost) is not None:
+            series.cost += cost
+        series.request.observe(record.total)
+        if (first := record.first_content) is not None:
+            self._observe_content(record, series, first)
 
-    def _observe_failures(self, record: Record) -> None:
+    def _observe_content(self, record: Record, series: _Series, first: float) -> None:
+        if series.first_content is None:
+            series.first_content = _Histogram(FIRST_CONTENT_BUCKETS)
+        series.first_content.observe(first)
+        if record.events > 1:
+            if series.gap is None:
+                series.gap = _Histogram(GAP_BUCKETS)
+            gaps = record.events - 1
+            series.gap.observe((record.total - first) / gaps, gaps)
+
+    def _observe_failure(self, record: Record, series: _Series) -> None:
+        self._errors[record.code] += 1
+        status = _status_class(record)
+        series.others[status] = series.others.get(status, 0) + 1
+
+    def _observe_failed_attempts(self, record: Record) -> None:
         for failure in record.failures:
             self._failed_attempts[failure.provider, failure.phase] += 1
         # As many tries followed as there were, but for the first.
@@ -108,28 +168,44 @@ class Metrics:
 
     def observe_lag(self, seconds: float) -> None:
         """The loop came so late to a timer."""
-        seconds = max(seconds, 0.0)
-        self._lag[bisect_left(LAG_BUCKETS, seconds)] += 1
-        self._lag[-1] += seconds
+        self._lag.observe(max(seconds, 0.0))
 
     def snapshot(self, gauges: Gauges) -> dict[str, list[Any]]:
         """All counts and gauges, as JSON can have them."""
         return {
-            "requests": _samples(self._requests),
+            "requests": [
+                [[*key, status], count]
+                for key, series in self._series.items()
+                for status, count in series.requests.items()
+            ],
             "errors": [[[code], count] for code, count in self._errors.items()],
             "tokens": [
-                [[*labels, kind], count]
-                for labels, counts in self._tokens.items()
-                for kind, count in zip(TOKEN_KINDS, counts, strict=True)
+                [[*key, kind], count]
+                for key, series in self._series.items()
+                for kind, count in zip(TOKEN_KINDS, series.tokens, strict=False)
             ],
-            "cost_dollars": [[list(key), cost / PICO] for key, cost in self._cost.items()],
+            "cost_dollars": [
+                [list(key), series.cost / PICO]
+                for key, series in self._series.items()
+                if series.cost
+            ],
             "attempts": [[[], self._attempts]],
             "failed_attempts": _samples(self._failed_attempts),
             "failovers": _samples(self._failovers),
-            "first_content_seconds": _samples(self._first_content),
-            "request_seconds": _samples(self._request),
-            "event_gap_seconds": _samples(self._gap),
-            "loop_lag_seconds": [[[], list(self._lag)]],
+            "first_content_seconds": [
+                [list(key), series.first_content.values]
+                for key, series in self._series.items()
+                if series.first_content is not None
+            ],
+            "request_seconds": [
+                [list(key), series.request.values] for key, series in self._series.items()
+            ],
+            "event_gap_seconds": [
+                [list(key), series.gap.values]
+                for key, series in self._series.items()
+                if series.gap is not None
+            ],
+            "loop_lag_seconds": [[[], self._lag.values]],
             "bad_heads": [[[], self.bad_heads]],
             "refused_connections": [[[], self.refused_connections]],
             "estimated_requests": [[[], self._estimated]],
@@ -152,25 +228,8 @@ class Metrics:
         return render(self.snapshot(gauges))
 
 
-def _samples(counts: Mapping[Any, Any]) -> list[Any]:
-    return [
-        [list(labels), list(value) if isinstance(value, list) else value]
-        for labels, value in counts.items()
-    ]
-
-
-def _observe(
-    histograms: _Histograms,
-    key: tuple[str, str],
-    buckets: tuple[float, ...],
-    seconds: float,
-    times: int = 1,
-) -> None:
-    counts = histograms.get(key)
-    if counts is None:
-        counts = histograms[key] = empty_histogram(buckets)
-    counts[bisect_left(buckets, seconds)] += times
-    counts[-1] += seconds * times
+def _samples(counts: Mapping[Any, int]) -> list[Any]:
+    return [[list(labels), count] for labels, count in counts.items()]
 
 
 def _status_class(record: Record) -> str:

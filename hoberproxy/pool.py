@@ -13,12 +13,14 @@ import logging
 import socket
 import ssl
 from functools import cache
+from typing import Any
 
 import aiohappyeyeballs
 
 from .catalog import Provider
 from .deadlines import Clock
 from .errors import Phase, UpstreamError
+from .http11 import ResponseHeads
 from .upstream import UpstreamConnection
 
 logger = logging.getLogger("hoberproxy.upstream")
@@ -44,6 +46,7 @@ class Pool:
         self._lookup: asyncio.Task[AddressInfos] | None = None
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
+        self.heads = ResponseHeads()  # of the answers on all these connections
 
     @property
     def idle(self) -> int:
@@ -129,11 +132,12 @@ class Pool:
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=self._loop
         )
         connection = UpstreamConnection(self)
+        protocol: Any = connection
         try:
             # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.create_connection(
-                lambda: connection,
+                lambda: protocol,
                 sock=sock,
                 ssl=self._tls,
                 server_hostname=self.provider.host if self._tls else None,

@@ -6,17 +6,24 @@ writing to the ledger and the access log, and deciding what goes in to the modul
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
 from .errors import FailedAttempt
 
 LOST = "lost"  # the code of a request whose end nobody saw: its process was killed
-NOT_STORED = {"is_stored": False}
 CLIENT_CLOSED = 499  # nginx's number for a client that went away; never sent, only recorded
 
+# What is stored of a record, in this order.
+FIELDS = (
+    *("id", "started", "key_id", "key_label", "path", "requested", "slug", "provider"),
+    *("upstream_model", "upstream_id", "client_request_id", "streamed", "status", "code", "phase"),
+    *("finish_reason", "attempts", "failures", "prompt_tokens", "completion_tokens"),
+    *("reasoning_tokens", "cached_tokens", "has_usage", "estimated", "events", "bytes_out"),
+    *("first_content", "total", "price", "cost", "overhead"),
+)
 
-@dataclass(slots=True)
-class Record:
+
+class Record:  # no dataclass, whose making is not compiled
     """The one mutable thing of a request: each step of the path adds what it learnt.
 
     `started` is in unix seconds; `first_content` and `total` are seconds from there. Whoever hands
@@ -40,7 +47,7 @@ class Record:
     phase: str = ""  # where the last attempt failed
     finish_reason: str = ""
     attempts: int = 0
-    failures: list[FailedAttempt] = field(default_factory=list)
+    failures: tuple[FailedAttempt, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0  # reasoning included, as upstreams count
     reasoning_tokens: int = 0
@@ -55,9 +62,28 @@ class Record:
     cost: int | None = None  # in picodollars (1e-12 USD); None: not known
     overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
     # Of the ledger, not stored: the row once it is told to the journal, and the journal's segments.
-    sealed: tuple[str | int | float | None, ...] | None = field(default=None, metadata=NOT_STORED)
-    opened_in: int = field(default=-1, metadata=NOT_STORED)
-    closed_in: int = field(default=-1, metadata=NOT_STORED)
+    sealed: tuple[str | int | float | None, ...] | None = None
+    opened_in: int = -1
+    closed_in: int = -1
+
+    def __init__(self, id: str, started: float, path: str = "", **values: Any) -> None:
+        """`values` by their names in FIELDS, for all but the path of a request."""
+        self.id = id
+        self.started = started
+        self.path = path
+        for name, value in values.items():
+            if name not in FIELDS:
+                raise TypeError(f"expected a field of a record, got {name}")
+            setattr(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
+
+    def __repr__(self) -> str:
+        values = ", ".join([f"{name}={getattr(self, name)!r}" for name in FIELDS])
+        return f"Record({values})"
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -8,7 +8,7 @@ time limits are the attempt's. Nothing here waits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import orjson
 
@@ -27,15 +27,36 @@ from .usage import Usage, parse_usage
 COLLECT_LIMIT_BYTES = 1024 * 1024
 
 
-class Outcome(NamedTuple):
-    """What an answer told of itself, for the record; as far as it came."""
+class Outcome:
+    """What an answer told of itself, for the record; as far as it came.
 
-    usage: Usage | None = None
-    finish_reason: str = ""
-    upstream_model: str = ""
-    upstream_id: str = ""
-    content_events: int = 0
-    content_bytes: int = 0  # of a body; streams are counted in events
+    `content_bytes` are of a body; streams are counted in events.
+    """
+
+    __slots__ = (
+        "content_bytes",
+        "content_events",
+        "finish_reason",
+        "upstream_id",
+        "upstream_model",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        usage: Usage | None = None,
+        finish_reason: str = "",
+        upstream_model: str = "",
+        upstream_id: str = "",
+        content_events: int = 0,
+        content_bytes: int = 0,
+    ) -> None:
+        self.usage = usage
+        self.finish_reason = finish_reason
+        self.upstream_model = upstream_model
+        self.upstream_id = upstream_id
+        self.content_events = content_events
+        self.content_bytes = content_bytes
 
 
 class Reporter(Protocol):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import orjson
 
 from .errors import FailedAttempt
-from .record import Record, clip_text
+from .record import FIELDS, Record, clip_text
 
 Row = tuple[str | int | float | None, ...]
 
-COLUMNS = tuple(each.name for each in fields(Record) if "is_stored" not in each.metadata)
+COLUMNS = FIELDS
 STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
 
 # What a value that no column can hold raises, in orjson.
@@ -72,10 +72,13 @@ def _row(record: Record) -> Row:
 
 def clean_row(record: Record) -> Row:
     """The row with whatever no column can hold replaced."""
-    values = asdict(record)
+    values = {name: getattr(record, name) for name in COLUMNS}
     values["requested"] = _dump([clip_text(slug, 256) for slug in record.requested[:32]])
     values["failures"] = _dump(
-        [{name: _clean(value) for name, value in failure.items()} for failure in values["failures"]]
+        [
+            {name: _clean(value) for name, value in asdict(failure).items()}
+            for failure in record.failures
+        ]
     )
     return tuple(_clean(values[name]) for name in COLUMNS)
 
@@ -107,7 +110,7 @@ def _clean(value: object) -> str | int | float | None:
 _DEFAULTS = dict(zip(COLUMNS, _row(Record(id="", started=0.0)), strict=True))
 _PARSERS: dict[str, Callable[[str], object]] = {
     "requested": lambda text: tuple(orjson.loads(text)),
-    "failures": lambda text: [FailedAttempt(**failure) for failure in orjson.loads(text)],
+    "failures": lambda text: tuple(FailedAttempt(**failure) for failure in orjson.loads(text)),
     "streamed": bool,
     "has_usage": bool,
     "estimated": bool,
@@ -116,8 +119,8 @@ _PARSERS: dict[str, Callable[[str], object]] = {
 
 def parse_row(row: Sequence[str]) -> Record:
     """The record of a row."""
-    values = {
+    values: dict[str, Any] = {
         name: _PARSERS[name](value) if name in _PARSERS else value
         for name, value in zip(COLUMNS, row, strict=True)
     }
-    return Record(**values)  # type: ignore[arg-type]  # the columns are the fields
+    return Record(**values)

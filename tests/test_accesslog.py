@@ -53,10 +53,10 @@ FAILED = record(
     has_usage=False,
     first_content=None,
     attempts=2,
-    failures=[
+    failures=(
         FailedAttempt("west", 503, "upstream_error", "head", 12),
         FailedAttempt("east", None, "upstream_timeout", "connect", 5000),
-    ],
+    ),
 )
 
 

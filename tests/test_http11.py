@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -21,6 +22,8 @@ from hoberproxy.http11 import (
     LengthBody,
     NoBody,
     RequestHead,
+    ResponseHead,
+    ResponseHeads,
     UntilEofBody,
     body_reader,
     find_head_end,
@@ -922,3 +925,92 @@ def test_what_we_send_reads_back_as_the_same_headers(headers: Headers) -> None:
     headers = [(name, value) for name, value in headers if name not in framing]
     read_back = parse_response_head(serialize_response_head(200, headers)).headers
     assert read_back == [(name, value.strip(b" \t")) for name, value in headers]
+
+
+# Heads of one model server
+
+
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nDate: Wed, 25 Nov 2026 10:00:00 GMT\r\nX-Request-ID: one\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 5\r\nKeep-Alive: timeout=7\r\n\r\n"
+)
+
+
+def facts(head: ResponseHead) -> list[object]:
+    own = [head.status, head.headers, head.kind, head.length, head.keep_alive, head.keepalive_hint]
+    return [*own, *(head.get(name) for name, _ in head.headers)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b"", b""), id="nothing"),
+        pytest.param((b": 5", b": 17"), id="its length"),
+        pytest.param((b"one", b" \tanother "), id="a value"),
+        pytest.param((b"one", b""), id="a value that is gone"),
+        pytest.param((b"X-Request-ID", b"X-REQUEST-ID"), id="the writing of a name"),
+        pytest.param((b"X-Request-ID", b"Y"), id="a name"),
+        pytest.param((b"200 OK", b"404 Not Found"), id="its status"),
+        pytest.param((b"HTTP/1.1 200", b"HTTP/1.0 200"), id="its version"),
+        pytest.param((b"timeout=7", b"timeout=3"), id="how long it is kept"),
+        pytest.param((b"Keep-Alive: timeout=7", b"Connection: close"), id="that it closes"),
+        pytest.param((b"Content-Length: 5", b"Transfer-Encoding: chunked"), id="its framing"),
+        pytest.param((b"X-Request-ID: one\r\n", b""), id="a line less"),
+        pytest.param((b"one", b"one\r\nX: y"), id="a line more"),
+        pytest.param((b"json", b"json; charset=utf-8"), id="its type"),
+    ],
+)
+def test_a_head_like_the_last_one_is_read_as_if_it_were_the_first(
+    change: tuple[bytes, bytes],
+) -> None:
+    heads = ResponseHeads()
+    first = heads.parse(ANSWER)
+    before = facts(first)
+    other = ANSWER.replace(*change, 1)
+    assert facts(heads.parse(other)) == facts(parse_response_head(other))
+    assert facts(first) == before == facts(heads.parse(ANSWER))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b": 5", b": 5, 5"), id="two lengths"),
+        pytest.param((b": 5", b": +5"), id="a sign"),
+        pytest.param((b"Content-Type: application/json", b"Content-Length: 5"), id="twice"),
+        pytest.param((b"one", b"a\rb"), id="a bare CR"),
+        pytest.param((b"one", b"a\nb"), id="a bare LF"),
+        pytest.param((b"one", b"a\x00b"), id="NUL"),
+        pytest.param((b"X-Request-ID:", b"X-Request-ID :"), id="a space before the colon"),
+        pytest.param((b"X-Request-ID: ", b" "), id="a folded line"),
+        pytest.param((b"one", b"o" * MAX_RESPONSE_HEAD_BYTES), id="too long"),
+    ],
+)
+def test_a_bad_head_is_refused_behind_a_good_one_too(change: tuple[bytes, bytes]) -> None:
+    heads = ResponseHeads()
+    heads.parse(ANSWER)
+    bad = ANSWER.replace(*change, 1)
+    with pytest.raises(HeadError) as caught:
+        heads.parse(bad)
+    assert caught.value.status == 502
+    with pytest.raises(HeadError) as plain:
+        parse_response_head(bad)
+    assert str(caught.value) == str(plain.value)
+
+
+@given(st.lists(st.binary(max_size=4), min_size=1, max_size=6), st.integers(0, 5))
+def test_any_change_of_a_head_is_read_as_by_the_plain_parser(
+    values: list[bytes], place: int
+) -> None:
+    heads = ResponseHeads()
+    lines = [b"Content-Length: 1", *(b"A%d: b" % i for i in range(len(values)))]
+    heads.parse(response(*lines))
+    lines[min(place, len(lines) - 1)] += values[0]
+    lines[-1] = b"A0:" + b"".join(values)
+    raw = response(*lines)
+    try:
+        expected = facts(parse_response_head(raw))
+    except HeadError as error:
+        with pytest.raises(HeadError, match=re.escape(str(error))):
+            heads.parse(raw)
+    else:
+        assert facts(heads.parse(raw)) == expected

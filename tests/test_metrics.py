@@ -116,11 +116,11 @@ def test_tokens_add_up_by_kind() -> None:
 
 
 def test_failed_attempts_are_counted_by_provider_and_phase() -> None:
-    failures = [
+    failures = (
         FailedAttempt("west", 503, "upstream_error", "head", 12),
         FailedAttempt("west", None, "upstream_timeout", "connect", 5000),
         FailedAttempt("west", 500, "upstream_error", "head", 3),
-    ]
+    )
     samples = scrape(metrics_of(record(failures=failures)))
     attempts = "hoberproxy_failed_attempts_total"
     assert samples[of(attempts, provider="west", phase="head")] == 2
@@ -182,11 +182,11 @@ def test_counters_never_fall_from_scrape_to_scrape() -> None:
 
 
 def test_failovers_are_the_failures_that_another_try_followed() -> None:
-    failures = [
+    failures = (
         FailedAttempt("east", 429, "upstream_error", "head", 1),
         FailedAttempt("west", None, "upstream_error", "connect", 1),
         FailedAttempt("north", None, "upstream_timeout", "opening", 1),
-    ]
+    )
     recovered = record(failures=failures[:2], attempts=3)
     in_vain = record(failures=failures, attempts=3, status=504, code="upstream_timeout")
     samples = scrape(metrics_of(recovered, in_vain))

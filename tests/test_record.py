@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from hoberproxy.record import CLIENT_CLOSED, FIELDS, Record, clip_text, escape_client_text
 
 
 @pytest.mark.parametrize(
@@ -65,5 +65,20 @@ def test_a_failure_is_what_failed_the_client(status: int, code: str, failed: boo
     assert Record(id="r", started=0.0, status=status, code=code).is_failure is failed
 
 
-def test_two_records_share_no_list_of_failures() -> None:
-    assert Record(id="a", started=0.0).failures is not Record(id="b", started=0.0).failures
+def test_a_record_has_a_value_in_every_field_from_the_beginning() -> None:
+    record = Record("a", 1.0)
+    assert [record.id, record.started] == [getattr(record, name) for name in FIELDS[:2]]
+    assert not any(getattr(record, name) for name in FIELDS[2:])
+
+
+def test_a_field_that_no_record_has_is_refused() -> None:
+    with pytest.raises(TypeError, match="got prompt"):
+        Record("a", 0.0, prompt="secret")
+
+
+def test_records_are_equal_if_all_that_is_stored_is() -> None:
+    one, other = Record("a", 0.0, cost=3), Record("a", 0.0, cost=3)
+    other.sealed = ("a",)
+    assert one == other
+    other.overhead = 0.1
+    assert one != other

@@ -237,6 +237,7 @@ async def test_a_connection_of_a_retired_pool_is_closed_after_its_answer(proxy_t
         await eventually(lambda: (retired.open, retired.idle) == (0, 0))
 
 
+@pure_only
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 async def test_a_connection_given_up_as_it_is_made_is_not_counted_for_ever(
     proxy_to: ProxyTo, monkeypatch: pytest.MonkeyPatch, tls: bool
