@@ -5,14 +5,13 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Final
+from typing import Any
 
 import orjson
 
 from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
-from .members import find_member, replace_member
+from .members import find_member, model_member, replace_member
 from .usage import Usage, read_usage
 
 
@@ -105,19 +104,14 @@ def _delta_choice(choice: Any) -> Any:
     return rest | {"delta": delta if delta is not None else {}}
 
 
-def _member(model: str) -> bytes:
-    return b'"model":%b' % orjson.dumps(model)
-
-
-_known_member: Final = lru_cache(maxsize=1024)(_member)  # the same few names all the time
-
-
 def _rename(body: bytes, model: str, slug: str) -> bytes:
-    start, old = body.find(b'"model"'), _known_member(model)
     # A search is enough where nothing else can be meant: no other such name, none with escapes.
-    is_sure = body.startswith(old, start) and body.find(b'"model"', start + 8) < 0
-    if start > 0 and is_sure and b"\\u00" not in body:
-        return b"".join((body[:start], _known_member(slug), body[start + len(old) :]))
+    parts, old = body.split(b'"model"', 2), model_member(model)
+    if len(parts) == 2 and b"\\u00" not in body:
+        before, after = parts
+        rest = len(old) - len(b'"model"')
+        if after.startswith(old[-rest:]):
+            return b"".join((before, model_member(slug), after[rest:]))
     member = find_member(body, "model")
     assert member is not None, "it has just been read"
     return replace_member(body, member, orjson.dumps(slug))

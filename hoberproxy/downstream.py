@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from .http11 import Headers, serialize_response_head
+from .http11 import Headers, begin_response_head
 from .stencil import Shortcut, Stencil
 
 
@@ -72,8 +72,12 @@ class Answer:
         self._body_bytes = len(body)
         if close:
             self._keep_alive = False
-        framing = b"%bcontent-length: %d\r\n%b" % (prepared, len(body), self._connection())
-        self._transport.write(serialize_response_head(status, headers, framing) + body)
+        start = begin_response_head(status, headers)
+        length = b"%d\r\n" % len(body)
+        ending = self._connection()
+        self._transport.write(
+            b"".join((start, prepared, b"content-length: ", length, ending, b"\r\n", body))
+        )
         self._end()
 
     def start(self, status: int, headers: Headers, prepared: bytes = b"") -> None:
@@ -85,9 +89,8 @@ class Answer:
         else:
             framing = b""
             self._keep_alive = False
-        self._pending_head = serialize_response_head(
-            status, headers, prepared + framing + self._connection()
-        )
+        start = begin_response_head(status, headers)
+        self._pending_head = b"".join((start, prepared, framing, self._connection(), b"\r\n"))
 
     def write(self, data: bytes) -> None:
         """A part of the body."""

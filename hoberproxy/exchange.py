@@ -239,9 +239,12 @@ class Exchange:
         if self._downstream.is_paused:
             attempt.pause()
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
-        self._downstream.hasten(self.now + self._longest_wait(attempt))
         if self.record.attempts == 1:
+            wait = self._gateway.shortest_wait
             self.record.overhead = time.monotonic() - self._run_start
+        else:  # by a plan that may be older than the config
+            wait = self._longest_wait(attempt)
+        self._downstream.hasten(self.now + wait)
         attempt.start()
 
     def _make_attempt(self) -> Attempt:
@@ -342,7 +345,8 @@ class Exchange:
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
-        return headers, b"%bx-request-id: %b\r\n" % (prepared, self.record.id.encode())
+        request_id = self.record.id.encode()
+        return headers, b"".join((prepared, b"x-request-id: ", request_id, b"\r\n"))
 
     def _common_headers(self) -> Headers:
         return [(b"x-request-id", self.record.id.encode()), *self._caller_headers()]

@@ -6,6 +6,7 @@ Holds, does not decide: the exchange walks the path, the door owns the sockets.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import secrets
 import ssl
@@ -57,7 +58,8 @@ class Upstream:
         """The whole request; `extra` are header fields of the client that may pass."""
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
-        return b"%b%bcontent-length: %d\r\n\r\n%b" % (head, fields, len(body), body)
+        length = b"content-length: %d\r\n\r\n" % len(body)
+        return b"".join((head, fields, length, body))
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
         """The header lines that every answer of this provider under this slug has."""
@@ -123,6 +125,8 @@ class Gateway:
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""
     _last_id: int = 0
+    _waits_of: Config | None = None
+    _shortest_wait: float = 0.0
 
     def new_request_id(self) -> str:
         """Ours for one request: 64 random bits of this process and a count."""
@@ -131,6 +135,24 @@ class Gateway:
         if not low or not self._id_start:  # what goes before the last two digits
             self._id_start = f"req_{self._id_prefix}{number >> 8:06x}"
         return self._id_start + _BYTE_DIGITS[low]
+
+    @property
+    def shortest_wait(self) -> float:
+        """Seconds in which no time limit of any request can pass, by the config of now."""
+        config = self.config
+        if self._waits_of is not config:
+            settings = config.server
+            waits = [settings.write_timeout, settings.comment_after or math.inf]
+            waits += [each.provider.limits.shortest for each in self.upstreams.values()]
+            waits += [
+                endpoint.limits.shortest
+                for model in config.models
+                for endpoint in model.endpoints
+                if endpoint.limits is not None
+            ]
+            self._shortest_wait = min(waits)
+            self._waits_of = config
+        return self._shortest_wait
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
         """An endpoint answers without these members that we would put in: leave them out too."""

@@ -20,6 +20,7 @@ MAX_REQUEST_HEAD_BYTES = 32 * 1024
 MAX_RESPONSE_HEAD_BYTES = 64 * 1024
 MAX_HEADERS = 100
 MAX_LENGTH = 2**53  # what every JSON reader and log store still holds exactly
+MAX_PLAIN_DIGITS = 15  # always less than MAX_LENGTH
 MAX_KEPT_LINE_BYTES = 128  # longer lines are read anew each time
 MAX_KEPT_LINES = 1024
 MAX_KEPT_VALUES = 64  # of one header's name
@@ -308,7 +309,7 @@ class ResponseHeads:
             raise
 
     def _compare(self, lines: list[bytes], known: ResponseHead) -> ResponseHead | None:
-        """The head if it differs from `known` in values only that say nothing of its framing."""
+        """The head if it is `known` but for values that say nothing of its framing, else None."""
         old = self._lines
         if lines == old:
             return known
@@ -323,12 +324,13 @@ class ResponseHeads:
             name = headers[place - 1][0]
             if name in _FRAMING_NAMES or not line.startswith(start):
                 return None
-            value = line[len(start) :]
-            if not _match_value(value):
-                return None
-            value = value.strip(b" \t")
+            value = line[len(start) :].strip(b" \t")
             if name == b"content-length":
-                length = _parse_length(value)
+                if not value.isdigit() or len(value) > MAX_PLAIN_DIGITS:
+                    return None
+                length = int(value)
+            elif not _match_value(value):
+                return None
             headers[place - 1] = name, value
             first[name] = value
         return ResponseHead(
@@ -595,15 +597,20 @@ def serialize_request_head(method: bytes, target: bytes, headers: Headers) -> by
     return b"%b%b\r\n" % (line, serialize_fields(headers))
 
 
-def serialize_response_head(status: int, headers: Headers, prepared: bytes = b"") -> bytes:
-    """A final response's head, ready to send; raises ValueError for what would not be one head.
+def begin_response_head(status: int, headers: Headers) -> bytes:
+    """A final response's head but for further fields and the empty line.
 
-    `prepared` are lines of `serialize_fields`, which are not looked at again.
+    Raises ValueError for what would not be one head.
     """
     line = _STATUS_LINES.get(status)
     if line is None:
         raise ValueError(f"expected a status from 200 to 599, got {status}")
-    return b"%b%b%b\r\n" % (line, serialize_fields(headers) if headers else b"", prepared)
+    return line + serialize_fields(headers) if headers else line
+
+
+def serialize_response_head(status: int, headers: Headers) -> bytes:
+    """A final response's head, ready to send; raises ValueError for what would not be one head."""
+    return begin_response_head(status, headers) + b"\r\n"
 
 
 def serialize_fields(headers: Headers) -> bytes:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from enum import Enum
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import orjson
 
@@ -60,6 +61,7 @@ _match_element = re.compile(
 ).match
 _WALK = _walk_pattern(_STRING)
 _PLAIN_WALK = _walk_pattern(_PLAIN_STRING)
+MAX_KEPT_NAME = 256  # characters
 _ORIGINAL_LIMIT_BYTES = 4096  # no name of a model is longer
 _SEPARATORS = re.compile(rb"[\s,]*+")
 _COLON = re.compile(rb"[\s:]*+")
@@ -93,6 +95,19 @@ def scan_members(data: bytes) -> list[Member]:
         name = orjson.loads(data[start:name_end]) if has_escapes and b"\\" in raw else raw.decode()
         members.append(new(Member, (name, start, value_start, position)))
     return members
+
+
+def model_member(name: str) -> bytes:
+    """The member `model` with this value, as orjson writes it."""
+    # The same few names all the time; but clients choose them.
+    return _known_model_member(name) if len(name) <= MAX_KEPT_NAME else _model_member(name)
+
+
+def _model_member(name: str) -> bytes:
+    return b'"model":%b' % orjson.dumps(name)
+
+
+_known_model_member: Final = lru_cache(maxsize=1024)(_model_member)
 
 
 def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:

@@ -19,7 +19,7 @@ import orjson
 
 from .catalog import NO_ADAPTATION, ROLES, Adaptation
 from .errors import RequestError
-from .members import Member, scan_elements, scan_members
+from .members import Member, model_member, scan_elements, scan_members
 
 JsonObject = dict[str, Any]
 
@@ -128,8 +128,11 @@ class Call:
         return self._prompt_bytes
 
     def _measure_prompt(self) -> int:
-        if self.is_canonical:
-            return len(orjson.dumps(self._document["messages"]))
+        if self.is_canonical:  # all else is mostly the smaller part
+            others = self._document.copy()
+            del others["messages"]
+            name = b',"messages":' if others else b'"messages":'
+            return len(self.body) - len(orjson.dumps(others)) - len(name)
         (member,) = (member for member in self.members if member.name == "messages")
         return member.end - member.value_start
 
@@ -535,11 +538,11 @@ def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> byte
     body = call.body
     if not call.is_canonical or not _SPECIAL.isdisjoint(call.names):
         return None
-    model = b'"model":%b' % orjson.dumps(call.candidates[0])
+    model = model_member(call.candidates[0])
     start = body.find(model)
     if start > 1 and body.count(b'"model":') != 1:
         return None  # the first one may stand deeper
-    name, rest = b'"model":%b' % orjson.dumps(upstream_model), start + len(model)
+    name, rest = model_member(upstream_model), start + len(model)
     if call.stream and stream_options:
         return b"".join((body[:start], name, body[rest:-1], _INCLUDE_USAGE))
     return b"".join((body[:start], name, body[rest:]))

@@ -122,7 +122,7 @@ async def test_an_option_of_ours_that_is_refused_is_left_out_unseen_and_from_the
             assert reply.body == as_client_sees(EVENTS)
             assert reply.headers["x-hober-provider"] == "a"
             assert "x-hober-attempts" not in reply.headers
-            assert (record.status, record.attempts, record.failures) == (200, 1, [])
+            assert (record.status, record.attempts, record.failures) == (200, 1, ())
     assert options_of(upstream) == [OPTIONS, None, None]
 
 

@@ -235,7 +235,7 @@ async def test_a_kept_connection_that_was_closed_is_no_failure(proxy_to: ProxyTo
         record = await proxy.wait_for_record(2)
         assert upstream.connections == 2
         assert health_of(proxy).failure_rate == 0
-    assert (record.attempts, record.failures) == (1, [])
+    assert (record.attempts, record.failures) == (1, ())
 
 
 @pytest.mark.parametrize(
