@@ -77,7 +77,8 @@ class Call:
     needs_images: bool
     roles: dict[str, int]  # each role of the messages, and the place of the last that has it
     # What only some calls say:
-    wants_usage = False  # in the stream: by `stream_options.include_usage` or `usage.include`
+    asks_for_usage = False  # in the stream: by `stream_options.include_usage`, as upstreams know it
+    wants_usage = False  # in one way or the other: `usage.include` is ours
     provider = NO_PREFERENCES
     needs_tools = False
     needs_json = False
@@ -99,9 +100,8 @@ class Call:
     def _read_rarer(self, get: Callable[[str], Any]) -> None:
         if models := get("models"):
             self.candidates = tuple(dict.fromkeys((*self.candidates, *models)))
-        self.wants_usage = _is_set(get("stream_options"), "include_usage") or _is_set(
-            get("usage"), "include"
-        )
+        self.asks_for_usage = _is_set(get("stream_options"), "include_usage")
+        self.wants_usage = self.asks_for_usage or _is_set(get("usage"), "include")
         if (provider := get("provider")) is not None:
             self.provider = _parse_provider(provider)
         self.needs_tools = bool(get("tools"))
@@ -487,6 +487,7 @@ _STREAM_OPTIONS = frozenset(("stream_options",))
 _INCLUDE_USAGE = b',"stream_options":{"include_usage":true}}'
 # Members whose bytes may have to change beside the model's.
 _SPECIAL = frozenset(("models", "provider", "usage", "stream_options"))
+_SPECIAL_BUT_OPTIONS = _SPECIAL - {"stream_options"}
 
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.
@@ -536,14 +537,18 @@ def serialize_upstream_body(
 def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> bytes | None:
     """The same for nearly every body, without a scan; None for the others."""
     body = call.body
-    if not call.is_canonical or not _SPECIAL.isdisjoint(call.names):
+    if not call.is_canonical:
+        return None
+    asks_for_usage = call.asks_for_usage and stream_options
+    special = _SPECIAL_BUT_OPTIONS if asks_for_usage else _SPECIAL
+    if not special.isdisjoint(call.names):
         return None
     model = model_member(call.candidates[0])
     start = body.find(model)
     if start > 1 and body.count(b'"model":') != 1:
         return None  # the first one may stand deeper
     name, rest = model_member(upstream_model), start + len(model)
-    if call.stream and stream_options:
+    if call.stream and stream_options and not asks_for_usage:
         return b"".join((body[:start], name, body[rest:-1], _INCLUDE_USAGE))
     return b"".join((body[:start], name, body[rest:]))
 

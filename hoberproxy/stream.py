@@ -19,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from .events import BLANK_LINE, DONE, Data, parse_event
+from .events import BLANK_LINE, DONE, Data, blank_line_end, parse_event
 from .lenient import load_json
 from .members import Member, MemberRewriter, find_member
 from .stencil import Stencil
@@ -165,8 +165,7 @@ class StreamScanner:
         buffer = self._tail + data if self._tail else data
         start = 0
         shortcuts = 2  # a piece: each failed one costs as much as a look at all of it
-        while blank := BLANK_LINE.search(buffer, max(search_from, start)):
-            end = blank.end()
+        while (end := blank_line_end(buffer, max(search_from, start))) > 0:
             self._take_event(buffer[start:end], out)
             if self.failure is not None:
                 return
