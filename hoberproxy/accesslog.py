@@ -153,7 +153,7 @@ def format_json(record: Record) -> bytes:
 def _serialize_line(members: dict[str, Any]) -> bytes:
     try:
         line = orjson.dumps(members)
-        if line.isascii() and b"\x7f" not in line:
+        if line.isascii() and 0x7F not in line:
             return line
     except TypeError:  # half a surrogate pair, or a number beyond 64 bits
         pass
@@ -233,8 +233,8 @@ class AccessLog:
         self._is_abandoned = False
         self._stop = threading.Event()
         # A daemon: a pipe nobody reads must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name="hoberproxy-accesslog", daemon=True)
-        self._thread.start()
+        self._writer = threading.Thread(target=self._run, name="hoberproxy-accesslog", daemon=True)
+        self._writer.start()
 
     @property
     def lost(self) -> int:
@@ -260,7 +260,7 @@ class AccessLog:
     def close(self, timeout: float = 1.0) -> int:
         """Write what is left, for at most `timeout` seconds; the number of lines not written."""
         self._stop.set()
-        self._thread.join(timeout)
+        self._writer.join(timeout)
         # From here on the descriptor may be closed, and its number be another file's.
         self._is_abandoned = True
         return self.depth

@@ -107,7 +107,7 @@ def _delta_choice(choice: Any) -> Any:
 def _rename(body: bytes, model: str, slug: str) -> bytes:
     # A search is enough where nothing else can be meant: no other such name, none with escapes.
     parts, old = body.split(b'"model"', 2), model_member(model)
-    if len(parts) == 2 and b"\\u00" not in body:
+    if len(parts) == 2 and body.find(b"\\u00") < 0:
         before, after = parts
         rest = len(old) - len(b'"model"')
         if after.startswith(old[-rest:]):

@@ -6,10 +6,12 @@ Works on whole bytes and keeps no state; the stream as a whole is stream.py's.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 # Lines end with CRLF, LF or CR; atomic groups, lest the CR and LF of one line end count as two.
 BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_CR: Final = 0x0D  # `in` takes a number at a tenth of the cost of bytes
 _BOM = b"\xef\xbb\xbf"
 
 DONE = b"[DONE]"
@@ -33,7 +35,7 @@ class Data:
 
 def blank_line_end(data: bytes, start: int) -> int:
     """Offset past the first empty line from `start` on, the end of an event; -1 without one."""
-    if b"\r" not in data:  # as nearly all servers write; a tenth of the cost
+    if _CR not in data:  # as nearly all servers write; a tenth of the cost
         end = data.find(b"\n\n", start)
         return end + 2 if end >= 0 else -1
     blank = BLANK_LINE.search(data, start)
@@ -43,7 +45,7 @@ def blank_line_end(data: bytes, start: int) -> int:
 def parse_event(event: bytes) -> Data | None:
     """The data of one whole event; None if it has none (comments, `retry:`, blank lines)."""
     # Nearly every event of a model server is one `data: ` line and two LF.
-    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and _CR not in event:
         return Data(event[6:-2], (6,), False)
     return _parse_lines(event)
 

@@ -62,6 +62,7 @@ _match_element = re.compile(
 _WALK = _walk_pattern(_STRING)
 _PLAIN_WALK = _walk_pattern(_PLAIN_STRING)
 MAX_KEPT_NAME = 256  # characters
+_BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 _ORIGINAL_LIMIT_BYTES = 4096  # no name of a model is longer
 _SEPARATORS = re.compile(rb"[\s,]*+")
 _COLON = re.compile(rb"[\s:]*+")
@@ -82,7 +83,7 @@ def scan_members(data: bytes) -> list[Member]:
 
     `data` must be an object that `orjson.loads` accepts; for other bytes the answer means nothing.
     """
-    has_escapes = b"\\" in data
+    has_escapes = _BACKSLASH in data
     members = []
     new = tuple.__new__  # half the cost of Member(...), which is a quarter of a small body's
     position = data.find(b"{")
@@ -92,7 +93,11 @@ def scan_members(data: bytes) -> list[Member]:
         if value_start == position:  # an empty match: nested deeper than the pattern
             position = _container_end(data, value_start)
         raw = data[start + 1 : name_end - 1]
-        name = orjson.loads(data[start:name_end]) if has_escapes and b"\\" in raw else raw.decode()
+        name = (
+            orjson.loads(data[start:name_end])
+            if has_escapes and _BACKSLASH in raw
+            else raw.decode()
+        )
         members.append(new(Member, (name, start, value_start, position)))
     return members
 
@@ -160,7 +165,7 @@ def _hide_escapes(data: bytes) -> bytes:
 
     A string then ends at the next quote, wherever the pieces are cut.
     """
-    if b"\\" not in data:
+    if _BACKSLASH not in data:
         return data
     return data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
 
@@ -310,7 +315,7 @@ class MemberRewriter:
         return position + 1
 
     def _is_named(self, name: bytes) -> bool:
-        if b"\\" not in self._name:
+        if _BACKSLASH not in self._name:
             return self._name == name
         try:
             decoded: str = orjson.loads(b'"%b"' % self._name)

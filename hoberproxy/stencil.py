@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+# As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
+_QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 # The members of a delta that are text, as the two usual writers of JSON put them.
 _MARKS = tuple(
@@ -100,7 +102,7 @@ class Stencil:
         end, new_end = start + len(text), new_start + len(text)
         growth = len(passed) - len(event)
         # A text with escapes stands there in another form: another event will be plainer.
-        if event[start : end + 1] != text + b'"' or b"\\" in text or growth >= _LARGEST:
+        if event[start : end + 1] != text + b'"' or _BACKSLASH in text or growth >= _LARGEST:
             return
         head, tail = event[:start], event[end:]
         new_head, new_tail = passed[:new_start], passed[new_end:]
@@ -127,7 +129,7 @@ class Stencil:
         if data[start:text] != self._head or data[tail:] != self._tail:
             return None
         inside = data[text:tail]
-        if (b'"' in inside or b"\n" in inside or data[tail - 1] == _BACKSLASH) and not _is_text(
+        if (_QUOTE in inside or _LF in inside or data[tail - 1] == _BACKSLASH) and not _is_text(
             inside
         ):
             return None
@@ -187,8 +189,8 @@ class Stencil:
 def _are_texts(texts: list[bytes]) -> bool:
     """Whether each is the inside of a JSON string. Most have no backslash: two looks at all."""
     joined = b"\n".join(texts)
-    is_plain = b'"' not in joined and joined.count(b"\n") == len(texts) - 1
-    if is_plain and b"\\\n" not in joined and not joined.endswith(b"\\"):
+    is_plain = _QUOTE not in joined and joined.count(b"\n") == len(texts) - 1
+    if is_plain and joined.find(b"\\\n") < 0 and not joined.endswith(b"\\"):
         return True
     return all(map(_is_text, texts))
 

@@ -15,7 +15,7 @@ flat memory.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -27,6 +27,7 @@ from .usage import Usage, read_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES = 64 * 1024
+_CR: Final = 0x0D
 _LF_LF = b"\n\n"
 
 
@@ -111,7 +112,7 @@ class StreamScanner:
             if self.stencil.wants_lesson:
                 return self._feed_events(data)
             end = data.rfind(_LF_LF) + 2  # 1 if no event ends here
-            if end > 1 and len(data) - end <= HOLD_LIMIT_BYTES and b"\r" not in data:
+            if end > 1 and len(data) - end <= HOLD_LIMIT_BYTES and _CR not in data:
                 if (passed := self._pass_whole(data[:end])) is not None:
                     self._tail = data[end:]
                     return passed
@@ -300,7 +301,7 @@ class StreamScanner:
         if named == 1 and self._pattern and self._pattern in event:
             return event.replace(self._pattern, self._replacement)
         # The name may be written with escapes; a backslash elsewhere costs one look, no more.
-        if not named and b"\\u" not in payload:
+        if not named and payload.find(b"\\u") < 0:
             return event
         if named == 1 and (raw := _written_model(document, payload)):
             self._learn_member(raw, len(b'"model":'))
@@ -350,7 +351,7 @@ def _written_model(document: Any, payload: bytes) -> bytes:
     model = document.get("model") if isinstance(document, dict) else None
     if isinstance(model, str) and model.isascii():
         raw = b'"model":%b' % orjson.dumps(model)
-        if b"\\u00" not in payload and payload.count(raw) == 1:
+        if payload.find(b"\\u00") < 0 and payload.count(raw) == 1:
             return raw
     return b""
 

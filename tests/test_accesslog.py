@@ -302,9 +302,9 @@ def test_closing_on_a_blocked_sink_gives_up_and_says_how_many(
     clog(log, 500)
     assert log.close(0.05) == 500
     os.set_blocking(reader, False)
-    log._thread.join(0.0 if blocking else PATIENCE)
-    assert log._thread.is_alive() is blocking
-    while log._thread.is_alive():  # what hung in the kernel goes out, and nothing after it
+    log._writer.join(0.0 if blocking else PATIENCE)
+    assert log._writer.is_alive() is blocking
+    while log._writer.is_alive():  # what hung in the kernel goes out, and nothing after it
         try:
             os.read(reader, 65536)
         except BlockingIOError:
