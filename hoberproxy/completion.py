@@ -5,7 +5,7 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -13,6 +13,8 @@ from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
 from .members import find_member, model_member, replace_member
 from .usage import Usage, read_usage
+
+_BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
 class CompletionError(Exception):
@@ -107,7 +109,7 @@ def _delta_choice(choice: Any) -> Any:
 def _rename(body: bytes, model: str, slug: str) -> bytes:
     # A search is enough where nothing else can be meant: no other such name, none with escapes.
     parts, old = body.split(b'"model"', 2), model_member(model)
-    if len(parts) == 2 and body.find(b"\\u00") < 0:
+    if len(parts) == 2 and (_BACKSLASH not in body or body.find(b"\\u00") < 0):
         before, after = parts
         rest = len(old) - len(b'"model"')
         if after.startswith(old[-rest:]):

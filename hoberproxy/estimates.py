@@ -38,7 +38,7 @@ class Estimates:
     def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
         """A prompt's tokens, by its bytes in the request, and those an answer usually takes."""
         ratios = self._of(endpoint)
-        return round(prompt_bytes / ratios.prompt_bytes), round(ratios.answer)
+        return int(prompt_bytes / ratios.prompt_bytes + 0.5), int(ratios.answer + 0.5)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
         """A guess for an answer of so many content events, or of a body of so many bytes."""

@@ -185,7 +185,7 @@ class Health:
         Best told at the first content, since a trial waits for it; a stream's speed is then
         told at its end, by `observe_throughput`.
         """
-        state = self._touch(key)
+        state = self._states.get(key) or self._touch(key)  # its attempt began a moment ago
         state.trial_until = 0.0
         state.count(now, is_failure=False)
         if first_content is not None:

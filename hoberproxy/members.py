@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from enum import Enum
-from functools import lru_cache
 from typing import Final, NamedTuple
 
 import orjson
@@ -62,6 +61,7 @@ _match_element = re.compile(
 _WALK = _walk_pattern(_STRING)
 _PLAIN_WALK = _walk_pattern(_PLAIN_STRING)
 MAX_KEPT_NAME = 256  # characters
+MAX_KEPT_NAMES = 1024
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 _ORIGINAL_LIMIT_BYTES = 4096  # no name of a model is longer
 _SEPARATORS = re.compile(rb"[\s,]*+")
@@ -104,15 +104,17 @@ def scan_members(data: bytes) -> list[Member]:
 
 def model_member(name: str) -> bytes:
     """The member `model` with this value, as orjson writes it."""
-    # The same few names all the time; but clients choose them.
-    return _known_model_member(name) if len(name) <= MAX_KEPT_NAME else _model_member(name)
+    member = _model_members.get(name)
+    if member is None:
+        member = b'"model":%b' % orjson.dumps(name)
+        if len(name) <= MAX_KEPT_NAME:  # clients choose them
+            if len(_model_members) >= MAX_KEPT_NAMES:
+                _model_members.clear()
+            _model_members[name] = member
+    return member
 
 
-def _model_member(name: str) -> bytes:
-    return b'"model":%b' % orjson.dumps(name)
-
-
-_known_model_member: Final = lru_cache(maxsize=1024)(_model_member)
+_model_members: Final[dict[str, bytes]] = {}  # the same few all the time
 
 
 def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:

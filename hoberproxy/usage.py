@@ -6,7 +6,7 @@ scanner's business (stream.py), where they go is the ledger's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 # English prose has about 4 bytes a token with today's vocabularies; code and CJK have fewer.
 BYTES_PER_TOKEN = 4
@@ -14,14 +14,48 @@ BYTES_PER_TOKEN = 4
 MAX_TOKENS = 1 << 40
 
 
-class Usage(NamedTuple):  # made for every request, at a third of the cost of a frozen dataclass
+class Usage:  # made for every request: no dataclass, whose making is not compiled
     """Token counts of one request. `cached` are part of `prompt`, `reasoning` of `completion`."""
 
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    reasoning_tokens: int = 0
-    is_estimated: bool = False
+    __slots__ = (
+        "cached_tokens",
+        "completion_tokens",
+        "is_estimated",
+        "prompt_tokens",
+        "reasoning_tokens",
+    )
+
+    def __init__(
+        self,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        is_estimated: bool = False,
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.completion_tokens = completion_tokens
+        self.cached_tokens = cached_tokens
+        self.reasoning_tokens = reasoning_tokens
+        self.is_estimated = is_estimated
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Usage) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return f"Usage{self._values()}"
+
+    def _values(self) -> tuple[int, int, int, int, bool]:
+        return (
+            self.prompt_tokens,
+            self.completion_tokens,
+            self.cached_tokens,
+            self.reasoning_tokens,
+            self.is_estimated,
+        )
 
 
 def read_usage(document: dict[str, Any]) -> Usage | None:
