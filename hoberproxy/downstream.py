@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from .http11 import Headers, begin_response_head
-from .stencil import Shortcut, Stencil
+from .stencil import Shortcut, Stencil, size_line
 
 
 class Transport(Protocol):
@@ -96,10 +96,10 @@ class Answer:
         """A part of the body."""
         self._body_bytes += len(data)
         if self._is_chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._pending_head:
+            data = b"".join((self._pending_head, size_line(len(data)), data, b"\r\n"))
+        elif self._pending_head:
             data = self._pending_head + data
-            self._pending_head = b""
+        self._pending_head = b""
         self._transport.write(data)
 
     def open_shortcut(self, stencil: Stencil) -> Shortcut | None:

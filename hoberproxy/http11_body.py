@@ -118,10 +118,14 @@ class UntilEofBody:
 
 
 class _SizeLines(dict[bytes, int]):
-    """Chunk size lines read before: a look-up costs a fifth of reading one.
+    """Chunk size lines: a look-up costs a fifth of reading one.
 
-    Keeps lines of up to three characters, the sizes of events: a few thousand at the very most.
+    Knows the usual writing of sizes of up to three digits, those of events, and keeps the others
+    of that length: a few thousand at the very most.
     """
+
+    def __init__(self) -> None:
+        super().__init__((b"%x" % size, size) for size in range(1, 0x1000))
 
     def __missing__(self, line: bytes) -> int:
         match = _SIZE_LINE.fullmatch(line)
@@ -194,15 +198,16 @@ class ChunkedBody:
         return self._step is _SIZE and not self._partial
 
     @staticmethod
-    def first_chunk_end(data: bytes) -> int:
-        """Offset past the chunk that `data` begins with, 0 if it is not whole, or the last one."""
-        eol = data.find(b"\r\n", 0, 18)
-        try:
-            size = _size_lines[data[:eol]] if eol > 0 else 0
-        except FramingError:
-            size = 0  # `feed` says what is wrong with it
-        end = eol + size + 2
-        return end + 2 if size and data.startswith(b"\r\n", end) else 0
+    def first_chunk(data: bytes) -> tuple[int, int]:
+        """Where the data of the chunk that `data` begins with starts and ends.
+
+        (0, 0) if it is not whole, the last one, or in any way unusual: `feed` knows what to do.
+        """
+        eol = data.find(b"\r\n", 0, 6)
+        size = _size_lines.get(data[:eol], 0) if eol > 0 else 0
+        start = eol + 2
+        end = start + size
+        return (start, end) if size and data[end : end + 2] == b"\r\n" else (0, 0)
 
     def feed_eof(self) -> None:
         if self._step is not _DONE:

@@ -31,6 +31,12 @@ _LARGEST: Final = 2048
 SIZE_LINES: Final = tuple(b"%x\r\n" % size for size in range(_LARGEST * 2))
 _SIZES: Final = {line: size for size, line in enumerate(SIZE_LINES[1:_LARGEST], 1)}
 
+
+def size_line(size: int) -> bytes:
+    """The size line of a chunk of so many bytes."""
+    return SIZE_LINES[size] if size < 2 * _LARGEST else b"%x\r\n" % size
+
+
 # A server whose events change all the time is not asked again and again: learning costs a parse.
 FIRST_LESSONS = 2
 WORTH_A_LESSON = 16  # events passed since the last one

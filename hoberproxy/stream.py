@@ -19,15 +19,16 @@ from typing import Any, Final
 
 import orjson
 
-from .events import BLANK_LINE, DONE, Data, blank_line_end, parse_event
+from .events import BLANK_LINE, DONE, Data, blank_line_end, is_one_event, parse_event
 from .lenient import load_json
-from .members import Member, MemberRewriter, find_member
+from .members import Member, MemberRewriter, find_member, model_member
 from .stencil import Stencil
 from .usage import Usage, read_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES = 64 * 1024
 _CR: Final = 0x0D
+_BACKSLASH: Final = 0x5C
 _LF_LF = b"\n\n"
 
 
@@ -163,6 +164,9 @@ class StreamScanner:
 
     def _split(self, data: bytes, out: list[bytes]) -> None:
         search_from = max(0, len(self._tail) - 3)
+        if not self._tail and is_one_event(data):
+            self._take_event(data, out)
+            return
         buffer = self._tail + data if self._tail else data
         start = 0
         shortcuts = 2  # a piece: each failed one costs as much as a look at all of it
@@ -298,24 +302,27 @@ class StreamScanner:
         payload = data.payload
         named = payload.count(b'"model"')
         # A pattern that goes over a line's end is in the payload, not in the event.
-        if named == 1 and self._pattern and self._pattern in event:
-            return event.replace(self._pattern, self._replacement)
+        if named == 1 and self._pattern and (place := event.find(self._pattern)) >= 0:
+            rest = event[place + len(self._pattern) :]
+            return b"".join((event[:place], self._replacement, rest))
         # The name may be written with escapes; a backslash elsewhere costs one look, no more.
         if not named and payload.find(b"\\u") < 0:
             return event
-        if named == 1 and (raw := _written_model(document, payload)):
-            self._learn_member(raw, len(b'"model":'))
+        if named == 1 and (model := _written_model(document, payload)):
+            self._learn_member(model_member(model), len(b'"model":'), model)
             return event.replace(self._pattern, self._replacement)
         member = _find_model(payload)
         if member is None:
             return event
-        self._learn_member(payload[member.start : member.end], member.value_start - member.start)
+        raw = payload[member.start : member.end]
+        value_offset = member.value_start - member.start
+        self._learn_member(raw, value_offset, decode_string(raw[value_offset:]))
         start = data.place_of(member.value_start)  # a string is within one line
         return event[:start] + self._slug + event[start + member.end - member.value_start :]
 
-    def _learn_member(self, raw: bytes, value_offset: int) -> None:
+    def _learn_member(self, raw: bytes, value_offset: int, model: str) -> None:
         if not self.upstream_model:
-            self.upstream_model = decode_string(raw[value_offset:])
+            self.upstream_model = model
         self._pattern = raw
         self._replacement = raw[:value_offset] + self._slug
 
@@ -343,17 +350,17 @@ def _load(payload: bytes) -> Any:
         return None
 
 
-def _written_model(document: Any, payload: bytes) -> bytes:
-    """The member `"model":"…"` of an event that has no other of this name; b"" if it is not sure.
+def _written_model(document: Any, payload: bytes) -> str:
+    """The name in the one `"model":"…"` of an event, if it stands there so; "" if it is not sure.
 
     A search in place of a scan, for what nearly all servers write.
     """
     model = document.get("model") if isinstance(document, dict) else None
     if isinstance(model, str) and model.isascii():
-        raw = b'"model":%b' % orjson.dumps(model)
-        if payload.find(b"\\u00") < 0 and payload.count(raw) == 1:
-            return raw
-    return b""
+        has_escapes = _BACKSLASH in payload and payload.find(b"\\u00") >= 0
+        if not has_escapes and payload.count(model_member(model)) == 1:
+            return model
+    return ""
 
 
 def _find_model(payload: bytes) -> Member | None:
@@ -410,15 +417,20 @@ def _content(document: dict[str, Any]) -> tuple[str, bool]:
     finish_reason = ""
     has_delta = False
     choices = document.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
+    if not isinstance(choices, list):
+        return "", False
+    for choice in choices:
         if not isinstance(choice, dict):
             continue
         reason = choice.get("finish_reason")
         if isinstance(reason, str):
             finish_reason = reason
         delta = choice.get("delta")
-        if isinstance(delta, dict) and any(map(delta.get, _CONTENT_MEMBERS)):
-            has_delta = True
+        if isinstance(delta, dict):
+            for name in _CONTENT_MEMBERS:
+                if delta.get(name):
+                    has_delta = True
+                    break
     return finish_reason, has_delta
 
 

@@ -162,10 +162,11 @@ class UpstreamConnection:
             return
         if self._opening_chunks and body.is_between_chunks:
             self._opening_chunks -= 1
-            end = ChunkedBody.first_chunk_end(data)
-            if 0 < end < len(data):
-                self._receive_body(body, data[:end])
-                if self._body is body:
+            start, end = ChunkedBody.first_chunk(data)
+            if end:
+                self._hand_on(body, data[start:end])
+                end += 2
+                if end < len(data) and self._body is body:
                     self.data_received(data[end:])
                 return
         self._receive_body(body, data)
@@ -176,15 +177,20 @@ class UpstreamConnection:
         except FramingError:
             self._lose(Loss.MALFORMED)
             return
-        receiver = self.receiver
-        if pieces and receiver is not None:
-            shortcut = receiver.on_body(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-            if shortcut is not None and body.is_between_chunks:
-                self._stencil, self._write_chunks = shortcut
-            else:
-                self._stencil = None
+        if pieces:
+            self._hand_on(body, pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if body.is_complete and self.state is _ACTIVE:
             self._end()
+
+    def _hand_on(self, body: BodyReader, payload: bytes) -> None:
+        receiver = self.receiver
+        if receiver is None:
+            return
+        shortcut = receiver.on_body(payload)
+        if shortcut is not None and body.is_between_chunks:
+            self._stencil, self._write_chunks = shortcut
+        else:
+            self._stencil = None
 
     def eof_received(self) -> bool:
         return False  # the transport closes
