@@ -1,25 +1,23 @@
 """The limits' counters in a file that all processes of one machine share, exact among them.
 
     limits file: head │ locks of the workers │ slot, slot, slot, …   one for each limited key
-    slot:        key's number │ history read? │ cells (limits.py) │ calls under way, by worker
+    slot:        key's number │ history read? │ lock │ cells │ calls under way, by worker
 
-Every process maps the file. A key's cells change only under a lock on a byte of its slot, which
-the kernel frees with its holder. A worker holds the lock of its own number for as long as it lives:
-whoever finds a number's lock free knows that the calls counted under it are over. What is counted
-is limits.py's business; a limiter for several machines would take the place of `Tallies`.
+Every process maps the file. A key's cells change only under the lock in its slot, which the kernel
+frees with its holder (locks.py). A worker holds the lock of its own number for as long as it lives:
+whoever finds a number's lock free knows that the calls counted under it are over. What the cells
+are is limits.py's business; a limiter for several machines would take the place of `Tallies`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import mmap
 import os
 import struct
 import time
-from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 from .access import Caller
 from .errors import UnavailableError
@@ -37,16 +35,21 @@ from .limits import (
     roll,
     settle,
 )
+from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 
 logger = logging.getLogger("hoberproxy.server")
 
-MAGIC = 0x31_4C_42_48  # "HBL1": another layout gets another number
+MAGIC = 0x32_4C_42_48  # "HBL2": another layout gets another number
 WORKERS = 64
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
 
 _HEAD = 64  # integers of 8 bytes
-_NUMBER, _HAS_HISTORY, _CELLS, _RUNNING = 0, 1, 2, 2 + CELLS
+_MAGIC, _NUMBERS_USED, _SLOTS_USED, _LOCKS = 0, 1, 2, 3  # places in it
+_MUTEXES, _FILE_LOCKS = 1, 2  # what the slots' locks are
+_NUMBER, _HAS_HISTORY, _LOCK = 0, 1, 2  # places in a slot
+_CELLS = _LOCK + MUTEX_BYTES // 8
+_RUNNING = _CELLS + CELLS
 _SLOT = _RUNNING + WORKERS
 _SIZE = 8 * (_HEAD + SLOTS * _SLOT)
 _TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
@@ -55,8 +58,6 @@ _WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the he
 
 _unpack = struct.Struct(f"{CELLS}q").unpack_from
 _pack = struct.Struct(f"{CELLS}q").pack_into
-_fcntl = fcntl.fcntl
-_SETLK = fcntl.F_OFD_SETLK  # locks of the open file: not lost when another descriptor is closed
 
 
 class Limiter(Protocol):
@@ -86,22 +87,16 @@ class Limiter(Protocol):
         """A copy of the key's counters as of `now`, by their places in limits.py."""
 
 
-def _lock_request(kind: int, start: int) -> bytes:
-    """A struct flock for one byte, made once: whence is the file's start, l_pid has to be 0."""
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, 1, 0)
-
-
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "history", "lock", "offset", "unlock")
+    __slots__ = ("base", "history", "lock", "offset")
 
-    def __init__(self, index: int) -> None:
-        self.base = _HEAD + index * _SLOT
-        self.offset = 8 * (self.base + _CELLS)  # of the cells, in bytes
+    def __init__(self, base: int, lock: Any) -> None:
+        self.base = base
+        self.offset = 8 * (base + _CELLS)  # of the cells, in bytes
+        self.lock = lock
         self.history: History | None = None  # the one that was looked at last
-        self.lock = _lock_request(fcntl.F_WRLCK, 8 * self.base)
-        self.unlock = _lock_request(fcntl.F_UNLCK, 8 * self.base)
 
 
 class Tallies:
@@ -118,14 +113,23 @@ class Tallies:
             os.close(self._fd)
             raise
         self._view = memoryview(self._map).cast("q")
+        self._files = FileLocks(self._fd)
+        self._table = self._files.handle(_TABLE_LOCK)
+        self._locks: Locks = self._files
         self._slots: dict[str, _Slot] = {}
         self._is_late = False
         self._worker = -1
-        self._join()
+        try:
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+        # Bound: a call in the bare saves as much as the lock costs.
+        self._try_lock, self._unlock = self._locks.try_lock, self._locks.unlock
 
     def close(self) -> None:
         """Leave: the locks of this process go with its descriptor."""
-        self._slots.clear()
+        self._slots.clear()  # and with them the locks' hold on the map
         self._view.release()
         self._map.close()
         os.close(self._fd)
@@ -134,24 +138,39 @@ class Tallies:
 
     def _join(self) -> None:
         """Take a worker's number, and clear what a dead one left under it."""
-        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        view = self._view
+        self._acquire(self._files, self._table)
         try:
             is_alone = not any(self._is_alive(worker) for worker in range(WORKERS))
-            if self._view[0] != MAGIC:
-                self._view[0] = MAGIC
-            elif is_alone:
+            if view[_MAGIC] not in (0, MAGIC):  # another version's
+                if not is_alone:
+                    raise OSError("processes of another version use it; stop those first")
+                self._map[:] = bytes(_SIZE)
+            self._choose_locks(is_alone)
+            if is_alone:
                 self._forget_processes()
+            view[_MAGIC] = MAGIC
             self._worker = self._take_number()
             self._clear_running(self._worker)
         finally:
-            self._release(table)
+            self._files.unlock(self._table)
+
+    def _choose_locks(self, is_alone: bool) -> None:
+        """Mutexes where they work. All processes have to use the same: the first one says which."""
+        view = self._view
+        if not is_alone and view[_LOCKS] == _FILE_LOCKS:
+            return
+        try:
+            self._locks = MutexLocks(self._map)
+        except OSError:
+            if not is_alone:
+                raise
+        view[_LOCKS] = _FILE_LOCKS if self._locks is self._files else _MUTEXES
 
     def _take_number(self) -> int:
         for worker in range(WORKERS):
-            with suppress(BlockingIOError):
-                request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
-                _fcntl(self._fd, _SETLK, request)
-                self._view[1] = max(self._view[1], worker + 1)
+            if not self._files.try_lock(self._files.handle(_WORKER_LOCKS + worker)):
+                self._view[_NUMBERS_USED] = max(self._view[_NUMBERS_USED], worker + 1)
                 return worker
         raise OSError(f"expected up to {WORKERS} processes to share the limits, got more")
 
@@ -159,54 +178,53 @@ class Tallies:
         """Whether another process holds that number."""
         if worker == self._worker:
             return True
-        request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
-        kind: int = struct.unpack_from("h", answer)[0]
-        return kind != fcntl.F_UNLCK
+        return self._files.is_taken(self._files.handle(_WORKER_LOCKS + worker))
 
     def _forget_processes(self) -> None:
         """All who counted here are gone: the records know better what they used."""
+        view = self._view
         for base in self._used_slots():
-            self._view[base + _HAS_HISTORY] = 0
-        for worker in range(self._view[1]):
+            # Made anew: a machine that lost its power freed no lock.
+            self._locks.make(self._locks.handle(8 * (base + _LOCK)))
+            view[base + _HAS_HISTORY] = 0
+        for worker in range(view[_NUMBERS_USED]):
             self._clear_running(worker)
-        self._view[1] = 0
+        view[_NUMBERS_USED] = 0
 
     def _clear_running(self, worker: int) -> None:
         for base in self._used_slots():
             self._view[base + _RUNNING + worker] = 0
 
     def _used_slots(self) -> list[int]:
-        if not self._view[2]:  # how many there are: looking would touch every page of the file
+        if not self._view[_SLOTS_USED]:  # looking would touch every page of the file
             return []
         bases = range(_HEAD, _HEAD + SLOTS * _SLOT, _SLOT)
         return [base for base in bases if self._view[base + _NUMBER]]
 
     # Locks
 
-    def _acquire(self, request: bytes) -> None:
+    def _acquire(self, locks: Locks, handle: Any) -> None:
         """Lock; at once, but for a holder that is just being scheduled away."""
-        try:
-            _fcntl(self._fd, _SETLK, request)
-        except BlockingIOError:
-            self._wait_for(request)
+        if told := locks.try_lock(handle):
+            self._wait_for(locks, handle, told)
 
-    def _wait_for(self, request: bytes) -> None:
+    def _wait_for(self, locks: Locks, handle: Any, told: int) -> None:
         deadline = time.monotonic() + LOCK_PATIENCE
-        while time.monotonic() < deadline:
-            os.sched_yield()
-            with suppress(BlockingIOError):
-                _fcntl(self._fd, _SETLK, request)
-                self._is_late = False
+        while told:
+            if told == OWNER_DIED:
+                locks.recover(handle)
                 return
-        # A process stopped by a debugger must not stop all others: go on without it.
-        if not self._is_late:
-            logger.error("limits: another process holds a lock and does not run; counting goes on")
-        self._is_late = True
-
-    def _release(self, locked: bytes) -> None:
-        start = struct.unpack_from("q", locked, 8)[0]
-        _fcntl(self._fd, _SETLK, _lock_request(fcntl.F_UNLCK, start))
+            if time.monotonic() >= deadline:
+                # A process stopped by a debugger must not stop all others: go on without it.
+                if not self._is_late:
+                    logger.error(
+                        "limits: another process holds a lock and does not run; counting goes on"
+                    )
+                self._is_late = True
+                return
+            os.sched_yield()
+            told = locks.try_lock(handle)
+        self._is_late = False
 
     # Slots
 
@@ -225,26 +243,30 @@ class Tallies:
         digest = hashlib.sha256(key_id.encode()).digest()
         number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
         view = self._view
-        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        self._acquire(self._files, self._table)
         try:
             for step in range(SLOTS):
-                index = (number + step) % SLOTS
-                found = view[_HEAD + index * _SLOT + _NUMBER]
+                base = _HEAD + (number + step) % SLOTS * _SLOT
+                found = view[base + _NUMBER]
                 if not found and not create:
                     return None
                 if found in (0, number):
-                    view[2] += found == 0
-                    view[_HEAD + index * _SLOT + _NUMBER] = number
-                    return _Slot(index)
+                    lock = self._locks.handle(8 * (base + _LOCK))
+                    if not found:
+                        self._locks.make(lock)
+                        view[_SLOTS_USED] += 1
+                        view[base + _NUMBER] = number
+                    return _Slot(base, lock)
         finally:
-            self._release(table)
+            self._files.unlock(self._table)
         logger.error("limits: expected up to %d limited keys, got more", SLOTS)
         raise UnavailableError("there is no room for another key's limits", code="overloaded")
 
     def _look_back(self, slot: _Slot, history: History, now_ms: int) -> None:
         """Begin with what the records know of a key, or see that nothing of it is missing."""
         slot.history = history
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             cells = self._read(slot)
             if self._view[slot.base + _HAS_HISTORY]:
@@ -254,7 +276,7 @@ class Tallies:
             self._write(slot, cells)
             self._view[slot.base + _HAS_HISTORY] = 1
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
 
     def _read(self, slot: _Slot) -> list[int]:
         # All at once and back: integers of a memoryview cost twice those of a list.
@@ -279,7 +301,8 @@ class Tallies:
         assert limits is not None, "callers without limits are not asked here"
         now_ms = int(now * 1000)
         slot = self._slot_of(caller, now_ms)
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             running = 0
             if limits.concurrency is not None:
@@ -298,7 +321,7 @@ class Tallies:
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] += 1
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
         # Always, where calls at once are counted, whatever the limits are when it ends.
         return lease if limits.needs_settling else None
 
@@ -307,7 +330,8 @@ class Tallies:
         limits = caller.limits
         assert limits is not None, "a lease is given under limits"
         slot = self._slots[caller.key_id]
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             cells = self._read(slot)
             settle(cells, lease, tokens=tokens, spent=spent)
@@ -315,7 +339,7 @@ class Tallies:
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
 
     def charge(self, key_id: str, started: float, spent: int) -> None:
         """A call that began then, and was lost with its process, cost so many picodollars."""
@@ -324,19 +348,20 @@ class Tallies:
             return
         day = day_of(int(started * 1000))
         lease = Lease(minute_start=-1, day=day, month=month_of(day), reserved=0)
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             if self._view[slot.base + _HAS_HISTORY]:
                 cells = self._read(slot)
                 settle(cells, lease, tokens=0, spent=spent)
                 self._write(slot, cells)
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
 
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
         start = slot.base + _RUNNING
-        counts = self._view[start : start + self._view[1]].tolist()
+        counts = self._view[start : start + self._view[_NUMBERS_USED]].tolist()
         if (running := sum(counts)) < limit:
             return running
         for worker, count in enumerate(counts):

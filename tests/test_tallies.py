@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from hoberproxy import tallies as tallies_module
 from hoberproxy.access import Caller
 from hoberproxy.errors import AccessError, UnavailableError
 from hoberproxy.limits import DAY_REQUESTS, DAY_SPENT, TOTAL_SPENT, History, KeyLimits
+from hoberproxy.locks import FileLocks, MutexLocks
 from hoberproxy.tallies import Tallies
 
 NOW = 1_700_000_000.0
@@ -28,8 +28,16 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "limits"
 
 
-@pytest.fixture
-def tallies(path: Path) -> Iterator[Tallies]:
+def no_mutexes(memory: object) -> None:
+    raise OSError("none here")
+
+
+@pytest.fixture(params=["mutexes", "file locks"])
+def tallies(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Tallies]:
+    if request.param == "file locks":
+        monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
     tallies = Tallies(path)
     yield tallies
     tallies.close()
@@ -129,11 +137,14 @@ def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
     monkeypatch.setattr(tallies_module, "LOCK_PATIENCE", 0.01)
     one = caller(requests_per_minute=2)
     assert passes(tallies, one)
-    with path.open("r+b") as file:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, tallies._slots["key_1"].lock)
-        assert passes(tallies, one)
-        assert not passes(tallies, one)
+    stopped = Tallies(path)
+    stopped.counters(one, NOW)
+    assert stopped._try_lock(stopped._slots["key_1"].lock) == 0
+    assert passes(tallies, one)
+    assert not passes(tallies, one)
     assert caplog.text.count("holds a lock") == 1
+    stopped._unlock(stopped._slots["key_1"].lock)
+    stopped.close()
 
 
 def test_what_was_lost_with_a_process_is_charged_to_its_key(tallies: Tallies) -> None:
@@ -146,6 +157,43 @@ def test_what_was_lost_with_a_process_is_charged_to_its_key(tallies: Tallies) ->
     tallies.charge("key_1", NOW - 86_400, 40)
     assert tallies.counters(one, NOW)[DAY_SPENT] == 60
     assert not passes(tallies, one)
+
+
+# Locks
+
+
+def test_all_processes_use_the_kind_of_lock_that_the_first_one_could(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = caller(requests_per_minute=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tallies_module, "MutexLocks", no_mutexes)
+        first = Tallies(path)
+    second = Tallies(path)
+    assert [type(each._locks) for each in (first, second)] == [FileLocks, FileLocks]
+    assert [passes(each, one) for each in (first, second, first)] == [True, True, False]
+    first.close()
+    second.close()
+    third = Tallies(path)  # alone again
+    assert isinstance(third._locks, MutexLocks)
+    monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
+    with pytest.raises(OSError, match="none here"):
+        Tallies(path)
+    assert not passes(third, one)  # it stays as it was
+    third.close()
+
+
+def test_a_file_of_another_layout_is_begun_anew_once_nobody_uses_it(path: Path) -> None:
+    one = caller(requests_per_minute=1)
+    old = Tallies(path)
+    assert passes(old, one)
+    old._view[tallies_module._MAGIC] += 1
+    with pytest.raises(OSError, match="another version"):
+        Tallies(path)
+    old.close()
+    new = Tallies(path)
+    assert passes(new, one)
+    new.close()
 
 
 # Among processes
@@ -189,6 +237,30 @@ def hold(path: Path, limits: dict[str, int], tries: int, begin: object, out: obj
     """Count, and live on: what a dead worker held would be free."""
     count_passes(path, limits, tries, begin, out)
     time.sleep(WAIT)
+
+
+def test_a_lock_goes_with_its_holder(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tallies, one = Tallies(path), caller(requests_per_minute=2)
+    assert passes(tallies, one)
+    begin = PROCESSES.Event()
+    worker = PROCESSES.Process(target=keep_the_lock, args=(path, begin))
+    worker.start()
+    assert begin.wait(WAIT)
+    assert tallies._try_lock(tallies._slots["key_1"].lock) != 0
+    worker.kill()
+    worker.join()
+    assert passes(tallies, one)
+    assert not passes(tallies, one)
+    assert "holds a lock" not in caplog.text
+    tallies.close()
+
+
+def keep_the_lock(path: Path, begin: object) -> None:
+    tallies = Tallies(path)
+    tallies.counters(caller(requests_per_minute=2), NOW)
+    if tallies._try_lock(tallies._slots["key_1"].lock) == 0:
+        begin.set()  # type: ignore[attr-defined]
+        time.sleep(WAIT)
 
 
 def test_what_a_killed_worker_held_is_free(path: Path) -> None:
