@@ -15,12 +15,15 @@ from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
 from .ledger import Ledger
-from .limits import Headers, Lease
+from .limits import Demand, Headers, Lease
+from .prices import Prices
 from .record import Record
 from .request import Call
 from .routing import Plan
 from .tallies import Limiter
 from .usage import Usage
+
+MAX_PLANS = 256  # whose prices are remembered
 
 
 class Accounts:
@@ -30,6 +33,7 @@ class Accounts:
         self._ledger = ledger
         self._limiter = limiter
         self._estimates = Estimates()
+        self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
         self._counter: TokenCounter | None = None  # with the first request to be counted
 
     def open(
@@ -42,15 +46,37 @@ class Accounts:
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
         wish, lease = call.max_output, None
-        if caller.limits is not None:
-            while self._ledger.lost_costs:
-                self._limiter.charge(*self._ledger.lost_costs.popleft())
+        if (limits := caller.limits) is not None:
             answer = usual if wish is None else wish
-            lease = self._limiter.admit(caller, now, prompt, answer, is_bounded=wish is not None)
+            cost = (0, 0) if limits.budget is None else self._most(plan, prompt, answer)
+            demand = Demand(prompt, answer, wish is not None, *cost)
+            lease = self._limiter.admit(caller, now, demand)
         if wish is not None and wish < usual:
             usual = wish
         self._ledger.open(record, step.slug, step.endpoint, prompt, usual)
         return lease
+
+    def _most(self, plan: Plan, prompt: int, answer: int) -> tuple[int, int]:
+        """What prompt and answer cost in picodollars by the step of the plan that is dearest."""
+        dearest = 0, 0
+        for prices in self._prices_of(plan):
+            cost = prices.most(prompt, answer)
+            if cost[0] + cost[1] > dearest[0] + dearest[1]:
+                dearest = cost
+        return dearest
+
+    def _prices_of(self, plan: Plan) -> tuple[Prices, ...]:
+        """The prices of a plan's steps, without repeats; most plans stand for many calls."""
+        known = self._prices.get(id(plan))
+        if known is not None:
+            return known[1]
+        given = (step.endpoint.prices for step in plan.steps)
+        different = {id(prices): prices for prices in given if prices is not None}
+        if len(self._prices) >= MAX_PLANS:
+            self._prices.clear()
+        # With the plan itself: as long as it is kept, no other one has its id.
+        self._prices[id(plan)] = plan, tuple(different.values())
+        return self._prices[id(plan)][1]
 
     def fill(
         self,

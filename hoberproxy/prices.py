@@ -62,6 +62,15 @@ class Prices:
         )
         return (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
 
+    def most(self, prompt_tokens: int, answer_tokens: int) -> tuple[int, int]:
+        """Picodollars for a prompt, and for an answer, that one request costs at most."""
+        prompt, cached, completion, reasoning, request = self._rates
+        atto = prompt_tokens * max(prompt, cached) + request
+        before = (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+        atto += answer_tokens * max(completion, reasoning)
+        # Rounded as a whole, like the cost: rounded each for itself, the parts could be less.
+        return before, (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO - before
+
 
 _ALWAYS = frozenset(("prompt", "completion"))
 

@@ -1,12 +1,13 @@
 """The limits' counters in a file that all processes of one machine share, exact among them.
 
     limits file: head │ locks of the workers │ slot, slot, slot, …   one for each limited key
-    slot:        key's number │ history read? │ lock │ cells │ calls under way, by worker
+    slot:        key's number │ history read? │ lock │ cells │ calls under way │ money held
 
 Every process maps the file. A key's cells change only under the lock in its slot, which the kernel
 frees with its holder (locks.py). A worker holds the lock of its own number for as long as it lives:
-whoever finds a number's lock free knows that the calls counted under it are over. What the cells
-are is limits.py's business; a limiter for several machines would take the place of `Tallies`.
+whoever finds a number's lock free knows that the calls are over that are counted under it, in the
+slots' last two rows, which have a place for each worker. What the cells are is limits.py's
+business; a limiter for several machines would take the place of `Tallies`.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import mmap
 import os
 import struct
 import time
+from contextlib import suppress
 from typing import Any, Protocol
 
 from .access import Caller
 from .errors import UnavailableError
 from .limits import (
     CELLS,
+    Demand,
     Headers,
     History,
     Lease,
     admit,
     catch_up,
-    day_of,
     limit_headers,
-    month_of,
     restore,
     roll,
     settle,
+    spent_in,
 )
 from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 
@@ -50,7 +52,8 @@ _MUTEXES, _FILE_LOCKS = 1, 2  # what the slots' locks are
 _NUMBER, _HAS_HISTORY, _LOCK = 0, 1, 2  # places in a slot
 _CELLS = _LOCK + MUTEX_BYTES // 8
 _RUNNING = _CELLS + CELLS
-_SLOT = _RUNNING + WORKERS
+_HELD = _RUNNING + WORKERS
+_SLOT = _HELD + WORKERS
 _SIZE = 8 * (_HEAD + SLOTS * _SLOT)
 _TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
 _WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
@@ -63,22 +66,11 @@ _pack = struct.Struct(f"{CELLS}q").pack_into
 class Limiter(Protocol):
     """What the path asks of whoever keeps the limits."""
 
-    def admit(
-        self,
-        caller: Caller,
-        now: float,
-        prompt_tokens: int,
-        answer_tokens: int,
-        *,
-        is_bounded: bool,
-    ) -> Lease | None:
+    def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""
-
-    def charge(self, key_id: str, started: float, spent: int) -> None:
-        """A call that began then, and was lost with its process, cost so many picodollars."""
 
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to this caller."""
@@ -131,7 +123,8 @@ class Tallies:
         """Leave: the locks of this process go with its descriptor."""
         self._slots.clear()  # and with them the locks' hold on the map
         self._view.release()
-        self._map.close()
+        with suppress(BufferError):  # a traceback that has a slot: the map goes with that
+            self._map.close()
         os.close(self._fd)
 
     # Workers
@@ -193,7 +186,7 @@ class Tallies:
 
     def _clear_running(self, worker: int) -> None:
         for base in self._used_slots():
-            self._view[base + _RUNNING + worker] = 0
+            self._view[base + _RUNNING + worker] = self._view[base + _HELD + worker] = 0
 
     def _used_slots(self) -> list[int]:
         if not self._view[_SLOTS_USED]:  # looking would touch every page of the file
@@ -231,15 +224,13 @@ class Tallies:
     def _slot_of(self, caller: Caller, now_ms: int) -> _Slot:
         slot = self._slots.get(caller.key_id)
         if slot is None:
-            slot = self._find(caller.key_id)
-            assert slot is not None, "made where there was none"
-            self._slots[caller.key_id] = slot
+            slot = self._slots[caller.key_id] = self._find(caller.key_id)
         if slot.history is not caller.history:
             self._look_back(slot, caller.history, now_ms)
         return slot
 
-    def _find(self, key_id: str, *, create: bool = True) -> _Slot | None:
-        """The slot of a key; `create`: or a free one that becomes its own."""
+    def _find(self, key_id: str) -> _Slot:
+        """The slot of a key, or a free one that becomes its own."""
         digest = hashlib.sha256(key_id.encode()).digest()
         number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
         view = self._view
@@ -248,8 +239,6 @@ class Tallies:
             for step in range(SLOTS):
                 base = _HEAD + (number + step) % SLOTS * _SLOT
                 found = view[base + _NUMBER]
-                if not found and not create:
-                    return None
                 if found in (0, number):
                     lock = self._locks.handle(8 * (base + _LOCK))
                     if not found:
@@ -287,15 +276,7 @@ class Tallies:
 
     # What the path asks for (Limiter)
 
-    def admit(
-        self,
-        caller: Caller,
-        now: float,
-        prompt_tokens: int,
-        answer_tokens: int,
-        *,
-        is_bounded: bool,
-    ) -> Lease | None:
+    def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
         limits = caller.limits
         assert limits is not None, "callers without limits are not asked here"
@@ -304,22 +285,20 @@ class Tallies:
         if told := self._try_lock(slot.lock):
             self._wait_for(self._locks, slot.lock, told)
         try:
-            running = 0
+            running = held = 0
             if limits.concurrency is not None:
                 running = self._count_running(slot, limits.concurrency)
             cells = self._read(slot)
-            lease = admit(
-                cells,
-                limits,
-                now_ms,
-                prompt_tokens=prompt_tokens,
-                answer_tokens=answer_tokens,
-                is_bounded=is_bounded,
-                running=running,
-            )
+            if limits.budget is not None:
+                cost = demand.prompt_cost + demand.answer_cost
+                if spent_in(cells, limits.budget_period) + cost >= limits.budget:
+                    held = self._sum_held(slot)
+            lease = admit(cells, limits, now_ms, demand, running=running, held=held)
             self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] += 1
+            if lease.cost:
+                self._view[slot.base + _HELD + self._worker] += lease.cost
         finally:
             self._unlock(slot.lock)
         # Always, where calls at once are counted, whatever the limits are when it ends.
@@ -338,25 +317,20 @@ class Tallies:
             self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
+            if lease.cost:
+                self._view[slot.base + _HELD + self._worker] -= lease.cost
         finally:
             self._unlock(slot.lock)
 
-    def charge(self, key_id: str, started: float, spent: int) -> None:
-        """A call that began then, and was lost with its process, cost so many picodollars."""
-        slot = self._slots.get(key_id) or self._find(key_id, create=False)
-        if slot is None:  # without limits, or not asked since: the records will tell
-            return
-        day = day_of(int(started * 1000))
-        lease = Lease(minute_start=-1, day=day, month=month_of(day), reserved=0)
-        if told := self._try_lock(slot.lock):
-            self._wait_for(self._locks, slot.lock, told)
-        try:
-            if self._view[slot.base + _HAS_HISTORY]:
-                cells = self._read(slot)
-                settle(cells, lease, tokens=0, spent=spent)
-                self._write(slot, cells)
-        finally:
-            self._unlock(slot.lock)
+    def _sum_held(self, slot: _Slot) -> int:
+        """Picodollars held for calls under way. What a dead worker held is spent.
+
+        Those that began in an earlier day or month are among them, so it is for what is told, and
+        for calls that cost nothing.
+        """
+        start = slot.base + _HELD
+        counts = self._view[start : start + self._view[_NUMBERS_USED]].tolist()
+        return sum(held for worker, held in enumerate(counts) if held and self._is_alive(worker))
 
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
@@ -374,7 +348,7 @@ class Tallies:
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return []
-        return limit_headers(self._read(slot), caller.limits, int(now * 1000))
+        return limit_headers(_unpack(self._map, slot.offset), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
