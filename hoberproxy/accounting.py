@@ -7,6 +7,7 @@ of the answer goes out, and `close` at the end, however it came.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from .access import Caller
@@ -127,24 +128,34 @@ class Accounts:
         """Hand the record over, and settle what was held."""
         self._ledger.put(record)
         if lease is not None:
-            self._limiter.settle(
-                caller,
-                lease,
-                tokens=record.prompt_tokens + record.completion_tokens,
-                spent=record.cost or 0,
-            )
+            tokens, spent = _used(record)
+            self._limiter.settle(caller, lease, tokens=tokens, spent=spent)
 
-    def count(self, record: Record, endpoint: Endpoint, body: bytes, answer: bytes | None) -> None:
+    def count(
+        self,
+        record: Record,
+        caller: Caller,
+        lease: Lease | None,
+        endpoint: Endpoint,
+        body: bytes,
+        answer: bytes | None,
+    ) -> None:
         """Have a closed record's tokens counted, off the loop, in place of an estimate."""
         if record.has_usage or not record.estimated or answer is None:
             return
         if self._counter is None:
-            self._counter = TokenCounter()
+            self._counter = TokenCounter(asyncio.get_running_loop().call_soon_threadsafe)
+        name, prices = record.id, endpoint.prices
+        settled_tokens, settled_cost = _used(record)
 
         def amend(prompt: int, completion: int) -> None:
-            prices = endpoint.prices
             cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
-            self._ledger.amend(record.id, prompt, completion, cost)
+            self._ledger.amend(name, prompt, completion, cost)
+            if lease is not None:
+                more_tokens = prompt + completion - settled_tokens
+                self._limiter.amend(
+                    caller, lease, tokens=more_tokens, spent=(cost or 0) - settled_cost
+                )
 
         self._counter.count(body, answer, amend)
 
@@ -160,6 +171,11 @@ class Accounts:
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to a caller with limits."""
         return self._limiter.headers(caller, now)
+
+
+def _used(record: Record) -> tuple[int, int]:
+    """Tokens and picodollars."""
+    return record.prompt_tokens + record.completion_tokens, record.cost or 0
 
 
 def permitted(plan: Plan, caller: Caller) -> Plan:

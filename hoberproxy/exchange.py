@@ -611,7 +611,8 @@ class Exchange:
         gateway.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint
-            gateway.accounts.count(record, endpoint, self._kept_body, self._kept.kept)
+            kept = self._kept_body, self._kept.kept
+            gateway.accounts.count(record, self._caller, self._lease, endpoint, *kept)
 
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.

@@ -72,6 +72,9 @@ class Limiter(Protocol):
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""
 
+    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """A call that was settled used so much more, or less if negative."""
+
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to this caller."""
 
@@ -319,6 +322,18 @@ class Tallies:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
             if lease.cost:
                 self._view[slot.base + _HELD + self._worker] -= lease.cost
+        finally:
+            self._unlock(slot.lock)
+
+    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """A call that was settled used so much more, or less if negative."""
+        slot = self._slots[caller.key_id]
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
+        try:
+            cells = self._read(slot)
+            settle(cells, lease._replace(tokens=0, cost=0), tokens=tokens, spent=spent)
+            self._write(slot, cells)
         finally:
             self._unlock(slot.lock)
 

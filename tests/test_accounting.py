@@ -16,7 +16,7 @@ from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
 from hoberproxy.journal import take_over
 from hoberproxy.ledger import Ledger
-from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
+from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
 from hoberproxy.prices import Prices
 from hoberproxy.record import CLIENT_CLOSED, Record
 from hoberproxy.request import parse_call
@@ -169,6 +169,23 @@ def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
         accounts.open(record(), RICH, BOUNDED, plan, NOW)
         assert len(accounts._prices) <= 3
     assert held(tallies) == sum(range(1, 20)) * PICO // 1000
+
+
+def test_what_is_counted_later_changes_the_windows_in_which_the_call_began(
+    tallies: Tallies,
+) -> None:
+    rich = replace(RICH, limits=KeyLimits(budget=PICO, tokens_per_minute=1000, concurrency=1))
+    lease = tallies.admit(rich, NOW, Demand(1, 1, True, 5, 5))
+    assert lease is not None
+    tallies.settle(rich, lease, tokens=100, spent=50)
+    tallies.amend(rich, lease, tokens=-30, spent=20)
+    counters = tallies.counters(rich, NOW)
+    assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (70, 70)
+    later = tallies.admit(rich, NOW + 90, Demand(1, 1, True, 5, 5))  # one at once: it had ended
+    assert later is not None
+    tallies.amend(rich, lease, tokens=-30, spent=20)
+    counters = tallies.counters(rich, NOW + 90)
+    assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (2, 100)
 
 
 # Usage and cost
