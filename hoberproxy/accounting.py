@@ -59,8 +59,11 @@ class Accounts:
 
     def _most(self, plan: Plan, prompt: int, answer: int) -> tuple[int, int]:
         """What prompt and answer cost in picodollars by the step of the plan that is dearest."""
+        known = self._prices_of(plan)
+        if len(known) == 1:
+            return known[0].most(prompt, answer)
         dearest = 0, 0
-        for prices in self._prices_of(plan):
+        for prices in known:
             cost = prices.most(prompt, answer)
             if cost[0] + cost[1] > dearest[0] + dearest[1]:
                 dearest = cost
@@ -171,6 +174,10 @@ class Accounts:
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to a caller with limits."""
         return self._limiter.headers(caller, now)
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
+        return self._limiter.header_lines(caller, now)
 
 
 def _used(record: Record) -> tuple[int, int]:

@@ -340,7 +340,9 @@ class Exchange:
         assert attempt is not None
         step = attempt.step
         prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
-        headers = self._caller_headers() + self._attempts_header()
+        if self._caller.limits is not None:  # well-formed, being ours
+            prepared += self._gateway.accounts.header_lines(self._caller, unix_time())
+        headers = self._cors_headers() + self._attempts_header()
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
@@ -354,9 +356,11 @@ class Exchange:
         headers: Headers = []
         if self._caller.limits is not None:
             headers += self._gateway.accounts.headers(self._caller, unix_time())
-        if origins := self._gateway.config.server.cors_origins:
-            headers += cors_headers(origins, self._head.get(b"origin"))
-        return headers
+        return headers + self._cors_headers()
+
+    def _cors_headers(self) -> Headers:
+        origins = self._gateway.config.server.cors_origins
+        return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
     # What the attempt reports
 

@@ -371,57 +371,52 @@ def format_wait(seconds: float) -> bytes:
     return b"%dh%dm%ds" % (hours, *divmod(rest, 60))
 
 
-_Field = tuple[bytes, bytes]
-
-
+# What is the same in all answers is written once, with places for the rest.
 @lru_cache(maxsize=1024)
-def _limit_fields(limit: int) -> tuple[_Field, _Field]:
-    """The fields that are the same in all answers: the limit itself, of requests and tokens."""
-    value = b"%d" % limit
-    return (b"x-ratelimit-limit-requests", value), (b"x-ratelimit-limit-tokens", value)
+def _line_form(requests: int | None, tokens: int | None) -> bytes:
+    form = b""
+    for what, limit in ((b"requests", requests), (b"tokens", tokens)):
+        if limit is not None:
+            form += (
+                b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\n"
+                b"x-ratelimit-reset-%b: %%b\r\n"
+            ) % (what, limit, what, what)
+    return form
 
 
-def _reset_fields(wait: bytes) -> tuple[_Field, _Field]:
-    return (b"x-ratelimit-reset-requests", wait), (b"x-ratelimit-reset-tokens", wait)
+_RESETS = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
 
 
-_RESET_AT_ONCE = _reset_fields(b"0ms")
-_RESETS = tuple(_reset_fields(format_wait(seconds)) for seconds in range(MINUTE_MS // 1000 + 1))
-
-
-def limit_headers(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> Headers:
-    """The x-ratelimit-* fields: of the minute, or of the day where only that is limited."""
+def limit_lines(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> bytes:
+    """The x-ratelimit-* header lines: of the minute, or of the day where only that is limited."""
     left_ms = cells[MINUTE_START] + MINUTE_MS - now_ms
     has_ended = not 0 < left_ms <= MINUTE_MS
     if has_ended:
-        reset = _RESET_AT_ONCE
-    elif left_ms < 1000:
-        reset = _reset_fields(b"%dms" % left_ms)
+        reset = b"0ms"
     else:
-        reset = _RESETS[(left_ms + 999) // 1000]
-    headers: Headers = []
-    if (limit := limits.requests_per_minute) is not None:
-        left = limit if has_ended else limit - cells[MINUTE_REQUESTS]
-        headers += (
-            _limit_fields(limit)[0],
-            (b"x-ratelimit-remaining-requests", b"%d" % left if left > 0 else b"0"),
-            reset[0],
-        )
-    elif (limit := limits.requests_per_day) is not None:
-        left = limit - cells[DAY_REQUESTS] if cells[DAY] == now_ms // DAY_MS else limit
-        headers += (
-            _limit_fields(limit)[0],
-            (b"x-ratelimit-remaining-requests", b"%d" % left if left > 0 else b"0"),
-            (b"x-ratelimit-reset-requests", format_wait(_day_left(now_ms))),
-        )
-    if (limit := limits.tokens_per_minute) is not None:
-        left = limit if has_ended else limit - cells[MINUTE_TOKENS]
-        headers += (
-            _limit_fields(limit)[1],
-            (b"x-ratelimit-remaining-tokens", b"%d" % left if left > 0 else b"0"),
-            reset[1],
-        )
-    return headers
+        reset = b"%dms" % left_ms if left_ms < 1000 else _RESETS[(left_ms + 999) // 1000]
+    requests_reset, requests_left = reset, 0
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    if requests is not None:
+        requests_left = requests if has_ended else max(0, requests - cells[MINUTE_REQUESTS])
+    elif (requests := limits.requests_per_day) is not None:
+        is_today = cells[DAY] == now_ms // DAY_MS
+        requests_left = max(0, requests - cells[DAY_REQUESTS]) if is_today else requests
+        requests_reset = format_wait(_day_left(now_ms))
+    if tokens is None:
+        if requests is None:
+            return b""
+        return _line_form(requests, None) % (requests_left, requests_reset)
+    tokens_left = tokens if has_ended else max(0, tokens - cells[MINUTE_TOKENS])
+    if requests is None:
+        return _line_form(None, tokens) % (tokens_left, reset)
+    return _line_form(requests, tokens) % (requests_left, requests_reset, tokens_left, reset)
+
+
+def limit_headers(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> Headers:
+    """The same as fields."""
+    lines = limit_lines(cells, limits, now_ms).splitlines()
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def format_dollars(pico: int) -> str:

@@ -32,6 +32,7 @@ from .limits import (
     admit,
     catch_up,
     limit_headers,
+    limit_lines,
     restore,
     roll,
     settle,
@@ -77,6 +78,9 @@ class Limiter(Protocol):
 
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to this caller."""
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
@@ -364,6 +368,13 @@ class Tallies:
         if slot is None or caller.limits is None:
             return []
         return limit_headers(_unpack(self._map, slot.offset), caller.limits, int(now * 1000))
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
+        slot = self._slots.get(caller.key_id)
+        if slot is None or caller.limits is None:
+            return b""
+        return limit_lines(_unpack(self._map, slot.offset), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""

@@ -33,6 +33,7 @@ from hoberproxy.limits import (
     format_dollars,
     format_wait,
     limit_headers,
+    limit_lines,
     month_of,
     month_start,
     restore,
@@ -421,6 +422,11 @@ def test_headers_tell_of_the_minute_or_else_of_the_day() -> None:
         b"x-ratelimit-remaining-tokens": b"400",
         b"x-ratelimit-reset-tokens": b"1m0s",
     }
+    assert limit_lines(cells, KeyLimits(tokens_per_minute=500), NOW) == (
+        b"x-ratelimit-limit-tokens: 500\r\nx-ratelimit-remaining-tokens: 400\r\n"
+        b"x-ratelimit-reset-tokens: 1m0s\r\n"
+    )
+    assert limit_lines(cells, KeyLimits(budget=1), NOW) == b""
     daily = dict(limit_headers(cells, KeyLimits(requests_per_day=20), NOW))
     assert daily[b"x-ratelimit-remaining-requests"] == b"19"
     assert daily[b"x-ratelimit-reset-requests"] == b"1h46m40s"
