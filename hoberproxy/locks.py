@@ -2,8 +2,7 @@
 
 `MutexLocks` are robust mutexes of the C library in memory that the processes share: to take one
 and to free it are two atomic instructions, no system call, and who takes one after its holder's
-death is told so. `FileLocks` are locks on a byte of an open file, for two system calls. Neither
-waits; whom to wait for and how long is the caller's business.
+death is told so. `FileLocks` are locks on a byte of an open file, for two system calls.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from mmap import mmap
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ except ImportError:  # Python can be built without it
 MUTEX_BYTES = 64  # room for a pthread_mutex_t: 40 bytes, 48 on ARM
 OWNER_DIED = errno.EOWNERDEAD
 
+PAUSE = 0.0001  # seconds between two looks at a file's lock
+TRIES = 20  # for a mutex, before the kernel is asked to wait: as long as it is held, as a rule
+
 _PROCESS_SHARED = 1  # PTHREAD_PROCESS_SHARED and PTHREAD_MUTEX_ROBUST, in glibc and musl alike
 _ROBUST = 1
 _ATTRIBUTES_BYTES = 64
@@ -32,7 +35,8 @@ _SETLK = fcntl.F_OFD_SETLK  # locks of the open file: not lost when another desc
 class Locks(Protocol):
     """A kind of lock. Places are bytes from the start of the file, or of the memory mapped to it.
 
-    A lock is freed by the thread that took it.
+    A lock is freed by the thread that took it, and before the memory goes: the C library keeps a
+    list of the mutexes that a thread holds, within these.
     """
 
     def handle(self, place: int) -> Any:
@@ -43,6 +47,9 @@ class Locks(Protocol):
 
     def try_lock(self, handle: Any) -> int:
         """0: it is taken. OWNER_DIED: too, once `recover` is called. Else it is another's."""
+
+    def wait(self, handle: Any, seconds: float) -> int:
+        """The same for one that is another's, which may be waited for."""
 
     def unlock(self, handle: Any) -> object:
         """Free it; without effect on one that is another's."""
@@ -69,6 +76,12 @@ class FileLocks:
         except BlockingIOError:
             return errno.EAGAIN
         return 0
+
+    def wait(self, handle: tuple[bytes, bytes], seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while (told := self.try_lock(handle)) and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        return told
 
     def unlock(self, handle: tuple[bytes, bytes]) -> None:
         fcntl.fcntl(self._fd, _SETLK, handle[1])
@@ -104,6 +117,7 @@ class MutexLocks:
             # The functions themselves: a method around them would cost as much as they do.
             self.try_lock = library.pthread_mutex_trylock
             self.unlock = library.pthread_mutex_unlock
+            self._wait = library.pthread_mutex_timedlock
             self._attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
             failed = (
                 library.pthread_mutexattr_init(self._attributes)
@@ -122,6 +136,16 @@ class MutexLocks:
     def make(self, handle: Any) -> None:
         if problem := self._init(handle, self._attributes):
             raise OSError(problem, os.strerror(problem))
+
+    def wait(self, handle: Any, seconds: float) -> int:
+        for _ in range(TRIES):
+            if (told := int(self.try_lock(handle))) != errno.EBUSY:
+                return told
+        # Its holder was scheduled away: to go on asking would take its core.
+        # By the wall clock, the only one that every C library can wait by.
+        until = time.time_ns() + round(seconds * 1e9)
+        deadline = struct.pack("qq", *divmod(until, 10**9))  # a struct timespec
+        return int(self._wait(handle, deadline))
 
     def _do_work(self) -> bool:
         """Try one out: another C library may mean something else by our constants."""

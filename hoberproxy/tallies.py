@@ -17,7 +17,6 @@ import logging
 import mmap
 import os
 import struct
-import time
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -209,22 +208,15 @@ class Tallies:
             self._wait_for(locks, handle, told)
 
     def _wait_for(self, locks: Locks, handle: Any, told: int) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while told:
-            if told == OWNER_DIED:
-                locks.recover(handle)
-                return
-            if time.monotonic() >= deadline:
-                # A process stopped by a debugger must not stop all others: go on without it.
-                if not self._is_late:
-                    logger.error(
-                        "limits: another process holds a lock and does not run; counting goes on"
-                    )
-                self._is_late = True
-                return
-            os.sched_yield()
-            told = locks.try_lock(handle)
-        self._is_late = False
+        """What is left to do when a lock could not be taken, or not from a living one."""
+        if told != OWNER_DIED:
+            told = locks.wait(handle, LOCK_PATIENCE)
+        if told == OWNER_DIED:
+            locks.recover(handle)
+        elif told and not self._is_late:
+            # A process stopped by a debugger must not stop all others: go on without it.
+            logger.error("limits: another process holds a lock and does not run; counting goes on")
+        self._is_late = told not in (0, OWNER_DIED)
 
     # Slots
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from mmap import mmap
@@ -45,6 +46,8 @@ def test_one_of_two_has_it(tmp_path: Path, kind: str) -> None:
         assert other.try_lock(other.handle(2 * PLACE)) == 0
         one.unlock(mine)
         assert other.try_lock(theirs) == 0
+        for handle in (theirs, other.handle(2 * PLACE)):
+            other.unlock(handle)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,6 +62,7 @@ def test_who_has_it_not_cannot_free_it(tmp_path: Path, kind: str) -> None:
         process.join(WAIT)
         assert process.exitcode == 0
         assert other.try_lock(other.handle(PLACE)) != 0
+        one.unlock(mine)
 
 
 def free(path: Path, kind: str) -> None:
@@ -82,6 +86,34 @@ def test_a_dead_holder_has_it_no_more(tmp_path: Path, kind: str) -> None:
         assert other.try_lock(other.handle(PLACE)) != 0
         one.unlock(mine)
         assert other.try_lock(other.handle(PLACE)) == 0
+        other.unlock(other.handle(PLACE))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_is_held_is_waited_for_so_long(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "locks"
+    with opened(path, kind) as one, opened(path, kind) as other:
+        mine, theirs = one.handle(PLACE), other.handle(PLACE)
+        one.make(mine)
+        assert one.try_lock(mine) == 0
+        began = time.monotonic()
+        assert other.wait(theirs, 0.05) not in (0, OWNER_DIED)
+        assert time.monotonic() - began >= 0.05
+        process = PROCESSES.Process(target=wait, args=(path, kind))
+        process.start()
+        time.sleep(0.5)  # by then it waits, or soon will
+        one.unlock(mine)
+        process.join(WAIT)
+        assert process.exitcode == 7
+        assert other.wait(theirs, WAIT) == (OWNER_DIED if kind == "mutexes" else 0)
+        other.recover(theirs)
+        other.unlock(theirs)
+
+
+def wait(path: Path, kind: str) -> None:
+    with opened(path, kind) as locks:
+        if locks.wait(locks.handle(PLACE), WAIT) == 0:
+            os._exit(7)
 
 
 def die(path: Path, kind: str) -> None:
