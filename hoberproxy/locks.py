@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 try:
     import ctypes
-except ImportError:  # Python can be built without it
+except (ImportError, MemoryError):  # Python can be built without it; memory be kept from being code
     ctypes = None  # type: ignore[assignment]
 
 MUTEX_BYTES = 64  # room for a pthread_mutex_t: 40 bytes, 48 on ARM
