@@ -11,43 +11,38 @@ put in its place at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from .errors import AccessError
 
-PICO = 10**12  # picodollars in a dollar
+PICO: Final = 10**12  # picodollars in a dollar
 PERIODS = ("day", "month", "total")
-MINUTE_MS = 60_000
-DAY_MS = 86_400_000
-BUSY_WAIT = 1.0  # seconds: nobody knows when one of the running calls ends
+MINUTE_MS: Final = 60_000
+DAY_MS: Final = 86_400_000
+BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the running calls ends
 
-# The places of a key's cells.
-MINUTE_START = 0  # unix ms; 0: none has begun
-MINUTE_REQUESTS = 1
-MINUTE_TOKENS = 2  # settled and reserved
-DAY = 3  # days since 1970
-DAY_REQUESTS = 4
-DAY_SPENT = 5  # settled and held, as the other two
-MONTH = 6  # year * 12 + month
-MONTH_SPENT = 7
-TOTAL_SPENT = 8
-CELLS = 9
+# The places of a key's cells. Final: else compiled code looks each up by its name.
+MINUTE_START: Final = 0  # unix ms; 0: none has begun
+MINUTE_REQUESTS: Final = 1
+MINUTE_TOKENS: Final = 2  # settled and reserved
+DAY: Final = 3  # days since 1970
+DAY_REQUESTS: Final = 4
+DAY_SPENT: Final = 5  # settled and held, as the other two
+MONTH: Final = 6  # year * 12 + month
+MONTH_SPENT: Final = 7
+TOTAL_SPENT: Final = 8
+CELLS: Final = 9
 
 _SPENT = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
 Headers = list[tuple[bytes, bytes]]
 
 
-class Cells(Protocol):
-    """A row of integers, wherever it lies."""
-
-    def __getitem__(self, place: int, /) -> int: ...
-    def __setitem__(self, place: int, value: int, /) -> None: ...
+Cells = list[int]  # and not any row of integers: compiled code takes a list's by place
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,7 +382,7 @@ def _line_form(requests: int | None, tokens: int | None) -> bytes:
 _RESETS = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
 
 
-def limit_lines(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> bytes:
+def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
     """The x-ratelimit-* header lines: of the minute, or of the day where only that is limited."""
     left_ms = cells[MINUTE_START] + MINUTE_MS - now_ms
     has_ended = not 0 < left_ms <= MINUTE_MS
@@ -413,7 +408,7 @@ def limit_lines(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> bytes:
     return _line_form(requests, tokens) % (requests_left, requests_reset, tokens_left, reset)
 
 
-def limit_headers(cells: Sequence[int], limits: KeyLimits, now_ms: int) -> Headers:
+def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
     """The same as fields."""
     lines = limit_lines(cells, limits, now_ms).splitlines()
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]

@@ -18,7 +18,7 @@ import mmap
 import os
 import struct
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from .access import Caller
 from .errors import UnavailableError
@@ -41,22 +41,27 @@ from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 
 logger = logging.getLogger("hoberproxy.server")
 
-MAGIC = 0x32_4C_42_48  # "HBL2": another layout gets another number
-WORKERS = 64
+MAGIC: Final = 0x32_4C_42_48  # "HBL2": another layout gets another number
+WORKERS: Final = 64
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
 
-_HEAD = 64  # integers of 8 bytes
-_MAGIC, _NUMBERS_USED, _SLOTS_USED, _LOCKS = 0, 1, 2, 3  # places in it
+_HEAD: Final = 64  # integers of 8 bytes
+_MAGIC: Final = 0  # places in it
+_NUMBERS_USED: Final = 1
+_SLOTS_USED: Final = 2
+_LOCKS: Final = 3
 _MUTEXES, _FILE_LOCKS = 1, 2  # what the slots' locks are
-_NUMBER, _HAS_HISTORY, _LOCK = 0, 1, 2  # places in a slot
-_CELLS = _LOCK + MUTEX_BYTES // 8
-_RUNNING = _CELLS + CELLS
-_HELD = _RUNNING + WORKERS
-_SLOT = _HELD + WORKERS
-_SIZE = 8 * (_HEAD + SLOTS * _SLOT)
-_TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
-_WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
+_NUMBER: Final = 0  # places in a slot
+_HAS_HISTORY: Final = 1
+_LOCK: Final = 2
+_CELLS: Final = _LOCK + MUTEX_BYTES // 8
+_RUNNING: Final = _CELLS + CELLS
+_HELD: Final = _RUNNING + WORKERS
+_SLOT: Final = _HELD + WORKERS
+_SIZE: Final = 8 * (_HEAD + SLOTS * _SLOT)
+_TABLE_LOCK: Final = 0  # the byte whose lock guards the giving out of slots
+_WORKER_LOCKS: Final = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
 
 
 _unpack = struct.Struct(f"{CELLS}q").unpack_from
@@ -359,14 +364,14 @@ class Tallies:
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return []
-        return limit_headers(_unpack(self._map, slot.offset), caller.limits, int(now * 1000))
+        return limit_headers(self._read(slot), caller.limits, int(now * 1000))
 
     def header_lines(self, caller: Caller, now: float) -> bytes:
         """The same as lines of a head, ready to be sent."""
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return b""
-        return limit_lines(_unpack(self._map, slot.offset), caller.limits, int(now * 1000))
+        return limit_lines(self._read(slot), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
