@@ -116,8 +116,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hoberproxy-bench-")))
         mock = stack.enter_context(upstream(folder, cores, None))
-        # Beside the generator on its core a proxy gets its requests in larger heaps, by chance, and
-        # is the cheaper for it.
+        # Unpinned, one proxy was seen to switch context five times as often as another.
         core = None if options.unpinned else cores.server
         servers = [
             stack.enter_context(
