@@ -169,7 +169,10 @@ def generation_document(record: Record) -> dict[str, Any]:
 def key_document(
     caller: Caller, usage: dict[str, KeyUsage], counters: list[int] | None
 ) -> dict[str, Any]:
-    """What a key may know of itself. Amounts are strings, in USD."""
+    """What a key may know of itself. Amounts are strings, in USD.
+
+    What is left is so for further calls: without what is held for those under way.
+    """
     limits = caller.limits or KeyLimits()
     left = None
     if limits.budget is not None and counters is not None:

@@ -7,6 +7,7 @@ of the answer goes out, and `close` at the end, however it came.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from .access import Caller
@@ -15,12 +16,15 @@ from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
 from .ledger import Ledger
-from .limits import Headers, Lease
+from .limits import Demand, Headers, Lease
+from .prices import Prices
 from .record import Record
 from .request import Call
 from .routing import Plan
 from .tallies import Limiter
 from .usage import Usage
+
+MAX_PLANS = 256  # whose prices are remembered
 
 
 class Accounts:
@@ -30,6 +34,7 @@ class Accounts:
         self._ledger = ledger
         self._limiter = limiter
         self._estimates = Estimates()
+        self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
         self._counter: TokenCounter | None = None  # with the first request to be counted
 
     def open(
@@ -42,15 +47,40 @@ class Accounts:
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
         wish, lease = call.max_output, None
-        if caller.limits is not None:
-            while self._ledger.lost_costs:
-                self._limiter.charge(*self._ledger.lost_costs.popleft())
+        if (limits := caller.limits) is not None:
             answer = usual if wish is None else wish
-            lease = self._limiter.admit(caller, now, prompt, answer, is_bounded=wish is not None)
+            cost = (0, 0) if limits.budget is None else self._most(plan, prompt, answer)
+            demand = Demand(prompt, answer, wish is not None, *cost)
+            lease = self._limiter.admit(caller, now, demand)
         if wish is not None and wish < usual:
             usual = wish
         self._ledger.open(record, step.slug, step.endpoint, prompt, usual)
         return lease
+
+    def _most(self, plan: Plan, prompt: int, answer: int) -> tuple[int, int]:
+        """What prompt and answer cost in picodollars by the step of the plan that is dearest."""
+        known = self._prices_of(plan)
+        if len(known) == 1:
+            return known[0].most(prompt, answer)
+        dearest = 0, 0
+        for prices in known:
+            cost = prices.most(prompt, answer)
+            if cost[0] + cost[1] > dearest[0] + dearest[1]:
+                dearest = cost
+        return dearest
+
+    def _prices_of(self, plan: Plan) -> tuple[Prices, ...]:
+        """The prices of a plan's steps, without repeats; most plans stand for many calls."""
+        known = self._prices.get(id(plan))
+        if known is not None:
+            return known[1]
+        given = (step.endpoint.prices for step in plan.steps)
+        different = {id(prices): prices for prices in given if prices is not None}
+        if len(self._prices) >= MAX_PLANS:
+            self._prices.clear()
+        # With the plan itself: as long as it is kept, no other one has its id.
+        self._prices[id(plan)] = plan, tuple(different.values())
+        return self._prices[id(plan)][1]
 
     def fill(
         self,
@@ -101,24 +131,34 @@ class Accounts:
         """Hand the record over, and settle what was held."""
         self._ledger.put(record)
         if lease is not None:
-            self._limiter.settle(
-                caller,
-                lease,
-                tokens=record.prompt_tokens + record.completion_tokens,
-                spent=record.cost or 0,
-            )
+            tokens, spent = _used(record)
+            self._limiter.settle(caller, lease, tokens=tokens, spent=spent)
 
-    def count(self, record: Record, endpoint: Endpoint, body: bytes, answer: bytes | None) -> None:
+    def count(
+        self,
+        record: Record,
+        caller: Caller,
+        lease: Lease | None,
+        endpoint: Endpoint,
+        body: bytes,
+        answer: bytes | None,
+    ) -> None:
         """Have a closed record's tokens counted, off the loop, in place of an estimate."""
         if record.has_usage or not record.estimated or answer is None:
             return
         if self._counter is None:
-            self._counter = TokenCounter()
+            self._counter = TokenCounter(asyncio.get_running_loop().call_soon_threadsafe)
+        name, prices = record.id, endpoint.prices
+        settled_tokens, settled_cost = _used(record)
 
         def amend(prompt: int, completion: int) -> None:
-            prices = endpoint.prices
             cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
-            self._ledger.amend(record.id, prompt, completion, cost)
+            self._ledger.amend(name, prompt, completion, cost)
+            if lease is not None:
+                more_tokens = prompt + completion - settled_tokens
+                self._limiter.amend(
+                    caller, lease, tokens=more_tokens, spent=(cost or 0) - settled_cost
+                )
 
         self._counter.count(body, answer, amend)
 
@@ -134,6 +174,15 @@ class Accounts:
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to a caller with limits."""
         return self._limiter.headers(caller, now)
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
+        return self._limiter.header_lines(caller, now)
+
+
+def _used(record: Record) -> tuple[int, int]:
+    """Tokens and picodollars."""
+    return record.prompt_tokens + record.completion_tokens, record.cost or 0
 
 
 def permitted(plan: Plan, caller: Caller) -> Plan:

@@ -48,6 +48,7 @@ BENCH_PARTS = {
     "mock": ("mock_upstream", "a model server to measure against"),
     "load": ("load", "load on any OpenAI-compatible server"),
     "compare": ("side_by_side", "the proxy beside a plain relay, under the same load"),
+    "account": ("account", "what keys and limits cost over several workers"),
     "report": ("report", "the tables of a result file"),
     "micro": ("micro.__main__", "ns and instructions per operation of the core"),
 }

@@ -1,15 +1,17 @@
 """Tokens counted by a tokenizer, for endpoints that report none and are set to `usage = "count"`.
 
 The texts of such a request are kept, bounded, until it has ended; then they are counted on a thread
-of its own, and the count amends the record, which has an estimate until then. Nothing else in the
-program keeps a text that long, and none leaves this module.
+of its own, and the count amends the record and the key's counters, which have an estimate until
+then. Nothing else in the program keeps a text that long, and none leaves this module.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -59,35 +61,55 @@ class KeptAnswer(Answer):
         return b"".join(self._pieces) if self._kept_bytes <= MAX_KEPT_BYTES else None
 
 
-class TokenCounter:
-    """One thread that counts; `close` ends it after what it has begun."""
+Amend = Callable[[int, int], None]  # takes a prompt's tokens and an answer's
 
-    def __init__(self) -> None:
+
+class TokenCounter:
+    """One thread that counts; `close` ends it after what it has begun.
+
+    `call_soon` has a function called on the loop's thread, where all else here is called too.
+    """
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
+        self._call_soon = call_soon
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-counter")
         self._encode: Callable[[str], list[int]] | None = None
         self._is_missing = False
-        self._waiting = 0
+        self._waiting = 0  # handed in and not delivered; so this bounds what was counted, too
+        self._counted: deque[tuple[Amend, tuple[int, int] | None]] = deque()
 
-    def count(self, body: bytes, answer: bytes, amend: Callable[[int, int], None]) -> None:
-        """Have the texts of both counted; `amend` is called on the thread with the numbers."""
+    def count(self, body: bytes, answer: bytes, amend: Amend) -> None:
+        """Have the texts of both counted; `amend` is called with the numbers, if there are any."""
         if self._is_missing or self._waiting >= MAX_WAITING:
             return
         self._waiting += 1
         self._executor.submit(self._count, body, answer, amend)
 
     def close(self) -> None:
-        """Count no more; what waits stays an estimate."""
+        """Count no more, and deliver what was counted; what waits stays an estimate."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._deliver()
 
-    def _count(self, body: bytes, answer: bytes, amend: Callable[[int, int], None]) -> None:
+    def _deliver(self) -> None:
+        while self._counted:
+            amend, numbers = self._counted.popleft()
+            self._waiting -= 1
+            if numbers is not None:
+                amend(*numbers)
+
+    # The thread
+
+    def _count(self, body: bytes, answer: bytes, amend: Amend) -> None:
+        numbers = None
         try:
             encode = self._load()
             if encode is not None:
-                amend(count_prompt(body, encode), count_answer(answer, encode))
+                numbers = count_prompt(body, encode), count_answer(answer, encode)
         except Exception as exc:  # a text no tokenizer takes must not end the thread's work
             logger.error("tokens could not be counted: %s", type(exc).__name__)
-        finally:
-            self._waiting -= 1
+        self._counted.append((amend, numbers))
+        with suppress(RuntimeError):  # the loop is closed: `close` delivers, or nobody needs it
+            self._call_soon(self._deliver)
 
     def _load(self) -> Callable[[str], list[int]] | None:
         if self._encode is None and not self._is_missing:

@@ -341,7 +341,9 @@ class Exchange:
         assert attempt is not None
         step = attempt.step
         prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
-        headers = self._caller_headers() + self._attempts_header()
+        if self._caller.limits is not None:  # well-formed, being ours
+            prepared += self._gateway.accounts.header_lines(self._caller, unix_time())
+        headers = self._cors_headers() + self._attempts_header()
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
@@ -356,9 +358,11 @@ class Exchange:
         headers: Headers = []
         if self._caller.limits is not None:
             headers += self._gateway.accounts.headers(self._caller, unix_time())
-        if origins := self._gateway.config.server.cors_origins:
-            headers += cors_headers(origins, self._head.get(b"origin"))
-        return headers
+        return headers + self._cors_headers()
+
+    def _cors_headers(self) -> Headers:
+        origins = self._gateway.config.server.cors_origins
+        return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
     # What the attempt reports
 
@@ -613,7 +617,8 @@ class Exchange:
         gateway.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint
-            gateway.accounts.count(record, endpoint, self._kept_body, self._kept.kept)
+            kept = self._kept_body, self._kept.kept
+            gateway.accounts.count(record, self._caller, self._lease, endpoint, *kept)
 
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.

@@ -4,43 +4,45 @@ The counters of a key are a row of integers, its cells, so that they can lie in 
 processes share; who owns the memory and who holds the lock is left to tallies.py. A minute begins
 with the first request after the last one ended; days and months are calendar ones in UTC, so that
 they can be counted anew from the records. Money is in whole picodollars (1e-12 USD).
+
+What a call may take is held from its admission on, as if it were used, and what it really took is
+put in its place at the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import lru_cache
 from math import ceil
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from .errors import AccessError
 
-PICO = 10**12  # picodollars in a dollar
+PICO: Final = 10**12  # picodollars in a dollar
 PERIODS = ("day", "month", "total")
-MINUTE_MS = 60_000
-DAY_MS = 86_400_000
-BUSY_WAIT = 1.0  # seconds: nobody knows when one of the running calls ends
+MINUTE_MS: Final = 60_000
+DAY_MS: Final = 86_400_000
+BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the running calls ends
 
-# The places of a key's cells.
-MINUTE_START = 0  # unix ms; 0: none has begun
-MINUTE_REQUESTS = 1
-MINUTE_TOKENS = 2  # settled and reserved
-DAY = 3  # days since 1970
-DAY_REQUESTS = 4
-DAY_SPENT = 5
-MONTH = 6  # year * 12 + month
-MONTH_SPENT = 7
-TOTAL_SPENT = 8
-CELLS = 9
+# The places of a key's cells. Final: else compiled code looks each up by its name.
+MINUTE_START: Final = 0  # unix ms; 0: none has begun
+MINUTE_REQUESTS: Final = 1
+MINUTE_TOKENS: Final = 2  # settled and reserved
+DAY: Final = 3  # days since 1970
+DAY_REQUESTS: Final = 4
+DAY_SPENT: Final = 5  # settled and held, as the other two
+MONTH: Final = 6  # year * 12 + month
+MONTH_SPENT: Final = 7
+TOTAL_SPENT: Final = 8
+CELLS: Final = 9
+
+_SPENT = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
 Headers = list[tuple[bytes, bytes]]
 
 
-class Cells(Protocol):
-    """A row of integers, wherever it lies."""
-
-    def __getitem__(self, place: int, /) -> int: ...
-    def __setitem__(self, place: int, value: int, /) -> None: ...
+Cells = list[int]  # and not any row of integers: compiled code takes a list's by place
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,28 @@ class History:
     total_spent: int = 0
 
 
-class Lease(NamedTuple):  # made for each request, at a third of the cost of a dataclass
-    """One admitted call, to be settled once. Its windows, and the tokens held for it."""
+class Demand(NamedTuple):  # two for each request, at a third of the cost of dataclasses
+    """What a call may take: tokens, and picodollars, 0 where its price is not known.
+
+    The answer is what the client asked for at most if `is_bounded`, else a guess, which gives way
+    where a limit is tight.
+    """
+
+    prompt_tokens: int
+    answer_tokens: int
+    is_bounded: bool
+    prompt_cost: int = 0
+    answer_cost: int = 0
+
+
+class Lease(NamedTuple):
+    """One admitted call, to be settled once: its windows, and what is held for it."""
 
     minute_start: int
     day: int
     month: int
-    reserved: int
+    tokens: int
+    cost: int  # in picodollars
 
 
 # Windows
@@ -161,16 +178,15 @@ def admit(
     cells: Cells,
     limits: KeyLimits,
     now_ms: int,
+    demand: Demand,
     *,
-    prompt_tokens: int,
-    answer_tokens: int,
-    is_bounded: bool,
     running: int = 0,
+    held: int = 0,
 ) -> Lease:
     """Count a call in, or raise AccessError with the wait that is needed (429, or 402).
 
-    `answer_tokens` is what the client asked for at most if `is_bounded`, else a guess, which
-    gives way where the limit is tight. `running` are this key's calls under way.
+    `running` are this key's calls under way, and `held` what is held for them in picodollars; it is
+    looked at only where the budget has no room for this one.
     """
     roll(cells, now_ms)
     _check_requests(cells, limits, now_ms)
@@ -180,16 +196,19 @@ def admit(
             "wait for one to end",
             BUSY_WAIT,
         )
-    _check_budget(cells, limits, now_ms)
-    reserved = 0
+    tokens = cost = 0
+    if limits.budget is not None:
+        cost = _reserve_money(cells, limits, limits.budget, now_ms, demand, held)
     if limits.tokens_per_minute is not None:
-        reserved = _reserve(
-            cells, limits.tokens_per_minute, now_ms, prompt_tokens, answer_tokens, is_bounded
-        )
+        tokens = _reserve_tokens(cells, limits.tokens_per_minute, now_ms, demand)
+        cells[MINUTE_TOKENS] += tokens
     cells[MINUTE_REQUESTS] += 1
-    cells[MINUTE_TOKENS] += reserved
     cells[DAY_REQUESTS] += 1
-    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], reserved)
+    if cost:
+        cells[DAY_SPENT] += cost
+        cells[MONTH_SPENT] += cost
+        cells[TOTAL_SPENT] += cost
+    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], tokens, cost)
 
 
 def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
@@ -197,18 +216,20 @@ def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
 
     It belongs to the windows in which the call began; those that are over are let be.
     """
+    # A window that a clock set back and forth began anew never had what was held: not below 0.
     if cells[MINUTE_START] == lease.minute_start:
-        cells[MINUTE_TOKENS] = max(0, cells[MINUTE_TOKENS] + tokens - lease.reserved)
-    if cells[DAY] == lease.day:
-        cells[DAY_SPENT] += spent
-    if cells[MONTH] == lease.month:
-        cells[MONTH_SPENT] += spent
-    cells[TOTAL_SPENT] += spent
+        cells[MINUTE_TOKENS] = max(0, cells[MINUTE_TOKENS] + tokens - lease.tokens)
+    if more := spent - lease.cost:
+        if cells[DAY] == lease.day:
+            cells[DAY_SPENT] = max(0, cells[DAY_SPENT] + more)
+        if cells[MONTH] == lease.month:
+            cells[MONTH_SPENT] = max(0, cells[MONTH_SPENT] + more)
+        cells[TOTAL_SPENT] += more
 
 
 def spent_in(cells: Cells, period: str) -> int:
-    """Picodollars spent in the current day or month, or in all."""
-    return cells[{"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}[period]]
+    """Picodollars spent in the current day or month, or in all, with those held."""
+    return cells[_SPENT[period]]
 
 
 def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
@@ -227,32 +248,71 @@ def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
         )
 
 
-def _check_budget(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
-    if limits.budget is None or spent_in(cells, limits.budget_period) < limits.budget:
-        return
-    amount, period = format_dollars(limits.budget), limits.budget_period
+def _reserve_money(
+    cells: Cells, limits: KeyLimits, budget: int, now_ms: int, demand: Demand, held: int
+) -> int:
+    """How many picodollars to hold for a call; raises where there are not as many."""
+    spent = spent_in(cells, limits.budget_period)
+    wanted, left = demand.prompt_cost + demand.answer_cost, budget - spent
+    if 0 < left:
+        if wanted <= left:
+            return wanted
+        if not demand.is_bounded and demand.prompt_cost <= left:
+            return left  # a guess: the key may go on for as long as there is something left
+    elif not wanted and spent - held < budget:
+        return 0  # nothing but holds is in the way, and what costs nothing needs no room
+    raise _over_budget(cells, limits, budget, now_ms, demand, held)
+
+
+def _over_budget(
+    cells: Cells, limits: KeyLimits, budget: int, now_ms: int, demand: Demand, held: int
+) -> AccessError:
+    """Says whether the money is spent, is too little for this call, or is held for others."""
+    period = limits.budget_period
     span = "in all" if period == "total" else f"a {period} (UTC)"
-    raise AccessError(
-        f"expected this key to spend up to {amount} USD {span}, and it is spent; "
-        "raise the budget, or wait for the next period where it has one",
+    message = f"expected this key to spend up to {format_dollars(budget)} USD {span}, "
+    wanted = demand.prompt_cost + (demand.answer_cost if demand.is_bounded else 0)
+    left = budget - (spent_in(cells, period) - held)  # once the running calls cost nothing
+    wait = _period_left(cells, period, now_ms)
+    if left <= 0:
+        message += "and it is spent; raise the budget, or wait for the next period where it has one"
+    elif wanted > left:
+        advice = "lower its max_tokens" if demand.prompt_cost <= left else "shorten it"
+        message += (
+            f"got a request that may cost about {format_dollars(wanted)} USD, and there are "
+            f"{format_dollars(left)} left; {advice}, or raise the budget"
+        )
+        if wanted > budget:
+            wait = None  # another period has no more
+    else:
+        message += (
+            f"got a request that may cost about {format_dollars(wanted)} USD, and of the "
+            f"{format_dollars(left)} left, {format_dollars(held)} are held for calls under way; "
+            "wait for running calls to end"
+        )
+        wait = BUSY_WAIT
+    return AccessError(
+        message,
         code="budget_exceeded",
         status=402,
         type="insufficient_quota",
-        retry_after=_period_left(cells, period, now_ms),
+        retry_after=wait,
     )
 
 
-def _reserve(
-    cells: Cells, limit: int, now_ms: int, prompt: int, answer: int, is_bounded: bool
-) -> int:
+def _reserve_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> int:
     """How many tokens to hold for a call; raises where there are not as many."""
-    wanted = prompt + answer if is_bounded else min(prompt + answer, max(limit, prompt))
+    prompt = demand.prompt_tokens
+    wanted = prompt + demand.answer_tokens
     if wanted > limit:
-        raise _refusal(
-            f"up to {_count(limit, 'token')} a minute with this key, got a request that may take "
-            f"about {wanted}; shorten it, or lower its max_tokens",
-            None,
-        )
+        if not demand.is_bounded:
+            wanted = limit if prompt < limit else prompt
+        if wanted > limit:
+            raise _refusal(
+                f"up to {_count(limit, 'token')} a minute with this key, got a request that may "
+                f"take about {wanted}; shorten it, or lower its max_tokens",
+                None,
+            )
     if cells[MINUTE_TOKENS] + wanted > limit:
         raise _refusal(
             f"{_count(limit, 'token')} a minute with this key, got a request that may take about "
@@ -293,36 +353,6 @@ def _period_left(cells: Cells, period: str, now_ms: int) -> float | None:
 # What is told
 
 
-def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
-    """The x-ratelimit-* fields: of the minute, or of the day where only that is limited."""
-    left = (cells[MINUTE_START] + MINUTE_MS - now_ms) / 1000
-    has_ended = not 0 < left <= 60
-    reset = b"0ms" if has_ended else format_wait(left)
-    headers: Headers = []
-    if (limit := limits.requests_per_minute) is not None:
-        used = 0 if has_ended else cells[MINUTE_REQUESTS]
-        headers += (
-            (b"x-ratelimit-limit-requests", b"%d" % limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
-            (b"x-ratelimit-reset-requests", reset),
-        )
-    elif (limit := limits.requests_per_day) is not None:
-        used = cells[DAY_REQUESTS] if cells[DAY] == now_ms // DAY_MS else 0
-        headers += (
-            (b"x-ratelimit-limit-requests", b"%d" % limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % max(0, limit - used)),
-            (b"x-ratelimit-reset-requests", format_wait(_day_left(now_ms))),
-        )
-    if (limit := limits.tokens_per_minute) is not None:
-        used = 0 if has_ended else cells[MINUTE_TOKENS]
-        headers += (
-            (b"x-ratelimit-limit-tokens", b"%d" % limit),
-            (b"x-ratelimit-remaining-tokens", b"%d" % max(0, limit - used)),
-            (b"x-ratelimit-reset-tokens", reset),
-        )
-    return headers
-
-
 def format_wait(seconds: float) -> bytes:
     """A time as OpenAI writes it: `250ms`, `1s`, `6m0s`, `23h59m0s`; rounded up."""
     if seconds < 1:
@@ -334,6 +364,54 @@ def format_wait(seconds: float) -> bytes:
         return b"%dm%ds" % divmod(whole, 60)
     hours, rest = divmod(whole, 3600)
     return b"%dh%dm%ds" % (hours, *divmod(rest, 60))
+
+
+# What is the same in all answers is written once, with places for the rest.
+@lru_cache(maxsize=1024)
+def _line_form(requests: int | None, tokens: int | None) -> bytes:
+    form = b""
+    for what, limit in ((b"requests", requests), (b"tokens", tokens)):
+        if limit is not None:
+            form += (
+                b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\n"
+                b"x-ratelimit-reset-%b: %%b\r\n"
+            ) % (what, limit, what, what)
+    return form
+
+
+_RESETS = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
+
+
+def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
+    """The x-ratelimit-* header lines: of the minute, or of the day where only that is limited."""
+    left_ms = cells[MINUTE_START] + MINUTE_MS - now_ms
+    has_ended = not 0 < left_ms <= MINUTE_MS
+    if has_ended:
+        reset = b"0ms"
+    else:
+        reset = b"%dms" % left_ms if left_ms < 1000 else _RESETS[(left_ms + 999) // 1000]
+    requests_reset, requests_left = reset, 0
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    if requests is not None:
+        requests_left = requests if has_ended else max(0, requests - cells[MINUTE_REQUESTS])
+    elif (requests := limits.requests_per_day) is not None:
+        is_today = cells[DAY] == now_ms // DAY_MS
+        requests_left = max(0, requests - cells[DAY_REQUESTS]) if is_today else requests
+        requests_reset = format_wait(_day_left(now_ms))
+    if tokens is None:
+        if requests is None:
+            return b""
+        return _line_form(requests, None) % (requests_left, requests_reset)
+    tokens_left = tokens if has_ended else max(0, tokens - cells[MINUTE_TOKENS])
+    if requests is None:
+        return _line_form(None, tokens) % (tokens_left, reset)
+    return _line_form(requests, tokens) % (requests_left, requests_reset, tokens_left, reset)
+
+
+def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
+    """The same as fields."""
+    lines = limit_lines(cells, limits, now_ms).splitlines()
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def format_dollars(pico: int) -> str:

@@ -27,6 +27,7 @@ class Prices:
     request: Decimal = Decimal(0)
     text: str = field(init=False, repr=False, compare=False)  # of records: `prompt=0.14 …`
     _rates: tuple[int, int, int, int, int] = field(init=False, repr=False, compare=False)
+    _most_rates: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         cached = self.prompt if self.cached is None else self.cached
@@ -41,6 +42,8 @@ class Prices:
         text = " ".join(f"{name}={price:f}" for name, price in given.items() if price is not None)
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "_rates", rates)
+        most = (max(rates[0], rates[1]), max(rates[2], rates[3]), rates[4])
+        object.__setattr__(self, "_most_rates", most)
 
     @property
     def is_free(self) -> bool:
@@ -61,6 +64,15 @@ class Prices:
             + request
         )
         return (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+
+    def most(self, prompt_tokens: int, answer_tokens: int) -> tuple[int, int]:
+        """Picodollars for a prompt, and for an answer, that one request costs at most."""
+        prompt, answer, request = self._most_rates
+        atto = prompt_tokens * prompt + request
+        before = (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+        atto += answer_tokens * answer
+        # Rounded as a whole, like the cost: rounded each for itself, the parts could be less.
+        return before, (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO - before
 
 
 _ALWAYS = frozenset(("prompt", "completion"))

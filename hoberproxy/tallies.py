@@ -1,107 +1,105 @@
 """The limits' counters in a file that all processes of one machine share, exact among them.
 
     limits file: head │ locks of the workers │ slot, slot, slot, …   one for each limited key
-    slot:        key's number │ history read? │ cells (limits.py) │ calls under way, by worker
+    slot:        key's number │ history read? │ lock │ cells │ calls under way │ money held
 
-Every process maps the file. A key's cells change only under a lock on a byte of its slot, which
-the kernel frees with its holder. A worker holds the lock of its own number for as long as it lives:
-whoever finds a number's lock free knows that the calls counted under it are over. What is counted
-is limits.py's business; a limiter for several machines would take the place of `Tallies`.
+Every process maps the file. A key's cells change only under the lock in its slot, which the kernel
+frees with its holder (locks.py). A worker holds the lock of its own number for as long as it lives:
+whoever finds a number's lock free knows that the calls are over that are counted under it, in the
+slots' last two rows, which have a place for each worker. What the cells are is limits.py's
+business; a limiter for several machines would take the place of `Tallies`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import mmap
 import os
 import struct
-import time
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Final, Protocol
 
 from .access import Caller
 from .errors import UnavailableError
 from .limits import (
     CELLS,
+    Demand,
     Headers,
     History,
     Lease,
     admit,
     catch_up,
-    day_of,
     limit_headers,
-    month_of,
+    limit_lines,
     restore,
     roll,
     settle,
+    spent_in,
 )
+from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 
 logger = logging.getLogger("hoberproxy.server")
 
-MAGIC = 0x31_4C_42_48  # "HBL1": another layout gets another number
-WORKERS = 64
+MAGIC: Final = 0x32_4C_42_48  # "HBL2": another layout gets another number
+WORKERS: Final = 64
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
 
-_HEAD = 64  # integers of 8 bytes
-_NUMBER, _HAS_HISTORY, _CELLS, _RUNNING = 0, 1, 2, 2 + CELLS
-_SLOT = _RUNNING + WORKERS
-_SIZE = 8 * (_HEAD + SLOTS * _SLOT)
-_TABLE_LOCK = 0  # the byte whose lock guards the giving out of slots
-_WORKER_LOCKS = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
+_HEAD: Final = 64  # integers of 8 bytes
+_MAGIC: Final = 0  # places in it
+_NUMBERS_USED: Final = 1
+_SLOTS_USED: Final = 2
+_LOCKS: Final = 3
+_MUTEXES, _FILE_LOCKS = 1, 2  # what the slots' locks are
+_NUMBER: Final = 0  # places in a slot
+_HAS_HISTORY: Final = 1
+_LOCK: Final = 2
+_CELLS: Final = _LOCK + MUTEX_BYTES // 8
+_RUNNING: Final = _CELLS + CELLS
+_HELD: Final = _RUNNING + WORKERS
+_SLOT: Final = _HELD + WORKERS
+_SIZE: Final = 8 * (_HEAD + SLOTS * _SLOT)
+_TABLE_LOCK: Final = 0  # the byte whose lock guards the giving out of slots
+_WORKER_LOCKS: Final = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
 
 
 _unpack = struct.Struct(f"{CELLS}q").unpack_from
 _pack = struct.Struct(f"{CELLS}q").pack_into
-_fcntl = fcntl.fcntl
-_SETLK = fcntl.F_OFD_SETLK  # locks of the open file: not lost when another descriptor is closed
 
 
 class Limiter(Protocol):
     """What the path asks of whoever keeps the limits."""
 
-    def admit(
-        self,
-        caller: Caller,
-        now: float,
-        prompt_tokens: int,
-        answer_tokens: int,
-        *,
-        is_bounded: bool,
-    ) -> Lease | None:
+    def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""
 
-    def charge(self, key_id: str, started: float, spent: int) -> None:
-        """A call that began then, and was lost with its process, cost so many picodollars."""
+    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """A call that was settled used so much more, or less if negative."""
 
     def headers(self, caller: Caller, now: float) -> Headers:
         """The x-ratelimit-* fields of an answer to this caller."""
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
 
 
-def _lock_request(kind: int, start: int) -> bytes:
-    """A struct flock for one byte, made once: whence is the file's start, l_pid has to be 0."""
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, start, 1, 0)
-
-
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "history", "lock", "offset", "unlock")
+    __slots__ = ("base", "history", "lock", "offset")
 
-    def __init__(self, index: int) -> None:
-        self.base = _HEAD + index * _SLOT
-        self.offset = 8 * (self.base + _CELLS)  # of the cells, in bytes
+    def __init__(self, base: int, lock: Any) -> None:
+        self.base = base
+        self.offset = 8 * (base + _CELLS)  # of the cells, in bytes
+        self.lock = lock
         self.history: History | None = None  # the one that was looked at last
-        self.lock = _lock_request(fcntl.F_WRLCK, 8 * self.base)
-        self.unlock = _lock_request(fcntl.F_UNLCK, 8 * self.base)
 
 
 class Tallies:
@@ -118,40 +116,65 @@ class Tallies:
             os.close(self._fd)
             raise
         self._view = memoryview(self._map).cast("q")
+        self._files = FileLocks(self._fd)
+        self._table = self._files.handle(_TABLE_LOCK)
+        self._locks: Locks = self._files
         self._slots: dict[str, _Slot] = {}
         self._is_late = False
         self._worker = -1
-        self._join()
+        try:
+            self._join()
+        except BaseException:
+            self.close()
+            raise
+        # Bound: a call in the bare saves as much as the lock costs.
+        self._try_lock, self._unlock = self._locks.try_lock, self._locks.unlock
 
     def close(self) -> None:
         """Leave: the locks of this process go with its descriptor."""
-        self._slots.clear()
+        self._slots.clear()  # and with them the locks' hold on the map
         self._view.release()
-        self._map.close()
+        with suppress(BufferError):  # a traceback that has a slot: the map goes with that
+            self._map.close()
         os.close(self._fd)
 
     # Workers
 
     def _join(self) -> None:
         """Take a worker's number, and clear what a dead one left under it."""
-        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        view = self._view
+        self._acquire(self._files, self._table)
         try:
             is_alone = not any(self._is_alive(worker) for worker in range(WORKERS))
-            if self._view[0] != MAGIC:
-                self._view[0] = MAGIC
-            elif is_alone:
+            if view[_MAGIC] not in (0, MAGIC):  # another version's
+                if not is_alone:
+                    raise OSError("processes of another version use it; stop those first")
+                self._map[:] = bytes(_SIZE)
+            self._choose_locks(is_alone)
+            if is_alone:
                 self._forget_processes()
+            view[_MAGIC] = MAGIC
             self._worker = self._take_number()
             self._clear_running(self._worker)
         finally:
-            self._release(table)
+            self._files.unlock(self._table)
+
+    def _choose_locks(self, is_alone: bool) -> None:
+        """Mutexes where they work. All processes have to use the same: the first one says which."""
+        view = self._view
+        if not is_alone and view[_LOCKS] == _FILE_LOCKS:
+            return
+        try:
+            self._locks = MutexLocks(self._map)
+        except OSError:
+            if not is_alone:
+                raise
+        view[_LOCKS] = _FILE_LOCKS if self._locks is self._files else _MUTEXES
 
     def _take_number(self) -> int:
         for worker in range(WORKERS):
-            with suppress(BlockingIOError):
-                request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
-                _fcntl(self._fd, _SETLK, request)
-                self._view[1] = max(self._view[1], worker + 1)
+            if not self._files.try_lock(self._files.handle(_WORKER_LOCKS + worker)):
+                self._view[_NUMBERS_USED] = max(self._view[_NUMBERS_USED], worker + 1)
                 return worker
         raise OSError(f"expected up to {WORKERS} processes to share the limits, got more")
 
@@ -159,92 +182,84 @@ class Tallies:
         """Whether another process holds that number."""
         if worker == self._worker:
             return True
-        request = _lock_request(fcntl.F_WRLCK, _WORKER_LOCKS + worker)
-        answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, request)
-        kind: int = struct.unpack_from("h", answer)[0]
-        return kind != fcntl.F_UNLCK
+        return self._files.is_taken(self._files.handle(_WORKER_LOCKS + worker))
 
     def _forget_processes(self) -> None:
         """All who counted here are gone: the records know better what they used."""
+        view = self._view
         for base in self._used_slots():
-            self._view[base + _HAS_HISTORY] = 0
-        for worker in range(self._view[1]):
+            # Made anew: a machine that lost its power freed no lock.
+            self._locks.make(self._locks.handle(8 * (base + _LOCK)))
+            view[base + _HAS_HISTORY] = 0
+        for worker in range(view[_NUMBERS_USED]):
             self._clear_running(worker)
-        self._view[1] = 0
+        view[_NUMBERS_USED] = 0
 
     def _clear_running(self, worker: int) -> None:
         for base in self._used_slots():
-            self._view[base + _RUNNING + worker] = 0
+            self._view[base + _RUNNING + worker] = self._view[base + _HELD + worker] = 0
 
     def _used_slots(self) -> list[int]:
-        if not self._view[2]:  # how many there are: looking would touch every page of the file
+        if not self._view[_SLOTS_USED]:  # looking would touch every page of the file
             return []
         bases = range(_HEAD, _HEAD + SLOTS * _SLOT, _SLOT)
         return [base for base in bases if self._view[base + _NUMBER]]
 
     # Locks
 
-    def _acquire(self, request: bytes) -> None:
+    def _acquire(self, locks: Locks, handle: Any) -> None:
         """Lock; at once, but for a holder that is just being scheduled away."""
-        try:
-            _fcntl(self._fd, _SETLK, request)
-        except BlockingIOError:
-            self._wait_for(request)
+        if told := locks.try_lock(handle):
+            self._wait_for(locks, handle, told)
 
-    def _wait_for(self, request: bytes) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while time.monotonic() < deadline:
-            os.sched_yield()
-            with suppress(BlockingIOError):
-                _fcntl(self._fd, _SETLK, request)
-                self._is_late = False
-                return
-        # A process stopped by a debugger must not stop all others: go on without it.
-        if not self._is_late:
+    def _wait_for(self, locks: Locks, handle: Any, told: int) -> None:
+        """What is left to do when a lock could not be taken, or not from a living one."""
+        if told != OWNER_DIED:
+            told = locks.wait(handle, LOCK_PATIENCE)
+        if told == OWNER_DIED:
+            locks.recover(handle)
+        elif told and not self._is_late:
+            # A process stopped by a debugger must not stop all others: go on without it.
             logger.error("limits: another process holds a lock and does not run; counting goes on")
-        self._is_late = True
-
-    def _release(self, locked: bytes) -> None:
-        start = struct.unpack_from("q", locked, 8)[0]
-        _fcntl(self._fd, _SETLK, _lock_request(fcntl.F_UNLCK, start))
+        self._is_late = told not in (0, OWNER_DIED)
 
     # Slots
 
     def _slot_of(self, caller: Caller, now_ms: int) -> _Slot:
         slot = self._slots.get(caller.key_id)
         if slot is None:
-            slot = self._find(caller.key_id)
-            assert slot is not None, "made where there was none"
-            self._slots[caller.key_id] = slot
+            slot = self._slots[caller.key_id] = self._find(caller.key_id)
         if slot.history is not caller.history:
             self._look_back(slot, caller.history, now_ms)
         return slot
 
-    def _find(self, key_id: str, *, create: bool = True) -> _Slot | None:
-        """The slot of a key; `create`: or a free one that becomes its own."""
+    def _find(self, key_id: str) -> _Slot:
+        """The slot of a key, or a free one that becomes its own."""
         digest = hashlib.sha256(key_id.encode()).digest()
         number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
         view = self._view
-        self._acquire(table := _lock_request(fcntl.F_WRLCK, _TABLE_LOCK))
+        self._acquire(self._files, self._table)
         try:
             for step in range(SLOTS):
-                index = (number + step) % SLOTS
-                found = view[_HEAD + index * _SLOT + _NUMBER]
-                if not found and not create:
-                    return None
+                base = _HEAD + (number + step) % SLOTS * _SLOT
+                found = view[base + _NUMBER]
                 if found in (0, number):
-                    view[2] += found == 0
-                    view[_HEAD + index * _SLOT + _NUMBER] = number
-                    return _Slot(index)
+                    lock = self._locks.handle(8 * (base + _LOCK))
+                    if not found:
+                        self._locks.make(lock)
+                        view[_SLOTS_USED] += 1
+                        view[base + _NUMBER] = number
+                    return _Slot(base, lock)
         finally:
-            self._release(table)
+            self._files.unlock(self._table)
         logger.error("limits: expected up to %d limited keys, got more", SLOTS)
         raise UnavailableError("there is no room for another key's limits", code="overloaded")
 
     def _look_back(self, slot: _Slot, history: History, now_ms: int) -> None:
         """Begin with what the records know of a key, or see that nothing of it is missing."""
         slot.history = history
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             cells = self._read(slot)
             if self._view[slot.base + _HAS_HISTORY]:
@@ -254,7 +269,7 @@ class Tallies:
             self._write(slot, cells)
             self._view[slot.base + _HAS_HISTORY] = 1
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
 
     def _read(self, slot: _Slot) -> list[int]:
         # All at once and back: integers of a memoryview cost twice those of a list.
@@ -265,40 +280,31 @@ class Tallies:
 
     # What the path asks for (Limiter)
 
-    def admit(
-        self,
-        caller: Caller,
-        now: float,
-        prompt_tokens: int,
-        answer_tokens: int,
-        *,
-        is_bounded: bool,
-    ) -> Lease | None:
+    def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
         limits = caller.limits
         assert limits is not None, "callers without limits are not asked here"
         now_ms = int(now * 1000)
         slot = self._slot_of(caller, now_ms)
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
-            running = 0
+            running = held = 0
             if limits.concurrency is not None:
                 running = self._count_running(slot, limits.concurrency)
             cells = self._read(slot)
-            lease = admit(
-                cells,
-                limits,
-                now_ms,
-                prompt_tokens=prompt_tokens,
-                answer_tokens=answer_tokens,
-                is_bounded=is_bounded,
-                running=running,
-            )
+            if limits.budget is not None:
+                cost = demand.prompt_cost + demand.answer_cost
+                if spent_in(cells, limits.budget_period) + cost >= limits.budget:
+                    held = self._sum_held(slot)
+            lease = admit(cells, limits, now_ms, demand, running=running, held=held)
             self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] += 1
+            if lease.cost:
+                self._view[slot.base + _HELD + self._worker] += lease.cost
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
         # Always, where calls at once are counted, whatever the limits are when it ends.
         return lease if limits.needs_settling else None
 
@@ -307,36 +313,45 @@ class Tallies:
         limits = caller.limits
         assert limits is not None, "a lease is given under limits"
         slot = self._slots[caller.key_id]
-        self._acquire(slot.lock)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
             cells = self._read(slot)
             settle(cells, lease, tokens=tokens, spent=spent)
             self._write(slot, cells)
             if limits.concurrency is not None:
                 self._view[slot.base + _RUNNING + self._worker] -= 1
+            if lease.cost:
+                self._view[slot.base + _HELD + self._worker] -= lease.cost
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
 
-    def charge(self, key_id: str, started: float, spent: int) -> None:
-        """A call that began then, and was lost with its process, cost so many picodollars."""
-        slot = self._slots.get(key_id) or self._find(key_id, create=False)
-        if slot is None:  # without limits, or not asked since: the records will tell
-            return
-        day = day_of(int(started * 1000))
-        lease = Lease(minute_start=-1, day=day, month=month_of(day), reserved=0)
-        self._acquire(slot.lock)
+    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """A call that was settled used so much more, or less if negative."""
+        slot = self._slots[caller.key_id]
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
         try:
-            if self._view[slot.base + _HAS_HISTORY]:
-                cells = self._read(slot)
-                settle(cells, lease, tokens=0, spent=spent)
-                self._write(slot, cells)
+            cells = self._read(slot)
+            settle(cells, lease._replace(tokens=0, cost=0), tokens=tokens, spent=spent)
+            self._write(slot, cells)
         finally:
-            _fcntl(self._fd, _SETLK, slot.unlock)
+            self._unlock(slot.lock)
+
+    def _sum_held(self, slot: _Slot) -> int:
+        """Picodollars held for calls under way. What a dead worker held is spent.
+
+        Those that began in an earlier day or month are among them, so it is for what is told, and
+        for calls that cost nothing.
+        """
+        start = slot.base + _HELD
+        counts = self._view[start : start + self._view[_NUMBERS_USED]].tolist()
+        return sum(held for worker, held in enumerate(counts) if held and self._is_alive(worker))
 
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
         start = slot.base + _RUNNING
-        counts = self._view[start : start + self._view[1]].tolist()
+        counts = self._view[start : start + self._view[_NUMBERS_USED]].tolist()
         if (running := sum(counts)) < limit:
             return running
         for worker, count in enumerate(counts):
@@ -350,6 +365,13 @@ class Tallies:
         if slot is None or caller.limits is None:
             return []
         return limit_headers(self._read(slot), caller.limits, int(now * 1000))
+
+    def header_lines(self, caller: Caller, now: float) -> bytes:
+        """The same as lines of a head, ready to be sent."""
+        slot = self._slots.get(caller.key_id)
+        if slot is None or caller.limits is None:
+            return b""
+        return limit_lines(self._read(slot), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""

@@ -6,15 +6,18 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+import orjson
 import pytest
 
 from hoberproxy.catalog import Endpoint, Model
-from hoberproxy.limits import PICO, KeyLimits
+from hoberproxy.limits import PICO, KeyLimits, format_dollars
 from hoberproxy.prices import Prices
+from hoberproxy.request import parse_call
 from hoberproxy.store import Store
+from hoberproxy.usage import BYTES_PER_TOKEN
 
 from .conftest import QUESTION, SLUG, ClientAnswer, Proxy, StartProxy, chat, get, wait_until
-from .scripted import ScriptedUpstream, completion, json_response
+from .scripted import AwaitRelease, ScriptedUpstream, completion, json_response
 
 PRICES = Prices(Decimal(1), Decimal(2))
 USAGE = (1000, 500)  # tokens of prompt and answer
@@ -160,6 +163,34 @@ async def test_a_key_that_has_spent_its_budget_is_told_so(proxy: Proxy) -> None:
     refused = await ask(proxy, key)
     assert (refused.status, refused.json()["error"]["type"]) == (402, "insufficient_quota")
     assert refused.headers["x-should-retry"] == "false"
+
+
+async def test_of_calls_at_once_as_many_pass_as_the_budget_has_room_for(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    upstream._default = [AwaitRelease("go"), *json_response(200, completion(usage=(5, 1)))]
+    wish = orjson.dumps(QUESTION | {"max_tokens": 100})
+    prompt = parse_call(wish).prompt_bytes / BYTES_PER_TOKEN
+    budget = 3 * (round(prompt) + 200) * 10**6
+    key = await new_key(proxy, limits=KeyLimits(budget=budget))
+    clients = [await proxy.connect() for _ in range(8)]
+    for client in clients[:3]:
+        client.send(chat(key, wish))
+    await wait_until(lambda: len(upstream.requests) == 3)
+    for client in clients[3:]:
+        client.send(chat(key, wish))
+    refused = [await client.read_answer() for client in clients[3:]]
+    assert [answer.status for answer in refused] == [402] * 5
+    assert "wait for running calls" in refused[0].json()["error"]["message"]
+    assert refused[0].headers["retry-after"] == "1"
+    data = (await fetch(proxy, "/v1/key", key)).json()["data"]
+    assert (data["limit_remaining"], data["usage"]["total"]["cost"]) == ("0.00", "0.00")
+    upstream.release("go")
+    assert [(await client.read_answer()).status for client in clients[:3]] == [200] * 3
+    data = (await fetch(proxy, "/v1/key", key)).json()["data"]
+    assert data["limit_remaining"] == format_dollars(budget - 3 * 7 * 10**6)
+    assert (await ask(proxy, key)).status == 200
+    assert len(upstream.requests) == 4
 
 
 async def test_a_key_may_use_its_models_alone(proxy: Proxy, upstream: ScriptedUpstream) -> None:

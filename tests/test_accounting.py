@@ -9,19 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from hoberproxy import accounting as accounting_module
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts, permitted
 from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
 from hoberproxy.journal import take_over
 from hoberproxy.ledger import Ledger
-from hoberproxy.limits import MINUTE_TOKENS, TOTAL_SPENT, KeyLimits
+from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
 from hoberproxy.prices import Prices
 from hoberproxy.record import CLIENT_CLOSED, Record
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
 from hoberproxy.tallies import Tallies
-from hoberproxy.usage import Usage
+from hoberproxy.usage import BYTES_PER_TOKEN, Usage
 
 NOW = 1_700_000_000.0
 ENDPOINT = Endpoint("east", "m", prices=Prices(Decimal(1), Decimal(2)))
@@ -104,6 +105,87 @@ def test_a_refused_request_is_not_in_the_journal(
     (remains,) = take_over(tmp_path / "store.db-requests")
     assert list(remains.opened) == ["req_1"]
     remains.release()
+
+
+# Budgets
+
+RICH = replace(LIMITED, limits=KeyLimits(budget=PICO))
+BOUNDED = parse_call(CALL.body[:-1] + b', "max_tokens": 100}')
+
+
+def held(tallies: Tallies) -> int:
+    return tallies.counters(RICH, NOW)[TOTAL_SPENT]
+
+
+def plan_of(*prices: Prices | None) -> Plan:
+    endpoints = [Endpoint(f"provider-{n}", "m", prices=each) for n, each in enumerate(prices)]
+    return Plan(tuple(Step("a/b", endpoint) for endpoint in endpoints))
+
+
+def test_a_call_holds_what_it_costs_by_the_dearest_endpoint_that_may_serve_it(
+    accounts: Accounts, tallies: Tallies
+) -> None:
+    dear_prompt, dear_answer = Prices(Decimal(90)), Prices(completion=Decimal(3))
+    plan = plan_of(Prices(Decimal(1), Decimal(2)), None, dear_prompt, dear_answer)
+    for _ in range(2):  # the second time by what is remembered of the plan
+        lease = accounts.open(record(), RICH, BOUNDED, plan, NOW)
+        prompt = round(BOUNDED.prompt_bytes / BYTES_PER_TOKEN)
+        assert lease is not None
+        assert lease.cost == held(tallies) == max(prompt * 90, 300, prompt + 200) * 10**6
+        tallies.settle(RICH, lease, tokens=0, spent=0)
+
+
+def test_what_is_held_gives_way_to_what_it_cost(accounts: Accounts, tallies: Tallies) -> None:
+    one = record(status=200)
+    lease = accounts.open(one, RICH, BOUNDED, PLAN, NOW)
+    assert held(tallies) > 200 * 10**6
+    fill(accounts, one, Usage(10, 20))
+    accounts.close(one, RICH, lease)
+    assert held(tallies) == 50 * 10**6
+
+
+def test_what_no_upstream_answered_is_given_back(accounts: Accounts, tallies: Tallies) -> None:
+    one = record(status=502, code="upstream_error")
+    lease = accounts.open(one, RICH, BOUNDED, PLAN, NOW)
+    fill(accounts, one, None, is_answered=False)
+    accounts.close(one, RICH, lease)
+    assert held(tallies) == 0
+
+
+@pytest.mark.parametrize("prices", [None, Prices()], ids=["without a price", "free"])
+def test_what_costs_nothing_holds_nothing(
+    accounts: Accounts, tallies: Tallies, prices: Prices | None
+) -> None:
+    accounts.open(record(), RICH, BOUNDED, plan_of(prices), NOW)
+    assert held(tallies) == 0
+
+
+def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
+    accounts: Accounts, tallies: Tallies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting_module, "MAX_PLANS", 3)
+    for number in range(1, 20):
+        plan = plan_of(Prices(request=Decimal(number) / 1000))
+        accounts.open(record(), RICH, BOUNDED, plan, NOW)
+        assert len(accounts._prices) <= 3
+    assert held(tallies) == sum(range(1, 20)) * PICO // 1000
+
+
+def test_what_is_counted_later_changes_the_windows_in_which_the_call_began(
+    tallies: Tallies,
+) -> None:
+    rich = replace(RICH, limits=KeyLimits(budget=PICO, tokens_per_minute=1000, concurrency=1))
+    lease = tallies.admit(rich, NOW, Demand(1, 1, True, 5, 5))
+    assert lease is not None
+    tallies.settle(rich, lease, tokens=100, spent=50)
+    tallies.amend(rich, lease, tokens=-30, spent=20)
+    counters = tallies.counters(rich, NOW)
+    assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (70, 70)
+    later = tallies.admit(rich, NOW + 90, Demand(1, 1, True, 5, 5))  # one at once: it had ended
+    assert later is not None
+    tallies.amend(rich, lease, tokens=-30, spent=20)
+    counters = tallies.counters(rich, NOW + 90)
+    assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (2, 100)
 
 
 # Usage and cost

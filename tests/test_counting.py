@@ -8,12 +8,14 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from decimal import Decimal
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
 import orjson
 import pytest
 
+from hoberproxy import counting as counting_module
 from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.counting import (
     TOKENS_PER_MESSAGE,
@@ -22,6 +24,7 @@ from hoberproxy.counting import (
     count_answer,
     count_prompt,
 )
+from hoberproxy.limits import DAY_SPENT, MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
 from hoberproxy.prices import Prices
 from hoberproxy.record import Record
 from hoberproxy.store import Store
@@ -83,35 +86,61 @@ def test_without_the_tokenizer_it_is_said_once_and_estimates_stay(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "bpe_openai", None)  # an ImportError
-    counter = TokenCounter()
+    counter = TokenCounter(lambda deliver: None)
     for _ in range(3):
         counter.count(b"{}", b"", lambda *_: pytest.fail("there is nothing to count with"))
     counter._executor.shutdown(wait=True)
+    counter.close()
     assert caplog.text.count("hoberproxy[count]") == 1
 
 
 def test_a_text_that_cannot_be_read_does_not_end_the_counting(
     tokenizer: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    counter, counted = TokenCounter(), list[tuple[int, int]]()
+    counter, counted = TokenCounter(lambda deliver: None), list[tuple[int, int]]()
     body = orjson.dumps({"messages": []})
     for answer in (b"{broken secret", b""):
         counter.count(body, answer, lambda *numbers: counted.append(numbers))
     counter._executor.shutdown(wait=True)
+    counter.close()
     assert counted == [(TOKENS_PER_REPLY, 0)]
     assert "could not be counted" in caplog.text and "secret" not in caplog.text
+
+
+def test_what_is_counted_and_not_delivered_is_bounded(
+    tokenizer: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting_module, "MAX_WAITING", 3)
+    body, counted, deliveries = orjson.dumps({"messages": []}), list[tuple[int, int]](), Queue()
+    counter = TokenCounter(deliveries.put)
+
+    def count() -> None:
+        counter.count(body, b"", lambda *numbers: counted.append(numbers))
+
+    for _ in range(5):
+        count()
+    for _ in range(3):
+        deliver = deliveries.get(timeout=10)
+    assert counted == []  # not on the thread
+    deliver()
+    assert len(counted) == 3
+    count()
+    deliveries.get(timeout=10)()
+    assert len(counted) == 4
+    counter.close()
+    assert deliveries.empty() and len(counted) == 4
 
 
 # Through the proxy
 
 
-async def counted(proxy: Proxy, body: dict[str, Any]) -> Record:
+async def counted(proxy: Proxy, body: dict[str, Any], key: str = "") -> Record:
     endpoint = Endpoint(
         "scripted", "upstream-model", prices=Prices(Decimal(1), Decimal(1)), usage="count"
     )
     proxy.server.reload(replace(proxy.gateway.config, models=(Model(SLUG, (endpoint,)),)))
     client = await proxy.connect()
-    client.send(chat(proxy.key, body))
+    client.send(chat(key or proxy.key, body))
     assert (await client.read_answer()).status == 200
     store = Store(proxy.gateway.config.records.file)
     found: list[Record] = []
@@ -148,3 +177,28 @@ async def test_reported_usage_wins(
     messages = [{"role": "user", "content": "one"}]
     record = await counted(await start_proxy(), {"model": SLUG, "messages": messages})
     assert (record.prompt_tokens, record.completion_tokens, record.has_usage) == (50, 60, True)
+
+
+@pytest.mark.parametrize("words_in", [1, 400], ids=["fewer than estimated", "more"])
+async def test_a_count_amends_what_the_key_has_used_in_the_windows_of_the_call(
+    tokenizer: None, start_proxy: StartProxy, upstream: ScriptedUpstream, words_in: int
+) -> None:
+    proxy = await start_proxy()
+    store = Store(proxy.gateway.config.records.file)
+    limits = KeyLimits(tokens_per_minute=100_000, budget=PICO, concurrency=2)
+    key, _ = store.create_key("x", limits=limits)
+    store.close()
+    await wait_until(lambda: proxy.gateway.keyring.count > 1)
+    caller = proxy.gateway.keyring.authenticate(b"Bearer " + key.encode(), 0.0)
+    upstream.add(json_response(200, completion("a b c", usage=None)))
+    messages = [{"role": "user", "content": "x " * words_in}]
+    record = await counted(proxy, {"model": SLUG, "messages": messages, "max_tokens": 9}, key)
+    used = record.prompt_tokens + record.completion_tokens
+    assert used == words_in + TOKENS_PER_MESSAGE + TOKENS_PER_REPLY + 3
+
+    def cells(later: float) -> list[int]:
+        return proxy.gateway.accounts.counters(caller, record.started + later)
+
+    await wait_until(lambda: cells(0)[MINUTE_TOKENS] == used)
+    assert cells(0)[TOTAL_SPENT] == cells(0)[DAY_SPENT] == used * 10**6
+    assert cells(120)[MINUTE_TOKENS] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,13 +12,20 @@ from hypothesis import strategies as st
 
 from hoberproxy.errors import AccessError
 from hoberproxy.limits import (
+    BUSY_WAIT,
     CELLS,
+    DAY,
     DAY_MS,
     DAY_REQUESTS,
+    DAY_SPENT,
     MINUTE_MS,
     MINUTE_TOKENS,
+    MONTH,
+    MONTH_SPENT,
+    PERIODS,
     PICO,
     TOTAL_SPENT,
+    Demand,
     History,
     KeyLimits,
     Lease,
@@ -25,10 +33,12 @@ from hoberproxy.limits import (
     format_dollars,
     format_wait,
     limit_headers,
+    limit_lines,
     month_of,
     month_start,
     restore,
     settle,
+    spent_in,
 )
 
 NOW = 1_700_000_000_000  # 2023-11-14 22:13:20 UTC
@@ -40,10 +50,16 @@ def fresh() -> list[int]:
 
 
 def ask(
-    cells: list[int], limits: KeyLimits, now: int = NOW, *, running: int = 0, **tokens: Any
+    cells: list[int],
+    limits: KeyLimits,
+    now: int = NOW,
+    *,
+    running: int = 0,
+    held: int = 0,
+    **demand: Any,
 ) -> Lease:
-    demand: dict[str, Any] = {"prompt_tokens": 1, "answer_tokens": 1, "is_bounded": True} | tokens
-    return admit(cells, limits, now, running=running, **demand)
+    wish = Demand(1, 1, is_bounded=True)._replace(**demand)
+    return admit(cells, limits, now, wish, running=running, held=held)
 
 
 def refusal(cells: list[int], limits: KeyLimits, now: int = NOW, **options: Any) -> AccessError:
@@ -234,6 +250,137 @@ def test_a_spent_budget_refuses_with_the_wait(period: str, wait: float | None) -
     assert "1.00 USD" in error.message
 
 
+def priced(prompt: int, answer: int, *, is_bounded: bool = True) -> dict[str, Any]:
+    return {"prompt_cost": prompt, "answer_cost": answer, "is_bounded": is_bounded}
+
+
+def test_what_a_call_may_cost_is_held_and_then_what_it_cost_takes_its_place() -> None:
+    cells, limits = fresh(), KeyLimits(budget=100)
+    leases = [ask(cells, limits, **priced(10, 40)) for _ in range(2)]
+    assert cells[TOTAL_SPENT] == 100
+    error = refusal(cells, limits, held=100, **priced(1, 1))
+    assert (error.status, error.code, error.retry_after) == (402, "budget_exceeded", BUSY_WAIT)
+    assert "wait for running calls to end" in error.message
+    settle(cells, leases[0], tokens=0, spent=13)
+    settle(cells, leases[1], tokens=0, spent=60)  # an answer that keeps to no bound
+    assert (cells[DAY_SPENT], cells[MONTH_SPENT], cells[TOTAL_SPENT]) == (73, 73, 73)
+    ask(cells, limits, **priced(7, 20))
+    assert "it is spent" in refusal(cells, limits, **priced(0, 1)).message
+
+
+@pytest.mark.parametrize(
+    ("wish", "advice", "waits"),
+    [
+        pytest.param(priced(10, 31), "lower its max_tokens", True, id="the answer is too long"),
+        pytest.param(priced(41, 1), "shorten it", True, id="the prompt alone is too much"),
+        pytest.param(priced(41, 500, is_bounded=False), "shorten it", True, id="without a bound"),
+        pytest.param(priced(10, 91), "lower its max_tokens", False, id="more than a whole budget"),
+    ],
+)
+def test_a_call_for_which_too_little_is_left_is_told_what_helps(
+    wish: dict[str, Any], advice: str, waits: bool
+) -> None:
+    cells, limits = fresh(), KeyLimits(budget=100, budget_period="day")
+    settle(cells, ask(cells, limits), tokens=0, spent=60)
+    lease = ask(cells, limits, **priced(20, 0))
+    error = refusal(cells, limits, held=20, **wish)
+    assert error.status == 402 and advice in error.message
+    assert error.retry_after == ((MIDNIGHT - NOW) / 1000 if waits else None)
+    settle(cells, lease, tokens=0, spent=0)
+    ask(cells, limits, **priced(10, 30))
+
+
+def test_a_guessed_cost_gives_way_to_what_is_left() -> None:
+    cells, limits = fresh(), KeyLimits(budget=100)
+    settle(cells, ask(cells, limits), tokens=0, spent=99)
+    lease = ask(cells, limits, **priced(1, 500, is_bounded=False))
+    assert cells[TOTAL_SPENT] == 100
+    assert refusal(cells, limits, held=1, **priced(1, 500, is_bounded=False)).retry_after == 1.0
+    settle(cells, lease, tokens=0, spent=0)
+    ask(cells, limits, **priced(1, 500, is_bounded=False))
+
+
+def test_what_costs_nothing_is_refused_only_once_the_budget_is_really_spent() -> None:
+    cells, limits = fresh(), KeyLimits(budget=100)
+    lease = ask(cells, limits, **priced(50, 50))
+    assert ask(cells, limits, held=100).cost == 0
+    settle(cells, lease, tokens=0, spent=100)
+    assert refusal(cells, limits, held=0).status == 402
+
+
+def test_without_a_budget_no_money_is_held() -> None:
+    cells, limits = fresh(), KeyLimits(requests_per_day=5)
+    assert ask(cells, limits, **priced(10, 40)).cost == 0
+    assert cells[TOTAL_SPENT] == 0
+
+
+def test_what_ends_after_its_day_or_month_is_settled_where_it_began() -> None:
+    last = (1_701_388_800 - 1) * 1000  # a second before December
+    cells, limits = fresh(), KeyLimits(budget=100)
+    lease = ask(cells, limits, last, **priced(10, 40))
+    ask(cells, limits, last + 2000, **priced(5, 0))
+    settle(cells, lease, tokens=0, spent=20)
+    assert (cells[DAY_SPENT], cells[MONTH_SPENT], cells[TOTAL_SPENT]) == (5, 5, 25)
+
+
+def test_a_clock_set_back_and_forth_leaves_nothing_below_zero() -> None:
+    cells, limits = fresh(), KeyLimits(budget=100)
+    lease = ask(cells, limits, **priced(10, 40))
+    for now in (NOW - 40 * DAY_MS, NOW):
+        ask(cells, limits, now)
+    settle(cells, lease, tokens=0, spent=20)
+    assert (cells[DAY_SPENT], cells[MONTH_SPENT], cells[TOTAL_SPENT]) == (0, 0, 20)
+
+
+@settings(deadline=None)
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.integers(0, 400),  # of the prompt
+            st.integers(0, 400),  # of the answer at most
+            st.integers(0, 100),  # percent of it that it takes
+            st.integers(0, 3 * DAY_MS // 4),  # until the next one
+            st.integers(0, 5),  # how many of those under way end before
+        ),
+        max_size=60,
+    ),
+    period=st.sampled_from(PERIODS),
+    order=st.randoms(use_true_random=False),
+)
+def test_bounded_calls_never_pass_the_budget_and_in_the_end_it_is_what_they_cost(
+    calls: list[tuple[int, int, int, int, int]], period: str, order: Random
+) -> None:
+    cells, limits, now = fresh(), KeyLimits(budget=1000, budget_period=period), NOW
+    under_way: list[tuple[Lease, int]] = []
+    costs: dict[str, dict[int, int]] = {name: {} for name in PERIODS}  # by the window they began in
+
+    def end_one() -> None:
+        lease, cost = under_way.pop(order.randrange(len(under_way)))
+        settle(cells, lease, tokens=0, spent=cost)
+        for name, window in (("day", lease.day), ("month", lease.month), ("total", 0)):
+            costs[name][window] = costs[name].get(window, 0) + cost
+
+    for prompt, answer, share, gap, ends in calls:
+        now += gap
+        for _ in range(min(ends, len(under_way))):
+            end_one()
+        held = sum(lease.cost for lease, _ in under_way)
+        try:
+            lease = ask(cells, limits, now, held=held, **priced(prompt, answer))
+        except AccessError:
+            pass
+        else:
+            under_way.append((lease, prompt + answer * share // 100))
+        assert 0 <= spent_in(cells, period) <= 1000
+    while under_way:
+        end_one()
+        assert 0 <= spent_in(cells, period) <= 1000
+    assert cells[TOTAL_SPENT] == costs["total"].get(0, 0)
+    assert cells[DAY_SPENT] == costs["day"].get(cells[DAY], 0)
+    assert cells[MONTH_SPENT] == costs["month"].get(cells[MONTH], 0)
+    assert all(spent <= 1000 for spent in costs[period].values())
+
+
 def test_a_new_day_has_a_new_budget_and_the_total_goes_on() -> None:
     cells, limits = fresh(), KeyLimits(budget=10, budget_period="day")
     settle(cells, ask(cells, limits), tokens=0, spent=10)
@@ -275,9 +422,22 @@ def test_headers_tell_of_the_minute_or_else_of_the_day() -> None:
         b"x-ratelimit-remaining-tokens": b"400",
         b"x-ratelimit-reset-tokens": b"1m0s",
     }
+    assert limit_lines(cells, KeyLimits(tokens_per_minute=500), NOW) == (
+        b"x-ratelimit-limit-tokens: 500\r\nx-ratelimit-remaining-tokens: 400\r\n"
+        b"x-ratelimit-reset-tokens: 1m0s\r\n"
+    )
+    assert limit_lines(cells, KeyLimits(budget=1), NOW) == b""
     daily = dict(limit_headers(cells, KeyLimits(requests_per_day=20), NOW))
     assert daily[b"x-ratelimit-remaining-requests"] == b"19"
     assert daily[b"x-ratelimit-reset-requests"] == b"1h46m40s"
+
+
+def test_within_the_last_second_milliseconds_are_told() -> None:
+    cells, limits = fresh(), KeyLimits(tokens_per_minute=10)
+    ask(cells, limits)
+    for left, text in ((1001, b"2s"), (1000, b"1s"), (999, b"999ms"), (1, b"1ms"), (0, b"0ms")):
+        told = dict(limit_headers(cells, limits, NOW + MINUTE_MS - left))
+        assert told[b"x-ratelimit-reset-tokens"] == text
 
 
 def test_after_the_minute_everything_is_left() -> None:

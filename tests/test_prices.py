@@ -37,6 +37,28 @@ def test_a_cost_is_what_decimal_arithmetic_says(
     assert Prices(prompt, completion, cached, reasoning, request).cost(usage) == expected
 
 
+@settings(deadline=None)
+@given(price, price, price, price, price, tokens, tokens, st.data())
+def test_no_usage_within_the_bounds_costs_more_than_the_most(
+    prompt: Decimal,
+    completion: Decimal,
+    cached: Decimal,
+    reasoning: Decimal,
+    request: Decimal,
+    tokens_in: int,
+    tokens_out: int,
+    data: st.DataObject,
+) -> None:
+    prices = Prices(prompt, completion, cached, reasoning, request)
+    most = prices.most(tokens_in, tokens_out)
+    used_in, used_out = (data.draw(st.integers(0, each)) for each in (tokens_in, tokens_out))
+    cached_in, reasoned = (data.draw(st.integers(0, each)) for each in (used_in, used_out))
+    assert prices.cost(Usage(used_in, used_out, cached_in, reasoned)) <= sum(most)
+    assert min(most) >= 0
+    plain = Prices(prompt, completion, request=request)
+    assert sum(plain.most(tokens_in, tokens_out)) == plain.cost(Usage(tokens_in, tokens_out))
+
+
 def test_without_prices_of_their_own_cached_and_reasoning_tokens_cost_as_the_others() -> None:
     prices = Prices(Decimal("0.14"), Decimal("0.28"))
     plain, detailed = Usage(1000, 100), Usage(1000, 100, 900, 50)

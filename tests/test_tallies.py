@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -15,10 +14,20 @@ import pytest
 from hoberproxy import tallies as tallies_module
 from hoberproxy.access import Caller
 from hoberproxy.errors import AccessError, UnavailableError
-from hoberproxy.limits import DAY_REQUESTS, DAY_SPENT, TOTAL_SPENT, History, KeyLimits
+from hoberproxy.limits import (
+    BUSY_WAIT,
+    DAY_REQUESTS,
+    DAY_SPENT,
+    TOTAL_SPENT,
+    Demand,
+    History,
+    KeyLimits,
+)
+from hoberproxy.locks import FileLocks, MutexLocks
 from hoberproxy.tallies import Tallies
 
 NOW = 1_700_000_000.0
+CALL = Demand(1, 1, is_bounded=True, prompt_cost=3, answer_cost=4)
 WAIT = 30.0
 PROCESSES = multiprocessing.get_context("spawn")
 
@@ -28,8 +37,16 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "limits"
 
 
-@pytest.fixture
-def tallies(path: Path) -> Iterator[Tallies]:
+def no_mutexes(memory: object) -> None:
+    raise OSError("none here")
+
+
+@pytest.fixture(params=["mutexes", "file locks"])
+def tallies(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Tallies]:
+    if request.param == "file locks":
+        monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
     tallies = Tallies(path)
     yield tallies
     tallies.close()
@@ -49,7 +66,7 @@ def caller(key_id: str = "key_1", history: History | None = None, **limits: int)
 
 def passes(tallies: Tallies, caller: Caller, now: float = NOW) -> bool:
     try:
-        tallies.admit(caller, now, 1, 1, is_bounded=True)
+        tallies.admit(caller, now, CALL)
     except AccessError:
         return False
     return True
@@ -65,7 +82,7 @@ def test_keys_are_counted_apart(tallies: Tallies) -> None:
 
 def test_a_call_that_ended_makes_room(tallies: Tallies) -> None:
     one = caller(concurrency=1)
-    lease = tallies.admit(one, NOW, 1, 1, is_bounded=True)
+    lease = tallies.admit(one, NOW, CALL)
     assert lease is not None and not passes(tallies, one)
     tallies.settle(one, lease, tokens=2, spent=3)
     assert passes(tallies, one)
@@ -74,7 +91,7 @@ def test_a_call_that_ended_makes_room(tallies: Tallies) -> None:
 
 def test_where_only_requests_are_limited_nothing_is_left_to_settle(tallies: Tallies) -> None:
     one = caller(requests_per_minute=5)
-    assert tallies.admit(one, NOW, 1, 1, is_bounded=True) is None
+    assert tallies.admit(one, NOW, CALL) is None
 
 
 def test_history_counts_once(tallies: Tallies, path: Path) -> None:
@@ -90,13 +107,37 @@ def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(tallies: Ta
     assert passes(tallies, caller(requests_per_minute=5))  # what is spent is not counted here
     before = History(today, day_requests=1, day_spent=70, month_spent=80, total_spent=90)
     limited = caller(history=before, budget=100)
-    lease = tallies.admit(limited, NOW, 1, 1, is_bounded=True)
+    lease = tallies.admit(limited, NOW, CALL)
     assert lease is not None
     tallies.settle(limited, lease, tokens=0, spent=10)
     assert not passes(tallies, limited)
     assert tallies.counters(limited, NOW)[DAY_SPENT] == 80
     older = History(today, day_requests=1, day_spent=1, month_spent=1, total_spent=1)
     assert tallies.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
+
+
+def test_what_is_held_counts_for_all_processes_until_it_is_settled(path: Path) -> None:
+    one, tallies, other = caller(budget=13), Tallies(path), Tallies(path)
+    lease = tallies.admit(one, NOW, CALL)
+    assert lease is not None
+    with pytest.raises(AccessError, match="wait for running calls") as caught:
+        other.admit(one, NOW, CALL)
+    assert caught.value.retry_after == BUSY_WAIT
+    tallies.settle(one, lease, tokens=2, spent=6)
+    assert passes(other, one)
+    with pytest.raises(AccessError, match="wait for running calls"):
+        tallies.admit(one, NOW, CALL)
+    tallies.close()
+    other.close()
+
+
+def test_a_key_that_lost_its_budget_meanwhile_gets_back_what_was_held(tallies: Tallies) -> None:
+    one = caller(budget=100)
+    lease = tallies.admit(one, NOW, CALL)
+    assert lease is not None
+    tallies.settle(caller(requests_per_minute=1), lease, tokens=0, spent=1)
+    assert tallies.counters(one, NOW)[TOTAL_SPENT] == 1
+    assert tallies._sum_held(tallies._slots["key_1"]) == 0
 
 
 def test_the_first_process_after_all_have_gone_goes_by_the_records(path: Path) -> None:
@@ -129,23 +170,51 @@ def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
     monkeypatch.setattr(tallies_module, "LOCK_PATIENCE", 0.01)
     one = caller(requests_per_minute=2)
     assert passes(tallies, one)
-    with path.open("r+b") as file:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, tallies._slots["key_1"].lock)
-        assert passes(tallies, one)
-        assert not passes(tallies, one)
-    assert caplog.text.count("holds a lock") == 1
-
-
-def test_what_was_lost_with_a_process_is_charged_to_its_key(tallies: Tallies) -> None:
-    one = caller(budget=100)
-    tallies.charge("key_1", NOW, 60)  # not asked yet: the records have it
+    stopped = Tallies(path)
+    stopped.counters(one, NOW)
+    assert stopped._try_lock(stopped._slots["key_1"].lock) == 0
     assert passes(tallies, one)
-    tallies.charge("key_1", NOW, 60)
-    tallies.charge("key_2", NOW, 60)
-    assert passes(tallies, one)
-    tallies.charge("key_1", NOW - 86_400, 40)
-    assert tallies.counters(one, NOW)[DAY_SPENT] == 60
     assert not passes(tallies, one)
+    assert caplog.text.count("holds a lock") == 1
+    stopped._unlock(stopped._slots["key_1"].lock)
+    stopped.close()
+
+
+# Locks
+
+
+def test_all_processes_use_the_kind_of_lock_that_the_first_one_could(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = caller(requests_per_minute=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tallies_module, "MutexLocks", no_mutexes)
+        first = Tallies(path)
+    second = Tallies(path)
+    assert [type(each._locks) for each in (first, second)] == [FileLocks, FileLocks]
+    assert [passes(each, one) for each in (first, second, first)] == [True, True, False]
+    first.close()
+    second.close()
+    third = Tallies(path)  # alone again
+    assert isinstance(third._locks, MutexLocks)
+    monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
+    with pytest.raises(OSError, match="none here"):
+        Tallies(path)
+    assert not passes(third, one)  # it stays as it was
+    third.close()
+
+
+def test_a_file_of_another_layout_is_begun_anew_once_nobody_uses_it(path: Path) -> None:
+    one = caller(requests_per_minute=1)
+    old = Tallies(path)
+    assert passes(old, one)
+    old._view[tallies_module._MAGIC] += 1
+    with pytest.raises(OSError, match="another version"):
+        Tallies(path)
+    old.close()
+    new = Tallies(path)
+    assert passes(new, one)
+    new.close()
 
 
 # Among processes
@@ -167,6 +236,7 @@ def count_passes(
         pytest.param({"requests_per_day": 1000}, id="requests a day"),
         pytest.param({"concurrency": 1000}, id="calls at once"),
         pytest.param({"tokens_per_minute": 2000}, id="tokens a minute"),
+        pytest.param({"budget": 7000}, id="a budget for so many"),
     ],
 )
 def test_of_four_processes_exactly_the_limit_passes(path: Path, limits: dict[str, int]) -> None:
@@ -191,6 +261,30 @@ def hold(path: Path, limits: dict[str, int], tries: int, begin: object, out: obj
     time.sleep(WAIT)
 
 
+def test_a_lock_goes_with_its_holder(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tallies, one = Tallies(path), caller(requests_per_minute=2)
+    assert passes(tallies, one)
+    begin = PROCESSES.Event()
+    worker = PROCESSES.Process(target=keep_the_lock, args=(path, begin))
+    worker.start()
+    assert begin.wait(WAIT)
+    assert tallies._try_lock(tallies._slots["key_1"].lock) != 0
+    worker.kill()
+    worker.join()
+    assert passes(tallies, one)
+    assert not passes(tallies, one)
+    assert "holds a lock" not in caplog.text
+    tallies.close()
+
+
+def keep_the_lock(path: Path, begin: object) -> None:
+    tallies = Tallies(path)
+    tallies.counters(caller(requests_per_minute=2), NOW)
+    if tallies._try_lock(tallies._slots["key_1"].lock) == 0:
+        begin.set()  # type: ignore[attr-defined]
+        time.sleep(WAIT)
+
+
 def test_what_a_killed_worker_held_is_free(path: Path) -> None:
     tallies = Tallies(path)
     begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
@@ -206,6 +300,31 @@ def test_what_a_killed_worker_held_is_free(path: Path) -> None:
     tallies.close()
 
 
+def test_what_a_killed_worker_held_of_a_budget_is_spent(path: Path) -> None:
+    limits = {"budget": 24}
+    tallies = Tallies(path)
+    begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
+    worker = PROCESSES.Process(target=hold, args=(path, limits, 3, begin, out))
+    worker.start()
+    begin.wait(WAIT)
+    assert out.get(timeout=WAIT) == 3
+    with pytest.raises(AccessError, match="wait for running calls"):
+        tallies.admit(caller(**limits), NOW, CALL)
+    worker.kill()
+    worker.join()
+    with pytest.raises(AccessError, match="lower its max_tokens"):
+        tallies.admit(caller(**limits), NOW, CALL)
+    another = Tallies(path)  # under the number of the dead one
+    with pytest.raises(AccessError, match="lower its max_tokens"):
+        another.admit(caller(**limits), NOW, CALL)
+    another.close()
+    tallies.close()
+    again = Tallies(path)  # all have gone: the records have the calls that were lost
+    one = caller(history=History(total_spent=10), **limits)
+    assert [passes(again, one) for _ in range(3)] == [True, True, False]
+    again.close()
+
+
 def test_money_adds_up_over_processes(path: Path) -> None:
     tallies = Tallies(path)
     workers = [PROCESSES.Process(target=spend, args=(path, 200)) for _ in range(4)]
@@ -213,7 +332,7 @@ def test_money_adds_up_over_processes(path: Path) -> None:
         worker.start()
     for worker in workers:
         worker.join(WAIT)
-    assert tallies.counters(caller(budget=10**9), NOW)[TOTAL_SPENT] == 4 * 200 * 7
+    assert tallies.counters(caller(budget=10**9), NOW)[TOTAL_SPENT] == 4 * 200 * 5
     tallies.close()
 
 
@@ -221,6 +340,6 @@ def spend(path: Path, times: int) -> None:
     tallies = Tallies(path)
     one = caller(budget=10**9)
     for _ in range(times):
-        lease = tallies.admit(one, NOW, 1, 1, is_bounded=True)
+        lease = tallies.admit(one, NOW, CALL)
         assert lease is not None
-        tallies.settle(one, lease, tokens=0, spent=7)
+        tallies.settle(one, lease, tokens=0, spent=5)

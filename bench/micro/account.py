@@ -1,5 +1,7 @@
 """A request's account: limits, journal and queue on its path, and its record's way into the store.
 
+With "every limit" there is a budget too, and the endpoint has prices: money is held and settled.
+
 The files lie in a folder of their own under the system's temporary one.
 """
 
@@ -9,6 +11,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
@@ -35,7 +38,8 @@ PLENTY = 10**9
 ENDPOINT = Endpoint("east", "model-2024", prices=Prices(Decimal("0.14"), Decimal("0.28")))
 PLAN = Plan((Step(SLUG, ENDPOINT),))
 USAGE = Usage(100, 200, 50)
-EVERYTHING = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY, PLENTY * PICO)
+NO_BUDGET = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY)
+EVERYTHING = replace(NO_BUDGET, budget=10**6 * PICO, budget_period="month")
 
 
 class _Drained(Ledger):
@@ -100,7 +104,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
             accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
             accounts.seal(record)
             if caller.limits is not None:
-                accounts.headers(caller, record.started)
+                accounts.header_lines(caller, record.started)
             accounts.close(record, caller, lease)
 
         return account
@@ -126,6 +130,7 @@ def _writing() -> Callable[[], object]:
 CASES = (
     Case("no limits", _account(None), unit="request"),
     Case("requests a minute", _account(KeyLimits(requests_per_minute=PLENTY)), unit="request"),
+    Case("every limit but a budget", _account(NO_BUDGET), unit="request"),
     Case("every limit", _account(EVERYTHING), unit="request"),
     Case("into the store, by 500", _writing, BATCH, unit="record"),
 )
