@@ -14,18 +14,19 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Final
 
 from .errors import AccessError
 from .limits import History, KeyLimits
 
-KINDS = ("live", "test")
-RANDOM_BYTES = 24  # 192 bits
+KINDS: Final = ("live", "test")
+RANDOM_BYTES: Final = 24  # 192 bits
 
-_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_BODY_LENGTH = 33  # 62**33 > 2**192
-_CHECKSUM_LENGTH = 6  # 62**6 > 2**32
-_KEY_FORM = re.compile(rf"hb_(?:live|test)_[0-9A-Za-z]{{{_BODY_LENGTH + _CHECKSUM_LENGTH}}}")
-_PREFIXES = ("hb_live_", "hb_test_")
+_BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_BODY_LENGTH: Final = 33  # 62**33 > 2**192
+_CHECKSUM_LENGTH: Final = 6  # 62**6 > 2**32
+_KEY_FORM: Final = re.compile(rf"hb_(?:live|test)_[0-9A-Za-z]{{{_BODY_LENGTH + _CHECKSUM_LENGTH}}}")
+_PREFIXES: Final = ("hb_live_", "hb_test_")
 
 
 # Form of a key
@@ -80,7 +81,7 @@ def display_hint(key: str) -> str:
 
 # Callers
 
-NO_HISTORY = History()
+NO_HISTORY: Final = History()
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Caller:
         return self.expires is not None and now >= self.expires
 
 
-ANONYMOUS = Caller(key_id="", label="anonymous", kind="", expires=None, revoked=None)
+ANONYMOUS: Final = Caller(key_id="", label="anonymous", kind="", expires=None, revoked=None)
 
 
 def _refusal(message: str) -> AccessError:

@@ -7,14 +7,14 @@ chat request on it counts, while it runs, for the address that the proxy names.
 from __future__ import annotations
 
 import ipaddress
-from typing import Protocol
+from typing import Final, Protocol
 
 from .config import ServerSettings
 from .errors import UnavailableError
 from .tally import Tally
 
-RETRY_AFTER = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
-NO_GROUP = -1
+RETRY_AFTER: Final = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
+NO_GROUP: Final = -1
 
 
 class Head(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
+from typing import Final, Protocol
 
 from .catalog import TimeLimits
 from .downstream import Answer
@@ -25,8 +25,16 @@ from .upstream import Loss, UpstreamConnection
 logger = logging.getLogger("hoberproxy.upstream")
 
 # Some servers label their streams carelessly; what is no stream then has no content and fails.
-_STREAM_TYPES = frozenset((b"text/event-stream", b"", b"text/plain", b"application/octet-stream"))
-_BEFORE_CONTENT = frozenset((Phase.CONNECT, Phase.HEAD, Phase.OPENING))
+_STREAM_TYPES: Final = frozenset(
+    (b"text/event-stream", b"", b"text/plain", b"application/octet-stream")
+)
+# As globals: a look-up on the enum class costs as much as a small function.
+_CONNECT: Final = Phase.CONNECT
+_HEAD: Final = Phase.HEAD
+_OPENING: Final = Phase.OPENING
+_CONTENT: Final = Phase.CONTENT
+_BODY: Final = Phase.BODY
+_BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
 class Owner(Protocol):
@@ -47,7 +55,6 @@ class Attempt:
     """Made for one step of the plan; `start` it, ask `check_limits`, `abort` it at any time."""
 
     # What an attempt starts with; on the class, for one is made with every request.
-    phase = Phase.CONNECT
     _is_paused = False
     _is_ended = False
     _connection: UpstreamConnection | None = None
@@ -65,6 +72,7 @@ class Attempt:
         request: bytes,
         injected: frozenset[str] = frozenset(),
     ) -> None:
+        self.phase = _CONNECT
         self._owner = owner
         self._is_stream = call.stream  # not the call itself: it holds the body
         self._wants_usage = call.wants_usage
@@ -87,7 +95,7 @@ class Attempt:
             self._connect()
 
     def _connect(self) -> None:
-        self.phase = Phase.CONNECT
+        self.phase = _CONNECT
         self._connecting = asyncio.get_running_loop().create_task(
             self._pool.connect(self.limits.connect), name=f"connect {self._pool.provider.name}"
         )
@@ -112,7 +120,7 @@ class Attempt:
             self._send(task.result())
 
     def _send(self, connection: UpstreamConnection) -> None:
-        self.phase = Phase.HEAD
+        self.phase = _HEAD
         self._connection = connection
         connection.send(self._request, self)
         if self._is_paused:
@@ -136,7 +144,7 @@ class Attempt:
             return None
         slug, content_type = self.step.slug, head.content_type
         if content_type == b"application/json":
-            self.phase = Phase.OPENING if self._is_stream else Phase.BODY
+            self.phase = _OPENING if self._is_stream else _BODY
             return BodyRelay(
                 self,
                 self._answer,
@@ -145,7 +153,7 @@ class Attempt:
                 wants_usage=self._wants_usage,
             )
         if self._is_stream and content_type in _STREAM_TYPES:
-            self.phase = Phase.OPENING
+            self.phase = _OPENING
             scanner = StreamScanner(slug, wants_usage=self._wants_usage)
             return StreamRelay(self, self._answer, scanner)
         self._reject("something else")
@@ -178,7 +186,7 @@ class Attempt:
 
     def open_answer(self, *, is_stream: bool) -> None:
         assert self._head is not None
-        self.phase = Phase.CONTENT
+        self.phase = _CONTENT
         self._owner.open_answer(self._head, is_stream=is_stream)
 
     def send_answer(self, body: bytes) -> None:
@@ -214,7 +222,7 @@ class Attempt:
             phase=self.phase,
             code="upstream_invalid_response" if is_invalid else "upstream_error",
             upstream_status=self._head.status if self._head is not None else None,
-            is_retryable=self.phase is not Phase.CONTENT,
+            is_retryable=self.phase is not _CONTENT,
         )
 
     # What the exchange asks for

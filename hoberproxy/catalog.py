@@ -11,16 +11,16 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 from .prices import Prices
 
 # `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
 # GET /v1/models the same across restarts and workers.
-DEFAULT_CREATED = 1709000000
-MAX_SLUG_LENGTH = 256
-DEFAULT_PORTS = {"http": 80, "https": 443}
-ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
+DEFAULT_CREATED: Final = 1709000000
+MAX_SLUG_LENGTH: Final = 256
+DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 
 class Refusal(ValueError):
@@ -112,8 +112,8 @@ class Adaptation:
 
 
 # Of an endpoint that says nothing and is spoken to as any other.
-NO_ABILITIES = Abilities()
-NO_ADAPTATION = Adaptation()
+NO_ABILITIES: Final = Abilities()
+NO_ADAPTATION: Final = Adaptation()
 
 
 def _without_same(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
@@ -197,29 +197,31 @@ class Model:
 
 # Texts to values
 
-_HOST = r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))"
-_ADDRESS = re.compile(_HOST + r":(?P<port>[0-9]{1,5})")
-_AUTHORITY = re.compile(_HOST + r"(?::(?P<port>[0-9]{1,5}))?")
-_URL = re.compile(r"(?P<scheme>[^:/?#]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<rest>.*)")
-_VISIBLE = re.compile(r"[!-~]+")  # ASCII without spaces and controls
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token, RFC 9110 section 5.6.2
-_HEADER_VALUE = re.compile(r"[!-~](?:[\t -~]*[!-~])?")
+_HOST: Final = r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))"
+_ADDRESS: Final = re.compile(_HOST + r":(?P<port>[0-9]{1,5})")
+_AUTHORITY: Final = re.compile(_HOST + r"(?::(?P<port>[0-9]{1,5}))?")
+_URL: Final = re.compile(
+    r"(?P<scheme>[^:/?#]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<rest>.*)"
+)
+_VISIBLE: Final = re.compile(r"[!-~]+")  # ASCII without spaces and controls
+_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token, RFC 9110 section 5.6.2
+_HEADER_VALUE: Final = re.compile(r"[!-~](?:[\t -~]*[!-~])?")
 
-_HOP_BY_HOP = frozenset(
+_HOP_BY_HOP: Final = frozenset(
     "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
     " transfer-encoding upgrade".split()
 )
-OWN_HEADERS = _HOP_BY_HOP | frozenset(
+OWN_HEADERS: Final = _HOP_BY_HOP | frozenset(
     "host authorization content-length content-type content-encoding accept accept-encoding"
     " expect".split()
 )
 # What the contract keeps from upstreams (the client's key, cookies, organisation and address), and
 # the trace headers, which are passed on anyway.
-NOT_FORWARDED = OWN_HEADERS | frozenset(
+NOT_FORWARDED: Final = OWN_HEADERS | frozenset(
     "cookie api-key x-api-key openai-organization openai-project forwarded via x-forwarded-for"
     " x-forwarded-host x-forwarded-proto x-real-ip traceparent tracestate".split()
 )
-NOT_RETURNED = _HOP_BY_HOP | frozenset(
+NOT_RETURNED: Final = _HOP_BY_HOP | frozenset(
     "content-length content-type content-encoding set-cookie x-request-id".split()
 )
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from typing import Protocol
+from typing import Final, Protocol
 
 logger = logging.getLogger("hoberproxy.server")
 
-TICK = 0.05
+TICK: Final = 0.05
 
 
 class Clock(Protocol):

@@ -6,13 +6,15 @@ bytes of a body, and how long its answers usually are. Nothing of a text is look
 
 from __future__ import annotations
 
+from typing import Final
+
 from .health import Key
 from .usage import BYTES_PER_TOKEN, Usage
 
-MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
-USUAL_ANSWER = 500  # tokens, of an endpoint that has not answered yet
-SHARE = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
-SHORTEST_LEARNT = 8  # tokens: below, the framing of a chat outweighs its text
+MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
+USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
+SHARE: Final = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
+SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
 
 
 class Ratios:

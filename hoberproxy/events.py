@@ -9,12 +9,12 @@ import re
 from typing import Final
 
 # Lines end with CRLF, LF or CR; atomic groups, lest the CR and LF of one line end count as two.
-BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
-_LINE_END = re.compile(rb"\r\n|\n|\r")
+BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _CR: Final = 0x0D  # `in` takes a number at a tenth of the cost of bytes
-_BOM = b"\xef\xbb\xbf"
+_BOM: Final = b"\xef\xbb\xbf"
 
-DONE = b"[DONE]"
+DONE: Final = b"[DONE]"
 
 
 class Data:

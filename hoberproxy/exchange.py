@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Hashable
 from dataclasses import asdict
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from .access import ANONYMOUS, Caller
 from .accounting import permitted
@@ -42,15 +42,16 @@ from .routing import Plan, make_plan
 
 logger = logging.getLogger("hoberproxy.server")
 
-COMMENT = b": HOBER PROCESSING\n\n"
-RETRY_AFTER_DRAIN = 1.0  # seconds; by then another worker or the new process has the socket
+COMMENT: Final = b": HOBER PROCESSING\n\n"
+RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
-SHORTEST_MEASURED = 0.05
-NOTHING_REFUSED: frozenset[str] = frozenset()
-_JSON = (b"content-type", b"application/json")
-_SSE = (b"content-type", b"text/event-stream; charset=utf-8")
-_TRACE_HEADERS = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
-_SENT_PHASES = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
+SHORTEST_MEASURED: Final = 0.05
+_monotonic: Final = time.monotonic
+NOTHING_REFUSED: Final[frozenset[str]] = frozenset()
+_JSON: Final = (b"content-type", b"application/json")
+_SSE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+_TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
+_SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
 
 
 class Downstream(Protocol):
@@ -119,7 +120,7 @@ class Exchange:
         self._downstream = downstream
         self._head = head
         self._answer = answer
-        self._clock_start = time.monotonic()
+        self._clock_start = _monotonic()
         self.record = Record(gateway.new_request_id(), unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
@@ -189,7 +190,7 @@ class Exchange:
 
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
-        self._run_start = time.monotonic()
+        self._run_start = _monotonic()
         try:
             if self._refusal is not None:
                 raise self._refusal
@@ -241,7 +242,7 @@ class Exchange:
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
         if self.record.attempts == 1:
             wait = self._gateway.shortest_wait
-            self.record.overhead = time.monotonic() - self._run_start
+            self.record.overhead = _monotonic() - self._run_start
         else:  # by a plan that may be older than the config
             wait = self._longest_wait(attempt)
         self._downstream.hasten(self.now + wait)
@@ -325,7 +326,7 @@ class Exchange:
     def _observe_first_content(self, *, is_stream: bool) -> None:
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
-        self.record.first_content = time.monotonic() - self._clock_start
+        self.record.first_content = _monotonic() - self._clock_start
         now, key, waited = self.now, attempt.step.endpoint.key, None
         # A body's first content comes with its last: better than nothing to sort by, no more.
         if is_stream or gateway.health.first_content(key, now) is None:
@@ -406,7 +407,7 @@ class Exchange:
             return None
         if self.record.attempts >= routing.max_attempts:
             return None
-        if time.monotonic() - self._clock_start >= routing.attempts_timeout:
+        if _monotonic() - self._clock_start >= routing.attempts_timeout:
             return None
         return plan.after(self._position, self._refused_slugs)
 
@@ -631,7 +632,7 @@ class Exchange:
             return
         self._sealed_as = status, record.code
         record.status = status
-        record.total = time.monotonic() - self._clock_start
+        record.total = _monotonic() - self._clock_start
         record.bytes_out = self._answer.body_bytes + following
         if self._failures:
             record.failures = self._failures

@@ -35,10 +35,11 @@ from .record import Record
 if TYPE_CHECKING:
     from .exchange import Exchange
 
-MAX_LEARNT = 4096  # endpoints behind wildcards are named by clients
+MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
+_time: Final = time.time
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
-_SSE = b"text/event-stream; charset=utf-8"
-USER_AGENT = f"hoberproxy/{__version__}"
+_SSE: Final = b"text/event-stream; charset=utf-8"
+USER_AGENT: Final = f"hoberproxy/{__version__}"
 
 
 class Upstream:
@@ -199,4 +200,4 @@ def make_upstreams(
 
 def unix_time() -> float:
     """The one wall clock of the request path."""
-    return time.time()
+    return _time()

@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 Key = tuple[str, str]  # provider, upstream_model
 
-FAILURES_IN_A_ROW = 3
-ENOUGH_REQUESTS = 8.0  # below, a failure rate says little
-FAILURE_RATE = 0.5
-RATE_HALF_LIFE = 60.0  # seconds in which a request loses half its weight in the failure rate
+FAILURES_IN_A_ROW: Final = 3
+ENOUGH_REQUESTS: Final = 8.0  # below, a failure rate says little
+FAILURE_RATE: Final = 0.5
+RATE_HALF_LIFE: Final = 60.0  # seconds in which a request loses half its weight in the failure rate
 
 FIRST_COOLDOWN = 5.0  # seconds, doubled by each failed trial
-LONGEST_COOLDOWN = 300.0
-LONGEST_RETRY_AFTER = 600.0  # what an upstream may ask for; some say "tomorrow"
-JITTER = 0.2  # workers that saw the same outage shall not all come back at once
-TRIAL = 60.0  # seconds a trial without a verdict holds the others off
+LONGEST_COOLDOWN: Final = 300.0
+LONGEST_RETRY_AFTER: Final = 600.0  # what an upstream may ask for; some say "tomorrow"
+JITTER: Final = 0.2  # workers that saw the same outage shall not all come back at once
+TRIAL: Final = 60.0  # seconds a trial without a verdict holds the others off
 
-ESTIMATE_DECAY = 0.5 ** (1 / 10)  # ten observations later one counts half
-ESTIMATE_LIFE = 300.0  # seconds; an older estimate says nothing of now
+ESTIMATE_DECAY: Final = 0.5 ** (1 / 10)  # ten observations later one counts half
+ESTIMATE_LIFE: Final = 300.0  # seconds; an older estimate says nothing of now
 
-_MOST_DOUBLINGS = 6  # 5 s << 6 is past the longest; bounds the exponent
+_MOST_DOUBLINGS: Final = 6  # 5 s << 6 is past the longest; bounds the exponent
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from .http11_head import FIELD_LINE, TOKEN, VALUE, FramingKind, RequestHead, ResponseHead, shown
 
-MAX_SIZE_LINE_BYTES = 4 * 1024
-MAX_TRAILER_BYTES = 16 * 1024
+MAX_SIZE_LINE_BYTES: Final = 4 * 1024
+MAX_TRAILER_BYTES: Final = 16 * 1024
 
-_SIZE_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;%b)?" % VALUE)
-_SIZE_LINE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*+(?:;%b)?\r?" % VALUE)
-_TRAILER_BEGUN = re.compile(rb"(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE))
+_CHUNKED: Final = FramingKind.CHUNKED
+_UNTIL_EOF: Final = FramingKind.UNTIL_EOF
+_SIZE_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;%b)?" % VALUE)
+_SIZE_LINE_BEGUN: Final = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*+(?:;%b)?\r?" % VALUE)
+_TRAILER_BEGUN: Final = re.compile(rb"(?:%b(?::%b)?)?\r?" % (TOKEN, VALUE))
 
 
 class FramingError(Exception):
@@ -47,9 +49,9 @@ class BodyReader(Protocol):
 
 def body_reader(head: RequestHead | ResponseHead) -> BodyReader:
     """A new reader for the body that follows this head."""
-    if head.kind is FramingKind.CHUNKED:
+    if head.kind is _CHUNKED:
         return ChunkedBody()
-    if head.kind is FramingKind.UNTIL_EOF:
+    if head.kind is _UNTIL_EOF:
         return UntilEofBody()
     return NoBody() if head.length is None else LengthBody(head.length)
 
@@ -138,7 +140,7 @@ class _SizeLines(dict[bytes, int]):
         return size
 
 
-_size_lines = _SizeLines()
+_size_lines: Final = _SizeLines()
 
 
 class _Step(Enum):
@@ -153,8 +155,12 @@ class _Step(Enum):
 
 
 # As globals: on Python 3.11 a look-up on the enum class costs 0.1 µs more.
-_SIZE, _DATA, _DATA_END = _Step.SIZE, _Step.DATA, _Step.DATA_END
-_TRAILER, _DONE, _FAILED = _Step.TRAILER, _Step.DONE, _Step.FAILED
+_SIZE: Final = _Step.SIZE
+_DATA: Final = _Step.DATA
+_DATA_END: Final = _Step.DATA_END
+_TRAILER: Final = _Step.TRAILER
+_DONE: Final = _Step.DONE
+_FAILED: Final = _Step.FAILED
 
 
 class ChunkedBody:

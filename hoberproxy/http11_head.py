@@ -12,42 +12,43 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
+from typing import Final
 
 Headers = list[tuple[bytes, bytes]]
 """Names lower-cased, values without the white space around them."""
 
-MAX_REQUEST_HEAD_BYTES = 32 * 1024
-MAX_RESPONSE_HEAD_BYTES = 64 * 1024
-MAX_HEADERS = 100
-MAX_LENGTH = 2**53  # what every JSON reader and log store still holds exactly
-MAX_PLAIN_DIGITS = 15  # always less than MAX_LENGTH
-MAX_KEPT_LINE_BYTES = 128  # longer lines are read anew each time
-MAX_KEPT_LINES = 1024
-MAX_KEPT_VALUES = 64  # of one header's name
-MAX_KEPT_HEAD_BYTES = 4 * 1024  # of a response; a longer one is no pattern for the next
+MAX_REQUEST_HEAD_BYTES: Final = 32 * 1024
+MAX_RESPONSE_HEAD_BYTES: Final = 64 * 1024
+MAX_HEADERS: Final = 100
+MAX_LENGTH: Final = 2**53  # what every JSON reader and log store still holds exactly
+MAX_PLAIN_DIGITS: Final = 15  # always less than MAX_LENGTH
+MAX_KEPT_LINE_BYTES: Final = 128  # longer lines are read anew each time
+MAX_KEPT_LINES: Final = 1024
+MAX_KEPT_VALUES: Final = 64  # of one header's name
+MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one is no pattern for the next
 
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: names of people in `X-Title` are seen.
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
-VALUE = rb"[\t\x20-\x7e\x80-\xff]*+"
-_TARGET = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
+TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
+VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
+_TARGET: Final = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
 
-_TOKEN_ONLY = re.compile(TOKEN)
-_match_value = re.compile(VALUE).fullmatch
+_TOKEN_ONLY: Final = re.compile(TOKEN)
+_match_value: Final = re.compile(VALUE).fullmatch
 # What else than its length settles how a response is framed, and whether its connection goes on.
-_FRAMING_NAMES = frozenset((b"transfer-encoding", b"connection", b"keep-alive"))
-_REQUEST_LINE = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
+_FRAMING_NAMES: Final = frozenset((b"transfer-encoding", b"connection", b"keep-alive"))
+_REQUEST_LINE: Final = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
-FIELD_LINE = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
-_SECRET_NAME = re.compile(rb"auth|cookie|key|secret|session|token")
-_BLOCK_OUT = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
-_REQUEST_LINE_OUT = re.compile(rb"%b %b HTTP/1\.1\r\n" % (TOKEN, _TARGET))
-_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?]++)([^?]*+)(?:\?(.*+))?")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
+FIELD_LINE: Final = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
+_SECRET_NAME: Final = re.compile(rb"auth|cookie|key|secret|session|token")
+_BLOCK_OUT: Final = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
+_REQUEST_LINE_OUT: Final = re.compile(rb"%b %b HTTP/1\.1\r\n" % (TOKEN, _TARGET))
+_ABSOLUTE_FORM: Final = re.compile(rb"(?i:https?)://([^/?]++)([^?]*+)(?:\?(.*+))?")
 # Narrower than reg-name (RFC 3986 3.2.2): no sub-delims, which no real host name has.
-_AUTHORITY = re.compile(rb"(?:[0-9A-Za-z._~%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
-_KEEPALIVE_TIMEOUT = re.compile(rb"(?i:(?:^|[,; \t])timeout=\"?([0-9]{1,9})(?![0-9]))")
+_AUTHORITY: Final = re.compile(rb"(?:[0-9A-Za-z._~%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
+_KEEPALIVE_TIMEOUT: Final = re.compile(rb"(?i:(?:^|[,; \t])timeout=\"?([0-9]{1,9})(?![0-9]))")
 
 
 class HeadError(Exception):
@@ -72,8 +73,10 @@ class FramingKind(Enum):
 
 
 # The four kinds as globals: on Python 3.11 each look-up on the enum class costs 0.1 µs.
-_NONE, _LENGTH = FramingKind.NONE, FramingKind.LENGTH
-_CHUNKED, _UNTIL_EOF = FramingKind.CHUNKED, FramingKind.UNTIL_EOF
+_NONE: Final = FramingKind.NONE
+_LENGTH: Final = FramingKind.LENGTH
+_CHUNKED: Final = FramingKind.CHUNKED
+_UNTIL_EOF: Final = FramingKind.UNTIL_EOF
 
 
 # Heads
@@ -190,7 +193,7 @@ class RepeatedHead:
         return self._end + len(digits)
 
 
-_LENGTH_LINE = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]+)")
+_LENGTH_LINE: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]+)")
 
 
 def repeated_head(head: RequestHead, raw: bytes) -> RepeatedHead | None:
@@ -389,7 +392,7 @@ class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
         return name, value
 
 
-_field_lines = _FieldLines()
+_field_lines: Final = _FieldLines()
 
 
 def _split_lines(raw: bytes) -> list[bytes]:
@@ -419,7 +422,7 @@ def _parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes, bytes, int]:
 
 # The same few lines come again and again. Not for long ones, which would fill the memory, nor for
 # queries, which may hold secrets.
-_known_request_line = lru_cache(maxsize=256)(_parse_request_line)
+_known_request_line: Final = lru_cache(maxsize=256)(_parse_request_line)
 
 
 def _split_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
@@ -445,7 +448,7 @@ def _parse_status_line(line: bytes) -> tuple[int, int]:
     return status, int(match[1])
 
 
-_known_status_line = lru_cache(maxsize=64)(_parse_status_line)
+_known_status_line: Final = lru_cache(maxsize=64)(_parse_status_line)
 
 
 # What the fields say about framing
@@ -560,7 +563,7 @@ def _explain_field_line(line: bytes) -> str:
 
 # What we send
 
-REASONS: dict[int, bytes] = {
+REASONS: Final[dict[int, bytes]] = {
     200: b"OK",
     204: b"No Content",
     304: b"Not Modified",
@@ -584,7 +587,7 @@ REASONS: dict[int, bytes] = {
     504: b"Gateway Timeout",
     505: b"HTTP Version Not Supported",
 }
-_STATUS_LINES = {
+_STATUS_LINES: Final = {
     status: b"HTTP/1.1 %d %b\r\n" % (status, REASONS.get(status, b"")) for status in range(200, 600)
 }
 

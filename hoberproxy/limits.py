@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 from .errors import AccessError
 
 PICO: Final = 10**12  # picodollars in a dollar
-PERIODS = ("day", "month", "total")
+PERIODS: Final = ("day", "month", "total")
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
 BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the running calls ends
@@ -37,7 +37,7 @@ MONTH_SPENT: Final = 7
 TOTAL_SPENT: Final = 8
 CELLS: Final = 9
 
-_SPENT = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
+_SPENT: Final = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -379,7 +379,7 @@ def _line_form(requests: int | None, tokens: int | None) -> bytes:
     return form
 
 
-_RESETS = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
+_RESETS: Final = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
 
 
 def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:

@@ -18,14 +18,16 @@ from typing import Final, NamedTuple
 import orjson
 
 _QUOTE, _OPENING, _CLOSING_BRACE = ord('"'), frozenset(b"[{"), ord("}")
-_FILL = rb'[^"\[\]{}]*+'  # numbers, literals, commas, colons, whitespace
-_PLAIN_STRING = rb'"[^"]*+"'  # where escapes are hidden
-_SHORT_STRING = rb'"[^"\\]*+(?>(?:\\[\x00-\xff][^"\\]*+)*)"'  # right for every string; 7 ns a byte
+_FILL: Final = rb'[^"\[\]{}]*+'  # numbers, literals, commas, colons, whitespace
+_PLAIN_STRING: Final = rb'"[^"]*+"'  # where escapes are hidden
+_SHORT_STRING: Final = (
+    rb'"[^"\\]*+(?>(?:\\[\x00-\xff][^"\\]*+)*)"'  # right for every string; 7 ns a byte
+)
 # Repeated groups are atomic, `(?>(?:…)*)`, instead of possessive, `(?:…)*+`: before Python 3.11.5
 # the latter do not match when their body backtracks (CPython issue 106052), and Debian has 3.11.2.
 # A quote behind no backslash ends a string, one behind a single backslash does not: 0.8 ns a byte.
 # Only where a quote stands behind a longer run is the string read again the other way.
-_STRING = rb'(?:"[^"]*+(?>(?:(?<=[^\\]\\)"[^"]*+)*)(?<!\\)"|%b)' % _SHORT_STRING
+_STRING: Final = rb'(?:"[^"]*+(?>(?:(?<=[^\\]\\)"[^"]*+)*)(?<!\\)"|%b)' % _SHORT_STRING
 
 
 def _container_pattern(levels: int, string: bytes) -> bytes:
@@ -51,22 +53,22 @@ def _walk_pattern(string: bytes) -> re.Pattern[bytes]:
 
 # Eight levels hold real messages and most tool schemas in one step, as fast as orjson reads them;
 # what is nested deeper matches as an empty value, and is walked.
-_match_member = re.compile(
+_match_member: Final = re.compile(
     rb'[\s,{]*+(%b)\s*+:\s*+(%b|%b|[^\s,"\[\]{}]++|)'
     % (_SHORT_STRING, _STRING, _container_pattern(8, _STRING))
 ).match
-_match_element = re.compile(
+_match_element: Final = re.compile(
     rb'[\s,]*+(%b|%b|[^\s,"\[\]{}]++|)' % (_STRING, _container_pattern(8, _STRING))
 ).match
-_WALK = _walk_pattern(_STRING)
-_PLAIN_WALK = _walk_pattern(_PLAIN_STRING)
-MAX_KEPT_NAME = 256  # characters
-MAX_KEPT_NAMES = 1024
+_WALK: Final = _walk_pattern(_STRING)
+_PLAIN_WALK: Final = _walk_pattern(_PLAIN_STRING)
+MAX_KEPT_NAME: Final = 256  # characters
+MAX_KEPT_NAMES: Final = 1024
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
-_ORIGINAL_LIMIT_BYTES = 4096  # no name of a model is longer
-_SEPARATORS = re.compile(rb"[\s,]*+")
-_COLON = re.compile(rb"[\s:]*+")
-_SCALAR = re.compile(rb"[^\s,}\]]*+")
+_ORIGINAL_LIMIT_BYTES: Final = 4096  # no name of a model is longer
+_SEPARATORS: Final = re.compile(rb"[\s,]*+")
+_COLON: Final = re.compile(rb"[\s:]*+")
+_SCALAR: Final = re.compile(rb"[^\s,}\]]*+")
 
 
 class Member(NamedTuple):

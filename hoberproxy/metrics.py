@@ -25,9 +25,9 @@ from .exposition import (
 from .limits import PICO
 from .record import CLIENT_CLOSED, Record
 
-__all__ = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
+__all__: Final = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
-TOKEN_KINDS = ("prompt", "completion", "cached", "reasoning")
+TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning")
 
 _place: Final = bisect_left
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from typing import Final
 
 from .usage import Usage
 
 # A price has up to 12 decimals per million tokens: in attodollars (1e-18 USD) a token's is whole.
-_PER_TOKEN = 10**12
-_PER_REQUEST = 10**18
-_ATTO_IN_PICO = 10**6
+_PER_TOKEN: Final = 10**12
+_PER_REQUEST: Final = 10**18
+_ATTO_IN_PICO: Final = 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Prices:
         return before, (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO - before
 
 
-_ALWAYS = frozenset(("prompt", "completion"))
+_ALWAYS: Final = frozenset(("prompt", "completion"))
 
 
 def parse_prices(text: str) -> Prices:

@@ -6,15 +6,15 @@ writing to the ledger and the access log, and deciding what goes in to the modul
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from .errors import FailedAttempt
 
-LOST = "lost"  # the code of a request whose end nobody saw: its process was killed
-CLIENT_CLOSED = 499  # nginx's number for a client that went away; never sent, only recorded
+LOST: Final = "lost"  # the code of a request whose end nobody saw: its process was killed
+CLIENT_CLOSED: Final = 499  # nginx's number for a client that went away; never sent, only recorded
 
 # What is stored of a record, in this order.
-FIELDS = (
+FIELDS: Final = (
     *("id", "started", "key_id", "key_label", "path", "requested", "slug", "provider"),
     *("upstream_model", "upstream_id", "client_request_id", "streamed", "status", "code", "phase"),
     *("finish_reason", "attempts", "failures", "prompt_tokens", "completion_tokens"),
@@ -116,7 +116,7 @@ def clip_text(text: str, limit: int = 128) -> str:
 
 
 # One entry a byte. The backslash is escaped too, so that "\x0a" in the text is not taken for ours.
-_ESCAPED = tuple(
+_ESCAPED: Final = tuple(
     chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in range(256)
 )
 

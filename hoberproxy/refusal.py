@@ -10,20 +10,20 @@ import contextlib
 import re
 from collections.abc import Callable
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Final
 
 from .errors import Phase, UpstreamError
 from .lenient import load_json
 
-MAX_BODY_BYTES = 64 * 1024
-MAX_MESSAGE_LENGTH = 2000
-MAX_RETRY_AFTER = 24 * 3600.0
+MAX_BODY_BYTES: Final = 64 * 1024
+MAX_MESSAGE_LENGTH: Final = 2000
+MAX_RETRY_AFTER: Final = 24 * 3600.0
 
 # What another endpoint of the same model may do better (api.md, "Routing fields").
-_RETRYABLE_STATUSES = frozenset((401, 402, 403, 404, 408, 429))
-_SHOWN_STATUSES = frozenset((400, 413, 422))
-_SHOWN_CODES = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}
-_WHITE = re.compile(r"\s+")
+_RETRYABLE_STATUSES: Final = frozenset((401, 402, 403, 404, 408, 429))
+_SHOWN_STATUSES: Final = frozenset((400, 413, 422))
+_SHOWN_CODES: Final = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}
+_WHITE: Final = re.compile(r"\s+")
 
 
 def parse_refusal(

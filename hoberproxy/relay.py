@@ -8,7 +8,7 @@ time limits are the attempt's. Nothing here waits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Final, Protocol
 
 import orjson
 
@@ -24,7 +24,7 @@ from .stream import StreamScanner, decode_string
 from .upstream import Loss
 from .usage import Usage, parse_usage
 
-COLLECT_LIMIT_BYTES = 1024 * 1024
+COLLECT_LIMIT_BYTES: Final = 1024 * 1024
 
 
 class Outcome:

@@ -13,7 +13,7 @@ from collections.abc import Callable, KeysView
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -23,18 +23,18 @@ from .members import Member, model_member, scan_elements, scan_members
 
 JsonObject = dict[str, Any]
 
-_TOOL_CHOICES = frozenset(("auto", "none", "required"))
-_RESPONSE_FORMATS = frozenset(("text", "json_object", "json_schema"))
-_JSON_FORMATS = frozenset(("json_object", "json_schema"))
-_NOTHING: JsonObject = {}
-_LENGTHS = ("max_completion_tokens", "max_tokens")
-_RARER = frozenset(
+_TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
+_RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
+_JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
+_NOTHING: Final[JsonObject] = {}
+_LENGTHS: Final = ("max_completion_tokens", "max_tokens")
+_RARER: Final = frozenset(
     ("models", "stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
 )
-_SORTS = frozenset(("price", "latency", "throughput"))
-_SPEAKS_WITHOUT_CONTENT = ("tool_calls", "function_call", "refusal", "audio")
+_SORTS: Final = frozenset(("price", "latency", "throughput"))
+_SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
-_TYPE_NAMES = {
+_TYPE_NAMES: Final = {
     dict: "object",
     list: "array",
     str: "string",
@@ -44,8 +44,8 @@ _TYPE_NAMES = {
     type(None): "null",
 }
 # Names are told in messages only if they look like a parameter's: a name may be a slipped prompt.
-_match_tellable_name = re.compile(r"[a-z_]{1,40}").fullmatch
-_match_price = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
+_match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
+_match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class ProviderPreferences:
     require_parameters: bool = False
 
 
-NO_PREFERENCES = ProviderPreferences()
+NO_PREFERENCES: Final = ProviderPreferences()
 
 
 class Call:
@@ -344,7 +344,7 @@ def _check_models(param: str, value: object) -> None:
 
 
 # Messages are checked last, while the call is made: their images are found on the way.
-_CHECKS: dict[str, Callable[[str, object], None]] = {
+_CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "model": _check_string,
     "stream": _check_boolean,
     "temperature": _number_check(2),
@@ -359,7 +359,7 @@ _CHECKS: dict[str, Callable[[str, object], None]] = {
     "models": _check_models,
     "provider": _check_object,
 }
-_PARAMETERS = frozenset((*_CHECKS, "messages"))
+_PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 
 
 # Messages
@@ -482,12 +482,12 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
 # The body that goes upstream
 
 
-_NO_OPTIONS: frozenset[str] = frozenset()
-_STREAM_OPTIONS = frozenset(("stream_options",))
-_INCLUDE_USAGE = b',"stream_options":{"include_usage":true}}'
+_NO_OPTIONS: Final[frozenset[str]] = frozenset()
+_STREAM_OPTIONS: Final = frozenset(("stream_options",))
+_INCLUDE_USAGE: Final = b',"stream_options":{"include_usage":true}}'
 # Members whose bytes may have to change beside the model's.
-_SPECIAL = frozenset(("models", "provider", "usage", "stream_options"))
-_SPECIAL_BUT_OPTIONS = _SPECIAL - {"stream_options"}
+_SPECIAL: Final = frozenset(("models", "provider", "usage", "stream_options"))
+_SPECIAL_BUT_OPTIONS: Final = _SPECIAL - {"stream_options"}
 
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -25,23 +25,27 @@ from .request import NO_PREFERENCES, Call, ProviderPreferences
 
 # Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
 # refuses slugs that end in one, so none is ever hidden.
-_SUFFIXES = {":nitro": "latency", ":floor": "price"}
-_SUFFIX_LENGTH = 6
+_SUFFIXES: Final = {":nitro": "latency", ":floor": "price"}
+_SUFFIX_LENGTH: Final = 6
 # Virtual models over all others, and how they sort these.
-_VIRTUAL = {"hober/auto": "balanced", "hober/auto:cost": "price", "hober/auto:fast": "latency"}
+_VIRTUAL: Final = {
+    "hober/auto": "balanced",
+    "hober/auto:cost": "price",
+    "hober/auto:fast": "latency",
+}
 
 # Prose has 4 to 5 bytes per token, code and other scripts fewer: one token per 6 bytes would be
 # news. So only what is clearly too long is held back; the upstream counts better than we do.
-_BYTES_PER_TOKEN = 6
+_BYTES_PER_TOKEN: Final = 6
 # What every endpoint takes, or what is ours and never sent on.
-_COMMON_PARAMETERS = frozenset(
+_COMMON_PARAMETERS: Final = frozenset(
     ("model", "models", "provider", "messages", "stream", "stream_options", "usage")
 )
 # A parameter's name is told only if it looks like one: it may be a slipped prompt.
-_match_tellable_name = re.compile(r"[a-z_]{1,40}").fullmatch
+_match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
 
-_MOST_TOLD = 8  # endpoints, slugs or parameters in a message, which also reaches the log
-_NOTHING_LEARNT = Health()  # only read
+_MOST_TOLD: Final = 8  # endpoints, slugs or parameters in a message, which also reaches the log
+_NOTHING_LEARNT: Final = Health()  # only read
 
 _Offer = tuple[Model, Endpoint]
 _Filter = Callable[[Model, Endpoint], str | None]  # why not, in words
@@ -482,7 +486,7 @@ def _ranks(values: Sequence[Any]) -> list[int]:
 # What the client is told when there is no plan
 
 # By filter: the field at fault, and what to do.
-_ADVICE = {
+_ADVICE: Final = {
     "not_only": ("provider.only", "name more providers in provider.only"),
     "ignored": ("provider.ignore", "ignore fewer providers"),
     "price": ("provider.max_price", "raise provider.max_price"),

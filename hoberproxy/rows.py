@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -17,11 +17,11 @@ from .record import FIELDS, Record, clip_text
 
 Row = tuple[str | int | float | None, ...]
 
-COLUMNS = FIELDS
+COLUMNS: Final = FIELDS
 STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
 
 # What a value that no column can hold raises, in orjson.
-_BAD_VALUE = (ArithmeticError, TypeError, ValueError)
+_BAD_VALUE: Final = (ArithmeticError, TypeError, ValueError)
 
 
 def make_row(record: Record) -> Row:
@@ -107,8 +107,8 @@ def _clean(value: object) -> str | int | float | None:
     return clip_text(value, 8192) if isinstance(value, str) else ""
 
 
-_DEFAULTS = dict(zip(COLUMNS, _row(Record(id="", started=0.0)), strict=True))
-_PARSERS: dict[str, Callable[[str], object]] = {
+_DEFAULTS: Final = dict(zip(COLUMNS, _row(Record(id="", started=0.0)), strict=True))
+_PARSERS: Final[dict[str, Callable[[str], object]]] = {
     "requested": lambda text: tuple(orjson.loads(text)),
     "failures": lambda text: tuple(FailedAttempt(**failure) for failure in orjson.loads(text)),
     "streamed": bool,

@@ -18,7 +18,7 @@ _LF: Final = 0x0A
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 # The members of a delta that are text, as the two usual writers of JSON put them.
-_MARKS = tuple(
+_MARKS: Final = tuple(
     (name, b'"%b":%b"' % (name.encode(), space))
     for name in ("content", "reasoning_content", "reasoning")
     for space in (b"", b" ")
@@ -38,8 +38,8 @@ def size_line(size: int) -> bytes:
 
 
 # A server whose events change all the time is not asked again and again: learning costs a parse.
-FIRST_LESSONS = 2
-WORTH_A_LESSON = 16  # events passed since the last one
+FIRST_LESSONS: Final = 2
+WORTH_A_LESSON: Final = 16  # events passed since the last one
 
 
 class Stencil:

@@ -26,10 +26,10 @@ from .stencil import Stencil
 from .usage import Usage, read_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
-OPENING_LIMIT_BYTES = 64 * 1024
+OPENING_LIMIT_BYTES: Final = 64 * 1024
 _CR: Final = 0x0D
 _BACKSLASH: Final = 0x5C
-_LF_LF = b"\n\n"
+_LF_LF: Final = b"\n\n"
 
 
 class StreamFailure(Exception):
@@ -401,7 +401,7 @@ def _is_usage_event(document: dict[str, Any]) -> bool:
     return document.get("choices") == [] and isinstance(document.get("usage"), dict)
 
 
-_CONTENT_MEMBERS = (
+_CONTENT_MEMBERS: Final = (
     "content",
     "reasoning_content",  # DeepSeek, vLLM, llama.cpp
     "reasoning",  # OpenRouter, Groq

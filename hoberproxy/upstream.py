@@ -26,12 +26,12 @@ from .stencil import Shortcut, Stencil
 if TYPE_CHECKING:
     from .pool import Pool
 
-MAX_INTERIM_ANSWERS = 16
+MAX_INTERIM_ANSWERS: Final = 16
 # Chunks at the front of a body that are handed on one by one: after them a stencil may take the
 # rest, and none of it needs to be walked.
-OPENING_CHUNKS = 3
+OPENING_CHUNKS: Final = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
-STALE_WITHIN = 5.0
+STALE_WITHIN: Final = 5.0
 
 
 class State(Enum):

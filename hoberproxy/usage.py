@@ -6,12 +6,12 @@ scanner's business (stream.py), where they go is the ledger's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 # English prose has about 4 bytes a token with today's vocabularies; code and CJK have fewer.
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 # No request has as many; the store's integers end at 2**63, and must hold sums as well.
-MAX_TOKENS = 1 << 40
+MAX_TOKENS: Final = 1 << 40
 
 
 class Usage:  # made for every request: no dataclass, whose making is not compiled

@@ -38,17 +38,19 @@ from .http11 import (
     skip_empty_line,
 )
 
-CHAT_PATHS = frozenset((b"/v1/chat/completions", b"/chat/completions", b"/api/v1/chat/completions"))
+CHAT_PATHS: Final = frozenset(
+    (b"/v1/chat/completions", b"/chat/completions", b"/api/v1/chat/completions")
+)
 # Bytes of following requests that are kept while one is answered. Reading never pauses, or the
 # client's leaving would go unseen; whoever sends more is closed after the answer.
-MAX_PIPELINED_BYTES = 64 * 1024
+MAX_PIPELINED_BYTES: Final = 64 * 1024
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # aiohttp's parser refuses other methods in a form of its own.
-METHODS = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
+METHODS: Final = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
 # What aiohttp sees of a head: what its handlers read, and the framing. It is stricter than we are
 # with some other fields, and shows them in its log.
-_HANDLER_FIELDS = frozenset(
+_HANDLER_FIELDS: Final = frozenset(
     (
         b"host",
         b"connection",
