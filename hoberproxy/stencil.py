@@ -127,7 +127,12 @@ class Stencil:
         Compares slices: compiled, a slice costs a third of `find` or `startswith` at an offset.
         """
         end = len(data) - 2
-        start = 5 if end > 5 and data[4] == _LF else data.find(b"\n", 2, 8) + 1
+        if end > 5 and data[4] == _LF:
+            start = 5
+        elif end > 5 and data[3] == _LF:
+            start = 4
+        else:
+            start = 0  # a longer or shorter size line, and not a whole chunk: left to `_pass_many`
         size = end - start
         text, tail = start + self._head_size, end - self._tail_size
         if text > tail or size >= _LARGEST or data[:start] != SIZE_LINES[size]:
