@@ -43,8 +43,6 @@ class Accounts:
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
         wish, lease = call.max_output, None
         if caller.limits is not None:
-            while self._ledger.lost_costs:
-                self._limiter.charge(*self._ledger.lost_costs.popleft())
             answer = usual if wish is None else wish
             lease = self._limiter.admit(caller, now, prompt, answer, is_bounded=wish is not None)
         if wish is not None and wish < usual:

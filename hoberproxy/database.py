@@ -1,6 +1,6 @@
 """One SQLite file: opened, brought to the current schema, and spoken to in transactions.
 
-What the tables hold is left to keytable.py and store.py.
+What the tables hold is left to keytable.py and sqlite_store.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import chain
 
 from .schema import MIGRATIONS
+from .store import StoreError
 
 _TRANSIENT = {
     sqlite3.SQLITE_BUSY,
@@ -21,17 +22,6 @@ _TRANSIENT = {
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_NOMEM,
 }
-
-
-class StoreError(Exception):
-    """The store could not do what was asked; the message says why and what to do.
-
-    `is_transient`: the file is locked or the disk full, and the same call may do later.
-    """
-
-    def __init__(self, message: str, *, is_transient: bool = False) -> None:
-        super().__init__(message)
-        self.is_transient = is_transient
 
 
 class Database:

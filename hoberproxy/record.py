@@ -54,10 +54,9 @@ class Record:
     price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
     cost: int | None = None  # in picodollars (1e-12 USD); None: not known
     overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
-    # Of the ledger, not stored: the row once it is told to the journal, and the journal's segments.
-    sealed: tuple[str | int | float | None, ...] | None = field(default=None, metadata=NOT_STORED)
+    # Of the ledger, not stored: whether its row is told to the journal, and where its opening was.
+    is_sealed: bool = field(default=False, metadata=NOT_STORED)
     opened_in: int = field(default=-1, metadata=NOT_STORED)
-    closed_in: int = field(default=-1, metadata=NOT_STORED)
 
     @property
     def tokens_per_second(self) -> float | None:

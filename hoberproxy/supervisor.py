@@ -43,6 +43,7 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
+WRITER_LIMIT = 15.0  # seconds after the last worker for the last records to be written
 FIRST_BACK_OFF = 0.1
 MAX_BACK_OFF = 30.0
 STEADY = 60.0  # seconds a worker must have lived for its death to be no failure to start
@@ -74,12 +75,15 @@ class Supervisor:
         self._listeners = passed or Listeners()
         self._legacy = legacy
         self._children: list[Child] = []
+        self._writers: list[Child] = []  # the last one is current; others leave
         self.generation = legacy.generation if legacy else 0
         self.upgrades = legacy.upgrades + 1 if legacy else 0
         self.started = legacy.started if legacy else time.time()
         self.problems: list[str] = []  # of the last reload or upgrade
         self.restarts = 0
         self._failures = 0
+        self._writer_failures = 0
+        self._has_ended = False  # all workers are gone, and the writer is to go
         self._starting = asyncio.Lock()  # one start of workers at a time
         self._due: set[str] = set()  # "reload", "upgrade"
         self._changing: asyncio.Task[None] | None = None
@@ -145,9 +149,12 @@ class Supervisor:
             self._bind(self._config)
             self._bind_metrics(self._config)
             async with self._starting:
+                writer = await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
+                writer.generation = self.generation
         except BaseException:
             await self._kill(self._children)
+            await self._kill(self._writers)
             self._listeners.close()
             raise
 
@@ -227,6 +234,32 @@ class Supervisor:
         )
         return child
 
+    async def _start_writer(self) -> Child:
+        """Another writer of records; StartError, and it is gone, if it cannot start.
+
+        It waits until the one before has handed over.
+        """
+        pid, end = spawn([], "hoberproxy.writer_process")
+        writer = Child(
+            pid, generation=self.generation, slot=-1, state=State.STARTING, started=time.time()
+        )
+        self._writers.append(writer)
+        writer.take(end)
+        await writer.attach()
+        writer.channel.send(
+            "start",
+            records=os.fspath(self._config.records.file),
+            keep_days=self._config.records.keep_days,
+            level=self._config.log.level.upper(),
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_LIMIT):
+                await writer.settled.wait()
+        if writer.state is not State.SERVING:
+            await self._kill([writer])
+            raise StartError(_problems_of([writer]))
+        return writer
+
     async def _kill(self, children: Iterable[Child]) -> None:
         """End these now; they serve nobody yet."""
         for child in children:
@@ -245,6 +278,9 @@ class Supervisor:
         for child in list(self._children):
             if child.reap():
                 self._forget(child)
+        for writer in list(self._writers):
+            if writer.reap():
+                self._forget_writer(writer)
 
     def _forget(self, child: Child) -> None:
         was_serving = child.state is State.SERVING
@@ -267,6 +303,37 @@ class Supervisor:
                 delay,
             )
             self._start_task(self._replace(delay), "replace a worker")
+
+    def _forget_writer(self, writer: Child) -> None:
+        was_serving = writer.state is State.SERVING
+        writer.state = State.ENDED
+        self._writers.remove(writer)
+        self._ended = merge([self._ended, writer.snapshot], ended=True)
+        writer.close()
+        if was_serving and not self._has_ended:
+            is_steady = time.time() - writer.started > STEADY
+            self._writer_failures = 0 if is_steady else self._writer_failures + 1
+            self.restarts += 1
+            logger.error("the writer of records ended with %s; another one starts", _told(writer))
+            self._start_task(self._replace_writer(), "replace the writer")
+
+    async def _replace_writer(self) -> None:
+        """Records wait in the journals meanwhile."""
+        while not self._has_ended:
+            if self._writer_failures:
+                delay = FIRST_BACK_OFF * 2 ** min(self._writer_failures - 1, 20)
+                await asyncio.sleep(min(delay, MAX_BACK_OFF))
+            async with self._starting:
+                if self._has_ended or self._serving_writer:
+                    return  # a reload has brought one
+                try:
+                    writer = await self._start_writer()
+                except StartError as error:
+                    self._writer_failures += 1
+                    logger.error("no new writer of records: %s", "; ".join(error.problems))
+                else:
+                    logger.info("process %d writes the records", writer.pid)
+                    return
 
     async def _replace(self, delay: float) -> None:
         while not self._is_stopping:
@@ -323,15 +390,28 @@ class Supervisor:
     def _serving(self) -> list[Child]:
         return [child for child in self._children if child.state is State.SERVING]
 
+    @property
+    def _serving_writer(self) -> bool:
+        return any(writer.state is State.SERVING for writer in self._writers)
+
+    @property
+    def _everyone(self) -> list[Child]:
+        return [*self._children, *self._writers]
+
     async def _reload(self) -> None:
         before = self._source, self._config
-        old = list(self._children)
+        old, old_writers = list(self._children), list(self._writers)
         try:
             source, config = await asyncio.to_thread(self._load)
             self._bind(config)
             self._source, self._config = source, config
+            writer = await self._start_writer()
             await self._start_workers()
+            writer.generation = self.generation
         except (ConfigError, StartError) as error:
+            for writer in self._writers:
+                if writer not in old_writers:
+                    writer.stop()
             self._source, self._config = before
             self._unbind(self._config)
             self._note_problems("config not reloaded", error.problems)
@@ -347,6 +427,10 @@ class Supervisor:
             )
         for child in old:
             child.leave()
+        is_same_file = before[1].records.file == config.records.file
+        for writer in old_writers:
+            # Of another file: until the old workers have ended, who write there.
+            writer.stop() if is_same_file else writer.leave()
         self._unbind(self._config)
         logging.getLogger("hoberproxy").setLevel(self._config.log.level.upper())
         logger.info("config reloaded; generation %d serves", self.generation)
@@ -369,7 +453,7 @@ class Supervisor:
             self._note_problems("not upgraded", [problem])
             return
         deadline = time.monotonic() + START_LIMIT
-        while not all([child.channel.hold() for child in self._children]):
+        while not all([child.channel.hold() for child in self._everyone]):
             if time.monotonic() > deadline:
                 self._note_problems("not upgraded", ["a worker does not read what it is told"])
                 break
@@ -377,7 +461,7 @@ class Supervisor:
         else:
             logger.info("upgrading: process %d goes on with the installed code", os.getpid())
             self._replace_program()
-        for child in self._children:
+        for child in self._everyone:
             child.channel.go_on()
 
     async def _try_installed(self) -> str | None:
@@ -412,6 +496,7 @@ class Supervisor:
             restarts=self.restarts,
             listeners=self._listeners,
             children=self._children,
+            writers=self._writers,
             ended=dict(self._ended),
             reloads=self._reloads,
             tally=self._tally_file,
@@ -433,11 +518,11 @@ class Supervisor:
         self._listeners = legacy.listeners
         self.restarts = legacy.restarts
         self._reloads.update(legacy.reloads)
-        self._children = legacy.children
-        for child in self._children:  # before any of them can be found to have ended
+        self._children, self._writers = legacy.children, legacy.writers
+        for child in self._everyone:  # before any of them can be found to have ended
             child.take(*legacy.ends[child.pid])
         async with self._starting:
-            for child in list(self._children):
+            for child in self._everyone:
                 await child.attach()
         self._reap()  # who ended before there was a handler for it
         logger.info("upgraded to %s", __version__)
@@ -452,7 +537,7 @@ class Supervisor:
 
     async def refresh(self) -> None:
         """Ask all workers how they are."""
-        await asyncio.gather(*(child.refresh() for child in self._children))
+        await asyncio.gather(*(child.refresh() for child in self._everyone))
 
     async def _answer_admin(self, question: Message) -> Message:
         kind = question["kind"]
@@ -460,7 +545,8 @@ class Supervisor:
             before, begun = await self._accounts(), time.monotonic()
             await asyncio.sleep(SAMPLE)
             after = await self._accounts()
-            return combine(before, after, time.monotonic() - begun) | self._state()
+            writers = {"writers": await self._writer_accounts()}
+            return combine(before, after, time.monotonic() - begun) | writers | self._state()
         if kind == "upgrade":
             self.problems = []
             state = self._state()
@@ -495,6 +581,20 @@ class Supervisor:
             for child in children
         ]
 
+    async def _writer_accounts(self) -> list[dict[str, Any]]:
+        writers = list(self._writers)
+        await asyncio.gather(*(writer.refresh("account") for writer in writers))
+        return [
+            writer.account
+            | {
+                "pid": writer.pid,
+                "state": "writer" if writer.state is State.SERVING else writer.state.value,
+                "generation": writer.generation,
+                "started": writer.started,
+            }
+            for writer in writers
+        ]
+
     async def render_metrics(self) -> bytes:
         """The sum over all workers, also those that are gone, as Prometheus' text."""
         await self.refresh()
@@ -512,7 +612,7 @@ class Supervisor:
             "build_info": [[[__version__], 1]],
             "resident_bytes": [[[], resident_bytes()]],
         }
-        return merge([self._ended, *(child.snapshot for child in self._children), own])
+        return merge([self._ended, *(child.snapshot for child in self._everyone), own])
 
     async def _feed_watchdog(self, interval: float) -> None:
         while True:
@@ -560,8 +660,26 @@ class Supervisor:
         except TimeoutError:
             logger.error("workers that did not end are killed: %s", _pids(self._children))
             await self._kill(self._children)
+        await self._end_writers()
         for task in list(self._tasks):
             task.cancel()
+
+    async def _end_writers(self) -> None:
+        """After the workers, so that all they told their journals gets into the store."""
+        self._has_ended = True
+        async with self._starting:  # one that starts has to be told, too
+            with contextlib.suppress(StartError):
+                if not self._serving_writer:  # it had died, and records may wait
+                    await self._start_writer()
+            for writer in self._writers:
+                writer.stop()
+        try:
+            async with asyncio.timeout(WRITER_LIMIT):
+                for writer in list(self._writers):
+                    await writer.ended.wait()
+        except TimeoutError:
+            logger.error("the writer is killed; the next start writes what is in the journals")
+            await self._kill(self._writers)
 
 
 def open_tally(number: int) -> tuple[int, Tally]:

@@ -11,7 +11,7 @@ import pytest
 from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.limits import PICO, KeyLimits
 from hoberproxy.prices import Prices
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .conftest import QUESTION, SLUG, ClientAnswer, Proxy, StartProxy, chat, get, wait_until
 from .scripted import ScriptedUpstream, completion, json_response

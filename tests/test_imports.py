@@ -15,9 +15,9 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin app attempts channel child cli"
     " commands_keys commands_service commands_usage counting database deadlines demo diagnosis"
-    " exchange gateway journal keytable ledger listeners listing memory metrics notify origin pool"
-    " printing probe quickstart relay scrape server service source store succession supervisor"
-    " tallies upstream wire worker".split()
+    " exchange gateway journal journals keytable ledger listeners listing memory metrics notify"
+    " origin pool printing probe quickstart relay scrape server service source sqlite_store stores"
+    " succession supervisor tallies upstream wire worker writer writer_process".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
