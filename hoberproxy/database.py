@@ -76,6 +76,9 @@ class Database:
                 time.sleep(0.01)
         # In WAL mode this survives a crash of the process; a power cut may take the last moments.
         self._db.execute("PRAGMA synchronous = NORMAL")
+        # 16 MB of log between checkpoints, not 4: a page of the index is copied less often, and a
+        # record costs a tenth less.
+        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
         self._migrate()
 
     def _migrate(self) -> None:

@@ -45,7 +45,6 @@ _OLD_MAGIC = b"hbjrnl01"
 _OLD_SEGMENT = ".journal"
 _OLD_HEAD_BYTES = 16
 _OPENED, _CLOSED, _REVISED, _AMENDED, _NAMES = b"ocran"
-_PASSED_OVER = (_OPENED, _NAMES)
 _UNKNOWN, _OLD, _OWN = range(3)
 _LIST_OF_COLUMNS = list(COLUMNS)
 
@@ -111,20 +110,36 @@ class Segment:
 
     def read(self, limit: int) -> list[bytes]:
         """Up to `limit` entries that were appended since, but for those of opened requests."""
+        # As `_entries`, which costs half as much again: this is most of what the writer does itself
+        # (bench.micro account).
         found: list[bytes] = []
-        for payload in self._entries(self._place, limit):
+        data, seed, place, end = self._map, self._seed, self._place, self.size - ENTRY.size
+        unpack_from, crc32 = ENTRY.unpack_from, zlib.crc32
+        while data is not None and place <= end:
+            length, checksum = unpack_from(data, place)
+            if not length:
+                break
+            following = place + 8 + length
+            payload = data[place + 8 : following]
+            if crc32(payload, seed) != checksum or following > self.size:
+                break
+            place = following
             kind = payload[0]
-            if kind not in _PASSED_OVER:
-                self._count += kind != _AMENDED
-                found.append(payload)
+            if kind == _OPENED or kind == _NAMES:
+                continue
+            found.append(payload)
+            self._count += kind != _AMENDED
+            if len(found) == limit:
+                break
+        self._place = place
         return found
 
-    def _entries(self, place: int, limit: int) -> Iterator[bytes]:
-        """Whole entries from there on; moves `_place` behind each."""
+    def _entries(self, place: int) -> Iterator[bytes]:
+        """All whole entries from there on; moves `_place` behind each."""
         data, seed, end = self._map, self._seed, self.size - ENTRY.size
         if data is None:
             return
-        while limit and place <= end:
+        while place <= end:
             length, checksum = ENTRY.unpack_from(data, place)
             if not length:
                 return
@@ -135,7 +150,6 @@ class Segment:
                 return
             self._place = place
             yield payload
-            limit -= payload[0] not in _PASSED_OVER
 
     def skip(self) -> None:
         """Take all that was appended for stored."""
@@ -167,7 +181,7 @@ class Segment:
         """What stands in entries of each kind, as the first entry says."""
         if not self._names:
             place = self._place
-            payload = next(self._entries(self._start, 1), b"n[]")  # before any other
+            payload = next(self._entries(self._start), b"n[]")
             self._place = place
             if payload[0] == _NAMES:
                 self._names = dict(zip(b"oca", orjson.loads(payload[1:]), strict=False))
@@ -188,7 +202,7 @@ class Segment:
             self._seed = zlib.crc32(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
         stored, names = self._stored, self.names()
         self._place, self._count = self._start, 0
-        for payload in self._entries(self._start, -1):
+        for payload in self._entries(self._start):
             kind = payload[0]
             if kind == _NAMES:
                 continue
