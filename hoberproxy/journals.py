@@ -327,9 +327,9 @@ class Journals:
             owners.setdefault(segment.owner, []).append(segment)
         return owners
 
-    def has_living(self) -> bool:
-        """Whether any owner lives."""
-        return any(not self._is_dead(segments) for segments in self.owners().values())
+    def living(self) -> set[str]:
+        """The owners that live."""
+        return {name for name, segments in self.owners().items() if not self._is_dead(segments)}
 
     def has_dead(self) -> bool:
         """Whether any owner has left something."""

@@ -43,7 +43,7 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
-WRITER_LIMIT = 15.0  # seconds after the last worker for the last records to be written
+WRITER_LIMIT = 10.0  # seconds after the last worker for the last records to be written
 FIRST_BACK_OFF = 0.1
 MAX_BACK_OFF = 30.0
 STEADY = 60.0  # seconds a worker must have lived for its death to be no failure to start

@@ -128,9 +128,9 @@ class Writer:
             self._store.close()
         self._lock.release()
 
-    def has_living(self) -> bool:
-        """Whether any process has a journal here that it still appends to."""
-        return self._journals.has_living()
+    def living(self) -> set[str]:
+        """The journals whose processes live."""
+        return self._journals.living()
 
     # A turn
 

@@ -3,8 +3,9 @@
     supervisor ── start (records file, days to keep), snapshot, account, leave, stop ──► writer
                ◄── ready or failed, snapshot, account, bye ──
 
-*stop* ends it once all is in the store; *leave*, SIGTERM and the supervisor's death do so when no
-process appends to a journal any more. No asyncio here: it works, and waits for the channel.
+*stop* ends it once all is in the store; *leave*, SIGTERM and the supervisor's death do so when the
+processes that append to journals by then have ended. No asyncio here: it works, and waits for the
+channel.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from .writer import Writer
 logger = logging.getLogger("hoberproxy.ledger")
 
 START_LIMIT = 30.0  # seconds to wait for the word to start
-LEAVE_INTERVAL = 0.5  # seconds between looks whether others still append
 EXIT_CANNOT_START = 3
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
@@ -41,6 +41,8 @@ class WriterProcess:
         self._is_open = True
         self._is_stopped = False
         self._is_leaving = False
+        # Whose end is awaited then: others may come, and have a writer of another version.
+        self._awaited: set[str] | None = None
 
     def run(self) -> None:
         """From the first turn to the last record."""
@@ -50,7 +52,7 @@ class WriterProcess:
         self._send("bye", **self._state())
 
     def leave(self) -> None:
-        """End when no process appends to a journal any more."""
+        """End with the last of the processes that have journals now."""
         self._is_leaving = True
 
     def _pause(self, seconds: float) -> bool:
@@ -60,7 +62,14 @@ class WriterProcess:
                 self._receive()
         else:
             select.select([], [], [], seconds)
-        return self._is_stopped or (self._is_leaving and not self._writer.has_living())
+        return self._is_stopped or (self._is_leaving and not self._awaits_any())
+
+    def _awaits_any(self) -> bool:
+        living = self._writer.living()
+        if self._awaited is None:
+            self._awaited = living
+        self._awaited &= living
+        return bool(self._awaited)
 
     def _receive(self) -> None:
         try:

@@ -282,7 +282,7 @@ def test_a_closed_journal_is_left_to_the_writer_in_order(
 def test_a_journal_whose_owner_lives_is_left_alone(journal: Journal, journals: Journals) -> None:
     journal.open(["req_1"])
     assert list(journals.dead()) == []
-    assert journals.has_living() and not journals.has_dead()
+    assert len(journals.living()) == 1 and not journals.has_dead()
 
 
 def test_who_takes_over_first_has_it_alone(tmp_path: Path, journals: Journals) -> None:

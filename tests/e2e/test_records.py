@@ -19,7 +19,7 @@ from tests.scripted import ScriptedUpstream
 from .harness import chat, eventually
 from .test_account import KILLS, Seen, answer, ids_in
 from .test_status import command
-from .test_workers import Service, is_alive, service
+from .test_workers import WAITING, Service, begin_stream, finish_stream, is_alive, service
 
 Victims = Callable[[Service], list[int]]
 
@@ -195,3 +195,33 @@ async def test_a_process_with_a_writer_beside_a_service_takes_its_turn(tmp_path:
                 assert (await new.post(chat())).status == 200
                 await eventually(lambda: len(ids_in(tmp_path)) == 2)
     assert not list((tmp_path / "records.db-requests").iterdir())
+
+
+async def test_after_a_reload_to_another_file_the_old_writer_stays_for_the_old_workers(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedUpstream(WAITING, default=answer) as upstream,
+        service(tmp_path, upstream) as running,
+    ):
+        (old,) = writers(running)
+        async with running.connect() as client:
+            await begin_stream(client)
+            config = tmp_path / "hoberproxy.toml"
+            config.write_text(config.read_text().replace("records.db", "others.db"))
+            running.send(signal.SIGHUP)
+            await running.logged("config reloaded")
+            assert (await running.post(chat())).status == 200
+            await eventually(lambda: stored_in(tmp_path / "others.db") == 1)
+            assert old in writers(running)
+            upstream.release("go")
+            await finish_stream(client)
+        await eventually(lambda: not is_alive(old))
+        assert len(writers(running)) == 1
+        assert stored_in(tmp_path / "records.db") == 1
+
+
+def stored_in(file: Path) -> int:
+    with closing(sqlite3.connect(file)) as database:
+        count: int = database.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+    return count
