@@ -38,12 +38,12 @@ from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
 from .tally import SLOTS, TALLY_BYTES, Tally, new_tally_memory
+from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
-WRITER_LIMIT = 10.0  # seconds after the last worker for the last records to be written
 FIRST_BACK_OFF = 0.1
 MAX_BACK_OFF = 30.0
 STEADY = 60.0  # seconds a worker must have lived for its death to be no failure to start
@@ -75,15 +75,13 @@ class Supervisor:
         self._listeners = passed or Listeners()
         self._legacy = legacy
         self._children: list[Child] = []
-        self._writers: list[Child] = []  # the last one is current; others leave
+        self._writers = Writers(self._count_ended)
         self.generation = legacy.generation if legacy else 0
         self.upgrades = legacy.upgrades + 1 if legacy else 0
         self.started = legacy.started if legacy else time.time()
         self.problems: list[str] = []  # of the last reload or upgrade
         self.restarts = 0
         self._failures = 0
-        self._writer_failures = 0
-        self._has_ended = False  # all workers are gone, and the writer is to go
         self._starting = asyncio.Lock()  # one start of workers at a time
         self._due: set[str] = set()  # "reload", "upgrade"
         self._changing: asyncio.Task[None] | None = None
@@ -149,12 +147,11 @@ class Supervisor:
             self._bind(self._config)
             self._bind_metrics(self._config)
             async with self._starting:
-                writer = await self._start_writer()  # first: what dead processes spent is spent
+                await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
-                writer.generation = self.generation
         except BaseException:
             await self._kill(self._children)
-            await self._kill(self._writers)
+            await self._writers.kill()
             self._listeners.close()
             raise
 
@@ -234,32 +231,6 @@ class Supervisor:
         )
         return child
 
-    async def _start_writer(self) -> Child:
-        """Another writer of records; StartError, and it is gone, if it cannot start.
-
-        It waits until the one before has handed over.
-        """
-        pid, end = spawn([], "hoberproxy.writer_process")
-        writer = Child(
-            pid, generation=self.generation, slot=-1, state=State.STARTING, started=time.time()
-        )
-        self._writers.append(writer)
-        writer.take(end)
-        await writer.attach()
-        writer.channel.send(
-            "start",
-            records=os.fspath(self._config.records.file),
-            keep_days=self._config.records.keep_days,
-            level=self._config.log.level.upper(),
-        )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_LIMIT):
-                await writer.settled.wait()
-        if writer.state is not State.SERVING:
-            await self._kill([writer])
-            raise StartError(_problems_of([writer]))
-        return writer
-
     async def _kill(self, children: Iterable[Child]) -> None:
         """End these now; they serve nobody yet."""
         for child in children:
@@ -278,16 +249,14 @@ class Supervisor:
         for child in list(self._children):
             if child.reap():
                 self._forget(child)
-        for writer in list(self._writers):
-            if writer.reap():
-                self._forget_writer(writer)
+        self._writers.reap()
 
     def _forget(self, child: Child) -> None:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
         self._tally.clear(child.slot)
-        self._ended = merge([self._ended, child.snapshot], ended=True)
+        self._count_ended(child.snapshot)
         child.close()
         if was_serving and not self._is_stopping:
             lived = time.time() - child.started
@@ -304,36 +273,12 @@ class Supervisor:
             )
             self._start_task(self._replace(delay), "replace a worker")
 
-    def _forget_writer(self, writer: Child) -> None:
-        was_serving = writer.state is State.SERVING
-        writer.state = State.ENDED
-        self._writers.remove(writer)
-        self._ended = merge([self._ended, writer.snapshot], ended=True)
-        writer.close()
-        if was_serving and not self._has_ended:
-            is_steady = time.time() - writer.started > STEADY
-            self._writer_failures = 0 if is_steady else self._writer_failures + 1
-            self.restarts += 1
-            logger.error("the writer of records ended with %s; another one starts", _told(writer))
-            self._start_task(self._replace_writer(), "replace the writer")
+    def _count_ended(self, snapshot: Snapshot) -> None:
+        """Counts go on where a process that is gone stopped."""
+        self._ended = merge([self._ended, snapshot], ended=True)
 
-    async def _replace_writer(self) -> None:
-        """Records wait in the journals meanwhile."""
-        while not self._has_ended:
-            if self._writer_failures:
-                delay = FIRST_BACK_OFF * 2 ** min(self._writer_failures - 1, 20)
-                await asyncio.sleep(min(delay, MAX_BACK_OFF))
-            async with self._starting:
-                if self._has_ended or self._serving_writer:
-                    return  # a reload has brought one
-                try:
-                    writer = await self._start_writer()
-                except StartError as error:
-                    self._writer_failures += 1
-                    logger.error("no new writer of records: %s", "; ".join(error.problems))
-                else:
-                    logger.info("process %d writes the records", writer.pid)
-                    return
+    async def _start_writer(self) -> Child:
+        return await self._writers.start(self._config, self.generation + 1)
 
     async def _replace(self, delay: float) -> None:
         while not self._is_stopping:
@@ -391,28 +336,21 @@ class Supervisor:
         return [child for child in self._children if child.state is State.SERVING]
 
     @property
-    def _serving_writer(self) -> bool:
-        return any(writer.state is State.SERVING for writer in self._writers)
-
-    @property
     def _everyone(self) -> list[Child]:
-        return [*self._children, *self._writers]
+        return [*self._children, *self._writers.all]
 
     async def _reload(self) -> None:
         before = self._source, self._config
-        old, old_writers = list(self._children), list(self._writers)
+        old, old_writers = list(self._children), list(self._writers.all)
         try:
             source, config = await asyncio.to_thread(self._load)
             self._bind(config)
             self._source, self._config = source, config
-            writer = await self._start_writer()
+            await self._start_writer()
             await self._start_workers()
-            writer.generation = self.generation
         except (ConfigError, StartError) as error:
-            for writer in self._writers:
-                if writer not in old_writers:
-                    writer.stop()
             self._source, self._config = before
+            self._writers.keep(old_writers, self._config)
             self._unbind(self._config)
             self._note_problems("config not reloaded", error.problems)
             return
@@ -427,10 +365,7 @@ class Supervisor:
             )
         for child in old:
             child.leave()
-        is_same_file = before[1].records.file == config.records.file
-        for writer in old_writers:
-            # Of another file: until the old workers have ended, who write there.
-            writer.stop() if is_same_file else writer.leave()
+        self._writers.replace(old_writers, before[1])
         self._unbind(self._config)
         logging.getLogger("hoberproxy").setLevel(self._config.log.level.upper())
         logger.info("config reloaded; generation %d serves", self.generation)
@@ -496,7 +431,7 @@ class Supervisor:
             restarts=self.restarts,
             listeners=self._listeners,
             children=self._children,
-            writers=self._writers,
+            writers=self._writers.all,
             ended=dict(self._ended),
             reloads=self._reloads,
             tally=self._tally_file,
@@ -518,7 +453,8 @@ class Supervisor:
         self._listeners = legacy.listeners
         self.restarts = legacy.restarts
         self._reloads.update(legacy.reloads)
-        self._children, self._writers = legacy.children, legacy.writers
+        self._children = legacy.children
+        self._writers.adopt(legacy.writers, self._config)
         for child in self._everyone:  # before any of them can be found to have ended
             child.take(*legacy.ends[child.pid])
         async with self._starting:
@@ -545,7 +481,7 @@ class Supervisor:
             before, begun = await self._accounts(), time.monotonic()
             await asyncio.sleep(SAMPLE)
             after = await self._accounts()
-            writers = {"writers": await self._writer_accounts()}
+            writers = {"writers": await self._writers.accounts()}
             return combine(before, after, time.monotonic() - begun) | writers | self._state()
         if kind == "upgrade":
             self.problems = []
@@ -579,20 +515,6 @@ class Supervisor:
                 "started": child.started,
             }
             for child in children
-        ]
-
-    async def _writer_accounts(self) -> list[dict[str, Any]]:
-        writers = list(self._writers)
-        await asyncio.gather(*(writer.refresh("account") for writer in writers))
-        return [
-            writer.account
-            | {
-                "pid": writer.pid,
-                "state": "writer" if writer.state is State.SERVING else writer.state.value,
-                "generation": writer.generation,
-                "started": writer.started,
-            }
-            for writer in writers
         ]
 
     async def render_metrics(self) -> bytes:
@@ -660,26 +582,9 @@ class Supervisor:
         except TimeoutError:
             logger.error("workers that did not end are killed: %s", _pids(self._children))
             await self._kill(self._children)
-        await self._end_writers()
+        await self._writers.end()
         for task in list(self._tasks):
             task.cancel()
-
-    async def _end_writers(self) -> None:
-        """After the workers, so that all they told their journals gets into the store."""
-        self._has_ended = True
-        async with self._starting:  # one that starts has to be told, too
-            with contextlib.suppress(StartError):
-                if not self._serving_writer:  # it had died, and records may wait
-                    await self._start_writer()
-            for writer in self._writers:
-                writer.stop()
-        try:
-            async with asyncio.timeout(WRITER_LIMIT):
-                for writer in list(self._writers):
-                    await writer.ended.wait()
-        except TimeoutError:
-            logger.error("the writer is killed; the next start writes what is in the journals")
-            await self._kill(self._writers)
 
 
 def open_tally(number: int) -> tuple[int, Tally]:
