@@ -263,6 +263,37 @@ def test_what_no_table_takes_is_lost_alone(
     assert "secret" not in caplog.text
 
 
+def test_an_entry_that_makes_no_sense_is_lost_alone(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ledger = make()
+    ledger.start()
+    ledger._journal._append(b'c["too few"]')
+    ledger._journal._append(b"c{no json")
+    ledger._journal._append(b"?[]")
+    ledger.put(record(1))
+    wait_until(lambda: stored(path) == 1)
+    assert ledger.lost == 3
+    assert "3 records lost: ValueError" in caplog.text
+
+
+def test_a_journal_of_other_columns_is_read_while_its_owner_lives(
+    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Ledger(path, Keyring(), has_writer=False)
+    names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"], ["id", "cost"]])
+    with monkeypatch.context() as patch:
+        patch.setattr("hoberproxy.journal._NAMES", b"n" + names)
+        other._journal.prepare()
+        other._journal.close_request(("req_1", 5.0, 200, "?"))
+    make().start()
+    wait_until(lambda: stored(path) == 1)
+    store = Store(path)
+    assert store.find_record("req_1") == Record(id="req_1", started=5.0, status=200)
+    store.close()
+    other.close()
+
+
 def test_amendments_reach_the_store_from_any_thread(
     make: Callable[..., Ledger], path: Path
 ) -> None:
