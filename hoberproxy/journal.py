@@ -250,6 +250,8 @@ class Journal:
         if is_fit and len(self._waiting) < MAX_WAITING:
             self._waiting.append(payload)
             return
+        if payload[0] == 97:  # an amendment: the estimate stays
+            return
         if not self.records_lost:
             logger.error("a record is lost: the journal has no room and neither has memory")
         self.records_lost += 1
