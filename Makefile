@@ -10,7 +10,7 @@ TEST_JOBS ?= 2
 SOURCES := pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install compiled tools run test test-compiled test-load test-real test-systemd demo-model fmt \
+.PHONY: help install compiled tools run test test-compiled test-kills test-load test-real test-systemd demo-model fmt \
 	lint types check bench bench-pure bench-micro clean
 
 help: ## list the targets
@@ -73,6 +73,10 @@ test-compiled: $(COMPILED)/.stamp ## the same tests, of the compiled package
 	@cp -R pyproject.toml Makefile README.md CHANGELOG.md CONTRIBUTING.md docs deploy bench tests .ci build/tests/
 	cd build/tests && ../../$(COMPILED)/bin/python -m pytest -n $(TEST_JOBS) \
 		-m 'not real and not load and not systemd' -p no:cacheprovider $(TEST_ARGS)
+
+test-kills: $(VENV)/.dev ## kill processes at fifty random moments under load: no record is lost
+	HOBERPROXY_TEST_KILLS=50 $(BIN)/python -m pytest -n $(TEST_JOBS) -k killed tests/e2e/test_account.py \
+		tests/e2e/test_records.py $(TEST_ARGS)
 
 test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
 	$(BIN)/python -m pytest -m load $(TEST_ARGS)

@@ -28,6 +28,7 @@ from .limits import (
 from .origin import is_local_host
 from .record import CLIENT_CLOSED, Record
 from .store import KeyUsage, Store, StoreError
+from .stores import open_store
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class AccountPages:
     def _open(self) -> Store:
         if self._store is None:
             path = self._gateway.config.records.file
-            self._store = Store(path, busy_timeout=BUSY_TIMEOUT)
+            self._store = open_store(path, busy_timeout=BUSY_TIMEOUT)
         return self._store
 
 

@@ -152,8 +152,8 @@ class Child:
             self.end.close()
 
 
-def spawn(passed: list[int]) -> tuple[int, socket.socket]:
-    """Start a worker process that inherits these descriptors; its id and our end of its channel.
+def spawn(passed: list[int], module: str = "hoberproxy.worker") -> tuple[int, socket.socket]:
+    """Start a process of `module` that inherits these; its id and our end of its channel.
 
     Spawned, not forked: a worker that is started with newly installed code runs that.
     """
@@ -164,7 +164,7 @@ def spawn(passed: list[int]) -> tuple[int, socket.socket]:
         environ = {
             name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
         }
-        command = python_command("hoberproxy.worker", str(theirs.fileno()))
+        command = python_command(module, str(theirs.fileno()))
         pid = os.posix_spawn(command[0], command, environ, file_actions=actions, setsigmask=[])
     return pid, ours
 

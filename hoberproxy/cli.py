@@ -33,6 +33,7 @@ from .config import (
 )
 from .printing import print_table
 from .store import Store, StoreError
+from .stores import open_store
 
 if TYPE_CHECKING:
     from .server import Server
@@ -420,4 +421,4 @@ def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store
             f"no keys or records at {path} yet; "
             "run this where the proxy was started, or name its --config"
         )
-    return Store(path)
+    return open_store(path)

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any, Protocol
 
-from .database import StoreError
-from .keytable import KeyRow
 from .limits import PERIODS, KeyLimits, format_dollars
 from .printing import moment, parse_dollars, parse_expiry, parse_span, print_table
-from .store import Store
+from .store import KeyRow, Store, StoreError
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 GRACE = "24h"

@@ -12,7 +12,8 @@ from typing import Any
 from . import status
 from .admin import AdminError, admin_path, ask
 from .config import Config
-from .store import Store, StoreError
+from .store import StoreError
+from .stores import open_store
 
 UPGRADE_LIMIT = 120.0  # seconds
 DAY = 86400.0
@@ -51,7 +52,7 @@ def _add_usage(document: dict[str, Any], config: Config) -> None:
         return
     today = time.time() // DAY * DAY
     try:
-        store = Store(config.records.file)
+        store = open_store(config.records.file)
         try:
             rows = store.sum_usage("key", today, None)
         finally:

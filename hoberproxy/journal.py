@@ -1,16 +1,18 @@
-"""What outlives a killed process: two entries a request, in files that are mapped into memory.
+"""What outlives a killed process, and the way of every record into the store.
 
-    segment:  magic │ generation │ entry, entry, entry, … │ eight zeros
+    segment:  head │ entry, entry, entry, … │ eight zeros
+    head:     magic │ generation │ number │ ended │ generation, place, count │ zeros, up to 64 bytes
     entry:    length │ CRC-32 of generation and payload │ payload: a letter and a JSON array
 
-The first entry of a segment names what stands in the others, for another version may read them.
+    n  names of what stands in the others: another version may read them    o  a request is opened
+    c  one is closed: its record's row    r  another row in place of it    a  a better count for it
 
-*Opened* is appended before the upstream is called, *closed*, the whole row of the record, before
-the last byte goes to the client. Appending copies into memory: no system call, and what was copied
-survives the process, for the page belongs to the kernel (a power cut may take the last seconds).
-Segments are allocated on the disk in advance, by the ledger's thread, and used again once all they
-tell of is in the store. Their owner holds a lock on each, which the kernel frees with the process:
-`take_over` reads those that nobody holds.
+*Opened* is appended before the upstream is called, *closed* before the last byte goes to the
+client. Appending copies into memory: no system call, and what was copied survives the process, for
+the page belongs to the kernel (a power cut may take the last seconds). The writer, in whichever
+process, reads the segments of all (journals.py) and notes in a head up to which place, and how many
+closed requests, the store has of this generation; then the segment can be used again. The owner
+holds a lock on each of its segments, which the kernel frees with the process.
 """
 
 from __future__ import annotations
@@ -21,48 +23,61 @@ import mmap
 import os
 import secrets
 import struct
-import time
 import zlib
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from .rows import COLUMNS, Row
+from .rows import COLUMNS, Row, clean_values
 
 logger = logging.getLogger("hoberproxy.ledger")
 
-SEGMENT_BYTES = 4 * 1024 * 1024  # ten thousand requests
+SEGMENT_BYTES = 4 * 1024 * 1024  # seven thousand requests
+# 512 MB, about 900,000 requests, that wait in one process for a store that cannot be written.
+MAX_SEGMENTS = 128
 SPARES = 1  # segments ready beside the one in use
-MAX_PAYLOAD_BYTES = 64 * 1024
-_MAGIC = b"hbjrnl01"  # another form of entries gets another
-_HEAD = struct.Struct("<8sQ")  # magic, generation
-_ENTRY = struct.Struct("<II")  # length of the payload, checksum
-_END = bytes(_ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
+KEPT = 2  # used segments that stay for the next use; the others go
+MAX_PAYLOAD_BYTES = 256 * 1024
+MAX_WAITING = 10_000  # closed requests kept in memory while there is no room, 10 MB or so
+MAGIC = b"hbjrnl02"  # another form of entries gets another
+HEAD_BYTES = 64
+HEAD = struct.Struct("<8sQQ")  # generation, number in the order of use, whether the owner has ended
+HEAD_PLACE = len(MAGIC)
+MARK = struct.Struct("<8sQQ")  # what the store has: generation, place behind it, closed requests
+MARK_PLACE = 32
+ENTRY = struct.Struct("<II")  # length of the payload, checksum
+_END = bytes(ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
 # What is told of a request that is opened; of a closed one it is the row.
 OPENED = (
     *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
     *("slug", "provider", "prompt_tokens", "completion_tokens", "price"),
 )
-_NAMES = b"n" + orjson.dumps([OPENED, COLUMNS])
-Values = dict[str, Any]
+AMENDED = ("id", "prompt_tokens", "completion_tokens", "cost")
+_NAMES = b"n" + orjson.dumps([OPENED, COLUMNS, AMENDED])
+SEGMENT = ".segment"
 UNFINISHED = ".new"  # the ending of a segment that is being made
-UNFINISHED_FOR = 60.0  # seconds after which its maker must have died
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
 
 
 class _Segment:
     """One file, locked and mapped."""
 
-    __slots__ = ("_descriptor", "_map", "_path", "_seed", "end", "number", "pending")
+    __slots__ = (
+        "_descriptor",
+        "_generation",
+        "_map",
+        "_path",
+        "_seed",
+        "closed",
+        "end",
+        "number",
+        "running",
+    )
 
-    def __init__(self, path: Path, number: int) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self.number = number
         # Under its own name only once it is locked: else another process could take it for one that
         # a dead process left, and remove it.
         new = path.with_suffix(UNFINISHED)
@@ -72,7 +87,7 @@ class _Segment:
             # Allocated, or a full disk would end the process at a store to memory.
             os.posix_fallocate(self._descriptor, 0, SEGMENT_BYTES)
             self._map = mmap.mmap(self._descriptor, SEGMENT_BYTES)
-            self.begin(number)
+            self.begin(0)
             new.rename(path)
         except BaseException:
             os.close(self._descriptor)
@@ -82,21 +97,42 @@ class _Segment:
     def begin(self, number: int) -> None:
         """Forget what it holds; old entries do not fit the new generation's checksum."""
         self.number = number
-        self.pending = 0  # requests told of here that are not in the store
-        generation = secrets.token_bytes(8)
-        self._seed = zlib.crc32(generation)
-        self._map[: _HEAD.size] = _MAGIC + generation
-        self.end = _HEAD.size
+        self.running = 0  # requests opened here that are not closed
+        self.closed = 0  # entries of the letters c and r
+        self._generation = secrets.token_bytes(8)
+        self._seed = zlib.crc32(self._generation)
+        head = MAGIC + HEAD.pack(self._generation, number, 0)
+        self._map[0 : len(head)] = head
+        self.end = HEAD_BYTES
         self.append(_NAMES)
 
     def append(self, payload: bytes) -> None:
-        entry = _ENTRY.pack(len(payload), zlib.crc32(payload, self._seed)) + payload + _END
+        entry = ENTRY.pack(len(payload), zlib.crc32(payload, self._seed)) + payload + _END
         end = self.end
-        self._map[end : end + len(entry)] = entry
-        self.end = end + len(entry) - len(_END)
+        place = end + len(entry)
+        self._map[end:place] = entry
+        self.end = place - 8
 
-    def close(self, *, remove: bool) -> None:
-        """Unmap, and free the lock; the file goes if nothing in it is needed."""
+    def stored(self) -> int:
+        """How many closed requests of it are in the store."""
+        generation, _, count = MARK.unpack_from(self._map, MARK_PLACE)
+        return int(count) if generation == self._generation else 0
+
+    def is_free(self) -> bool:
+        """Nothing in it is needed: all is in the store, and no request opened here still runs."""
+        if self.running:
+            return False
+        generation, place, _ = MARK.unpack_from(self._map, MARK_PLACE)
+        return bool(generation == self._generation and place >= self.end)
+
+    def let_go(self) -> None:
+        """Say that its owner has ended in order, and free the lock."""
+        head = HEAD.pack(self._generation, self.number, 1)
+        self._map[HEAD_PLACE : HEAD_PLACE + HEAD.size] = head
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self, *, remove: bool = False) -> None:
+        """Unmap, and free the lock; the file first, so that nobody finds it without its lock."""
         if remove:
             self._path.unlink(missing_ok=True)
         self._map.close()
@@ -104,10 +140,11 @@ class _Segment:
 
 
 class Journal:
-    """One process's journal in a directory; `open` and `close` belong to one thread.
+    """One process's journal in a directory; all but `prepare` belongs to the loop's thread.
 
-    `prepare`, `settle` and `take_over` belong to another, which writes the store. `lost` counts
-    entries that found no room: their requests go on, and are told of by the store alone.
+    `prepare` allocates on the disk, so it belongs to another. `lost` counts entries that found no
+    room when they came: a crash would lose them. Those of closed requests wait in memory for it;
+    `records_lost` counts those that could not.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -116,219 +153,196 @@ class Journal:
         self._made = 0
         self._numbers = 0
         self._current: _Segment | None = None
-        self._segments: dict[int, _Segment] = {}  # full ones that are still needed
+        self._segments: dict[int, _Segment] = {}  # full ones, by number
         self._spares: deque[_Segment] = deque()
-        self._settled: deque[Counter[int]] = deque()
+        self._retired: deque[_Segment] = deque()  # to be removed by the thread
+        self._waiting: deque[bytes] = deque()
         self._is_failing = False
         self._is_closed = False
+        self._closed = 0  # entries of closed requests in segments used again or closed since
+        self._left = 0  # those of them that the store had not
         self.lost = 0
+        self.records_lost = 0
 
     # The path of a request
 
     def open(self, values: list[Any]) -> int:
         """Tell that a request is about to go upstream, in the order of OPENED.
 
-        Returns the number of the segment that has it, as `close_request` does.
+        Returns the number of the segment that has it, which `close_request` wants back.
         """
-        return self._append(b"o" + orjson.dumps(values))
-
-    def close_request(self, row: Row) -> int:
-        """Tell how a request ended."""
-        try:
-            payload = b"c" + orjson.dumps(row)
-        except (TypeError, ValueError):  # what JSON cannot hold; the store has its own way with it
-            self.lost += 1
+        segment = self._append(b"o" + orjson.dumps(values))
+        if segment is None:
             return NOWHERE
-        return self._append(payload)
+        segment.running += 1
+        return segment.number
 
-    def _append(self, payload: bytes) -> int:
+    def close_request(self, row: Row, opened_in: int = NOWHERE) -> None:
+        """Tell how a request ended."""
+        self._close(b"c", row)
         segment = self._current
-        if segment is None or segment.end + len(payload) > SEGMENT_BYTES - 2 * _ENTRY.size:
+        if segment is None or segment.number != opened_in:
+            segment = self._segments.get(opened_in)
+        if segment is not None:
+            segment.running -= 1
+
+    def revise(self, row: Row) -> None:
+        """A request that was told to be closed ended otherwise."""
+        self._close(b"r", row)
+
+    def amend(self, values: list[Any]) -> None:
+        """A better count for a closed request, in the order of AMENDED."""
+        payload = b"a" + orjson.dumps(values)
+        if self._waiting or self._append(payload) is None:
+            self._wait(payload)
+
+    def _close(self, kind: bytes, row: Row) -> None:
+        try:
+            payload = kind + orjson.dumps(row)
+        except (TypeError, ValueError):  # half a surrogate pair, or a number beyond 64 bits
+            payload = kind + orjson.dumps(clean_values(row))
+        if self._waiting:
+            self.flush()
+        if self._waiting:  # not before those
+            self.lost += 1
+            self._wait(payload)
+            return
+        segment = self._append(payload)
+        if segment is not None:
+            segment.closed += 1
+        else:
+            self._wait(payload)
+
+    def _append(self, payload: bytes) -> _Segment | None:
+        segment = self._current
+        if segment is None or segment.end + len(payload) > SEGMENT_BYTES - 16:
             segment = self._turn()
         if segment is None or len(payload) > MAX_PAYLOAD_BYTES:
             self.lost += 1
-            return NOWHERE
+            return None
         segment.append(payload)
-        segment.pending += 1
-        return segment.number
+        return segment
 
     def _turn(self) -> _Segment | None:
-        """Go on in another segment: a settled one, a prepared one, or else one made now."""
-        self._collect()
-        if self._current is not None:
-            self._segments[self._current.number] = self._current
+        """Go on in another segment: one that is free again, or else a prepared one."""
+        current = self._current
+        if current is not None:
+            self._segments[current.number] = current
             self._current = None
-        free = next((one for one in self._segments.values() if not one.pending), None)
-        if free is not None:
-            del self._segments[free.number]
+        free = [one for one in self._segments.values() if one.is_free()]
+        for one in free:
+            if one is free[0] or len(self._segments) > KEPT:
+                del self._segments[one.number]
+                self._closed += one.closed
+                if one is not free[0]:
+                    self._retired.append(one)
+        following = free[0] if free else None
+        if following is None and self._spares:
+            following = self._spares.popleft()
+        if following is not None:
             self._numbers += 1
-            free.begin(self._numbers)
-        elif self._spares:
-            free = self._spares.popleft()
-            self._numbers += 1
-            free.begin(self._numbers)
-        self._current = free
-        return free
+            following.begin(self._numbers)
+        self._current = following
+        return following
 
-    def _collect(self) -> None:
-        """Count off what is in the store by now."""
-        while self._settled:
-            for number, count in self._settled.popleft().items():
-                segment = self._segments.get(number)
-                if segment is None and self._current is not None and self._current.number == number:
-                    segment = self._current
-                if segment is not None:
-                    segment.pending -= count
+    def _wait(self, payload: bytes) -> None:
+        is_fit = len(payload) <= MAX_PAYLOAD_BYTES and not self._is_closed
+        if is_fit and len(self._waiting) < MAX_WAITING:
+            self._waiting.append(payload)
+            return
+        if payload[0] == 97:  # an amendment: the estimate stays
+            return
+        if not self.records_lost:
+            logger.error("a record is lost: the journal has no room and neither has memory")
+        self.records_lost += 1
 
-    # The thread of the store
+    def flush(self) -> None:
+        """Append what waits in memory, as far as there is room."""
+        while self._waiting and self._has_room(len(self._waiting[0])):
+            payload = self._waiting.popleft()
+            segment = self._append(payload)
+            if segment is not None and payload[0] != 97:  # an amendment is no record
+                segment.closed += 1
+
+    def _has_room(self, length: int) -> bool:
+        segment = self._current
+        if segment is not None and segment.end + length <= SEGMENT_BYTES - 16:
+            return True
+        return bool(self._spares) or any(one.is_free() for one in self._segments.values())
+
+    # What became of it
+
+    @property
+    def closed(self) -> int:
+        """Closed requests that were told so far, or wait to be."""
+        return self._closed + sum(one.closed for one in self._in_use()) + len(self._waiting)
+
+    @property
+    def stored(self) -> int:
+        """Those of them that are in the store."""
+        stored = sum(one.stored() for one in self._in_use())
+        return self._closed - self._left + stored
+
+    def _in_use(self) -> list[_Segment]:
+        segments = list(self._segments.values())
+        if self._current is not None:
+            segments.append(self._current)
+        return segments
+
+    # The other thread
 
     def prepare(self) -> None:
         """Have a segment ready; a full disk is told once, and tried again by the next call."""
+        while self._retired:
+            self._retired.popleft().close(remove=True)
         while len(self._spares) < SPARES and not self._is_closed:
-            try:
-                self._directory.mkdir(mode=0o700, exist_ok=True)
-                self._made += 1
-                path = self._directory / f"{self._owner}-{self._made}.journal"
-                self._spares.append(_Segment(path, 0))
-            except OSError as exc:
-                if not self._is_failing:
-                    reason = exc.strerror or type(exc).__name__
-                    logger.error("no journal: a crash now would lose requests: %s", reason)
-                self._is_failing = True
-                return
-            if self._is_failing:
-                logger.warning("the journal is written again, %d entries were not", self.lost)
-            self._is_failing = False
+            problem = self._make()
+            if problem is None:
+                if self._is_failing:
+                    logger.warning("the journal has room again, %d entries found none", self.lost)
+                self._is_failing = False
+                continue
+            if not self._is_failing:
+                logger.error("no journal: a crash now would lose requests: %s", problem)
+            self._is_failing = True
+            return
 
-    def settle(self, numbers: Iterable[int]) -> None:
-        """The requests behind these entries are in the store; numbers may come repeatedly."""
-        self._settled.append(Counter(numbers))
+    def _make(self) -> str | None:
+        """One more spare; what is wrong if there can be none."""
+        if len(self._segments) >= MAX_SEGMENTS:
+            return f"{MAX_SEGMENTS} segments wait for the store"
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self._made += 1
+            self._spares.append(_Segment(self._directory / f"{self._owner}-{self._made}{SEGMENT}"))
+        except OSError as exc:
+            return exc.strerror or type(exc).__name__
+        return None
 
     # The end
 
-    def close(self) -> None:
-        """Let go of all segments; they go too, unless a request is not in the store yet."""
+    def end(self) -> None:
+        """No request follows: leave what is not stored to the writer. Nothing is unmapped yet."""
+        self.flush()
         self._is_closed = True
-        self._collect()
-        segments = [*self._segments.values(), *self._spares]
-        if self._current is not None:
-            segments.append(self._current)
-        is_settled = not any(segment.pending for segment in segments)
-        for segment in segments:
-            segment.close(remove=is_settled)
+        if self._waiting:
+            logger.error("%d records are lost: the journal has no room", len(self._waiting))
+            self.records_lost += len(self._waiting)
+            self._waiting.clear()
+        while self._spares:
+            self._spares.popleft().close(remove=True)
+        for segment in self._in_use():
+            segment.let_go()
+
+    def close(self) -> None:
+        """Let go of all segments."""
+        if not self._is_closed:
+            self.end()
+        for segment in self._in_use():
+            self._closed += segment.closed
+            self._left += segment.closed - segment.stored()
+            segment.close()
+        while self._retired:
+            self._retired.popleft().close(remove=True)
         self._segments.clear()
-        self._spares.clear()
         self._current = None
-
-
-# Taking over
-
-
-@dataclass(slots=True)
-class Remains:
-    """What a dead process left: the rows of requests that ended, what is known of the others.
-
-    By request id, and in each by name. The files stay locked until `remove`, `set_aside` or
-    `release`.
-    """
-
-    closed: dict[str, Values] = field(default_factory=dict)
-    opened: dict[str, Values] = field(default_factory=dict)
-    _files: list[tuple[Path, int]] = field(default_factory=list)
-
-    def remove(self) -> None:
-        """All of it is in the store."""
-        for path, _ in self._files:
-            path.unlink(missing_ok=True)
-        self.release()
-
-    def set_aside(self) -> None:
-        """No try will read them: leave the files to a person."""
-        for path, _ in self._files:
-            with suppress(OSError):
-                path.rename(path.with_suffix(".unreadable"))
-        self.release()
-
-    def release(self) -> None:
-        """Leave the files to the next try."""
-        for _, descriptor in self._files:
-            os.close(descriptor)
-        self._files.clear()
-
-
-def take_over(directory: str | os.PathLike[str]) -> Iterator[Remains]:
-    """What each dead process left in the directory; whoever asks first gets it."""
-    for path in Path(directory).glob(f"*{UNFINISHED}"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > UNFINISHED_FOR:
-                path.unlink()
-    owners: dict[str, list[Path]] = {}
-    for path in sorted(Path(directory).glob("*-*.journal")):
-        owners.setdefault(path.name.partition("-")[0], []).append(path)
-    for paths in owners.values():
-        remains = _lock_all(paths)
-        if remains is not None:
-            yield remains
-
-
-def _lock_all(paths: list[Path]) -> Remains | None:
-    """All segments of one owner, or none: a request may be told of in two of them."""
-    remains = Remains()
-    for path in paths:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # another process was faster
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            remains.release()
-            return None
-        remains._files.append((path, descriptor))
-    try:
-        for path, descriptor in remains._files:
-            _read_segment(path, descriptor, remains)
-    except (KeyError, TypeError, ValueError) as exc:
-        logger.error("%s: no journal of this program: %s", paths[0].name, type(exc).__name__)
-        remains.set_aside()
-        return None
-    for request_id in remains.closed:
-        remains.opened.pop(request_id, None)
-    return remains if remains._files else None
-
-
-def _read_segment(path: Path, descriptor: int, remains: Remains) -> None:
-    with os.fdopen(os.dup(descriptor), "rb") as file:
-        data = file.read()
-    names: dict[bytes, list[str]] = {}
-    for payload in read_entries(data):
-        if payload is None:
-            logger.warning("%s: the last entry is torn and left out: a crash does that", path.name)
-            return
-        kind, values = payload[:1], orjson.loads(payload[1:])
-        if kind == b"n":
-            names = dict(zip((b"o", b"c"), values, strict=True))
-        else:
-            found = dict(zip(names[kind], values, strict=True))
-            (remains.opened if kind == b"o" else remains.closed)[found["id"]] = found
-
-
-def read_entries(data: bytes) -> Iterator[bytes | None]:
-    """The payloads of a segment; None in place of a last one that is not whole."""
-    if len(data) < _HEAD.size or not data.startswith(_MAGIC):
-        return
-    seed = zlib.crc32(data[len(_MAGIC) : _HEAD.size])
-    place = _HEAD.size
-    while place + _ENTRY.size <= len(data):
-        length, checksum = _ENTRY.unpack_from(data, place)
-        if not length:
-            if checksum:
-                yield None
-            return
-        payload = data[place + _ENTRY.size : place + _ENTRY.size + length]
-        if len(payload) < length or zlib.crc32(payload, seed) != checksum:
-            yield None
-            return
-        yield payload
-        place += _ENTRY.size + length

@@ -7,53 +7,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import orjson
 
 from .access import NO_HISTORY, RANDOM_BYTES, Caller, display_hint, generate_key, hash_key
-from .database import Database, StoreError
+from .database import Database
 from .limits import PERIODS, History, KeyLimits, day_of, month_of, month_start
+from .store import UNLIMITED, KeyRow, KeyUsage, StoreError
 
 MAX_LABEL = 64  # characters
 MAX_PATTERNS = 64
 MAX_LIMIT = 2**53
 MAX_BUDGET = 10**18  # picodollars: a million dollars, far from the end of 64 bits
 
-UNLIMITED = KeyLimits()
 _LIMITS = tuple(each.name for each in fields(KeyLimits))
 _COLUMNS = ("id", "label", "kind", "hint", "created", "expires", "revoked", "old_until", "models")
-
-
-@dataclass(frozen=True, slots=True)
-class KeyRow:
-    """A key as the store knows it: all but the key itself. Times are unix seconds.
-
-    `old_until` is when the key before the last rotation stops, None where there was none.
-    """
-
-    key_id: str
-    label: str
-    kind: str
-    hint: str
-    created: float
-    expires: float | None
-    revoked: float | None
-    old_until: float | None = None
-    models: tuple[str, ...] = ()
-    limits: KeyLimits = UNLIMITED
-    last_used: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KeyUsage:
-    """What a key used: requests that an upstream was asked for, tokens, picodollars."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: int = 0
 
 
 class KeyTable(Database):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 
-from .database import StoreError
 from .limits import PICO, format_dollars
+from .store import StoreError
 
 BAR_WIDTH = 20  # characters
 _EIGHTHS = " ▏▎▍▌▋▊▉"

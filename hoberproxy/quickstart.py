@@ -16,7 +16,7 @@ from .config import Address, Config, KeySettings, LogSettings, RecordSettings, S
 from .demo import DemoModel
 from .presets import PRESETS, presets_from_environment
 from .prices import Prices
-from .store import Store
+from .stores import open_store
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"
@@ -59,7 +59,7 @@ def without_taken_metrics(settings: ServerSettings) -> ServerSettings:
 
 def make_key(records_file: str) -> str:
     """A test key that expires in a day."""
-    store = Store(records_file)
+    store = open_store(records_file)
     try:
         key, _ = store.create_key("quickstart", kind="test", expires=time.time() + KEY_LIFETIME)
     finally:

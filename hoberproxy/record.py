@@ -61,10 +61,9 @@ class Record:  # no dataclass, whose making is not compiled
     price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
     cost: int | None = None  # in picodollars (1e-12 USD); None: not known
     overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
-    # Of the ledger, not stored: the row once it is told to the journal, and the journal's segments.
-    sealed: tuple[str | int | float | None, ...] | None = None
+    # Of the ledger, not stored: whether its row is told to the journal, and where its opening was.
+    is_sealed: bool = False
     opened_in: int = -1
-    closed_in: int = -1
 
     def __init__(self, id: str, started: float, path: str = "", **values: Any) -> None:
         """`values` by their names in FIELDS, for all but the path of a request."""

@@ -24,6 +24,9 @@ STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
 _BAD_VALUE: Final = (ArithmeticError, TypeError, ValueError)
 
 
+_requested: dict[tuple[str, ...], str] = {}  # a third of a row's cost is dumped once a model
+
+
 def make_row(record: Record) -> Row:
     """The row of a record, in the order of COLUMNS; never fails."""
     try:
@@ -41,7 +44,7 @@ def _row(record: Record) -> Row:
         record.key_id,
         record.key_label,
         record.path[:128],
-        orjson.dumps([slug[:256] for slug in requested[:32]]).decode() if requested else "[]",
+        _requested.get(requested) or _dump_requested(requested),
         record.slug[:256],
         record.provider,
         record.upstream_model[:128],
@@ -68,6 +71,15 @@ def _row(record: Record) -> Row:
         record.cost,
         record.overhead,
     )
+
+
+def _dump_requested(requested: tuple[str, ...]) -> str:
+    text = orjson.dumps([slug[:256] for slug in requested[:32]]).decode()
+    if sum(map(len, requested)) <= 512:  # the client's text: what is kept is bounded
+        if len(_requested) >= 1000:
+            _requested.clear()
+        _requested[requested] = text
+    return text
 
 
 def clean_row(record: Record) -> Row:

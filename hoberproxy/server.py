@@ -63,7 +63,9 @@ class Server:
         listeners: Listeners | None = None,
         notifier: Notifier | None = None,
         tally: Tally | None = None,
+        has_writer: bool = True,
     ) -> None:
+        self._has_writer = has_writer  # of records; else another process has to be one
         self._tally = tally
         self._config = config
         self._given = listeners
@@ -132,7 +134,12 @@ class Server:
         upstreams = make_upstreams(config, loop, wheel)
         keyring = Keyring()
         catalog = Catalog(config.models)
-        ledger = Ledger(config.records.file, keyring, keep_days=config.records.keep_days)
+        ledger = Ledger(
+            config.records.file,
+            keyring,
+            has_writer=self._has_writer,
+            keep_days=config.records.keep_days,
+        )
         self._tallies = tallies = _open_tallies(config.records.file)
         return Gateway(
             config=config,
@@ -291,6 +298,7 @@ class Server:
         assert self._gateway is not None, "started before"
         loop = self._gateway.loop
         self._gateway.metrics.observe_lag(loop.time() - due)
+        self._gateway.ledger.tend()
         self.on_beat()
         following = loop.time() + HEARTBEAT
         self._heartbeat = loop.call_at(following, self._beat, following)

@@ -86,7 +86,7 @@ def headline(document: Account, now: float) -> str:
 
 
 def worker_table(document: Account, now: float) -> Table:
-    """A line a worker."""
+    """A line a worker, and one for the writer of records."""
     return (
         "worker",
         "state",
@@ -108,6 +108,18 @@ def worker_table(document: Account, now: float) -> Table:
             "-" if each["resident_bytes"] is None else f"{each['resident_bytes'] / 2**20:.0f} MB",
         )
         for each in document["workers"]
+    ] + [
+        (
+            str(each["pid"]),
+            each["state"],
+            str(each["generation"] or "-"),
+            _duration(now - each["started"]),
+            "-",
+            "-",
+            "-",
+            f"{each.get('resident_bytes', 0) / 2**20:.0f} MB",
+        )
+        for each in document.get("writers", ())
     ]
 
 

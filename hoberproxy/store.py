@@ -1,71 +1,63 @@
-"""Keys and records in one SQLite file: the statements about records, and their sums.
+"""What a store of keys and records can do, whatever it is made of.
 
-Calls block, so they belong on a thread or in a command of the shell, never on the event loop. When
-and how often to write, and what to do while the file is locked, is left to the ledger. This class
-is the seam to another store: who uses it knows its methods alone.
+Who uses one imports this, and `open_store` of stores.py. Calls block, so they belong on a thread or
+in a command of the shell, never on the event loop.
 """
 
 from __future__ import annotations
 
-import math
-import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol
 
-from .database import StoreError
-from .keytable import KeyRow, KeyTable, KeyUsage
-from .record import CLIENT_CLOSED, Record
-from .rows import COLUMNS, STARTED, Row, clean_values, make_row, parse_row
-
-__all__ = ["KeyRow", "KeyUsage", "Store", "StoreError", "UsageRow"]
+from .access import Caller
+from .limits import History, KeyLimits
+from .record import Record
+from .rows import Row
 
 DAY = 86_400.0
-_ROW_MARKS = f"({', '.join('?' * len(COLUMNS))})"
-# SQLite takes 32,766 values a statement from 3.32 on. A few sizes only, so that every statement is
-# found prepared: preparing one of 37 rows costs as much as writing ten.
-_ROWS_PER_STATEMENT = (250, 50, 10, 1)
-EXPORT_ROWS = 1000
-PURGE_ROWS = 2000  # a transaction of some milliseconds
-# How many of the newest records are searched for an upstream's id: an index on it would cost every
-# record three times what it costs now.
-SEARCHED_RECORDS = 50_000
+UNLIMITED = KeyLimits()
 
-# What a value that no column can hold raises, in the binding and in the table.
-_BAD_VALUE = (
-    ArithmeticError,
-    TypeError,
-    ValueError,
-    sqlite3.IntegrityError,
-    sqlite3.InterfaceError,
-    sqlite3.ProgrammingError,
-)
 
-_STATUS = "CASE code WHEN 'lost' THEN code ELSE CAST(status AS TEXT) END"
-_FAILED = f"(status != {CLIENT_CLOSED} AND (code != '' OR status < 200 OR status >= 400))"
-_GROUPS = {
-    "key": "key_id",
-    "model": "slug",
-    "provider": "provider",
-    "day": "date(last, 'unixepoch')",
-    "status": "status",
-}
-# Whole days where they are summed, single records where they are not: the same columns of both.
-_SOURCES = f"""
-    SELECT day * 86400 AS last, key_id, key_label, slug, provider, status, requests, failed,
-        prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens, estimated_tokens,
-        cost, unpriced, first_content_sum, first_content_count
-    FROM days WHERE day < :summed AND day * 86400 >= :since AND day * 86400 < :until
-    UNION ALL
-    SELECT started, key_id, key_label, slug, provider, {_STATUS}, 1, {_FAILED},
-        prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens,
-        (prompt_tokens + completion_tokens) * estimated,
-        IFNULL(cost, 0), cost IS NULL AND attempts > 0,
-        IFNULL(first_content, 0), first_content IS NOT NULL
-    FROM records WHERE started >= MAX(:since, :summed * 86400.0) AND started < :until
-"""
+class StoreError(Exception):
+    """The store could not do what was asked; the message says why and what to do.
+
+    `is_transient`: the file is locked or the disk full, and the same call may do later.
+    """
+
+    def __init__(self, message: str, *, is_transient: bool = False) -> None:
+        super().__init__(message)
+        self.is_transient = is_transient
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A key as the store knows it: all but the key itself. Times are unix seconds.
+
+    `old_until` is when the key before the last rotation stops, None where there was none.
+    """
+
+    key_id: str
+    label: str
+    kind: str
+    hint: str
+    created: float
+    expires: float | None
+    revoked: float | None
+    old_until: float | None = None
+    models: tuple[str, ...] = ()
+    limits: KeyLimits = UNLIMITED
+    last_used: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUsage:
+    """What a key used: requests that an upstream was asked for, tokens, picodollars."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,204 +83,113 @@ class UsageRow:
     unpriced: int = 0
 
 
-class Store(KeyTable):
-    """One connection to the file, made with mode 0600 when it is not there yet.
+@dataclass(frozen=True, slots=True)
+class Amendment:
+    """A better count for a record than its estimate."""
+
+    id: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: int | None
+
+
+class Records(Protocol):
+    """What the one writer needs. Every method raises StoreError, and then nothing is changed."""
+
+    def write(
+        self,
+        rows: Sequence[Row],
+        revised: Sequence[Row] = (),
+        amendments: Sequence[Amendment] = (),
+    ) -> int:
+        """All or none, in this order: rows whose id is there already stay as they are.
+
+        `revised` stand in place of those with their ids; an amendment leaves what the upstream
+        counted. So a batch can be written again. The number of rows that were new.
+        """
+
+    def note_uses(self, uses: Mapping[str, float]) -> None:
+        """When keys were used last, by id; an earlier time changes nothing."""
+
+    def sum_days(self, until: float) -> None:
+        """Sum up the whole days (UTC) before `until` (unix seconds) that are not yet."""
+
+    def delete_records(self, before: float) -> int:
+        """Delete some records of the summed days before then (unix seconds); how many it were."""
+
+    def set_busy_timeout(self, seconds: float) -> None:
+        """From now on wait so long for another process."""
+
+    def close(self) -> None:
+        """The last call; a second time does nothing."""
+
+
+class Keys(Protocol):
+    """What a worker needs to know who is asking."""
+
+    def data_version(self) -> int:
+        """A number that changes when others have written anything; cheap to ask."""
+
+    def keys_version(self) -> int:
+        """A number that grows with every change of a key, by whichever process."""
+
+    def load_keys(self, known: Mapping[bytes, Caller] | None = None) -> dict[bytes, Caller]:
+        """Every key's digest and caller; `known` are those loaded before."""
+
+
+class Store(Records, Keys, Protocol):
+    """All of it: what the commands and the pages need as well.
 
     To be used on the thread that opened it, and closed there. Every method raises StoreError.
     """
 
-    # Records
+    def create_key(
+        self,
+        label: str,
+        *,
+        kind: str = "live",
+        expires: float | None = None,
+        limits: KeyLimits = UNLIMITED,
+        models: Iterable[str] = (),
+    ) -> tuple[str, KeyRow]:
+        """Make and store a key: the key itself, which is never seen again, and what is kept."""
+
+    def list_keys(self) -> list[KeyRow]:
+        """All keys, the newest last."""
+
+    def find_key(self, id_or_hint: str) -> KeyRow:
+        """The key with this id or hint, or this very key. StoreError unless it is just one."""
+
+    def revoke_key(self, id_or_hint: str) -> KeyRow:
+        """Let a key work no more."""
+
+    def update_key(self, id_or_hint: str, changes: Mapping[str, Any]) -> KeyRow:
+        """Change what is named."""
+
+    def rotate_key(self, id_or_hint: str, grace: float) -> tuple[str, KeyRow]:
+        """A new key in place of the old, which works for `grace` seconds more."""
+
+    def sum_history(self, key_id: str, since: float = 0.0) -> History:
+        """What the records say that a key has used; there are none from before `since`."""
+
+    def sum_key(self, key_id: str, since: float = 0.0) -> dict[str, KeyUsage]:
+        """A key's usage by period: "day" and "month" (UTC), and "total"."""
 
     def insert_records(self, records: Iterable[Record]) -> int:
-        """Write records in one transaction, all or none; the number that was new.
-
-        A record whose id is there already is left alone, so a batch can be tried again.
-        """
-        return self.insert_rows([make_row(record) for record in records])
-
-    def insert_rows(self, rows: Sequence[Row]) -> int:
-        """`insert_records` of records that are rows already."""
-        with self._mapped("write records to"):
-            try:
-                return self._insert_rows(rows)
-            except _BAD_VALUE:
-                # A number beyond 64 bits or half a surrogate pair must not block the others.
-                return self._insert_rows([clean_values(row) for row in rows])
-
-    def _insert_rows(self, rows: Sequence[Row]) -> int:
-        before = self._db.total_changes
-        with self._transaction():
-            start = 0
-            for size in _ROWS_PER_STATEMENT:
-                while len(rows) - start >= size:
-                    self._insert_part(rows[start : start + size])
-                    start += size
-            new = self._db.total_changes - before
-            self._reopen_days(rows)
-        return new
-
-    def _insert_part(self, rows: Sequence[Row]) -> None:
-        # Not executemany: that lets go of the GIL for each row, and beside a busy event loop may
-        # wait 5 ms to have it back (measured: 450 µs a record instead of 70).
-        self._db.execute(
-            f"INSERT INTO records ({', '.join(COLUMNS)}) "
-            f"VALUES {', '.join([_ROW_MARKS] * len(rows))} ON CONFLICT (id) DO NOTHING",
-            list(chain.from_iterable(rows)),
-        )
-
-    def amend_usage(
-        self, record_id: str, prompt_tokens: int, completion_tokens: int, cost: int | None
-    ) -> None:
-        """Put a better count in place of an estimate; a count the upstream gave stays."""
-        with self._mapped("amend a record in"), self._transaction():
-            self._db.execute(
-                "UPDATE records SET prompt_tokens = ?, completion_tokens = ?, cost = ?, "
-                "estimated = 0 WHERE id = ? AND NOT has_usage",
-                (prompt_tokens, completion_tokens, cost, record_id),
-            )
+        """`write` of records."""
 
     def find_record(self, record_id: str, key_id: str | None = None) -> Record | None:
         """The record with our request id, None when there is none; `key_id`: only of this key."""
-        return self._select_record(
-            "id = :id AND key_id = IFNULL(:key_id, key_id)", {"id": record_id, "key_id": key_id}
-        )
 
     def find_generation(self, upstream_id: str, key_id: str) -> Record | None:
-        """A key's latest record with the id that stands in an upstream's body.
-
-        Searched among the newest 50,000 records of all keys.
-        """
-        with self._mapped("read a record from"):
-            oldest = self._db.execute(
-                "SELECT started FROM records ORDER BY started DESC LIMIT 1 OFFSET ?",
-                (SEARCHED_RECORDS,),
-            ).fetchone()
-        return self._select_record(
-            "started >= :oldest AND upstream_id = :id AND key_id = :key_id "
-            "ORDER BY started DESC LIMIT 1",
-            {"oldest": oldest[0] if oldest else 0.0, "id": upstream_id, "key_id": key_id},
-        )
-
-    def _select_record(self, where: str, values: dict[str, Any]) -> Record | None:
-        with self._mapped("read a record from"):
-            row = self._db.execute(
-                f"SELECT {', '.join(COLUMNS)} FROM records WHERE {where}", values
-            ).fetchone()
-        return None if row is None else parse_row(row)
+        """A key's latest record with the id that stands in an upstream's body."""
 
     def export_records(
         self, since: float | None = None, until: float | None = None
     ) -> Iterator[Record]:
-        """All records in the order of their times, in constant memory.
-
-        In pages: one long read would keep the file from being tidied up while it lasts.
-        """
-        place = (-math.inf if since is None else since, -1)
-        while True:
-            with self._mapped("read records from"):
-                rows = self._db.execute(
-                    f"SELECT {', '.join(COLUMNS)}, rowid FROM records "
-                    "WHERE (started, rowid) > (?, ?) AND started < ? "
-                    "ORDER BY started, rowid LIMIT ?",
-                    (*place, math.inf if until is None else until, EXPORT_ROWS),
-                ).fetchall()
-            for *row, _ in rows:
-                yield parse_row(row)
-            if len(rows) < EXPORT_ROWS:
-                return
-            place = (rows[-1][STARTED], rows[-1][-1])
-
-    # Sums
+        """All records in the order of their times, in constant memory."""
 
     def sum_usage(
         self, by: str, since: float | None = None, until: float | None = None
     ) -> list[UsageRow]:
-        """Usage by "key", "model", "provider", "day" (UTC) or "status".
-
-        Over records started from `since` up to, but not at, `until` (unix seconds, None: no bound);
-        days whose records are gone count as a whole. Days and statuses come in their order, the
-        rest by most requests.
-        """
-        if by not in _GROUPS:
-            raise StoreError(f"expected usage by one of {', '.join(_GROUPS)}, got {by!r}")
-        order = "name" if by in ("day", "status") else "requests DESC, name"
-        # With a single MAX, SQLite takes the bare column key_label from the row that has it.
-        label = "key_label" if by == "key" else "''"
-        with self._mapped("read usage from"):
-            rows = self._db.execute(
-                f"""SELECT {_GROUPS[by]} AS name, {label}, SUM(requests) AS requests, SUM(failed),
-                    CAST(TOTAL(prompt_tokens) AS INTEGER),
-                    CAST(TOTAL(completion_tokens) AS INTEGER),
-                    CAST(TOTAL(cached_tokens) AS INTEGER),
-                    TOTAL(estimated_tokens)
-                        / MAX(TOTAL(prompt_tokens + completion_tokens), 1.0),
-                    SUM(first_content_sum) / NULLIF(SUM(first_content_count), 0),
-                    CAST(TOTAL(reasoning_tokens) AS INTEGER),
-                    SUM(cost / 1000000), SUM(cost % 1000000), SUM(unpriced), MAX(last)
-                FROM ({_SOURCES}) GROUP BY 1 ORDER BY {order}""",
-                {
-                    "since": -math.inf if since is None else since,
-                    "until": math.inf if until is None else until,
-                    "summed": self._summed_until(),
-                },
-            ).fetchall()
-        # In two parts, for the sum of all costs could be longer than 64 bits.
-        return [
-            UsageRow(*(*sums, high * 1_000_000 + low, unpriced))
-            for *sums, high, low, unpriced, _ in rows
-        ]
-
-    def _summed_until(self) -> int:
-        return int(self._value("SELECT until FROM summed"))
-
-    def sum_days(self, until: float) -> None:
-        """Sum up the whole days (UTC) before `until` (unix seconds) that are not yet."""
-        last = int(until // DAY)
-        with self._mapped("sum up days in"), self._transaction():
-            first = self._summed_until()
-            if last <= first:
-                return
-            self._db.execute("DELETE FROM days WHERE day >= ? AND day < ?", (first, last))
-            self._db.execute(
-                f"""INSERT INTO days
-                SELECT CAST(started / 86400 AS INTEGER), key_id, key_label, slug, provider,
-                    {_STATUS}, COUNT(*), SUM(attempts > 0), SUM({_FAILED}), SUM(prompt_tokens),
-                    SUM(completion_tokens), SUM(reasoning_tokens), SUM(cached_tokens),
-                    SUM((prompt_tokens + completion_tokens) * estimated), SUM(IFNULL(cost, 0)),
-                    SUM(cost IS NULL AND attempts > 0), TOTAL(first_content), COUNT(first_content)
-                FROM records WHERE started >= ? AND started < ? GROUP BY 1, 2, 4, 5, 6""",
-                (first * DAY, last * DAY),
-            )
-            self._db.execute("UPDATE summed SET until = ?", (last,))
-
-    def _reopen_days(self, rows: Sequence[Row]) -> None:
-        """Have a day summed once more that has been summed and now has a record more."""
-        if not rows:
-            return
-        first = int(min(map(itemgetter(STARTED), rows)) // DAY)
-        if first < self._summed_until():
-            # Not a day whose records are being deleted: its sum could not be made again.
-            self._db.execute(
-                "UPDATE summed SET until = ? WHERE until > ? AND deleted <= ?",
-                (first, first, first),
-            )
-
-    def delete_records(self, before: float) -> int:
-        """Delete some records of the summed days before then (unix seconds); how many it were."""
-        with self._mapped("delete records from"), self._transaction():
-            last = min(int(before // DAY), self._summed_until())
-            count = self._db.execute(
-                "DELETE FROM records WHERE rowid IN (SELECT rowid FROM records "
-                "WHERE started < ? ORDER BY started LIMIT ?)",
-                (last * DAY, PURGE_ROWS),
-            ).rowcount
-            if count:
-                self._db.execute("UPDATE summed SET deleted = MAX(deleted, ?)", (last,))
-            return count
-
-    # Changes
-
-    def data_version(self) -> int:
-        """A number that changes when *another* connection has written anything; costs 2 µs."""
-        with self._mapped("read"):
-            return int(self._value("PRAGMA data_version"))
+        """Usage by "key", "model", "provider", "day" (UTC) or "status"."""

@@ -34,6 +34,7 @@ class Legacy:
     restarts: int
     listeners: Listeners
     children: list[Child]
+    writers: list[Child] = field(default_factory=list)
     ends: dict[int, tuple[socket.socket, bytes]] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)  # counts of workers that are gone
     tally: int = -1  # file of the counts that workers share
@@ -60,6 +61,7 @@ def leave_legacy(legacy: Legacy) -> int:
         ],
         "metrics": [_keep(each) for each in listeners.metrics],
         "children": [_state_of(child) for child in legacy.children],
+        "writers": [_state_of(child) for child in legacy.writers],
         "ended": legacy.ended,
         "reloads": legacy.reloads,
         "tally": legacy.tally,
@@ -93,7 +95,7 @@ def _keep(each: socket.socket) -> int:
 def keep_legacy(legacy: Legacy) -> None:
     """There was no exec: nothing of it is for other programs."""
     listeners = legacy.listeners
-    ends = [child.end for child in legacy.children if child.end is not None]
+    ends = [child.end for child in (*legacy.children, *legacy.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
         each.set_inheritable(False)
     os.set_inheritable(legacy.tally, False)
@@ -125,18 +127,24 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
     )
     if legacy.tally >= 0:
         os.set_inheritable(legacy.tally, False)
-    for each in state["children"]:
-        child = Child(
-            each["pid"],
-            generation=each["generation"],
-            slot=each["slot"],
-            state=State(each["state"]),
-            started=each["started"],
-        )
-        child.snapshot = each["snapshot"]
-        legacy.children.append(child)
-        legacy.ends[child.pid] = _take(each["channel"]), each["unread"].encode("latin-1")
+    for name, children in (("children", legacy.children), ("writers", legacy.writers)):
+        for each in state.get(name, ()):
+            child = _child_of(each)
+            children.append(child)
+            legacy.ends[child.pid] = _take(each["channel"]), each["unread"].encode("latin-1")
     return legacy
+
+
+def _child_of(state: dict[str, Any]) -> Child:
+    child = Child(
+        state["pid"],
+        generation=state["generation"],
+        slot=state["slot"],
+        state=State(state["state"]),
+        started=state["started"],
+    )
+    child.snapshot = state["snapshot"]
+    return child
 
 
 def _take(number: int) -> socket.socket:

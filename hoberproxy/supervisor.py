@@ -38,6 +38,7 @@ from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
 from .tally import SLOTS, TALLY_BYTES, Tally, new_tally_memory
+from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
 
@@ -74,6 +75,7 @@ class Supervisor:
         self._listeners = passed or Listeners()
         self._legacy = legacy
         self._children: list[Child] = []
+        self._writers = Writers(self._count_ended)
         self.generation = legacy.generation if legacy else 0
         self.upgrades = legacy.upgrades + 1 if legacy else 0
         self.started = legacy.started if legacy else time.time()
@@ -145,9 +147,11 @@ class Supervisor:
             self._bind(self._config)
             self._bind_metrics(self._config)
             async with self._starting:
+                await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
         except BaseException:
             await self._kill(self._children)
+            await self._writers.kill()
             self._listeners.close()
             raise
 
@@ -245,13 +249,14 @@ class Supervisor:
         for child in list(self._children):
             if child.reap():
                 self._forget(child)
+        self._writers.reap()
 
     def _forget(self, child: Child) -> None:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
         self._tally.clear(child.slot)
-        self._ended = merge([self._ended, child.snapshot], ended=True)
+        self._count_ended(child.snapshot)
         child.close()
         if was_serving and not self._is_stopping:
             lived = time.time() - child.started
@@ -267,6 +272,13 @@ class Supervisor:
                 delay,
             )
             self._start_task(self._replace(delay), "replace a worker")
+
+    def _count_ended(self, snapshot: Snapshot) -> None:
+        """Counts go on where a process that is gone stopped."""
+        self._ended = merge([self._ended, snapshot], ended=True)
+
+    async def _start_writer(self) -> Child:
+        return await self._writers.start(self._config, self.generation + 1)
 
     async def _replace(self, delay: float) -> None:
         while not self._is_stopping:
@@ -323,16 +335,22 @@ class Supervisor:
     def _serving(self) -> list[Child]:
         return [child for child in self._children if child.state is State.SERVING]
 
+    @property
+    def _everyone(self) -> list[Child]:
+        return [*self._children, *self._writers.all]
+
     async def _reload(self) -> None:
         before = self._source, self._config
-        old = list(self._children)
+        old, old_writers = list(self._children), list(self._writers.all)
         try:
             source, config = await asyncio.to_thread(self._load)
             self._bind(config)
             self._source, self._config = source, config
+            await self._start_writer()
             await self._start_workers()
         except (ConfigError, StartError) as error:
             self._source, self._config = before
+            self._writers.keep(old_writers, self._config)
             self._unbind(self._config)
             self._note_problems("config not reloaded", error.problems)
             return
@@ -347,6 +365,7 @@ class Supervisor:
             )
         for child in old:
             child.leave()
+        self._writers.replace(old_writers, before[1])
         self._unbind(self._config)
         logging.getLogger("hoberproxy").setLevel(self._config.log.level.upper())
         logger.info("config reloaded; generation %d serves", self.generation)
@@ -369,7 +388,7 @@ class Supervisor:
             self._note_problems("not upgraded", [problem])
             return
         deadline = time.monotonic() + START_LIMIT
-        while not all([child.channel.hold() for child in self._children]):
+        while not all([child.channel.hold() for child in self._everyone]):
             if time.monotonic() > deadline:
                 self._note_problems("not upgraded", ["a worker does not read what it is told"])
                 break
@@ -377,7 +396,7 @@ class Supervisor:
         else:
             logger.info("upgrading: process %d goes on with the installed code", os.getpid())
             self._replace_program()
-        for child in self._children:
+        for child in self._everyone:
             child.channel.go_on()
 
     async def _try_installed(self) -> str | None:
@@ -412,6 +431,7 @@ class Supervisor:
             restarts=self.restarts,
             listeners=self._listeners,
             children=self._children,
+            writers=self._writers.all,
             ended=dict(self._ended),
             reloads=self._reloads,
             tally=self._tally_file,
@@ -434,10 +454,11 @@ class Supervisor:
         self.restarts = legacy.restarts
         self._reloads.update(legacy.reloads)
         self._children = legacy.children
-        for child in self._children:  # before any of them can be found to have ended
+        self._writers.adopt(legacy.writers, self._config)
+        for child in self._everyone:  # before any of them can be found to have ended
             child.take(*legacy.ends[child.pid])
         async with self._starting:
-            for child in list(self._children):
+            for child in self._everyone:
                 await child.attach()
         self._reap()  # who ended before there was a handler for it
         logger.info("upgraded to %s", __version__)
@@ -452,7 +473,7 @@ class Supervisor:
 
     async def refresh(self) -> None:
         """Ask all workers how they are."""
-        await asyncio.gather(*(child.refresh() for child in self._children))
+        await asyncio.gather(*(child.refresh() for child in self._everyone))
 
     async def _answer_admin(self, question: Message) -> Message:
         kind = question["kind"]
@@ -460,7 +481,8 @@ class Supervisor:
             before, begun = await self._accounts(), time.monotonic()
             await asyncio.sleep(SAMPLE)
             after = await self._accounts()
-            return combine(before, after, time.monotonic() - begun) | self._state()
+            writers = {"writers": await self._writers.accounts()}
+            return combine(before, after, time.monotonic() - begun) | writers | self._state()
         if kind == "upgrade":
             self.problems = []
             state = self._state()
@@ -512,7 +534,7 @@ class Supervisor:
             "build_info": [[[__version__], 1]],
             "resident_bytes": [[[], resident_bytes()]],
         }
-        return merge([self._ended, *(child.snapshot for child in self._children), own])
+        return merge([self._ended, *(child.snapshot for child in self._everyone), own])
 
     async def _feed_watchdog(self, interval: float) -> None:
         while True:
@@ -560,6 +582,7 @@ class Supervisor:
         except TimeoutError:
             logger.error("workers that did not end are killed: %s", _pids(self._children))
             await self._kill(self._children)
+        await self._writers.end()
         for task in list(self._tasks):
             task.cancel()
 

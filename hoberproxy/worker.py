@@ -121,7 +121,7 @@ def main(arguments: Sequence[str]) -> int:
         os.close(start["tally"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
-        run(lambda: _serve(Server(config, listeners, tally=tally), end))
+        run(lambda: _serve(Server(config, listeners, tally=tally, has_writer=False), end))
     except (StartError, StoreError) as error:
         return _fail(end, [str(error)])
     except ConfigError as error:

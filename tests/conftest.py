@@ -36,7 +36,7 @@ from hoberproxy.config import (
 from hoberproxy.gateway import Gateway
 from hoberproxy.record import Record
 from hoberproxy.server import Server
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .scripted import ScriptedUpstream, completion, json_response
 

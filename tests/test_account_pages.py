@@ -13,7 +13,7 @@ from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.limits import PICO, KeyLimits, format_dollars
 from hoberproxy.prices import Prices
 from hoberproxy.request import parse_call
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.usage import BYTES_PER_TOKEN
 
 from .conftest import QUESTION, SLUG, ClientAnswer, Proxy, StartProxy, chat, get, wait_until

@@ -14,7 +14,7 @@ from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts, permitted
 from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
-from hoberproxy.journal import take_over
+from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
 from hoberproxy.prices import Prices
@@ -40,7 +40,7 @@ def tallies(tmp_path: Path) -> Iterator[Tallies]:
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger(tmp_path / "store.db", Keyring())
+    ledger = Ledger(tmp_path / "store.db", Keyring(), has_writer=False)
     ledger._journal.prepare()
     yield ledger
     ledger.close()
@@ -102,9 +102,11 @@ def test_a_refused_request_is_not_in_the_journal(
     with pytest.raises(AccessError):
         accounts.open(record(id="req_2"), strict, CALL, PLAN, NOW)
     ledger.close()
-    (remains,) = take_over(tmp_path / "store.db-requests")
+    journals = Journals(tmp_path / "store.db-requests")
+    (remains,) = journals.dead()
     assert list(remains.opened) == ["req_1"]
     remains.release()
+    journals.close()
 
 
 # Budgets

@@ -26,7 +26,7 @@ from hoberproxy.cli import main
 from hoberproxy.commands_usage import GROUPS
 from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 
 PATIENCE = 20.0  # seconds; only a failing test waits so long
 COMMAND = [str(Path(sys.executable).with_name("hoberproxy"))]

@@ -27,7 +27,7 @@ from hoberproxy.counting import (
 from hoberproxy.limits import DAY_SPENT, MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
 from hoberproxy.prices import Prices
 from hoberproxy.record import Record
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .conftest import SLUG, Proxy, StartProxy, chat, wait_until
 from .scripted import ScriptedUpstream, completion, json_response, sse, stream_events

@@ -78,7 +78,7 @@ def test_a_field_that_no_record_has_is_refused() -> None:
 
 def test_records_are_equal_if_all_that_is_stored_is() -> None:
     one, other = Record("a", 0.0, cost=3), Record("a", 0.0, cost=3)
-    other.sealed = ("a",)
+    other.is_sealed = True
     assert one == other
     other.overhead = 0.1
     assert one != other

@@ -18,7 +18,8 @@ from hoberproxy.errors import AccessError, FailedAttempt
 from hoberproxy.limits import PICO, History, KeyLimits
 from hoberproxy.record import Record
 from hoberproxy.schema import MIGRATIONS
-from hoberproxy.store import Store, StoreError, UsageRow
+from hoberproxy.sqlite_store import SqliteStore as Store
+from hoberproxy.store import StoreError, UsageRow
 
 DAY = 86_400.0
 START = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
@@ -708,7 +709,7 @@ def test_the_history_of_a_key_is_summed_once_and_kept(store: Store) -> None:
 def test_export_has_every_record_once_in_order(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hoberproxy.store.EXPORT_ROWS", 3)
+    monkeypatch.setattr("hoberproxy.sqlite_store.EXPORT_ROWS", 3)
     times = [START + number // 4 for number in range(20)]  # several at the same time
     store.insert_records([spend(number, time) for number, time in enumerate(times)])
     assert [one.id for one in store.export_records()] == [f"req_{n}" for n in range(20)]

@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
-from itertools import chain
 from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts
 from hoberproxy.catalog import Endpoint
+from hoberproxy.journal import Journal
+from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
 from hoberproxy.prices import Prices
@@ -26,9 +27,10 @@ from hoberproxy.record import Record
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
 from hoberproxy.rows import make_row
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.tallies import Tallies
 from hoberproxy.usage import Usage
+from hoberproxy.writer import Writer
 
 from . import Case
 from .streams import SLUG, request_body
@@ -43,14 +45,22 @@ EVERYTHING = replace(NO_BUDGET, budget=10**6 * PICO, budget_period="month")
 
 
 class _Drained(Ledger):
-    """A ledger whose thread is always done: what it is handed is in the store a batch later."""
+    """A ledger whose writer is always done: what it is told is in the store a batch later."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "store.db", Keyring(), has_writer=False)
+        self._journals = Journals(folder / "store.db-requests")
+        self._journal.prepare()
+        self._put = 0
 
     def put(self, record: Record) -> None:
         super().put(record)
-        if len(self._queue) == BATCH:
-            self._journal.settle(chain.from_iterable(entry[1:] for entry in self._queue))
-            self._taken -= BATCH
-            self._queue.clear()
+        self._put += 1
+        if self._put == BATCH:
+            self._put = 0
+            self._journal.prepare()
+            for segment in self._journals.refresh():
+                segment.skip()
 
 
 def _record(number: int) -> Record:
@@ -78,8 +88,7 @@ def _record(number: int) -> Record:
 
 def accounts_in(folder: Path) -> tuple[Ledger, Accounts]:
     """A ledger that takes records as fast as they come, and the accounts on it."""
-    ledger = _Drained(folder / "store.db", Keyring())
-    ledger._journal.prepare()
+    ledger = _Drained(folder)
     return ledger, Accounts(ledger, Tallies(folder / "limits"))
 
 
@@ -99,7 +108,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
         call, record = parse_call(request_body(100)), _record(1)
 
         def account() -> None:
-            record.sealed = None
+            record.is_sealed = False
             lease = accounts.open(record, caller, call, PLAN, record.started)
             accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
             accounts.seal(record)
@@ -127,10 +136,34 @@ def _writing() -> Callable[[], object]:
     return write
 
 
+def _moving() -> Callable[[], object]:
+    """What the writer does for each record; telling the journal of it is in here, too."""
+    folder = temporary_folder()
+    journal = Journal(folder / "store.db-requests")
+    journal.prepare()
+    writer = Writer(folder / "store.db")
+    writer.open()
+    atexit.register(writer.close)
+    rows = [make_row(_record(number)) for number in range(BATCH)]
+    written = 0
+
+    def move() -> None:
+        nonlocal written
+        prefix = f"req_{written:016x}"
+        written += 1
+        for row in rows:
+            journal.close_request((prefix + str(row[0])[20:], *row[1:]))
+        writer.turn()
+        journal.prepare()
+
+    return move
+
+
 CASES = (
     Case("no limits", _account(None), unit="request"),
     Case("requests a minute", _account(KeyLimits(requests_per_minute=PLENTY)), unit="request"),
     Case("every limit but a budget", _account(NO_BUDGET), unit="request"),
     Case("every limit", _account(EVERYTHING), unit="request"),
     Case("into the store, by 500", _writing, BATCH, unit="record"),
+    Case("from the journal into the store, by 500", _moving, BATCH, unit="record"),
 )

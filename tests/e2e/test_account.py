@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hoberproxy.limits import KeyLimits
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 from tests.scripted import (
     AwaitRelease,
     Script,
@@ -61,6 +61,11 @@ class Seen:
                     await self._ask(client, stream)
         except (OSError, EOFError):
             pass
+
+    async def load_once(self, port: int) -> None:
+        """One request on a connection of its own, which must not fail."""
+        async with connected(port) as client:
+            await self._ask(client, True)
 
     async def ask_once(self, client: Client, stream: bool) -> None:
         await self._ask(client, stream)

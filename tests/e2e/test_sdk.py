@@ -14,7 +14,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from hoberproxy.config import KeySettings
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 from tests.scripted import (
     Close,
     Reset,

@@ -65,8 +65,13 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     listening.socket.close()
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [
+        int(child)
+        for child in children
+        if "hoberproxy.worker" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
 
 
 @asynccontextmanager
@@ -165,7 +170,7 @@ async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
         async with started(tmp_path, options, manager.environ) as running:
             while await manager.hear() != "WATCHDOG=1":
                 pass
-            stuck = [*children_of(running.process.pid), running.process.pid][0]
+            stuck = [*workers_of(running.process.pid), running.process.pid][0]
             os.kill(stuck, signal.SIGSTOP)
             try:
                 await asyncio.sleep(1.0)

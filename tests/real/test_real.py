@@ -15,7 +15,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from hoberproxy.store import Store
+from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .demo_model import PROVIDER, SLUG, RunningProxy, run_command
 from .model_server import UPSTREAM_MODEL

@@ -72,8 +72,9 @@ class Service:
 
     @property
     def workers(self) -> list[int]:
-        """Processes that serve; the supervisor's children."""
-        found = self.machine.attempt("pgrep", "--parent", str(self.main_pid))
+        """Processes that serve: the supervisor's children but for the writer of records."""
+        parent = str(self.main_pid)
+        found = self.machine.attempt("pgrep", "--full", "--parent", parent, r"hoberproxy\.worker")
         return [int(pid) for pid in found.stdout.split()]
 
     def show(self, name: str) -> str:

@@ -1,0 +1,227 @@
+"""`serve --workers`: one writer brings all records into the store, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.scripted import ScriptedUpstream
+
+from .harness import chat, eventually
+from .test_account import KILLS, Seen, answer, ids_in
+from .test_status import command
+from .test_workers import WAITING, Service, begin_stream, finish_stream, is_alive, service
+
+Victims = Callable[[Service], list[int]]
+
+
+def writers(running: Service) -> list[int]:
+    """Process ids of the writers of records."""
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
+    return [
+        int(pid)
+        for pid in children.read_text().split()
+        if "hoberproxy.writer_process" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+
+
+def holder_of_lock(folder: Path) -> list[int]:
+    """Who has the writer's lock, by what the kernel says."""
+    inode = (folder / "records.db-writer").stat().st_ino
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return [int(line[4]) for line in lines if line[5].endswith(f":{inode}") and line[1] == "FLOCK"]
+
+
+def all_of(running: Service) -> list[int]:
+    return [running.process.pid, *running.workers(), *writers(running)]
+
+
+VICTIMS: dict[str, Victims] = {
+    "a worker": lambda running: running.workers()[:1],
+    "the writer": writers,
+    "all": all_of,
+}
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("victim", VICTIMS)
+async def test_whoever_is_killed_each_request_has_one_record(
+    tmp_path: Path, victim: str, kill: int
+) -> None:
+    seen = Seen()
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with service(tmp_path, upstream) as running:
+            loads = [asyncio.create_task(seen.load(running.port, n % 2 == 0)) for n in range(6)]
+            await eventually(lambda: len(seen.whole) > 5)
+            await asyncio.sleep(random.random() * 0.5)
+            for pid in VICTIMS[victim](running):
+                os.kill(pid, signal.SIGKILL)
+            if victim == "all":
+                await running.wait()
+            else:
+                count = len(seen.whole)
+                if victim == "the writer":  # no client sees anything of it
+                    await eventually(lambda: len(seen.whole) > count + 20)
+                    assert not any(load.done() for load in loads)
+                    await eventually(lambda: writers(running))
+                for load in loads:
+                    load.cancel()
+            ends = await asyncio.gather(*loads, return_exceptions=True)
+            assert all(isinstance(end, asyncio.CancelledError | None) for end in ends), ends
+            if victim != "all":
+                running.process.terminate()
+                assert await running.wait() == 0
+        if victim == "all":
+            async with service(tmp_path, upstream):
+                pass
+        upstream.failures.clear()  # connections that were cut
+    recorded = ids_in(tmp_path)
+    assert seen.whole <= seen.begun <= set(recorded)
+    assert set(recorded.values()) == {1}
+    with closing(sqlite3.connect(tmp_path / "records.db")) as database:
+        lost = {name for (name,) in database.execute("SELECT id FROM records WHERE code = 'lost'")}
+    assert not lost & seen.whole
+    assert not list((tmp_path / "records.db-requests").glob("*.segment"))
+
+
+async def test_however_many_workers_one_process_writes(tmp_path: Path) -> None:
+    async with (
+        ScriptedUpstream(default=answer) as upstream,
+        service(tmp_path, upstream, workers=4) as running,
+    ):
+        for _ in range(8):
+            assert (await running.post(chat())).status == 200
+        await eventually(lambda: len(ids_in(tmp_path)) == 8)
+        (writer,) = writers(running)
+        assert holder_of_lock(tmp_path) == [writer]
+        code, out, _ = await command(tmp_path, "status")
+        assert code == 0
+        (line,) = (line for line in out.splitlines() if " writer " in line)
+        assert line.split()[0] == str(writer)
+        running.send(signal.SIGTERM)
+        assert await running.wait() == 0
+    assert not holder_of_lock(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2], ids=["reload", "upgrade"])
+async def test_at_a_reload_and_an_upgrade_the_writer_hands_over(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    seen = Seen()
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with service(tmp_path, upstream) as running:
+
+            async def load() -> None:
+                while not is_done:
+                    await seen.load_once(running.port)
+
+            is_done = False
+            loading = asyncio.create_task(load())
+            (before,) = writers(running)
+            running.send(number)
+            await running.logged("config reloaded")
+            await eventually(lambda: not is_alive(before))
+            (after,) = await eventually(lambda: writers(running))
+            await eventually(lambda: holder_of_lock(tmp_path) == [after])
+            count = len(seen.whole)
+            await eventually(lambda: len(seen.whole) > count + 5)
+            is_done = True
+            await loading
+            await eventually(lambda: set(ids_in(tmp_path)) >= seen.whole)
+        upstream.failures.clear()
+    recorded = ids_in(tmp_path)
+    assert set(recorded) == seen.whole and set(recorded.values()) == {1}
+
+
+async def test_a_writer_whose_supervisor_was_killed_waits_for_the_last_record(
+    tmp_path: Path,
+) -> None:
+    async with ScriptedUpstream(default=answer) as upstream, service(tmp_path, upstream) as running:
+        (writer,) = writers(running)
+        seen = Seen()
+        async with running.connect() as client:
+            await seen.ask_once(client, stream=True)
+            os.kill(running.process.pid, signal.SIGKILL)
+            await running.wait()
+        await eventually(lambda: not is_alive(writer))
+        assert set(ids_in(tmp_path)) == seen.whole
+        assert not list((tmp_path / "records.db-requests").iterdir())
+
+
+async def test_while_the_store_is_locked_workers_go_on_and_all_records_come_later(
+    tmp_path: Path,
+) -> None:
+    seen = Seen()
+    async with (
+        ScriptedUpstream(default=answer) as upstream,
+        service(tmp_path, upstream) as running,
+        running.connect() as client,
+    ):
+        await seen.ask_once(client, stream=True)
+        await eventually(lambda: ids_in(tmp_path))
+        with closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            locked_until = time.monotonic() + 2
+            while time.monotonic() < locked_until:
+                await seen.ask_once(client, stream=True)
+                await asyncio.sleep(0.01)
+            database.execute("ROLLBACK")
+        await eventually(lambda: set(ids_in(tmp_path)) >= seen.whole)
+    assert len(seen.whole) > 10
+
+
+async def test_a_process_with_a_writer_beside_a_service_takes_its_turn(tmp_path: Path) -> None:
+    """Two generations by other means than ours: each by itself, on one records file."""
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with service(tmp_path, upstream) as old:
+            (first,) = writers(old)
+            async with service(tmp_path, upstream, server='admin_socket = "off"') as new:
+                (second,) = writers(new)
+                assert holder_of_lock(tmp_path) == [first]
+                assert (await new.post(chat())).status == 200
+                await eventually(lambda: len(ids_in(tmp_path)) == 1)
+                old.process.terminate()
+                assert await old.wait() == 0
+                await eventually(lambda: holder_of_lock(tmp_path) == [second])
+                assert (await new.post(chat())).status == 200
+                await eventually(lambda: len(ids_in(tmp_path)) == 2)
+    assert not list((tmp_path / "records.db-requests").iterdir())
+
+
+async def test_after_a_reload_to_another_file_the_old_writer_stays_for_the_old_workers(
+    tmp_path: Path,
+) -> None:
+    async with (
+        ScriptedUpstream(WAITING, default=answer) as upstream,
+        service(tmp_path, upstream) as running,
+    ):
+        (old,) = writers(running)
+        async with running.connect() as client:
+            await begin_stream(client)
+            config = tmp_path / "hoberproxy.toml"
+            config.write_text(config.read_text().replace("records.db", "others.db"))
+            running.send(signal.SIGHUP)
+            await running.logged("config reloaded")
+            assert (await running.post(chat())).status == 200
+            await eventually(lambda: stored_in(tmp_path / "others.db") == 1)
+            assert old in writers(running)
+            upstream.release("go")
+            await finish_stream(client)
+        await eventually(lambda: not is_alive(old))
+        assert len(writers(running)) == 1
+        assert stored_in(tmp_path / "records.db") == 1
+
+
+def stored_in(file: Path) -> int:
+    with closing(sqlite3.connect(file)) as database:
+        count: int = database.execute("SELECT COUNT(*) FROM records").fetchone()[0]
+    return count
