@@ -63,7 +63,7 @@ class Ledger:
             self._writer = Writer(path, keep_days=keep_days, batch_size=batch_size, tick=tick)
         self._amendments: deque[list[str | int | None]] = deque(maxlen=MAX_AMENDMENTS)
 
-        self._thread: threading.Thread | None = None
+        self._keys_thread: threading.Thread | None = None
         self._writer_thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._writer_wake = threading.Event()
@@ -109,10 +109,10 @@ class Ledger:
 
     def start(self) -> None:
         """Open the store and fill the keyring; StoreError when either cannot be done."""
-        assert self._thread is None, "a ledger starts once"
+        assert self._keys_thread is None, "a ledger starts once"
         if self._writer is not None:  # before the keys: what a dead process spent is spent
             self._writer_thread = _start(self._run_writer, "hoberproxy-writer")
-        self._thread = _start(self._run, "hoberproxy-keys")
+        self._keys_thread = _start(self._run, "hoberproxy-keys")
 
     def open(
         self, record: Record, slug: str, endpoint: Endpoint, prompt_tokens: int, answer_tokens: int
@@ -170,8 +170,8 @@ class Ledger:
             self._is_closed = True
             self.tend()
             self._wake.set()
-            if self._thread is not None:
-                self._thread.join(timeout)
+            if self._keys_thread is not None:
+                self._keys_thread.join(timeout)
             self._journal.end()
             self._finish_writing(timeout)
         return self.depth

@@ -197,9 +197,9 @@ def test_closing_on_a_locked_store_gives_up_in_time_and_says_how_many(
         for number in range(7):
             ledger.put(record(number))
         assert ledger.close(0.05) == 7
-        assert ledger._thread is not None
-        ledger._thread.join(PATIENCE)
-        assert not ledger._thread.is_alive()
+        assert ledger._keys_thread is not None
+        ledger._keys_thread.join(PATIENCE)
+        assert not ledger._keys_thread.is_alive()
     assert "7 records were not written" in caplog.text
 
 
@@ -526,7 +526,7 @@ ENDPOINT = Endpoint("east", "m", prices=Prices(Decimal(1), Decimal(2)))
 
 def die(ledger: Ledger) -> None:
     """Let go of the journal as a killed process does: nothing is written any more."""
-    assert ledger._thread is None, "a thread would use it"
+    assert ledger._keys_thread is None, "a thread would use it"
     for segment in [*ledger._journal._in_use(), *ledger._journal._spares]:
         segment.close()
 
