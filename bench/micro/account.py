@@ -44,20 +44,19 @@ NO_BUDGET = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY)
 EVERYTHING = replace(NO_BUDGET, budget=10**6 * PICO, budget_period="month")
 
 
-class _Drained(Ledger):
-    """A ledger whose writer is always done: what it is told is in the store a batch later."""
+class Drain:
+    """Takes what a ledger's journal holds for stored, so that it always has room."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "store.db", Keyring(), has_writer=False)
+    def __init__(self, ledger: Ledger, folder: Path) -> None:
+        self._journal = ledger._journal
         self._journals = Journals(folder / "store.db-requests")
-        self._journal.prepare()
-        self._put = 0
+        self._taken = 0
 
-    def put(self, record: Record) -> None:
-        super().put(record)
-        self._put += 1
-        if self._put == BATCH:
-            self._put = 0
+    def take(self, records: int = 1) -> None:
+        """So many more records are in the journal."""
+        self._taken += records
+        if self._taken >= BATCH:
+            self._taken = 0
             self._journal.prepare()
             for segment in self._journals.refresh():
                 segment.skip()
@@ -86,10 +85,11 @@ def _record(number: int) -> Record:
     )
 
 
-def accounts_in(folder: Path) -> tuple[Ledger, Accounts]:
-    """A ledger that takes records as fast as they come, and the accounts on it."""
-    ledger = _Drained(folder)
-    return ledger, Accounts(ledger, Tallies(folder / "limits"))
+def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
+    """A ledger, the accounts on it, and what has to be told of each record."""
+    ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
+    ledger._journal.prepare()
+    return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
 
 
 def temporary_folder() -> Path:
@@ -101,7 +101,7 @@ def temporary_folder() -> Path:
 
 def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
-        _, accounts = accounts_in(temporary_folder())
+        _, accounts, drain = accounts_in(temporary_folder())
         caller = ANONYMOUS
         if limits is not None:
             caller = Caller("key_0123456789ab", "team-a", "live", None, None, limits=limits)
@@ -115,6 +115,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
             if caller.limits is not None:
                 accounts.header_lines(caller, record.started)
             accounts.close(record, caller, lease)
+            drain.take()
 
         return account
 

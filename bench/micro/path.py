@@ -91,7 +91,7 @@ class _Path:
         caller = Caller("key_1", "bench", "test", None, None)
         keyring.replace({hash_key(_KEY): caller})
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
-        ledger, accounts = accounts_in(temporary_folder())
+        ledger, accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
         self._gateway = gateway = Gateway(
             config=config,
@@ -131,6 +131,7 @@ def _small() -> Callable[[], object]:
         for request, reply in zip(requests, answers, strict=True):
             ask(request)
             answer(reply)
+        path.drain.take(len(requests))
 
     return exchange
 
@@ -152,6 +153,7 @@ def _streaming(events: int) -> Callable[[], object]:
         for each in contents:
             receive(each)
         receive(end)
+        path.drain.take()
 
     return exchange
 
@@ -168,6 +170,7 @@ def _block(events: int) -> Callable[[], object]:
     def exchange() -> None:
         path.client.data_received(request)
         path.upstream.data_received(whole)
+        path.drain.take()
 
     return exchange
 
