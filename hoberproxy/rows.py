@@ -129,7 +129,7 @@ _PARSERS: Final[dict[str, Callable[[str], object]]] = {
 }
 
 
-def parse_row(row: Sequence[str]) -> Record:
+def parse_row(row: Sequence[Any]) -> Record:
     """The record of a row."""
     values: dict[str, Any] = {
         name: _PARSERS[name](value) if name in _PARSERS else value

@@ -283,7 +283,7 @@ def test_a_batch_of_any_size_is_written_whole(store: Store, count: int) -> None:
         pytest.param({"requested": ("\udfff",)}, id="half a surrogate pair in a list"),
         pytest.param({"total": math.nan}, id="not a number"),
         pytest.param(
-            {"failures": [FailedAttempt("\ud800", 10**30, "", "", 1)]}, id="within a failure"
+            {"failures": (FailedAttempt("\ud800", 10**30, "", "", 1),)}, id="within a failure"
         ),
     ],
 )
