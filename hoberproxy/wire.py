@@ -501,9 +501,10 @@ class DownstreamConnection:
 
     def on_deadline(self, now: float) -> float | None:
         """A limit of the answer has passed, or the client has been silent for too long."""
-        if self._state is _ANSWERING and self._exchange is not None:
-            due = self._exchange.on_deadline(now)
-            if self._exchange is not None:
+        exchange = self._exchange
+        if self._state is _ANSWERING and exchange is not None:
+            due = exchange.on_deadline(now)
+            if self._exchange is exchange:  # it has not ended with that
                 return due
         due = self._due()
         if now < due:
