@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from .channel import Channel, Message
 _SUPERVISORS_OWN = frozenset(
     "NOTIFY_SOCKET WATCHDOG_USEC WATCHDOG_PID LISTEN_PID LISTEN_FDS LISTEN_FDNAMES".split()
 )
+
+
+FIRST_BACK_OFF = 0.1
+MAX_BACK_OFF = 30.0
+STEADY = 60.0  # seconds a process must have lived for its death to be no failure to start
 
 
 class State(Enum):
@@ -123,6 +129,12 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    @property
+    def how_it_ended(self) -> str:
+        """Its exit code, or the name of the signal."""
+        code = self.exit_code or 0
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
     def reap(self) -> bool:
         """Look whether it has ended; True once."""
         if self.ended.is_set():
@@ -150,6 +162,27 @@ class Child:
         self.channel.close()
         if self.end is not None:
             self.end.close()
+
+
+def back_off(failures: int) -> float:
+    """Seconds before another try, after so many that failed in a row."""
+    return min(FIRST_BACK_OFF * 2 ** min(failures - 1, 20), MAX_BACK_OFF) if failures else 0.0
+
+
+async def accounts_of(children: Iterable[Child]) -> list[dict[str, Any]]:
+    """What `hoberproxy status` tells of each."""
+    children = list(children)
+    await asyncio.gather(*(child.refresh("account") for child in children))
+    return [
+        child.account
+        | {
+            "pid": child.pid,
+            "state": child.state.value,
+            "generation": child.generation,
+            "started": child.started,
+        }
+        for child in children
+    ]
 
 
 def spawn(passed: list[int], module: str = "hoberproxy.worker") -> tuple[int, socket.socket]:

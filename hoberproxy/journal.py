@@ -56,6 +56,7 @@ OPENED = (
 )
 AMENDED = ("id", "prompt_tokens", "completion_tokens", "cost")
 _NAMES = b"n" + orjson.dumps([OPENED, COLUMNS, AMENDED])
+AMENDMENT = ord("a")
 SEGMENT = ".segment"
 UNFINISHED = ".new"  # the ending of a segment that is being made
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
@@ -105,6 +106,10 @@ class _Segment:
         self._map[0 : len(head)] = head
         self.end = HEAD_BYTES
         self.append(_NAMES)
+
+    def has_room(self, length: int) -> bool:
+        """For a payload of so many bytes, and the zeros behind it."""
+        return self.end + length <= SEGMENT_BYTES - 16
 
     def append(self, payload: bytes) -> None:
         entry = ENTRY.pack(len(payload), zlib.crc32(payload, self._seed)) + payload + _END
@@ -215,7 +220,7 @@ class Journal:
 
     def _append(self, payload: bytes) -> _Segment | None:
         segment = self._current
-        if segment is None or segment.end + len(payload) > SEGMENT_BYTES - 16:
+        if segment is None or not segment.has_room(len(payload)):
             segment = self._turn()
         if segment is None or len(payload) > MAX_PAYLOAD_BYTES:
             self.lost += 1
@@ -250,7 +255,7 @@ class Journal:
         if is_fit and len(self._waiting) < MAX_WAITING:
             self._waiting.append(payload)
             return
-        if payload[0] == 97:  # an amendment: the estimate stays
+        if payload[0] == AMENDMENT:  # the estimate stays
             return
         if not self.records_lost:
             logger.error("a record is lost: the journal has no room and neither has memory")
@@ -261,12 +266,12 @@ class Journal:
         while self._waiting and self._has_room(len(self._waiting[0])):
             payload = self._waiting.popleft()
             segment = self._append(payload)
-            if segment is not None and payload[0] != 97:  # an amendment is no record
+            if segment is not None and payload[0] != AMENDMENT:
                 segment.closed += 1
 
     def _has_room(self, length: int) -> bool:
         segment = self._current
-        if segment is not None and segment.end + length <= SEGMENT_BYTES - 16:
+        if segment is not None and segment.has_room(length):
             return True
         return bool(self._spares) or any(one.is_free() for one in self._segments.values())
 

@@ -7,13 +7,12 @@ import logging
 import os
 
 from .config import Config
+from .joining import LOG_FORMAT
 from .listeners import passed_by_systemd
 from .notify import Notifier
 from .source import ConfigSource, read_source
 from .succession import take_legacy
 from .supervisor import Supervisor
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
 
 def serve_with_workers(path: str, listen: str | None, count: int) -> None:

@@ -27,7 +27,16 @@ from . import __version__
 from .admin import AdminSocket, admin_path
 from .catalog import ConfigError
 from .channel import Message
-from .child import Child, State, installed_python, python_command, spawn
+from .child import (
+    STEADY,
+    Child,
+    State,
+    accounts_of,
+    back_off,
+    installed_python,
+    python_command,
+    spawn,
+)
 from .config import Config
 from .exposition import Snapshot, merge, render
 from .listeners import Listeners, StartError, bind, flat, name_of
@@ -44,9 +53,6 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
-FIRST_BACK_OFF = 0.1
-MAX_BACK_OFF = 30.0
-STEADY = 60.0  # seconds a worker must have lived for its death to be no failure to start
 SAMPLE = 1.0  # seconds over which rates are told
 POLL_INTERVAL = 5.0  # seconds between snapshots: what a crash may take of the counts
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
@@ -262,12 +268,11 @@ class Supervisor:
             lived = time.time() - child.started
             self._failures = 0 if lived > STEADY else self._failures + 1
             self.restarts += 1
-            delay = min(FIRST_BACK_OFF * 2 ** (self._failures - 1), MAX_BACK_OFF)
-            delay = delay if self._failures else 0.0
+            delay = back_off(self._failures)
             logger.error(
                 "worker %d ended with %s after %.0f s; another one starts in %.1f s",
                 child.pid,
-                _told(child),
+                child.how_it_ended,
                 lived,
                 delay,
             )
@@ -295,7 +300,7 @@ class Supervisor:
                     return
                 await self._kill([child])
             self._failures += 1
-            delay = min(FIRST_BACK_OFF * 2**self._failures, MAX_BACK_OFF)
+            delay = back_off(self._failures + 1)
             logger.error("no new worker: %s; again in %.1f s", _problems_of([child]), delay)
 
     # Reload, upgrade
@@ -478,9 +483,9 @@ class Supervisor:
     async def _answer_admin(self, question: Message) -> Message:
         kind = question["kind"]
         if kind == "status":
-            before, begun = await self._accounts(), time.monotonic()
+            before, begun = await accounts_of(self._children), time.monotonic()
             await asyncio.sleep(SAMPLE)
-            after = await self._accounts()
+            after = await accounts_of(self._children)
             writers = {"writers": await self._writers.accounts()}
             return combine(before, after, time.monotonic() - begun) | writers | self._state()
         if kind == "upgrade":
@@ -502,20 +507,6 @@ class Supervisor:
             "is_changing": bool(self._due)
             or (self._changing is not None and not self._changing.done()),
         }
-
-    async def _accounts(self) -> list[dict[str, Any]]:
-        children = list(self._children)
-        await asyncio.gather(*(child.refresh("account") for child in children))
-        return [
-            child.account
-            | {
-                "pid": child.pid,
-                "state": child.state.value,
-                "generation": child.generation,
-                "started": child.started,
-            }
-            for child in children
-        ]
 
     async def render_metrics(self) -> bytes:
         """The sum over all workers, also those that are gone, as Prometheus' text."""
@@ -600,18 +591,12 @@ def _problems_of(failed: list[Child]) -> str:
     problems = dict.fromkeys(problem for child in failed for problem in child.problems)
     return "\n".join(problems) or "\n".join(
         dict.fromkeys(
-            f"a worker ended with {_told(child)} before it served"
+            f"a worker ended with {child.how_it_ended} before it served"
             if child.exit_code is not None
             else f"a worker was not ready within {START_LIMIT:g} s"
             for child in failed
         )
     )
-
-
-def _told(child: Child) -> str:
-    """The exit code, or the name of the signal."""
-    code = child.exit_code or 0
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _pids(children: Iterable[Child]) -> str:

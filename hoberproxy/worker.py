@@ -19,11 +19,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .admin import OFF
-from .channel import Channel, Message, read_first_message, serialize_message
+from .channel import Channel, Message, read_first_message
 from .config import ConfigError
+from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
@@ -33,9 +34,6 @@ from .tally import TALLY_BYTES, Tally
 logger = logging.getLogger("hoberproxy.server")
 
 BYE_LIMIT = 2.0  # seconds for the last message to be read
-START_LIMIT = 30.0  # seconds to wait for the word to start
-EXIT_CANNOT_START = 3
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
 
 class Worker:
@@ -104,12 +102,7 @@ def main(arguments: Sequence[str]) -> int:
     """`arguments`: the number of the channel's descriptor, or `check`."""
     if arguments == ["check"]:
         return _check(sys.stdin.buffer.read())
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        # A terminal sends Ctrl-C to all its processes; the supervisor says what is to happen.
-        signal.signal(number, signal.SIG_IGN)
-    end = socket.socket(fileno=int(arguments[0]))
-    end.set_inheritable(False)
-    end.settimeout(START_LIMIT)
+    end = take_end(arguments[0])
     try:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
@@ -123,9 +116,9 @@ def main(arguments: Sequence[str]) -> int:
         end.setblocking(False)
         run(lambda: _serve(Server(config, listeners, tally=tally, has_writer=False), end))
     except (StartError, StoreError) as error:
-        return _fail(end, [str(error)])
+        return tell_failed(end, [str(error)])
     except ConfigError as error:
-        return _fail(end, error.problems)
+        return tell_failed(end, error.problems)
     except (EOFError, OSError):  # the supervisor has given up
         return EXIT_CANNOT_START
     return 0
@@ -142,13 +135,6 @@ def _listeners(numbers: list[int]) -> Listeners:
 
 async def _serve(server: Server, end: socket.socket) -> None:
     await Worker(server, end).serve()
-
-
-def _fail(end: socket.socket, problems: Iterable[str]) -> int:
-    with contextlib.suppress(OSError):
-        end.setblocking(True)
-        end.sendall(serialize_message("failed", problems=list(problems)))
-    return EXIT_CANNOT_START
 
 
 if __name__ == "__main__":

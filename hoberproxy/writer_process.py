@@ -20,15 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from .channel import Message, parse_message, read_first_message, serialize_message
+from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
 from .memory import resident_bytes
 from .store import StoreError
 from .writer import Writer
 
 logger = logging.getLogger("hoberproxy.ledger")
-
-START_LIMIT = 30.0  # seconds to wait for the word to start
-EXIT_CANNOT_START = 3
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
 
 class WriterProcess:
@@ -115,12 +112,7 @@ class WriterProcess:
 
 def main(arguments: Sequence[str]) -> int:
     """`arguments`: the number of the channel's descriptor."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
-        # A terminal sends Ctrl-C to all its processes; the supervisor says what is to happen.
-        signal.signal(number, signal.SIG_IGN)
-    end = socket.socket(fileno=int(arguments[0]))
-    end.set_inheritable(False)
-    end.settimeout(START_LIMIT)
+    end = take_end(arguments[0])
     try:
         start = read_first_message(end)
     except (EOFError, OSError):  # the supervisor has given up
@@ -131,9 +123,7 @@ def main(arguments: Sequence[str]) -> int:
         writer.open()
     except StoreError as error:
         writer.close()
-        with contextlib.suppress(OSError):
-            end.sendall(serialize_message("failed", problems=[str(error)]))
-        return EXIT_CANNOT_START
+        return tell_failed(end, [str(error)])
     WriterProcess(writer, end).run()
     return 0
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .child import Child, State, spawn
+from .child import STEADY, Child, State, accounts_of, back_off, spawn
 from .config import Config
 from .exposition import Snapshot
 from .listeners import StartError
@@ -24,9 +24,6 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for it to be ready
 END_LIMIT = 10.0  # seconds after the last worker for the last records to be written
-FIRST_BACK_OFF = 0.1
-MAX_BACK_OFF = 30.0
-STEADY = 60.0  # seconds it must have lived for its death to be no failure to start
 
 
 class Writers:
@@ -112,16 +109,14 @@ class Writers:
         if not was_serving or self._is_ending:
             return
         self._failures = 0 if time.time() - writer.started > STEADY else self._failures + 1
-        logger.error("the writer of records ended with %s; another one starts", _told(writer))
+        logger.error("the writer of records ended with %s; another one starts", writer.how_it_ended)
         if self._replacing is None or self._replacing.done():
             loop = asyncio.get_running_loop()
             self._replacing = loop.create_task(self._replace(), name="replace the writer")
 
     async def _replace(self) -> None:
         while True:
-            if self._failures:
-                delay = FIRST_BACK_OFF * 2 ** min(self._failures - 1, 20)
-                await asyncio.sleep(min(delay, MAX_BACK_OFF))
+            await asyncio.sleep(back_off(self._failures))
             async with self._starting:
                 if self._is_ending or self._is_serving or self._config is None:
                     return  # a reload has brought one
@@ -166,21 +161,8 @@ class Writers:
 
     async def accounts(self) -> list[dict[str, Any]]:
         """What `hoberproxy status` tells of each."""
-        writers = list(self.all)
-        await asyncio.gather(*(writer.refresh("account") for writer in writers))
+        serving = State.SERVING.value
         return [
-            writer.account
-            | {
-                "pid": writer.pid,
-                "state": "writer" if writer.state is State.SERVING else writer.state.value,
-                "generation": writer.generation,
-                "started": writer.started,
-            }
-            for writer in writers
+            told | ({"state": "writer"} if told["state"] == serving else {})
+            for told in await accounts_of(self.all)
         ]
-
-
-def _told(writer: Child) -> str:
-    """The exit code, or the name of the signal."""
-    code = writer.exit_code or 0
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
