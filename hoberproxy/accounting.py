@@ -16,7 +16,7 @@ from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
 from .ledger import Ledger
-from .limits import Demand, Headers, Lease
+from .limits import Demand, Lease
 from .prices import Prices
 from .record import Record
 from .request import Call
@@ -171,13 +171,9 @@ class Accounts:
         """What a caller with limits has used of them, by the places in limits.py."""
         return self._limiter.counters(caller, now)
 
-    def headers(self, caller: Caller, now: float) -> Headers:
-        """The x-ratelimit-* fields of an answer to a caller with limits."""
-        return self._limiter.headers(caller, now)
-
-    def header_lines(self, caller: Caller, now: float) -> bytes:
-        """The same as lines of a head, ready to be sent."""
-        return self._limiter.header_lines(caller, now)
+    def limit_lines(self, caller: Caller, now: float) -> bytes:
+        """The x-ratelimit-* lines in the head of an answer to a caller with limits."""
+        return self._limiter.lines(caller, now)
 
 
 def _used(record: Record) -> tuple[int, int]:

@@ -341,25 +341,23 @@ class Exchange:
         attempt = self._attempt
         assert attempt is not None
         step = attempt.step
-        prepared = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
-        if self._caller.limits is not None:  # well-formed, being ours
-            prepared += self._gateway.accounts.header_lines(self._caller, unix_time())
+        fields = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
         headers = self._cors_headers() + self._attempts_header()
         for text in self._provider.response_headers:
             if (value := head.get(text.encode())) is not None:
                 headers.append((text.encode(), value))
         request_id = self.record.id.encode()
-        return headers, b"".join((prepared, b"x-request-id: ", request_id, b"\r\n"))
+        limits = self._limit_lines()
+        return headers, b"".join((fields, limits, b"x-request-id: ", request_id, b"\r\n"))
 
     def _common_headers(self) -> Headers:
-        return [(b"x-request-id", self.record.id.encode()), *self._caller_headers()]
+        return [(b"x-request-id", self.record.id.encode()), *self._cors_headers()]
 
-    def _caller_headers(self) -> Headers:
-        """What depends on who asks: the limits of its key, and the page it asks from."""
-        headers: Headers = []
-        if self._caller.limits is not None:
-            headers += self._gateway.accounts.headers(self._caller, unix_time())
-        return headers + self._cors_headers()
+    def _limit_lines(self) -> bytes:
+        """The lines about the limits of the caller's key; well-formed, being ours."""
+        if self._caller.limits is None:
+            return b""
+        return self._gateway.accounts.limit_lines(self._caller, unix_time())
 
     def _cors_headers(self) -> Headers:
         origins = self._gateway.config.server.cors_origins
@@ -479,7 +477,8 @@ class Exchange:
             status = error.status
             body = serialize_error(error, numeric_code=self._numeric_code)
             self.seal(status, len(body))
-            answer.send(status, [_JSON, *self._error_headers(error)], body, close=close)
+            headers = [_JSON, *self._error_headers(error)]
+            answer.send(status, headers, body, close=close, prepared=self._limit_lines())
         elif self.record.streamed:
             status = answer.status
             # In the middle of a long event a blank line ends what can't be completed.
@@ -597,7 +596,7 @@ class Exchange:
     def _write_comment(self, now: float) -> None:
         """Keep a waiting client's connection alive; the first one spends the status line."""
         if not self._answer.is_started:
-            self._answer.start(200, [_SSE, *self._common_headers()])
+            self._answer.start(200, [_SSE, *self._common_headers()], self._limit_lines())
         self._answer.write(COMMENT)
         self._quiet_since = now
 

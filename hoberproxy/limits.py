@@ -39,8 +39,6 @@ CELLS: Final = 9
 
 _SPENT: Final = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
-Headers = list[tuple[bytes, bytes]]
-
 
 Cells = list[int]  # and not any row of integers: compiled code takes a list's by place
 
@@ -406,12 +404,6 @@ def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
     if requests is None:
         return _line_form(None, tokens) % (tokens_left, reset)
     return _line_form(requests, tokens) % (requests_left, requests_reset, tokens_left, reset)
-
-
-def limit_headers(cells: Cells, limits: KeyLimits, now_ms: int) -> Headers:
-    """The same as fields."""
-    lines = limit_lines(cells, limits, now_ms).splitlines()
-    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def format_dollars(pico: int) -> str:

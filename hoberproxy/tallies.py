@@ -25,12 +25,10 @@ from .errors import UnavailableError
 from .limits import (
     CELLS,
     Demand,
-    Headers,
     History,
     Lease,
     admit,
     catch_up,
-    limit_headers,
     limit_lines,
     restore,
     roll,
@@ -80,11 +78,8 @@ class Limiter(Protocol):
     def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """A call that was settled used so much more, or less if negative."""
 
-    def headers(self, caller: Caller, now: float) -> Headers:
-        """The x-ratelimit-* fields of an answer to this caller."""
-
-    def header_lines(self, caller: Caller, now: float) -> bytes:
-        """The same as lines of a head, ready to be sent."""
+    def lines(self, caller: Caller, now: float) -> bytes:
+        """The x-ratelimit-* lines in the head of an answer to this caller, ready to be sent."""
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
@@ -359,15 +354,8 @@ class Tallies:
                 self._view[start + worker] = counts[worker] = 0
         return sum(counts)
 
-    def headers(self, caller: Caller, now: float) -> Headers:
-        """The x-ratelimit-* fields of an answer to this caller."""
-        slot = self._slots.get(caller.key_id)
-        if slot is None or caller.limits is None:
-            return []
-        return limit_headers(self._read(slot), caller.limits, int(now * 1000))
-
-    def header_lines(self, caller: Caller, now: float) -> bytes:
-        """The same as lines of a head, ready to be sent."""
+    def lines(self, caller: Caller, now: float) -> bytes:
+        """The x-ratelimit-* lines in the head of an answer to this caller, ready to be sent."""
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return b""

@@ -32,7 +32,6 @@ from hoberproxy.limits import (
     admit,
     format_dollars,
     format_wait,
-    limit_headers,
     limit_lines,
     month_of,
     month_start,
@@ -408,6 +407,11 @@ def test_the_history_of_an_earlier_day_is_of_that_day() -> None:
 
 
 # What is told
+
+
+def limit_headers(cells: list[int], limits: KeyLimits, now_ms: int) -> list[tuple[bytes, bytes]]:
+    lines = limit_lines(cells, limits, now_ms).splitlines()
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
 def test_headers_tell_of_the_minute_or_else_of_the_day() -> None:

@@ -113,7 +113,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
             accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
             accounts.seal(record)
             if caller.limits is not None:
-                accounts.header_lines(caller, record.started)
+                accounts.limit_lines(caller, record.started)
             accounts.close(record, caller, lease)
             drain.take()
 
