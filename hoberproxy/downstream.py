@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from .http11 import Headers, begin_response_head
-from .stencil import Shortcut, Stencil, size_line
+from .http11 import Headers, begin_response_head, size_line
+from .stencil import Shortcut, Stencil
 
 
 class Transport(Protocol):
@@ -115,7 +115,8 @@ class Answer:
         if close:
             self._keep_alive = False
         if self._is_chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
+            end = b"0\r\n\r\n"
+            data = b"".join((size_line(len(data)), data, b"\r\n", end)) if data else end
         if self._pending_head or data:
             self._transport.write(self._pending_head + data)
             self._pending_head = b""

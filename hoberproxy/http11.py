@@ -4,6 +4,7 @@ Heads are in `http11_head`, the framing of bodies is in `http11_body`.
 """
 
 from .http11_body import (
+    SIZE_LINES,
     BodyReader,
     ChunkedBody,
     FramingError,
@@ -11,6 +12,7 @@ from .http11_body import (
     NoBody,
     UntilEofBody,
     body_reader,
+    size_line,
 )
 from .http11_head import (
     CONTINUE,
@@ -40,6 +42,7 @@ __all__ = [
     "MAX_REQUEST_HEAD_BYTES",
     "MAX_RESPONSE_HEAD_BYTES",
     "REASONS",
+    "SIZE_LINES",
     "BodyReader",
     "ChunkedBody",
     "FramingError",
@@ -62,5 +65,6 @@ __all__ = [
     "serialize_fields",
     "serialize_request_head",
     "serialize_response_head",
+    "size_line",
     "skip_empty_line",
 ]

@@ -119,6 +119,15 @@ class UntilEofBody:
         self.is_complete = True
 
 
+# Of chunks with sizes of up to three digits, those of events: a look-up, at a third of the cost.
+SIZE_LINES: Final = tuple(b"%x\r\n" % size for size in range(0x1000))
+
+
+def size_line(size: int) -> bytes:
+    """The line before a chunk of so many bytes."""
+    return SIZE_LINES[size] if size < len(SIZE_LINES) else b"%x\r\n" % size
+
+
 class _SizeLines(dict[bytes, int]):
     """Chunk size lines: a look-up costs a fifth of reading one.
 
@@ -127,7 +136,7 @@ class _SizeLines(dict[bytes, int]):
     """
 
     def __init__(self) -> None:
-        super().__init__((b"%x" % size, size) for size in range(1, 0x1000))
+        super().__init__((line[:-2], size) for size, line in enumerate(SIZE_LINES) if size)
 
     def __missing__(self, line: bytes) -> int:
         match = _SIZE_LINE.fullmatch(line)

@@ -27,6 +27,7 @@ MAX_KEPT_LINES: Final = 1024
 MAX_KEPT_VALUES: Final = 64  # of one header's name
 MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one is no pattern for the next
 
+_END: Final = b"\r\n\r\n"  # of a head
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: names of people in `X-Title` are seen.
@@ -212,7 +213,7 @@ def skip_empty_line(buffer: bytes | bytearray) -> int:
 
 def find_head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """Offset past the head's empty line, or -1; `start` is where the last search ended."""
-    end = buffer.find(b"\r\n\r\n", max(0, start - 3))
+    end = buffer.find(_END, max(0, start - 3))
     return end + 4 if end >= 0 else -1
 
 
@@ -260,14 +261,11 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
-    return _read_response_head(_split_lines(raw))
-
-
-def _read_response_head(lines: list[bytes]) -> ResponseHead:
-    line = lines[0]
+    lines = _split_lines(raw)
+    line = lines.pop(0)
     read = _known_status_line if len(line) <= MAX_KEPT_LINE_BYTES else _parse_status_line
     status, version_minor = read(line)
-    headers = _parse_fields(lines[1:])
+    headers = _parse_fields(lines)
     first = _index(headers)
     kind, length = _framing(first, version_minor)
     if status < 200 or status in (204, 304):
@@ -301,15 +299,11 @@ class ResponseHeads:
     def parse(self, raw: bytes) -> ResponseHead:
         """As `parse_response_head`."""
         known = self._head
-        try:
-            if known is None or len(raw) > MAX_RESPONSE_HEAD_BYTES:
-                return self._read(raw)
-            lines = _split_lines(raw)
-            head = self._compare(lines, known)
-            return head if head is not None else self._read(raw)
-        except HeadError as error:
-            error.status = 502
-            raise
+        if known is not None and len(raw) <= MAX_KEPT_HEAD_BYTES and raw.endswith(_END):
+            head = self._compare(_split_lines(raw), known)
+            if head is not None:
+                return head
+        return self._read(raw)
 
     def _compare(self, lines: list[bytes], known: ResponseHead) -> ResponseHead | None:
         """The head if it is `known` but for values that say nothing of its framing, else None."""
@@ -347,7 +341,7 @@ class ResponseHeads:
         )
 
     def _read(self, raw: bytes) -> ResponseHead:
-        head = _parse_response_head(raw)
+        head = parse_response_head(raw)
         is_pattern = head.status == 200 and len(head._first) == len(head.headers)
         if is_pattern and len(raw) <= MAX_KEPT_HEAD_BYTES:
             self._head = head
@@ -397,7 +391,7 @@ _field_lines: Final = _FieldLines()
 
 def _split_lines(raw: bytes) -> list[bytes]:
     # A bare CR or LF stays inside a line, where no pattern lets it pass (RFC 9112 2.2).
-    if not raw.endswith(b"\r\n\r\n"):
+    if not raw.endswith(_END):
         raise HeadError("expected a head that ends with an empty line")
     return raw[:-4].split(b"\r\n")
 

@@ -192,19 +192,9 @@ class Metrics:
             "attempts": [[[], self._attempts]],
             "failed_attempts": _samples(self._failed_attempts),
             "failovers": _samples(self._failovers),
-            "first_content_seconds": [
-                [list(key), series.first_content.values]
-                for key, series in self._series.items()
-                if series.first_content is not None
-            ],
-            "request_seconds": [
-                [list(key), series.request.values] for key, series in self._series.items()
-            ],
-            "event_gap_seconds": [
-                [list(key), series.gap.values]
-                for key, series in self._series.items()
-                if series.gap is not None
-            ],
+            "first_content_seconds": self._histograms(lambda series: series.first_content),
+            "request_seconds": self._histograms(lambda series: series.request),
+            "event_gap_seconds": self._histograms(lambda series: series.gap),
             "loop_lag_seconds": [[[], self._lag.values]],
             "bad_heads": [[[], self.bad_heads]],
             "refused_connections": [[[], self.refused_connections]],
@@ -222,6 +212,13 @@ class Metrics:
                 for state, count in zip(("idle", "busy"), counts, strict=True)
             ],
         }
+
+    def _histograms(self, of: Callable[[_Series], _Histogram | None]) -> list[Any]:
+        return [
+            [list(key), histogram.values]
+            for key, series in self._series.items()
+            if (histogram := of(series)) is not None
+        ]
 
     def render(self, gauges: Gauges) -> bytes:
         """All of it in the text format, version 0.0.4."""

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Final
 
+from .http11 import SIZE_LINES, size_line
+
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
 _QUOTE: Final = 0x22
@@ -26,16 +28,8 @@ _MARKS: Final = tuple(
 # The inside of a JSON string: quotes only behind a backslash, and on one line.
 _is_text: Final = re.compile(rb'[^"\\\r\n]*+(?>(?:\\[^\r\n][^"\\\r\n]*+)*)').fullmatch
 
-# Size lines of chunks by size, and sizes by line: both ways a look-up, at a third of the cost.
-_LARGEST: Final = 2048
-SIZE_LINES: Final = tuple(b"%x\r\n" % size for size in range(_LARGEST * 2))
+_LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
 _SIZES: Final = {line: size for size, line in enumerate(SIZE_LINES[1:_LARGEST], 1)}
-
-
-def size_line(size: int) -> bytes:
-    """The size line of a chunk of so many bytes."""
-    return SIZE_LINES[size] if size < 2 * _LARGEST else b"%x\r\n" % size
-
 
 # A server whose events change all the time is not asked again and again: learning costs a parse.
 FIRST_LESSONS: Final = 2
@@ -171,7 +165,7 @@ class Stencil:
         self.rest = data[at:]
         passed = self._join(texts)
         self.framed_bytes += len(passed)
-        return b"%x\r\n%b\r\n" % (len(passed), passed)
+        return b"".join((size_line(len(passed)), passed, b"\r\n"))
 
     def pass_events(self, data: bytes) -> bytes | None:
         """Whole events of a payload, as far as they are alike; None if the first is not."""

@@ -168,9 +168,9 @@ class StreamScanner:
             self._take_event(data, out)
             return
         buffer = self._tail + data if self._tail else data
-        start = 0
+        start, has_cr = 0, _CR in buffer
         shortcuts = 2  # a piece: each failed one costs as much as a look at all of it
-        while (end := blank_line_end(buffer, max(search_from, start))) > 0:
+        while (end := blank_line_end(buffer, max(search_from, start), has_cr=has_cr)) > 0:
             self._take_event(buffer[start:end], out)
             if self.failure is not None:
                 return

@@ -159,6 +159,20 @@ async def test_a_new_process_beside_a_draining_one_disturbs_none_of_its_requests
     assert record is not None and (record.status, record.code) == (200, "")
 
 
+async def ask_while_locked(seen: Seen, client: Client, folder: Path) -> None:
+    """Ask for two seconds in which nobody can write to the store, and wait for the records."""
+    await seen.ask_once(client, stream=True)
+    await eventually(lambda: ids_in(folder))
+    with closing(sqlite3.connect(folder / "records.db", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        locked_until = time.monotonic() + 2
+        while time.monotonic() < locked_until:
+            await seen.ask_once(client, stream=True)
+            await asyncio.sleep(0.01)
+        database.execute("ROLLBACK")
+    await eventually(lambda: set(ids_in(folder)) >= seen.whole)
+
+
 async def test_while_the_store_is_locked_no_request_fails_and_all_records_come_later(
     tmp_path: Path,
 ) -> None:
@@ -168,16 +182,7 @@ async def test_while_the_store_is_locked_no_request_fails_and_all_records_come_l
         running_program(tmp_path, upstream) as program,
         program.connect() as client,
     ):
-        await seen.ask_once(client, stream=True)
-        await eventually(lambda: ids_in(tmp_path))
-        with closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            locked_until = time.monotonic() + 2
-            while time.monotonic() < locked_until:
-                await seen.ask_once(client, stream=True)
-                await asyncio.sleep(0.01)
-            database.execute("ROLLBACK")
-        await eventually(lambda: set(ids_in(tmp_path)) >= seen.whole)
+        await ask_while_locked(seen, client, tmp_path)
     assert len(seen.whole) > 10
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sqlite3
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from tests.scripted import ScriptedUpstream
 
 from .harness import chat, eventually
-from .test_account import KILLS, Seen, answer, ids_in
+from .test_account import KILLS, Seen, answer, ask_while_locked, ids_in
 from .test_status import command
 from .test_workers import WAITING, Service, begin_stream, finish_stream, is_alive, service
 
@@ -166,16 +165,7 @@ async def test_while_the_store_is_locked_workers_go_on_and_all_records_come_late
         service(tmp_path, upstream) as running,
         running.connect() as client,
     ):
-        await seen.ask_once(client, stream=True)
-        await eventually(lambda: ids_in(tmp_path))
-        with closing(sqlite3.connect(tmp_path / "records.db", isolation_level=None)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            locked_until = time.monotonic() + 2
-            while time.monotonic() < locked_until:
-                await seen.ask_once(client, stream=True)
-                await asyncio.sleep(0.01)
-            database.execute("ROLLBACK")
-        await eventually(lambda: set(ids_in(tmp_path)) >= seen.whole)
+        await ask_while_locked(seen, client, tmp_path)
     assert len(seen.whole) > 10
 
 
