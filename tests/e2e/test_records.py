@@ -25,12 +25,7 @@ Victims = Callable[[Service], list[int]]
 
 def writers(running: Service) -> list[int]:
     """Process ids of the writers of records."""
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
-    return [
-        int(pid)
-        for pid in children.read_text().split()
-        if "hoberproxy.writer_process" in Path(f"/proc/{pid}/cmdline").read_text()
-    ]
+    return running.children("hoberproxy.writer_process")
 
 
 def holder_of_lock(folder: Path) -> list[int]:

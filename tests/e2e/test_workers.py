@@ -62,12 +62,17 @@ class Service(Program):
 
     def workers(self) -> list[int]:
         """Process ids of all workers, old ones among them."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [
-            int(pid)
-            for pid in children.read_text().split()
-            if "hoberproxy.worker" in Path(f"/proc/{pid}/cmdline").read_text()
-        ]
+        return self.children("hoberproxy.worker")
+
+    def children(self, module: str) -> list[int]:
+        """Process ids of those that run this module."""
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        found = []
+        for pid in listed.read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
+                if module in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(int(pid))
+        return found
 
     async def logged(self, text: str, times: int = 1) -> None:
         async with asyncio.timeout(PATIENCE):
