@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,41 @@ def pytest_asyncio_loop_factories(
     """The program's loop for every test; others for those whose mark names them."""
     named = any("loop_factories" in mark.kwargs for mark in item.iter_markers("asyncio"))
     return LOOPS if named else {"uvloop": LOOPS["uvloop"]}
+
+
+# No test hangs for good
+
+LONG = ("real", "load", "systemd")  # markers of what installs, boots or loads for minutes
+LONG_LIMIT = 900  # seconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give long tests more time than pyproject.toml gives the others."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in LONG):
+            item.add_marker(pytest.mark.timeout(LONG_LIMIT))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(settings: Any) -> Iterator[Any]:
+    """Have the alarm cancel all tasks, too: uvloop only logs what a signal's handler raises."""
+    result = yield
+    fail = signal.getsignal(signal.SIGALRM)
+    if settings.method == "signal" and callable(fail):
+
+        def end_test(number: int, frame: Any) -> None:
+            with suppress(RuntimeError):  # no loop runs here
+                loop = asyncio.get_running_loop()
+                loop.call_soon_threadsafe(_cancel_all, loop)
+            fail(number, frame)
+
+        signal.signal(signal.SIGALRM, end_test)
+    return result
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel("the test took too long")
 
 
 # A client that sends what it likes
