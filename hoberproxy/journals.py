@@ -86,6 +86,7 @@ class Segment:
         self._place = self._start
         self._stored = self._start
         self._count = 0  # closed requests up to `_place`
+        self._before = (self._place, 0)  # both, as they were before `read_all`
         self._names: dict[int, list[str]] = {}
 
     def refresh(self) -> None:
@@ -201,6 +202,7 @@ class Segment:
         if self.form is _OLD:
             self._seed = zlib.crc32(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
         stored, names = self._stored, self.names()
+        self._before = (self._place, self._count)
         self._place, self._count = self._start, 0
         for payload in self._entries(self._start):
             kind = payload[0]
@@ -217,6 +219,10 @@ class Segment:
                 logger.warning(
                     "%s: the last entry is torn and left out: a crash does that", self.path.name
                 )
+
+    def go_back(self) -> None:
+        """The store did not take what `read_all` found: what was not read before is still to be."""
+        self._place, self._count = self._before
 
     def lock(self) -> bool:
         """Whether the owner is dead; then nobody else has it until `unlock`."""
@@ -276,18 +282,19 @@ class Remains:
         for each in self.segments:
             each.mark()
             each.path.unlink(missing_ok=True)
-        self.release()
+            each.unlock()
 
     def set_aside(self) -> None:
         """No try will read them: leave the files to a person."""
         for each in self.segments:
             with suppress(OSError):
                 each.path.rename(each.path.with_suffix(".unreadable"))
-        self.release()
+            each.unlock()
 
     def release(self) -> None:
         """Leave the files to the next try."""
         for each in self.segments:
+            each.go_back()
             each.unlock()
 
 

@@ -618,6 +618,31 @@ def test_a_living_process_takes_over_what_another_leaves(
     wait_until(lambda: stored(path) == 1)
 
 
+@pytest.mark.parametrize("read", [0, 2], ids=["unread", "partly read"])
+def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
+    path: Path, read: int
+) -> None:
+    writer = Writer(path, batch_size=2)
+    writer.open()
+    dead = Ledger(path, Keyring(), has_writer=False)
+    dead._journal.prepare()
+    for number in range(5):
+        dead.open(record(number), "a/b", ENDPOINT, 1, 1)
+        if number < 4:
+            dead.seal(record(number))
+    with Lock(path):
+        if read:
+            writer.turn()
+        die(dead)
+        assert not writer.finish(0.0)
+    assert writer.finish()
+    writer.close()
+    store = Store(path)
+    assert [one.status for one in store.export_records()] == [200] * 4 + [0]
+    store.close()
+    assert not list(path.with_name("store.db-requests").iterdir())
+
+
 def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
