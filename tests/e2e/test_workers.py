@@ -9,7 +9,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -97,18 +97,22 @@ async def service(
     folder: Path,
     upstream: ScriptedUpstream,
     *,
-    workers: int = 2,
+    workers: int | None = 2,
     server: str = "",
     metrics: str = "off",
     installed: Path | None = None,
+    within: Sequence[str] = (),
 ) -> AsyncIterator[Service]:
-    """It must have ended by itself, or it is told to."""
+    """It must have ended by itself, or it is told to.
+
+    `workers=None`: one process without a supervisor. `within`: a command that runs commands.
+    """
     config = write_config(folder, upstream.base_url, server=server, metrics=metrics)
     log = folder / "stderr.txt"
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
-            *("--workers", str(workers)),
+            *(*within, sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
+            *(() if workers is None else ("--workers", str(workers))),
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             cwd=installed,
@@ -428,7 +432,11 @@ async def test_the_maximum_of_streams_holds_over_all_workers_and_a_dead_one_free
 async def scrape(running: Service) -> dict[str, float]:
     """Samples by name, summed over their labels."""
     await running.logged("metrics of all workers are at")
-    port = int(running.log().partition("metrics of all workers are at http://127.0.0.1:")[2][:5])
+    line = running.log().partition("metrics of all workers are at http://127.0.0.1:")[2]
+    return await scrape_at(int(line[:5]))
+
+
+async def scrape_at(port: int) -> dict[str, float]:
     async with connected(port) as client:
         await client.send(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n")
         reply = await client.read_reply()
