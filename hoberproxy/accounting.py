@@ -32,6 +32,7 @@ class Accounts:
 
     def __init__(self, ledger: Ledger, limiter: Limiter) -> None:
         self._ledger = ledger
+        self._journal = ledger.journal
         self._limiter = limiter
         self._estimates = Estimates()
         self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
@@ -54,7 +55,7 @@ class Accounts:
             lease = self._limiter.admit(caller, now, demand)
         if wish is not None and wish < usual:
             usual = wish
-        self._ledger.open(record, step.slug, step.endpoint, prompt, usual)
+        self._journal.open_record(record, step.slug, step.endpoint, prompt, usual)
         return lease
 
     def _most(self, plan: Plan, prompt: int, answer: int) -> tuple[int, int]:
@@ -125,7 +126,7 @@ class Accounts:
 
     def seal(self, record: Record) -> None:
         """The record is as it will be stored: tell the journal."""
-        self._ledger.seal(record)
+        self._journal.seal(record)
 
     def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Hand the record over, and settle what was held."""

@@ -69,7 +69,8 @@ class Attempt:
         step: Step,
         pool: Pool,
         answer: Answer,
-        request: bytes,
+        request_head: bytes,
+        body: bytes,
         injected: frozenset[str] = frozenset(),
     ) -> None:
         self.phase = _CONNECT
@@ -79,7 +80,8 @@ class Attempt:
         self.step = step
         self._pool = pool
         self._answer = answer
-        self._request = request
+        self._request_head = request_head
+        self._body = body
         self._injected = injected  # members of the body that are ours, not the client's
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.started = self._last_activity = owner.now
@@ -122,7 +124,7 @@ class Attempt:
     def _send(self, connection: UpstreamConnection) -> None:
         self.phase = _HEAD
         self._connection = connection
-        connection.send(self._request, self)
+        connection.send(self._request_head, self._body, self)
         if self._is_paused:
             connection.pause_upstream()
 
@@ -131,7 +133,7 @@ class Attempt:
     def on_head(self, head: ResponseHead) -> None:
         assert self._connection is not None
         self._head = head
-        self._request = b""
+        self._body = b""
         relay = self._choose_relay(head)
         if relay is not None:
             self._relay = self._connection.receiver = relay
@@ -301,7 +303,7 @@ class Attempt:
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""
         self._is_ended = True
-        self._request = b""
+        self._body = b""
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None

@@ -10,8 +10,8 @@ import socket
 import ssl
 from dataclasses import dataclass, field
 
+from .connector import describe_os_error
 from .errors import Phase, UpstreamError
-from .pool import describe_os_error
 
 COLUMNS = (
     "model", "provider", "reachable", "first content", "tokens/s", "tools", "JSON mode", "usage",

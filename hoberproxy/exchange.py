@@ -254,10 +254,9 @@ class Exchange:
         step = plan.steps[self._position]
         upstream = self._upstreams[step.endpoint.provider]
         self._provider = provider = upstream.provider
-        request = upstream.serialize_request(
-            self._body_for(call, step.endpoint, provider),
-            self._forwarded_headers(provider.forward_headers),
-            stream=call.stream,
+        body = self._body_for(call, step.endpoint, provider)
+        head = upstream.serialize_head(
+            len(body), self._forwarded_headers(provider.forward_headers), stream=call.stream
         )
         injected = injected_options(
             call, step.endpoint.adaptation, stream_options=provider.stream_options
@@ -270,7 +269,7 @@ class Exchange:
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, request, injected)
+        return Attempt(self, call, step, upstream.pool, answer, head, body, injected)
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
         """The body under an upstream's name for the model, built anew only in another form."""

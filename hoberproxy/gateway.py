@@ -53,14 +53,13 @@ class Upstream:
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
         self._answer_fields: dict[tuple[str, bool], bytes] = {}
 
-    def serialize_request(
-        self, body: bytes, extra: list[tuple[bytes, bytes]], *, stream: bool
+    def serialize_head(
+        self, body_bytes: int, extra: list[tuple[bytes, bytes]], *, stream: bool
     ) -> bytes:
-        """The whole request; `extra` are header fields of the client that may pass."""
+        """The head of a request; `extra` are header fields of the client that may pass."""
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
-        length = b"content-length: %d\r\n\r\n" % len(body)
-        return b"".join((head, fields, length, body))
+        return b"".join((head, fields, b"content-length: %d\r\n\r\n" % body_bytes))
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
         """The header lines that every answer of this provider under this slug has."""

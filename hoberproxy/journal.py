@@ -26,11 +26,13 @@ import struct
 import zlib
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
-from .rows import COLUMNS, Row, clean_values
+from .catalog import Endpoint
+from .record import Record
+from .rows import COLUMNS, Row, clean_values, make_row
 
 logger = logging.getLogger("hoberproxy.ledger")
 
@@ -48,7 +50,10 @@ HEAD_PLACE = len(MAGIC)
 MARK = struct.Struct("<8sQQ")  # what the store has: generation, place behind it, closed requests
 MARK_PLACE = 32
 ENTRY = struct.Struct("<II")  # length of the payload, checksum
-_END = bytes(ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
+_dumps: Final = orjson.dumps
+_pack_entry: Final = ENTRY.pack
+_crc32: Final = zlib.crc32
+_END: Final = bytes(ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
 # What is told of a request that is opened; of a closed one it is the row.
 OPENED = (
     *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
@@ -112,7 +117,8 @@ class _Segment:
         return self.end + length <= SEGMENT_BYTES - 16
 
     def append(self, payload: bytes) -> None:
-        entry = ENTRY.pack(len(payload), zlib.crc32(payload, self._seed)) + payload + _END
+        head = _pack_entry(len(payload), _crc32(payload, self._seed))
+        entry = b"".join((head, payload, _END))
         end = self.end
         place = end + len(entry)
         self._map[end:place] = entry
@@ -171,12 +177,42 @@ class Journal:
 
     # The path of a request
 
+    def open_record(
+        self, record: Record, slug: str, endpoint: Endpoint, prompt_tokens: int, answer_tokens: int
+    ) -> None:
+        """Tell that a request goes upstream; the tokens are estimates of both parts."""
+        prices = endpoint.prices
+        record.opened_in = self.open(
+            [
+                record.id,
+                record.started,
+                record.key_id,
+                record.key_label,
+                record.path,
+                record.requested,
+                record.streamed,
+                slug,
+                endpoint.provider,
+                prompt_tokens,
+                answer_tokens,
+                prices.text if prices is not None else None,
+            ]
+        )
+
+    def seal(self, record: Record) -> None:
+        """Tell what the record says now, before its client sees the answer's end."""
+        if record.is_sealed:  # it ended otherwise than it seemed: the later entry counts
+            self.revise(make_row(record))
+        else:
+            record.is_sealed = True
+            self.close_request(make_row(record), record.opened_in)
+
     def open(self, values: list[Any]) -> int:
         """Tell that a request is about to go upstream, in the order of OPENED.
 
         Returns the number of the segment that has it, which `close_request` wants back.
         """
-        segment = self._append(b"o" + orjson.dumps(values))
+        segment = self._append(b"o" + _dumps(values))
         if segment is None:
             return NOWHERE
         segment.running += 1
@@ -203,7 +239,7 @@ class Journal:
 
     def _close(self, kind: bytes, row: Row) -> None:
         try:
-            payload = kind + orjson.dumps(row)
+            payload = kind + _dumps(row)
         except (TypeError, ValueError):  # half a surrogate pair, or a number beyond 64 bits
             payload = kind + orjson.dumps(clean_values(row))
         if self._waiting:

@@ -1,6 +1,6 @@
 """One process's part of the account: each request's record into the journal, keys out of the store.
 
-    open, seal (loop) ─► journal ─► the writer, in whichever process (writer.py) ─► store
+    accounting (loop) ─► journal ─► the writer, in whichever process (writer.py) ─► store
 
 One thread puts keys that were changed, by whichever process, into the keyring, and allocates the
 journal's segments: the loop never waits for a disk. A process that serves alone has the writer as
@@ -19,10 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from .access import Caller, Keyring
-from .catalog import Endpoint
 from .journal import Journal
 from .record import Record
-from .rows import make_row
 from .store import Keys, StoreError
 from .stores import open_store
 from .writer import BATCH_SIZE, BUSY_TIMEOUT, FINISH_LIMIT, TICK, Writer, journal_directory
@@ -38,8 +36,8 @@ class Ledger:
 
     `start` before the first request, `tend` now and then, `close` or `aclose` after the last.
     `has_writer`: on a thread of this process; otherwise there has to be one in another.
-    `written` counts records that are in the store, `lost` those that will never be; `depth` those
-    on their way.
+    `journal` takes what is told of a request on its way. `written` counts records that are in the
+    store, `lost` those that will never be; `depth` those on their way.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class Ledger:
         keep_days: int = 0,
     ) -> None:
         self._path = path
-        self._journal = Journal(journal_directory(path))
+        self.journal = Journal(journal_directory(path))
         self._keyring = keyring
         self._tick = tick
         self._reload_interval = reload_interval
@@ -90,22 +88,22 @@ class Ledger:
     @property
     def written(self) -> int:
         """This process's records that are in the store."""
-        return self._journal.stored
+        return self.journal.stored
 
     @property
     def depth(self) -> int:
         """Records taken and not yet in the store."""
-        return self._journal.closed - self._journal.stored
+        return self.journal.closed - self.journal.stored
 
     @property
     def lost(self) -> int:
         """Records given up: no room on the disk nor in memory, or unfit for the store."""
-        return self._journal.records_lost + (self._writer.lost if self._writer is not None else 0)
+        return self.journal.records_lost + (self._writer.lost if self._writer is not None else 0)
 
     @property
     def journal_lost(self) -> int:
         """Entries that found no room in the journal: the disk is full."""
-        return self._journal.lost
+        return self.journal.lost
 
     def start(self) -> None:
         """Open the store and fill the keyring; StoreError when either cannot be done."""
@@ -114,40 +112,10 @@ class Ledger:
             self._writer_thread = _start(self._run_writer, "hoberproxy-writer")
         self._keys_thread = _start(self._run, "hoberproxy-keys")
 
-    def open(
-        self, record: Record, slug: str, endpoint: Endpoint, prompt_tokens: int, answer_tokens: int
-    ) -> None:
-        """Tell the journal that a request goes upstream; the tokens are estimates of both parts."""
-        prices = endpoint.prices
-        record.opened_in = self._journal.open(
-            [  # in the order of journal.OPENED
-                record.id,
-                record.started,
-                record.key_id,
-                record.key_label,
-                record.path,
-                record.requested,
-                record.streamed,
-                slug,
-                endpoint.provider,
-                prompt_tokens,
-                answer_tokens,
-                prices.text if prices is not None else None,
-            ]
-        )
-
-    def seal(self, record: Record) -> None:
-        """Tell the journal what the record says now, before its client sees the answer's end."""
-        if record.is_sealed:  # it ended otherwise than it seemed: the later entry counts
-            self._journal.revise(make_row(record))
-        else:
-            record.is_sealed = True
-            self._journal.close_request(make_row(record), record.opened_in)
-
     def put(self, record: Record) -> None:
         """Take a finished record; never blocks. The caller changes the record no more."""
         if not record.is_sealed:
-            self.seal(record)
+            self.journal.seal(record)
 
     def amend(
         self, record_id: str, prompt_tokens: int, completion_tokens: int, cost: int | None
@@ -158,8 +126,8 @@ class Ledger:
     def tend(self) -> None:
         """Tell the journal what had to wait, for the loop or for room."""
         while self._amendments:
-            self._journal.amend(self._amendments.popleft())
-        self._journal.flush()
+            self.journal.amend(self._amendments.popleft())
+        self.journal.flush()
 
     def close(self, timeout: float = FINISH_LIMIT) -> int:
         """Write what is left, for about `timeout` seconds; the number of records not written.
@@ -172,7 +140,7 @@ class Ledger:
             self._wake.set()
             if self._keys_thread is not None:
                 self._keys_thread.join(timeout)
-            self._journal.end()
+            self.journal.end()
             self._finish_writing(timeout)
         return self.depth
 
@@ -187,7 +155,7 @@ class Ledger:
             self._writer_thread.join(timeout + 1.0)
         if self.depth and self._writer is not None:
             logger.error("%d records were not written in the %.1f s given", self.depth, timeout)
-        self._journal.close()
+        self.journal.close()
 
     # The thread of the writer
 
@@ -217,7 +185,7 @@ class Ledger:
             opened.set_exception(exc)
             return
         try:
-            self._journal.prepare()
+            self.journal.prepare()
             self._load_keys(store)
             store.set_busy_timeout(BUSY_TIMEOUT)
         except BaseException as exc:
@@ -227,7 +195,7 @@ class Ledger:
         opened.set_result(None)
         try:
             while not self._wake.wait(self._tick):
-                self._journal.prepare()
+                self.journal.prepare()
                 self._reload(store)
         finally:
             store.close()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Final
 
 from .errors import AccessError
 
@@ -84,28 +84,46 @@ class History:
     total_spent: int = 0
 
 
-class Demand(NamedTuple):  # two for each request, at a third of the cost of dataclasses
+class Demand:
     """What a call may take: tokens, and picodollars, 0 where its price is not known.
 
     The answer is what the client asked for at most if `is_bounded`, else a guess, which gives way
     where a limit is tight.
     """
 
-    prompt_tokens: int
-    answer_tokens: int
-    is_bounded: bool
-    prompt_cost: int = 0
-    answer_cost: int = 0
+    # By hand, as the next one: a dataclass and a named tuple are made by interpreted code.
+    __slots__ = ("answer_cost", "answer_tokens", "is_bounded", "prompt_cost", "prompt_tokens")
+
+    def __init__(
+        self,
+        prompt_tokens: int,
+        answer_tokens: int,
+        is_bounded: bool,
+        prompt_cost: int = 0,
+        answer_cost: int = 0,
+    ) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.answer_tokens = answer_tokens
+        self.is_bounded = is_bounded
+        self.prompt_cost = prompt_cost
+        self.answer_cost = answer_cost
 
 
-class Lease(NamedTuple):
+class Lease:
     """One admitted call, to be settled once: its windows, and what is held for it."""
 
-    minute_start: int
-    day: int
-    month: int
-    tokens: int
-    cost: int  # in picodollars
+    __slots__ = ("cost", "day", "minute_start", "month", "tokens")
+
+    def __init__(self, minute_start: int, day: int, month: int, tokens: int, cost: int) -> None:
+        self.minute_start = minute_start
+        self.day = day
+        self.month = month
+        self.tokens = tokens
+        self.cost = cost  # in picodollars
+
+    def settled(self) -> Lease:
+        """The same call with nothing held for it any more."""
+        return Lease(self.minute_start, self.day, self.month, 0, 0)
 
 
 # Windows

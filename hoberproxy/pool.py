@@ -1,35 +1,20 @@
-"""Connections to one provider: kept alive, lent last-in first-out, or made anew.
+"""Connections to one provider: kept alive, lent last-in first-out, or made anew (connector.py).
 
-Deciding is synchronous (`acquire`, `release`); only `connect` waits, and within the connect limit:
-looking the name up, reaching an address (IPv6 and IPv4 raced), and the TLS handshake.
+Nothing here waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
-import logging
-import socket
-import ssl
-from functools import cache
+from collections.abc import Coroutine
 from typing import Any
 
-import aiohappyeyeballs
-
 from .catalog import Provider
+from .connector import Connector
 from .deadlines import Clock
-from .errors import Phase, UpstreamError
 from .http11 import ResponseHeads
 from .upstream import UpstreamConnection
-
-logger = logging.getLogger("hoberproxy.upstream")
-
-# How long an answer of the name service is used: short enough to follow a fail-over by DNS.
-NAME_TTL = 30.0
-HAPPY_EYEBALLS_DELAY = 0.25  # RFC 8305, section 8
-
-AddressInfos = list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]]
 
 
 class Pool:
@@ -38,12 +23,10 @@ class Pool:
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self.provider = provider
         self.clock = clock
-        self._loop = loop
-        self._tls = _tls_context(provider.ca_file) if provider.scheme == "https" else None
+        self._connector = Connector(provider, loop)
         self._idle: list[UpstreamConnection] = []
-        self._addresses: AddressInfos = _literal_addresses(provider)
-        self._addresses_until = float("inf") if self._addresses else 0.0
-        self._lookup: asyncio.Task[AddressInfos] | None = None
+        self._max_idle = provider.max_idle_connections
+        self._keepalive = provider.keepalive
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
         self.heads = ResponseHeads()  # of the answers on all these connections
@@ -71,10 +54,10 @@ class Pool:
         `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds: we leave a second early,
         lest our request and its close cross on the wire.
         """
-        keep = self.provider.keepalive
+        keep = self._keepalive
         if keepalive_hint is not None:
             keep = min(keep, keepalive_hint - 1.0)
-        if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
+        if self._is_retired or keep <= 0 or len(self._idle) >= self._max_idle:
             connection.abort()
             return
         connection.idle_until = self.clock.now + keep
@@ -104,113 +87,11 @@ class Pool:
         self._is_retired = True
         self.close_idle()
 
-    # Connecting
-
-    async def connect(self, limit: float) -> UpstreamConnection:
+    def connect(self, limit: float) -> Coroutine[Any, Any, UpstreamConnection]:
         """A new connection, within `limit` seconds. Raises UpstreamError (phase connect)."""
-        try:
-            async with asyncio.timeout(limit):
-                return await self._connect()
-        except TimeoutError as exc:
-            self._forget_addresses()
-            raise UpstreamError(
-                f"provider {self.provider.name}: no connection within {limit:g} s",
-                phase=Phase.CONNECT,
-                code="upstream_timeout",
-                status=504,
-            ) from exc
-        except OSError as exc:  # ssl.SSLError and socket.gaierror among them
-            self._forget_addresses()
-            logger.info("provider %s: %s", self.provider.name, describe_os_error(exc))
-            raise UpstreamError(
-                f"provider {self.provider.name}: could not connect", phase=Phase.CONNECT
-            ) from exc
+        return self._connector.connect(limit, lambda: UpstreamConnection(self))
 
-    async def _connect(self) -> UpstreamConnection:
-        addresses = await self._resolve()
-        sock = await aiohappyeyeballs.start_connection(
-            addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=self._loop
-        )
-        connection = UpstreamConnection(self)
-        protocol: Any = connection
-        try:
-            # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.create_connection(
-                lambda: protocol,
-                sock=sock,
-                ssl=self._tls,
-                server_hostname=self.provider.host if self._tls else None,
-            )
-        except BaseException:
-            sock.close()
-            # Cancelled in the turn that made it, uvloop closes it without telling its protocol.
-            connection.connection_lost(None)
-            raise
-        return connection
-
-    # Names
-
-    async def _resolve(self) -> AddressInfos:
-        """The provider's addresses, looked up off the loop, one look-up at a time."""
-        if self._loop.time() < self._addresses_until:
-            return self._addresses
-        if self._lookup is None:
-            self._lookup = self._loop.create_task(self._look_up(), name="look up provider")
-        lookup = self._lookup
-        # Shielded: whoever gives up must not take the answer from the others.
-        return await asyncio.shield(lookup)
-
-    async def _look_up(self) -> AddressInfos:
-        try:
-            infos = await self._loop.getaddrinfo(
-                self.provider.host, self.provider.port, type=socket.SOCK_STREAM
-            )
-            self._addresses = infos  # type: ignore[assignment]
-            self._addresses_until = self._loop.time() + NAME_TTL
-            return self._addresses
-        except UnicodeError as exc:  # an empty or overlong label, which never becomes a question
-            raise socket.gaierror(socket.EAI_NONAME, "no possible host name") from exc
-        finally:
-            self._lookup = None
-
-    def _forget_addresses(self) -> None:
-        if self._addresses_until != float("inf"):
-            self._addresses_until = 0.0
-
-    async def aclose(self) -> None:
+    def aclose(self) -> Coroutine[Any, Any, None]:
         """Close what is idle and end a look-up under way; what is lent is not kept any more."""
         self.retire()
-        if self._lookup is not None:
-            self._lookup.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):
-                await self._lookup
-
-
-def describe_os_error(exc: OSError) -> str:
-    """What went wrong in the system's words: no address of ours, no key, no text of the peer."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"certificate not accepted: {exc.verify_message}"
-    return (
-        f"{type(exc).__name__}: {exc.strerror or exc.args[-1] if exc.args else 'no reason given'}"
-    )
-
-
-@cache
-def _tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """One for all who trust the same authorities: reading the system's takes 20 ms."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
-    return context
-
-
-def _literal_addresses(provider: Provider) -> AddressInfos:
-    """The address itself where the host is one, so that it never waits for a name service."""
-    try:
-        ipaddress.ip_address(provider.host)
-    except ValueError:
-        return []
-    infos = socket.getaddrinfo(
-        provider.host, provider.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-    )
-    return infos  # type: ignore[return-value]
+        return self._connector.aclose()

@@ -136,6 +136,23 @@ class Call:
         (member,) = (member for member in self.members if member.name == "messages")
         return member.end - member.value_start
 
+    def model_place(self) -> int:
+        """Where the member `model` begins in a canonical body that has one."""
+        body, model = self.body, model_member(self.candidates[0])
+        if body.find(model, 1, len(model) + 1) == 1:
+            return 1
+        # By the length of what stands on that side of it where the messages do not.
+        before: JsonObject = {}
+        after: JsonObject = {}
+        part = before
+        for name, value in self._document.items():
+            if name == "model":
+                part = after
+            part[name] = value
+        if "messages" in before:
+            return len(body) - len(orjson.dumps(after)) + 1
+        return len(orjson.dumps(before))
+
     @property
     def names(self) -> KeysView[str]:
         """Of all top-level members, in order."""
@@ -483,6 +500,7 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
 
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
+_LARGE_BYTES: Final = 32 * 1024  # from here on a copy costs more than the views that save it
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
 _INCLUDE_USAGE: Final = b',"stream_options":{"include_usage":true}}'
 # Members whose bytes may have to change beside the model's.
@@ -543,14 +561,15 @@ def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> byte
     special = _SPECIAL_BUT_OPTIONS if asks_for_usage else _SPECIAL
     if not special.isdisjoint(call.names):
         return None
-    model = model_member(call.candidates[0])
-    start = body.find(model)
-    if start > 1 and body.count(b'"model":') != 1:
-        return None  # the first one may stand deeper
+    model, start = model_member(call.candidates[0]), call.model_place()
     name, rest = model_member(upstream_model), start + len(model)
+    end, options = len(body), b""
     if call.stream and stream_options and not asks_for_usage:
-        return b"".join((body[:start], name, body[rest:-1], _INCLUDE_USAGE))
-    return b"".join((body[:start], name, body[rest:]))
+        end, options = end - 1, _INCLUDE_USAGE
+    if end > _LARGE_BYTES:
+        view = memoryview(body)
+        return b"".join((view[:start], name, view[rest:end], options))
+    return b"".join((body[:start], name, body[rest:end], options))
 
 
 def injected_options(call: Call, adaptation: Adaptation, *, stream_options: bool) -> frozenset[str]:

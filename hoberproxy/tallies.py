@@ -16,7 +16,6 @@ import hashlib
 import logging
 import mmap
 import os
-import struct
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -62,10 +61,6 @@ _TABLE_LOCK: Final = 0  # the byte whose lock guards the giving out of slots
 _WORKER_LOCKS: Final = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
 
 
-_unpack = struct.Struct(f"{CELLS}q").unpack_from
-_pack = struct.Struct(f"{CELLS}q").pack_into
-
-
 class Limiter(Protocol):
     """What the path asks of whoever keeps the limits."""
 
@@ -88,11 +83,11 @@ class Limiter(Protocol):
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "history", "lock", "offset")
+    __slots__ = ("base", "cells", "history", "lock")
 
-    def __init__(self, base: int, lock: Any) -> None:
+    def __init__(self, base: int, cells: memoryview[int], lock: Any) -> None:
         self.base = base
-        self.offset = 8 * (base + _CELLS)  # of the cells, in bytes
+        self.cells = cells
         self.lock = lock
         self.history: History | None = None  # the one that was looked at last
 
@@ -244,7 +239,7 @@ class Tallies:
                         self._locks.make(lock)
                         view[_SLOTS_USED] += 1
                         view[base + _NUMBER] = number
-                    return _Slot(base, lock)
+                    return _Slot(base, view[base + _CELLS : base + _RUNNING], lock)
         finally:
             self._files.unlock(self._table)
         logger.error("limits: expected up to %d limited keys, got more", SLOTS)
@@ -267,11 +262,13 @@ class Tallies:
             self._unlock(slot.lock)
 
     def _read(self, slot: _Slot) -> list[int]:
-        # All at once and back: integers of a memoryview cost twice those of a list.
-        return list(_unpack(self._map, slot.offset))
+        # As a list: integers of a memoryview cost many times as much, each time.
+        return slot.cells.tolist()
 
     def _write(self, slot: _Slot, cells: list[int]) -> None:
-        _pack(self._map, slot.offset, *cells)
+        shared = slot.cells
+        for place in range(CELLS):
+            shared[place] = cells[place]
 
     # What the path asks for (Limiter)
 
@@ -328,7 +325,7 @@ class Tallies:
             self._wait_for(self._locks, slot.lock, told)
         try:
             cells = self._read(slot)
-            settle(cells, lease._replace(tokens=0, cost=0), tokens=tokens, spent=spent)
+            settle(cells, lease.settled(), tokens=tokens, spent=spent)
             self._write(slot, cells)
         finally:
             self._unlock(slot.lock)
@@ -345,14 +342,17 @@ class Tallies:
 
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
-        start = slot.base + _RUNNING
-        counts = self._view[start : start + self._view[_NUMBERS_USED]].tolist()
-        if (running := sum(counts)) < limit:
+        view, start, running = self._view, slot.base + _RUNNING, 0
+        places = range(start, start + view[_NUMBERS_USED])
+        for place in places:
+            running += view[place]
+        if running < limit:
             return running
-        for worker, count in enumerate(counts):
-            if count and not self._is_alive(worker):
-                self._view[start + worker] = counts[worker] = 0
-        return sum(counts)
+        for worker, place in enumerate(places):
+            if view[place] and not self._is_alive(worker):
+                running -= view[place]
+                view[place] = 0
+        return running
 
     def lines(self, caller: Caller, now: float) -> bytes:
         """The x-ratelimit-* lines in the head of an answer to this caller, ready to be sent."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS: Final = 16
+LARGE_BYTES: Final = 32 * 1024  # to copy more costs more than a second write
 # Chunks at the front of a body that are handed on one by one: after them a stencil may take the
 # rest, and none of it needs to be walked.
 OPENING_CHUNKS: Final = 3
@@ -101,7 +102,7 @@ class UpstreamConnection:
 
     # What the attempt does
 
-    def send(self, request: bytes, receiver: Receiver) -> None:
+    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
         """Send a whole request; its answer goes to `receiver`."""
         assert self.state is _IDLE and self._transport is not None, "not ready for a request"
         self.state = _ACTIVE
@@ -111,7 +112,11 @@ class UpstreamConnection:
         self._opening_chunks = OPENING_CHUNKS
         self._interim_answers = 0
         self._sent_at = self.heard_at = self._clock.now
-        self._transport.write(request)
+        if len(body) < LARGE_BYTES:
+            self._transport.write(head + body)
+        else:  # one system call all the same, and no copy
+            self._transport.write(head)
+            self._transport.write(body)
 
     def pause_upstream(self) -> None:
         """Stop reading: the client is slower than the model server."""

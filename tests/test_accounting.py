@@ -41,7 +41,7 @@ def tallies(tmp_path: Path) -> Iterator[Tallies]:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     ledger = Ledger(tmp_path / "store.db", Keyring(), has_writer=False)
-    ledger._journal.prepare()
+    ledger.journal.prepare()
     yield ledger
     ledger.close()
 

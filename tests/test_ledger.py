@@ -268,9 +268,9 @@ def test_an_entry_that_makes_no_sense_is_lost_alone(
 ) -> None:
     ledger = make()
     ledger.start()
-    ledger._journal._append(b'c["too few"]')
-    ledger._journal._append(b"c{no json")
-    ledger._journal._append(b"?[]")
+    ledger.journal._append(b'c["too few"]')
+    ledger.journal._append(b"c{no json")
+    ledger.journal._append(b"?[]")
     ledger.put(record(1))
     wait_until(lambda: stored(path) == 1)
     assert ledger.lost == 3
@@ -284,8 +284,8 @@ def test_a_journal_of_other_columns_is_read_while_its_owner_lives(
     names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"], ["id", "cost"]])
     with monkeypatch.context() as patch:
         patch.setattr("hoberproxy.journal._NAMES", b"n" + names)
-        other._journal.prepare()
-        other._journal.close_request(("req_1", 5.0, 200, "?"))
+        other.journal.prepare()
+        other.journal.close_request(("req_1", 5.0, 200, "?"))
     make().start()
     wait_until(lambda: stored(path) == 1)
     store = Store(path)
@@ -527,7 +527,7 @@ ENDPOINT = Endpoint("east", "m", prices=Prices(Decimal(1), Decimal(2)))
 def die(ledger: Ledger) -> None:
     """Let go of the journal as a killed process does: nothing is written any more."""
     assert ledger._keys_thread is None, "a thread would use it"
-    for segment in [*ledger._journal._in_use(), *ledger._journal._spares]:
+    for segment in [*ledger.journal._in_use(), *ledger.journal._spares]:
         segment.close()
 
 
@@ -535,12 +535,12 @@ def test_what_a_killed_process_did_not_write_is_taken_over(
     make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
+    dead.journal.prepare()
     for number in range(3):
         one = record(number)
-        dead.open(one, "a/b", ENDPOINT, 1000, 500)
+        dead.journal.open_record(one, "a/b", ENDPOINT, 1000, 500)
         if number:
-            dead.seal(one)
+            dead.journal.seal(one)
     die(dead)
     make().start()
     store = Store(path)
@@ -551,7 +551,7 @@ def test_what_a_killed_process_did_not_write_is_taken_over(
     assert lost.cost == 2 * 10**9  # 1000 at 1 USD and 500 at 2 USD a million
     assert [row.name for row in store.sum_usage("status")] == ["200", "lost"]
     store.close()
-    assert not list(path.with_name("store.db-requests").glob(f"{dead._journal._owner}*"))
+    assert not list(path.with_name("store.db-requests").glob(f"{dead.journal._owner}*"))
     assert "2 records taken over" in caplog.text
 
 
@@ -559,12 +559,12 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
     make: Callable[..., Ledger], path: Path
 ) -> None:
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
+    dead.journal.prepare()
     for number in range(2):
         one = record(number)
-        dead.open(one, "a/b", ENDPOINT, 1, 1)
+        dead.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
         if number:
-            dead.seal(one)
+            dead.journal.seal(one)
     die(dead)
     store = Store(path)
     store.insert_records([record(0), record(1)])
@@ -579,8 +579,8 @@ def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
     dead = Ledger(path, Keyring(), has_writer=False)
     names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"]])
     monkeypatch.setattr("hoberproxy.journal._NAMES", b"n" + names)
-    dead._journal.prepare()
-    dead._journal.close_request(("req_1", 5.0, 200, "?"))
+    dead.journal.prepare()
+    dead.journal.close_request(("req_1", 5.0, 200, "?"))
     die(dead)
     monkeypatch.undo()
     make().start()
@@ -593,8 +593,8 @@ def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
     make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
-    dead._journal.open(["req_1", "no time", *[None] * 10])
+    dead.journal.prepare()
+    dead.journal.open(["req_1", "no time", *[None] * 10])
     die(dead)
     ledger = make()
     ledger.start()
@@ -610,8 +610,8 @@ def test_a_living_process_takes_over_what_another_leaves(
     monkeypatch.setattr("hoberproxy.writer.TAKE_OVER_INTERVAL", 0.01)
     make().start()
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
-    dead.open(record(1), "a/b", ENDPOINT, 1, 1)
+    dead.journal.prepare()
+    dead.journal.open_record(record(1), "a/b", ENDPOINT, 1, 1)
     time.sleep(0.05)
     assert stored(path) == 0  # it lives: its request may end otherwise
     die(dead)
@@ -650,13 +650,13 @@ def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     ledger = make(tick=0.001)
     ledger.start()
     longest = record(0)
-    ledger.open(longest, "a/b", ENDPOINT, 1, 1)
+    ledger.journal.open_record(longest, "a/b", ENDPOINT, 1, 1)
     for number in range(1, 200):
         one = record(number)
-        ledger.open(one, "a/b", ENDPOINT, 1, 1)
+        ledger.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
         ledger.put(one)
         wait_until(lambda number=number: ledger.written == number)
-        wait_until(lambda: bool(ledger._journal._spares))
+        wait_until(lambda: bool(ledger.journal._spares))
     files = list(path.with_name("store.db-requests").iterdir())
     assert len(files) <= 4  # of the 30 or so that all entries would fill
     ledger.put(longest)
@@ -680,7 +680,7 @@ def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
         ledger.start()
         for number in range(10):
             one = record(number)
-            ledger.open(one, "a/b", ENDPOINT, 1, 1)
+            ledger.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
             ledger.put(one)
         assert (ledger.journal_lost, ledger.lost, ledger.depth) == (20, 0, 10)
     wait_until(lambda: "has room again" in caplog.text)
@@ -695,22 +695,22 @@ def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
     make: Callable[..., Ledger], path: Path
 ) -> None:
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
+    dead.journal.prepare()
     one = record(1)
-    dead.open(one, "a/b", ENDPOINT, 1, 1)
-    dead.seal(one)
+    dead.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
+    dead.journal.seal(one)
     one.status, one.code = 499, "client_closed"
-    dead.seal(one)
+    dead.journal.seal(one)
     die(dead)
     ledger = make()
     ledger.start()
     two = record(2)
-    ledger.seal(two)
-    ledger.seal(two)
+    ledger.journal.seal(two)
+    ledger.journal.seal(two)
     ledger.put(two)
     wait_until(lambda: ledger.depth == 0)
     two.status = 499
-    ledger.seal(two)  # when the store has it already
+    ledger.journal.seal(two)  # when the store has it already
     ledger.close()
     assert not list(path.with_name("store.db-requests").iterdir())  # nothing waits for the first
     store = Store(path)

@@ -57,7 +57,8 @@ def ask(
     held: int = 0,
     **demand: Any,
 ) -> Lease:
-    wish = Demand(1, 1, is_bounded=True)._replace(**demand)
+    usual: dict[str, Any] = {"prompt_tokens": 1, "answer_tokens": 1, "is_bounded": True}
+    wish = Demand(**(usual | demand))
     return admit(cells, limits, now, wish, running=running, held=held)
 
 

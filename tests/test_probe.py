@@ -21,9 +21,9 @@ from hoberproxy.config import (
     RecordSettings,
     ServerSettings,
 )
+from hoberproxy.connector import Connector
 from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
-from hoberproxy.pool import Pool
 from hoberproxy.probe import probe
 
 from .scripted import (
@@ -368,10 +368,10 @@ async def test_a_port_where_nothing_listens() -> None:
 
 
 async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def look_up(self: Pool) -> Any:
+    async def look_up(self: Connector) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(Pool, "_look_up", look_up)
+    monkeypatch.setattr(Connector, "_look_up", look_up)
     (report,) = await probed(config_of([provider(80, host="nothing.invalid")]))
     assert report.reachable == "no (name)"
     assert "check the host" in report.problems[0]

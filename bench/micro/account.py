@@ -48,7 +48,7 @@ class Drain:
     """Takes what a ledger's journal holds for stored, so that it always has room."""
 
     def __init__(self, ledger: Ledger, folder: Path) -> None:
-        self._journal = ledger._journal
+        self._journal = ledger.journal
         self._journals = Journals(folder / "store.db-requests")
         self._taken = 0
 
@@ -88,7 +88,7 @@ def _record(number: int) -> Record:
 def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
     """A ledger, the accounts on it, and what has to be told of each record."""
     ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
-    ledger._journal.prepare()
+    ledger.journal.prepare()
     return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
 
 

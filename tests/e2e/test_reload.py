@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hoberproxy.config import Address, Config, ConfigError, KeySettings, Provider
-from hoberproxy.pool import Pool
+from hoberproxy.connector import Connector
 from hoberproxy.server import Server
 from tests.scripted import (
     AwaitRelease,
@@ -138,14 +138,14 @@ async def test_a_request_that_waits_for_a_name_is_not_forgotten(
     proxy_to: ProxyTo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looking, go = asyncio.Event(), asyncio.Event()
-    look_up = Pool._look_up
+    look_up = Connector._look_up
 
-    async def look_up_slowly(pool: Pool) -> Any:
+    async def look_up_slowly(connector: Connector) -> Any:
         looking.set()
         await go.wait()
-        return await look_up(pool)
+        return await look_up(connector)
 
-    monkeypatch.setattr(Pool, "_look_up", look_up_slowly)
+    monkeypatch.setattr(Connector, "_look_up", look_up_slowly)
     async with ScriptedUpstream(GOOD) as upstream, ScriptedUpstream() as other:
         named = provider_for(f"http://localhost:{upstream.port}/v1", "a")
         async with proxy_to(named) as proxy, proxy.connect() as client:

@@ -273,7 +273,7 @@ async def test_a_name_that_is_not_found_is_a_failure_to_connect(
     provider = provider_for("http://model-server.invalid/v1", limits=SOON)
     async with proxy_to(provider) as proxy:
         names = NameService(asyncio.get_running_loop(), answer)
-        proxy.pool_of("a")._loop = names
+        proxy.pool_of("a")._connector._loop = names
         replies = await asyncio.gather(*[proxy.post(chat()) for _ in range(3)])
         await proxy.wait_for_record(3)
         if answer is None:
@@ -287,7 +287,7 @@ async def test_a_name_that_is_not_found_falls_over(proxy_to: ProxyTo) -> None:
     async with ScriptedUpstream(STREAM) as second:
         lost = provider_for("http://model-server.invalid/v1", "a", limits=SOON)
         async with proxy_to(lost, provider_for(second, "b", limits=LIMITS)) as proxy:
-            proxy.pool_of("a")._loop = NameService(
+            proxy.pool_of("a")._connector._loop = NameService(
                 asyncio.get_running_loop(), socket.gaierror(socket.EAI_AGAIN, "try again")
             )
             reply = await proxy.post(chat(stream=True))
