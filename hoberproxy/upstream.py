@@ -114,7 +114,7 @@ class UpstreamConnection:
         self._sent_at = self.heard_at = self._clock.now
         if len(body) < LARGE_BYTES:
             self._transport.write(head + body)
-        else:  # one system call all the same, and no copy
+        else:
             self._transport.write(head)
             self._transport.write(body)
 

@@ -1,0 +1,64 @@
+"""What a process keeps of the memory it frees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hoberproxy import memory
+
+# As a prompt of 1 MB does: pieces, the whole, what goes upstream, all freed after the answer.
+REQUESTS = """
+import resource, sys
+from hoberproxy.memory import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+def faults():
+    blocks = []
+    for _ in range(8):
+        blocks += [bytes(250_000) for _ in range(4)]
+        blocks.append(b"".join(blocks[-4:]))
+for _ in range(5):
+    faults()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    faults()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def run(how: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    environ.pop("GLIBC_TUNABLES", None)
+    return subprocess.run(
+        [sys.executable, "-c", REQUESTS, how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1])} | variables,
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _has_mallopt() -> None:
+    if run("keep").returncode == 3:
+        pytest.skip("this C library has no mallopt")
+
+
+def test_freed_memory_is_there_for_the_next_request() -> None:
+    kept, given_back = run("keep"), run("as it is")
+    assert int(kept.stdout) < 200, "page faults of 20 times 16 MB"
+    assert int(given_back.stdout) > 10 * int(kept.stdout), "else there is no need for it"
+
+
+def test_an_operators_own_choice_is_left_alone() -> None:
+    assert run("keep", MALLOC_TRIM_THRESHOLD_="131072").returncode == 3
+    assert run("keep", GLIBC_TUNABLES="glibc.malloc.tcache_count=7").returncode == 3
+
+
+def test_what_is_resident_is_told_in_bytes() -> None:
+    assert 1_000_000 < memory.resident_bytes() < 10**10
