@@ -20,7 +20,7 @@ from .relay import BodyRelay, Outcome, RefusalReader, Relay, StreamRelay
 from .request import Call, named_option
 from .routing import Step
 from .stream import StreamScanner
-from .upstream import Loss, UpstreamConnection
+from .upstream import Loss, Parts, UpstreamConnection
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -69,8 +69,7 @@ class Attempt:
         step: Step,
         pool: Pool,
         answer: Answer,
-        request_head: bytes,
-        body: bytes,
+        request: Parts,
         injected: frozenset[str] = frozenset(),
     ) -> None:
         self.phase = _CONNECT
@@ -80,8 +79,7 @@ class Attempt:
         self.step = step
         self._pool = pool
         self._answer = answer
-        self._request_head = request_head
-        self._body = body
+        self._request = request
         self._injected = injected  # members of the body that are ours, not the client's
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.started = self._last_activity = owner.now
@@ -124,7 +122,7 @@ class Attempt:
     def _send(self, connection: UpstreamConnection) -> None:
         self.phase = _HEAD
         self._connection = connection
-        connection.send(self._request_head, self._body, self)
+        connection.send(self._request, self)
         if self._is_paused:
             connection.pause_upstream()
 
@@ -133,7 +131,7 @@ class Attempt:
     def on_head(self, head: ResponseHead) -> None:
         assert self._connection is not None
         self._head = head
-        self._body = b""
+        self._request = []
         relay = self._choose_relay(head)
         if relay is not None:
             self._relay = self._connection.receiver = relay
@@ -303,7 +301,7 @@ class Attempt:
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""
         self._is_ended = True
-        self._body = b""
+        self._request = []
         if self._connecting is not None:
             self._connecting.cancel()
             self._connecting = None

@@ -37,8 +37,9 @@ from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .request import Call, injected_options, parse_call, serialize_upstream_body
+from .request import Call, injected_options, parse_call, split_upstream_body
 from .routing import Plan, make_plan
+from .upstream import Parts
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -105,7 +106,7 @@ class Exchange:
     _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
     _failures: tuple[FailedAttempt, ...] = ()
     _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
-    _body: tuple[Hashable, bytes] | None = None  # as it went upstream last, and in which form
+    _body: tuple[Hashable, Parts] | None = None  # as it went upstream last, and in which form
     _quiet_since = 0.0
     _paused_since = 0.0
     _unread_bytes = 0
@@ -256,7 +257,9 @@ class Exchange:
         self._provider = provider = upstream.provider
         body = self._body_for(call, step.endpoint, provider)
         head = upstream.serialize_head(
-            len(body), self._forwarded_headers(provider.forward_headers), stream=call.stream
+            sum(map(len, body)),
+            self._forwarded_headers(provider.forward_headers),
+            stream=call.stream,
         )
         injected = injected_options(
             call, step.endpoint.adaptation, stream_options=provider.stream_options
@@ -269,9 +272,9 @@ class Exchange:
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, head, body, injected)
+        return Attempt(self, call, step, upstream.pool, answer, [head, *body], injected)
 
-    def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> bytes:
+    def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> Parts:
         """The body under an upstream's name for the model, built anew only in another form."""
         model, options, rules = (
             endpoint.upstream_model,
@@ -281,7 +284,7 @@ class Exchange:
         form = (model, options, rules, self._without)
         if self._body is not None and self._body[0] == form:
             return self._body[1]
-        body = serialize_upstream_body(
+        body = split_upstream_body(
             call, model, stream_options=options, adaptation=rules, without=self._without
         )
         self._body = form, body

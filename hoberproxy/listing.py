@@ -23,7 +23,7 @@ async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str]:
     listing = _Listing()
     try:
         async with asyncio.timeout(limits.total):
-            connection.send(upstream.serialize_listing_request(), b"", listing)
+            connection.send([upstream.serialize_listing_request()], listing)
             await listing.ended
     except TimeoutError as exc:
         message = "no list of models in time"

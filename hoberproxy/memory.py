@@ -10,8 +10,8 @@ try:
 except (ImportError, MemoryError):  # Python can be built without it
     ctypes = None  # type: ignore[assignment]
 
-KEPT_BYTES = 32 * 1024 * 1024  # at most, of what is free
-LARGEST_KEPT_BYTES = 4 * 1024 * 1024  # of one block
+KEPT_BYTES = 64 * 1024 * 1024  # of what is free, most of which was never touched:
+LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # to parse, orjson sets aside twelve times a body's size
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _OPERATORS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")

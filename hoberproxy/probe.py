@@ -221,7 +221,7 @@ class _Question:
         )
         head = upstream.serialize_head(len(adapted), [], stream=call.stream)
         answer = Answer(self, self, version_minor=1, keep_alive=True)
-        self.attempt = Attempt(self, call, step, upstream.pool, answer, head, adapted, injected)
+        self.attempt = Attempt(self, call, step, upstream.pool, answer, [head, adapted], injected)
 
     async def ask(self) -> _Question:
         """Wait for the end, which the attempt's limits see to."""

@@ -69,7 +69,8 @@ class Call:
     """What a client asked, checked; only read. Made by `parse_call`.
 
     What few requests need is worked out when it is asked for. `is_canonical` says that the body is
-    written as orjson would write it: no spaces, nothing twice, each string in its shortest form.
+    written as orjson would write it, but perhaps for its messages: no spaces, nothing twice, each
+    string in its shortest form.
     """
 
     candidates: tuple[str, ...]  # slugs, `model` first, then `models`; suffixes included
@@ -186,10 +187,37 @@ def _is_canonical(document: JsonObject, body: bytes) -> bool:
     A name given twice would be missing from what is written anew, so this is the quickest proof
     that there is none: a third of the cost of a scan.
     """
+    if len(body) > _LARGE_BYTES and _is_canonical_around(document, body):
+        return True
     try:
         return orjson.dumps(document) == body
     except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
         return False
+
+
+def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
+    """Whether what stands around the messages of a large body is canonical, and leaves them alone.
+
+    Between both parts there is one value then, if its only "]" is its last byte: it closes the
+    messages, since the part behind it closes nothing but the document.
+    """
+    before: JsonObject = {}
+    after: JsonObject = {}
+    part = before
+    for name, value in document.items():
+        if name == "messages":
+            part = after
+        else:
+            part[name] = value
+    try:
+        head = orjson.dumps(before)[:-1] + (b',"messages":' if before else b'"messages":')
+        tail = b"," + orjson.dumps(after)[1:] if after else b"}"
+    except orjson.JSONEncodeError:
+        return False
+    end = len(body) - len(tail)
+    return (
+        body.startswith(head) and body.endswith(tail) and body.find(b"]", len(head), end) == end - 1
+    )
 
 
 def _is_set(options: JsonObject | None, name: str) -> bool:
@@ -529,6 +557,26 @@ def serialize_upstream_body(
 
     Costs one copy of the body, and up to two of the messages where roles are changed.
     """
+    return b"".join(
+        split_upstream_body(
+            call,
+            upstream_model,
+            stream_options=stream_options,
+            adaptation=adaptation,
+            without=without,
+        )
+    )
+
+
+def split_upstream_body(
+    call: Call,
+    upstream_model: str,
+    *,
+    stream_options: bool,
+    adaptation: Adaptation = NO_ADAPTATION,
+    without: frozenset[str] = frozenset(),
+) -> list[bytes | memoryview]:
+    """The same in parts, of which those of a large body are views into the client's."""
     if adaptation is NO_ADAPTATION and not without:
         spliced = _splice_plain(call, upstream_model, stream_options)
         if spliced is not None:
@@ -549,10 +597,12 @@ def serialize_upstream_body(
             parts += (b",", _head(name), change[1])
     parts[0] = b"{"  # for the first comma
     parts.append(b"}")
-    return b"".join(parts)
+    return [b"".join(parts)]
 
 
-def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> bytes | None:
+def _splice_plain(
+    call: Call, upstream_model: str, stream_options: bool
+) -> list[bytes | memoryview] | None:
     """The same for nearly every body, without a scan; None for the others."""
     body = call.body
     if not call.is_canonical:
@@ -568,8 +618,8 @@ def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> byte
         end, options = end - 1, _INCLUDE_USAGE
     if end > _LARGE_BYTES:
         view = memoryview(body)
-        return b"".join((view[:start], name, view[rest:end], options))
-    return b"".join((body[:start], name, body[rest:end], options))
+        return [view[:start], name, view[rest:end], options]
+    return [b"".join((body[:start], name, body[rest:end], options))]
 
 
 def injected_options(call: Call, adaptation: Adaptation, *, stream_options: bool) -> frozenset[str]:

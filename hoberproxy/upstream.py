@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS: Final = 16
-LARGE_BYTES: Final = 32 * 1024  # to copy more costs more than a second write
+LARGE_BYTES: Final = 32 * 1024  # to copy more costs more than further writes
 # Chunks at the front of a body that are handed on one by one: after them a stencil may take the
 # rest, and none of it needs to be walked.
 OPENING_CHUNKS: Final = 3
@@ -46,6 +46,9 @@ class State(Enum):
 # As globals: on Python 3.11 a look-up on the enum class costs 0.1 µs.
 _IDLE: Final = State.IDLE
 _ACTIVE: Final = State.ACTIVE
+
+
+Parts = list[bytes | memoryview]  # of a request: large ones are views into the client's body
 
 
 class Loss(Enum):
@@ -102,8 +105,8 @@ class UpstreamConnection:
 
     # What the attempt does
 
-    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
-        """Send a whole request; its answer goes to `receiver`."""
+    def send(self, request: Parts, receiver: Receiver) -> None:
+        """Send a whole request, its head and the parts of its body; `receiver` gets the answer."""
         assert self.state is _IDLE and self._transport is not None, "not ready for a request"
         self.state = _ACTIVE
         self.receiver = receiver
@@ -112,11 +115,11 @@ class UpstreamConnection:
         self._opening_chunks = OPENING_CHUNKS
         self._interim_answers = 0
         self._sent_at = self.heard_at = self._clock.now
-        if len(body) < LARGE_BYTES:
-            self._transport.write(head + body)
+        if len(request) == 2 and len(request[1]) < LARGE_BYTES:
+            self._transport.write(b"".join(request))
         else:
-            self._transport.write(head)
-            self._transport.write(body)
+            for part in request:
+                self._transport.write(part)
 
     def pause_upstream(self) -> None:
         """Stop reading: the client is slower than the model server."""

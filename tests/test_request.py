@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.catalog import ROLES, Adaptation
+from hoberproxy.catalog import NO_ADAPTATION, ROLES, Adaptation
 from hoberproxy.errors import RequestError
 from hoberproxy.members import Member, scan_elements, scan_members
 from hoberproxy.request import (
@@ -27,7 +27,6 @@ from hoberproxy.request import (
 
 from .conftest import pure_only
 
-NO_ADAPTATION = Adaptation()
 USER = {"role": "user", "content": "hello"}
 SECRET = "do-not-tell"
 JSON = st.recursive(
@@ -52,13 +51,19 @@ def upstream(
     stream_options: bool = True,
     without: Iterable[str] = (),
 ) -> bytes:
-    return serialize_upstream_body(
-        call,
-        "up",
-        stream_options=stream_options,
-        adaptation=adaptation,
-        without=frozenset(without),
-    )
+    def serialize(adaptation: Adaptation) -> bytes:
+        return serialize_upstream_body(
+            call,
+            "up",
+            stream_options=stream_options,
+            adaptation=adaptation,
+            without=frozenset(without),
+        )
+
+    sent = serialize(adaptation)
+    if adaptation is NO_ADAPTATION:  # only this very one is spliced in without a scan
+        assert serialize(Adaptation()) == sent, "both ways lead to the same"
+    return sent
 
 
 # Refusals: (body, param, code)
@@ -484,6 +489,72 @@ def test_the_model_is_appended_where_the_client_gave_only_a_list() -> None:
 def test_a_name_of_a_model_is_escaped() -> None:
     sent = serialize_upstream_body(parse_call(body()), 'q"\\ü', stream_options=True)
     assert json.loads(sent)["model"] == 'q"\\ü'
+
+
+# Large bodies, which are not written anew to see how they are written
+
+LONG = "word " * 10_000
+TEXTS = {"plain": LONG, "with brackets": LONG + "],[" + LONG, "escaped": LONG + '\n"\\é' + LONG}
+TURN = {"role": "user", "content": [{"type": "text", "text": "and this"}], "name": "n"}
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "model first": ({"model": "a/b"}, {"stream": True, "stop": ["a", "b"]}),
+    "model last": ({}, {"model": "a/b"}),
+    "model after others": ({"temperature": 0.5, "model": "a/b"}, {}),
+    "model between others": ({"user": "u"}, {"tools": [{"x": {"model": "a/b"}}], "model": "a/b"}),
+    "a model within another": ({"metadata": {"model": "a/b"}, "model": "a/b"}, {"stream": True}),
+}
+
+
+@pytest.mark.parametrize("more", [[], [TURN]], ids=["one message", "two messages"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize(("before", "after"), OTHERS.values(), ids=OTHERS.keys())
+def test_a_large_body_goes_up_as_a_small_one_does(
+    before: dict[str, Any], after: dict[str, Any], text: str, more: list[Any]
+) -> None:
+    messages = [{"role": "user", "content": text}, *more]
+    data = orjson.dumps({**before, "messages": messages, **after})
+    call = parse_call(data)
+    assert call.is_canonical
+    assert call.prompt_bytes == len(orjson.dumps(messages))
+    expected = json.loads(data) | {"model": "up"}
+    if after.get("stream"):
+        expected["stream_options"] = {"include_usage": True}
+    sent = upstream(call)
+    assert json.loads(sent) == expected
+    assert list(json.loads(sent)) == list(expected), "in the client's order"
+
+
+def test_messages_of_a_large_body_keep_their_bytes() -> None:
+    data = (
+        b'{"model":"a/b","messages":[ {"role":"user","content":"\\u0041' + b"x" * 40_000 + b'"} ]}'
+    )
+    assert upstream(parse_call(data)) == data.replace(b"a/b", b"up")
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        b'"model":"a/b","messages":[%b],"messages":[%b]',
+        b'"messages":[%b],"model":"a/b","messages":[%b]',
+        b'"model":"a/b","messages":[%b],"m\\u0065ssages":[%b]',
+        b'"model":"a/b","messages":[%b],"stop":[%b],"stop":["x"]',
+        b'"model":"a/b","model":"a/b","messages":[%b,%b]',
+        b'"model":"a/b","messages":[%b,%b],"model":"a/b"',
+        b'"model":"a/b","messages":[%b,%b],"n":1,"n":1',
+    ],
+)
+def test_a_name_given_twice_in_a_large_body_is_refused(twice: bytes) -> None:
+    message = orjson.dumps({"role": "user", "content": LONG})
+    with pytest.raises(RequestError) as caught:
+        parse_call(b"{" + twice % (message, message) + b"}")
+    assert caught.value.code == DUPLICATE
+
+
+@pytest.mark.parametrize("messages", [b'"%b]"', b"null", b'{"a":"%b"}', b'"%b"'])
+def test_messages_of_a_large_body_are_a_list(messages: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(b'{"messages":' + messages.replace(b"%b", LONG.encode()) + b',"model":"a/b"}')
+    assert caught.value.param == "messages"
 
 
 STREAM_OPTIONS = {
