@@ -625,11 +625,11 @@ def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
     writer = Writer(path, batch_size=2)
     writer.open()
     dead = Ledger(path, Keyring(), has_writer=False)
-    dead._journal.prepare()
+    dead.journal.prepare()
     for number in range(5):
-        dead.open(record(number), "a/b", ENDPOINT, 1, 1)
+        dead.journal.open_record(record(number), "a/b", ENDPOINT, 1, 1)
         if number < 4:
-            dead.seal(record(number))
+            dead.journal.seal(record(number))
     with Lock(path):
         if read:
             writer.turn()
