@@ -106,10 +106,16 @@ class Writer:
         self.is_active = False  # has the lock
 
     def open(self) -> None:
-        """Open the store; if the lock is free, take over what dead processes left."""
+        """Open the store; if the lock is free, take over what dead processes left.
+
+        What a full disk or another's lock keeps out of the store then follows later.
+        """
         self._store = self._open_records(self._path)
         if self._acquire():
-            self._take_over(self._store)
+            try:
+                self._take_over(self._store)
+            except StoreError as exc:
+                self._keep_for_later(exc)
         self._store.set_busy_timeout(BUSY_TIMEOUT)
 
     def run(self, pause: Callable[[float], bool]) -> None:

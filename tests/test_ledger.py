@@ -643,6 +643,30 @@ def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
     assert not list(path.with_name("store.db-requests").iterdir())
 
 
+def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Store(path).close()
+    dead = Ledger(path, Keyring(), has_writer=False)
+    dead.journal.prepare()
+    dead.journal.seal(record(1))
+    die(dead)
+    problems = [StoreError("the disk is full", is_transient=True)]
+
+    class Full(Store):
+        def write(self, *batch: Any) -> int:
+            if problems:
+                raise problems.pop()
+            return super().write(*batch)
+
+    writer = Writer(path, tick=0.0, open_records=Full)
+    writer.open()
+    assert "records wait in the journals, the disk is full" in caplog.text
+    assert writer.finish()
+    writer.close()
+    assert stored(path) == 1
+
+
 def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,7 +102,7 @@ class Proxy:
         return self.disk.recorded(self.folder)
 
 
-StartProxy = Callable[[int | None], AbstractAsyncContextManager[Proxy]]
+StartProxy = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 
 @pytest.fixture
@@ -114,10 +114,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
-    """Starts one with so many workers, or without; it has recorded a request."""
+    """Starts one with so many workers, or without; unless the disk is full it has a record."""
 
     @asynccontextmanager
-    async def start(workers: int | None) -> AsyncIterator[Proxy]:
+    async def start(workers: int | None, *, is_full: bool = False) -> AsyncIterator[Proxy]:
         metrics = f"127.0.0.1:{unused_tcp_port}"
         async with (
             ScriptedUpstream(default=answer) as upstream,
@@ -128,7 +128,8 @@ def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
         ):
             proxy = Proxy(running, client, disk, tmp_path, unused_tcp_port)
             await proxy.ask(1)
-            await eventually(lambda: proxy.recorded() >= Counter(proxy.asked))
+            if not is_full:
+                await eventually(lambda: proxy.recorded() >= Counter(proxy.asked))
             yield proxy
 
     return start
@@ -180,16 +181,17 @@ async def test_what_a_worker_that_ends_on_a_full_disk_cannot_leave_is_lost_count
     assert lost > 0 and len(proxy.asked) + 1 - len(recorded) in (lost, lost - 1)
 
 
-async def test_what_the_journals_have_outlives_a_stop_on_a_full_disk(
-    start_proxy: StartProxy, disk: Disk
+@pytest.mark.parametrize("workers", [2, None], ids=["workers", "alone"])
+async def test_a_start_on_a_full_disk_serves_and_what_the_journals_have_follows(
+    start_proxy: StartProxy, disk: Disk, workers: int | None
 ) -> None:
-    async with start_proxy(2) as proxy:
+    async with start_proxy(workers) as proxy:
         disk.fill()
         await proxy.ask(300)
         await proxy.running.logged("records wait in the journals")
         proxy.running.send(signal.SIGTERM)
         assert await proxy.running.wait() == 0
-    disk.free()
-    async with start_proxy(2) as again:
-        pass
-    assert again.recorded() == Counter(proxy.asked + again.asked)
+    async with start_proxy(workers, is_full=True) as again:
+        await again.ask(10)
+        disk.free()
+        await eventually(lambda: again.recorded() == Counter(proxy.asked + again.asked))
