@@ -6,6 +6,7 @@ import asyncio
 import socket
 from typing import Any
 
+import orjson
 import pytest
 
 from tests.scripted import (
@@ -24,7 +25,16 @@ from tests.scripted import (
 )
 
 from .conftest import ProxyTo
-from .harness import LIMITS, SOON, Proxy, as_client_sees, chat, eventually, provider_for
+from .harness import (
+    LIMITS,
+    SOON,
+    UPSTREAM_MODEL,
+    Proxy,
+    as_client_sees,
+    chat,
+    eventually,
+    provider_for,
+)
 
 EVENTS = stream_events(2)
 WHOLE = json_response(200, completion())
@@ -294,7 +304,9 @@ async def test_a_name_that_is_not_found_falls_over(proxy_to: ProxyTo) -> None:
     assert reply.headers["x-hober-provider"] == "b"
 
 
-async def test_a_large_request_arrives_whole(proxy_to: ProxyTo) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("stream", [False, True], ids=["body", "stream"])
+async def test_a_large_request_arrives_whole(proxy_to: ProxyTo, stream: bool, tls: bool) -> None:
     text = "a prompt of some megabytes " * 200_000
     seen: list[SeenRequest] = []
 
@@ -302,6 +314,11 @@ async def test_a_large_request_arrives_whole(proxy_to: ProxyTo) -> None:
         seen.append(request)
         return [Send(serialize_head(200, [("Content-Length", "0")]))]
 
-    async with ScriptedUpstream(answer) as upstream, proxy_to(upstream) as proxy:
-        await proxy.post(chat(messages=[{"role": "user", "content": text}]))
-    assert seen[0].json()["messages"][0]["content"] == text
+    async with ScriptedUpstream(answer, tls=tls) as upstream, proxy_to(upstream) as proxy:
+        body = chat(messages=[{"role": "user", "content": text}], stream=stream)
+        await proxy.post(orjson.dumps(body))  # without a space, as most clients write it
+    sent = seen[0].json()
+    assert sent["messages"][0]["content"] == text
+    assert sent["model"] == UPSTREAM_MODEL
+    assert ("stream_options" in sent) is stream
+    assert int(seen[0].headers["content-length"]) == len(seen[0].body)
