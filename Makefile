@@ -11,7 +11,7 @@ SOURCES := pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench
 
 .DEFAULT_GOAL := help
 .PHONY: help install compiled tools run test test-compiled test-kills test-load test-real test-systemd demo-model fmt \
-	lint types check bench bench-pure bench-micro clean
+	lint types check bench bench-pure bench-micro bench-readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -111,6 +111,9 @@ bench-pure: $(VENV)/.dev ## the same, of the sources as they are
 
 bench-micro: $(VENV)/.dev ## ns and instructions per operation of the core
 	$(BIN)/python -m bench.micro $(BENCH_ARGS)
+
+bench-readme: $(VENV)/.dev ## the README's table and picture of the results that are kept
+	$(BIN)/python -m bench.report --readme bench/results/*.json
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(COMPILED) .tools tests/js/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -159,6 +159,7 @@ def summarize(values: Rounds, journal: float) -> dict[str, Any]:
         },
         "journal_by_micro": journal,
         "together": difference + journal,
+        "bar": BAR,
     }
 
 

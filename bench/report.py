@@ -2,6 +2,8 @@
 
 python -m bench.report bench/results/*.json             the tables again
 python -m bench.report --markdown bench/results/*.json  the README's table
+python -m bench.report --svg bench/results/*.json       its picture
+python -m bench.report --readme bench/results/*.json    both into the README
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from typing import Any
 
 import orjson
 
+from .chart import svg
 from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, REFERENCE
 
 Report = dict[str, Any]
 MOST_WARNINGS = 5  # of a scenario, in the table
+README_START, README_END = "<!-- bench -->\n", "<!-- /bench -->"
+PICTURE = Path("docs/cost.svg")
 
 
 # For the terminal
@@ -119,11 +124,14 @@ def describe_machine(report: Report) -> str:
 
 def markdown(reports: Sequence[Report]) -> str:
     """One row for each measure that has a bar; of a scenario in two files the later one counts."""
-    parts = {part["name"]: part for report in reports for part in report["scenarios"]}
-    head = ("", REFERENCE, PROXY, "with log", "others", "bar")
+    compared = [each for each in reports if "scenarios" in each]
+    accounts = [each for each in reports if "keys_and_limits" in each]  # of bench.account
+    parts = {part["name"]: part for report in compared for part in report["scenarios"]}
+    head = ("", REFERENCE, PROXY, "with log and limits", "others", "bar")
     rows = [head, ("---",) * len(head), *(row for part in parts.values() for row in _rows(part))]
+    rows += [_account_row(each) for each in accounts[-1:]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    notes = [f"- {describe_machine(each)}. Repeat: `{each['command']}`" for each in reports]
+    notes = [f"- {describe_machine(each)}. Repeat: `{each['command']}`" for each in compared]
     explained = (
         "Least of the rounds; in brackets the ratio to nginx and its spread over the rounds."
     )
@@ -147,6 +155,20 @@ def _rows(scenario: Report) -> Iterator[tuple[str, ...]]:
         yield name, *cells, _others(found, key[1]), _bar_cell(scenario["bars"], key)
 
 
+def _account_row(account: Report) -> tuple[str, ...]:
+    """What keys, limits and journal cost a request, which nginx has none of."""
+    together, bar = account["together"], account["bar"]
+    workers = account["settings"]["workers"]
+    return (
+        f"account, {workers} workers: keys, limits and journal, CPU per request",
+        "–",
+        "–",
+        f"{_number(together)} µs",
+        "–",
+        f"≤ {bar:g} µs: {'met' if together <= bar else 'not met'}",
+    )
+
+
 def _cell(result: Report | None, measure: str) -> str:
     if result is None:
         return "–"
@@ -166,10 +188,21 @@ def _bar_cell(bars: Iterable[Report], key: tuple[str, str]) -> str:
     """What each form of the proxy may cost, told once where it is the same."""
     own = [bar for bar in bars if (bar["variant"], bar["measure"]) == key]
     texts = dict.fromkeys(bar["text"] for bar in own)
-    verdicts = dict.fromkeys(
-        {True: "met", False: "not met", None: "open"}[b["is_met"]] for b in own
-    )
-    return f"{', with log '.join(texts)}: {' / '.join(verdicts)}"
+    verdicts = list({True: "met", False: "not met", None: "open"}[b["is_met"]] for b in own)
+    told = verdicts if len(set(verdicts)) > 1 else verdicts[:1]
+    return f"{', with log and limits '.join(texts)}: {' / '.join(told)}"
+
+
+def update_readme(reports: Sequence[Report], root: Path) -> None:
+    """Put table and picture where the README of the checkout at `root` shows them."""
+    readme = root / "README.md"
+    before, start, rest = readme.read_text(encoding="utf-8").partition(README_START)
+    _, end, after = rest.partition(README_END)
+    if not start or not end:
+        raise SystemExit(f"expected {README_START.strip()} and {README_END} in {readme}")
+    text = "".join((before, start, markdown(reports), end, after))
+    readme.write_text(text, encoding="utf-8")
+    (root / PICTURE).write_text(svg(reports), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -177,11 +210,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.report", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="of side_by_side")
-    parser.add_argument("--markdown", action="store_true", help="the README's table")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="the README's table")
+    form.add_argument("--svg", action="store_true", help="the README's picture")
+    form.add_argument("--readme", action="store_true", help="put both into the checkout's README")
     options = parser.parse_args(argv)
     reports = [orjson.loads(path.read_bytes()) for path in options.files]
     if options.markdown:
         print(markdown(reports), end="")
+    elif options.svg:
+        print(svg(reports), end="")
+    elif options.readme:
+        update_readme(reports, Path())
     else:
         for report in reports:
             print_report(report)

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from bench import machine, peers, processes, report
+from bench import chart, machine, peers, processes, report
+from bench.micro import Case
+from bench.micro import __main__ as micro
 from bench.micro.__main__ import MODULES, cases
 from bench.peers import PEERS, PROXIES, Peer, Wiring
 from bench.ratios import Table, judge, summarize
@@ -455,6 +458,36 @@ def test_the_readmes_row_has_reference_proxy_and_bar() -> None:
     assert "a CPU, 2 cores, Linux 6.1; python 3.11, nginx 1.22; 2026-01-02" in text
 
 
+def test_keys_and_limits_have_a_row_of_their_own() -> None:
+    account = {"keys_and_limits": {}, "together": 17.51, "bar": 20.0, "settings": {"workers": 4}}
+    row = report.markdown([a_report(), account]).splitlines()[3]
+    assert "| account, 4 workers: keys, limits and journal, CPU per request |" in row
+    assert "| 17.5 µs | – | ≤ 20 µs: met |" in row
+
+
+def test_the_picture_has_each_server_with_its_ratio_and_the_most_it_may_be() -> None:
+    [group] = chart.groups([a_report(), {"keys_and_limits": {}}])
+    assert group == chart.Group("test: CPU per request", (chart.Bar(PROXY, 2.2, 2.0, 2.5, 2.0),))
+    root = ElementTree.fromstring(chart.svg([a_report(name="<test>")]))
+    space = "{http://www.w3.org/2000/svg}"
+    texts = [each.text for each in root.iter(f"{space}text")]
+    assert {"<test>: CPU per request", "2.20", PROXY} <= set(texts)
+    right = max(
+        float(each.get("x", 0)) + float(each.get("width", 0)) for each in root.iter(f"{space}rect")
+    )
+    assert right <= chart.WIDTH
+
+
+def test_the_readme_shows_the_results_that_are_kept() -> None:
+    files = sorted((ROOT / "bench" / "results").glob("*.json"))
+    kept = [json.loads(file.read_bytes()) for file in files]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    told = readme.partition(report.README_START)[2].partition(report.README_END)[0]
+    assert told == report.markdown(kept), "make bench-readme"
+    picture = ROOT / report.PICTURE
+    assert picture.read_text(encoding="utf-8") == chart.svg(kept), "make bench-readme"
+
+
 def test_a_failed_run_is_told_with_its_reason() -> None:
     run = {"variant": "", "round": 0, "target": PROXY, "problem": "3 of 4", "warnings": []}
     text = "\n".join(report.report_lines(a_report(runs=[run])))
@@ -471,6 +504,34 @@ def test_every_micro_benchmark_runs(module: str, case: Any) -> None:
     operation = case.make()
     operation()
     operation()  # what it leaves behind must not break the next call
+
+
+def test_cold_lines_are_those_of_a_call_without_what_emptying_the_cache_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = {("path:x", 4): (9_000, 50_000), ("path:x", 24): (59_000, 150_000)}
+    told |= {(micro.NOTHING, 4): (1_000, 2_000), (micro.NOTHING, 24): (1_200, 62_000)}
+
+    def run(command: list[str]) -> str:
+        code, data = told[command[-2], int(command[-1])]
+        return f"==1== LLi misses:  {code:,}\n==1== LLd misses:  {data:,}  (1 rd + 2 wr)\n"
+
+    monkeypatch.setattr(micro, "_run", run)
+    assert micro.count_cold("path:x") == (2490.0, 2000.0)
+    monkeypatch.setattr(micro, "_run", lambda command: "")
+    assert micro.count_cold("path:x") is None
+
+
+def test_a_cold_repetition_empties_the_cache_between_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    case = Case("x", lambda: lambda: done.append("call"))
+    monkeypatch.setattr(micro, "cases", lambda names: [("path", case)])
+    monkeypatch.setattr(micro, "_empty_caches", lambda: lambda: done.append("empty"))
+    monkeypatch.setattr(micro.gc, "disable", bool)
+    micro.repeat_one("path:x", 2, is_cold=True)
+    assert done == ["call"] * 3 + ["call", "empty"] * 2
 
 
 def test_micro_benchmarks_print_a_line_for_each_case(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,23 @@
 Instructions come from `perf stat` where the machine lets one count them, else from valgrind's
 cachegrind; each case runs in a process of its own, twice, and what the longer run has more is
 divided by how many calls it has more. So neither start nor import counts.
+
+`--cold` counts the cache lines that a call touches when it finds none of them in a cache, as at a
+low load: valgrind simulates one cache, and between two calls all of it is overwritten.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import re
 import shutil
 import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -23,9 +29,13 @@ from ..machine import describe_machine
 from ..processes import environment
 from . import Case
 
+NOTHING = "nothing"  # in place of a case: what emptying the cache costs by itself
+
 MODULES = ("scanner", "framing", "body_checks", "plan", "path", "account")
 ROUND_SECONDS = 0.05
 CALLS = (20, 120)  # of the two counted runs; the first ones also warm the interpreter up
+COLD_CALLS = (4, 24)
+CACHE_BYTES = 4 * 1024 * 1024  # what nobody's path fills, and twice as much empties
 COUNT_TIMEOUT = 120.0
 
 Counter = Callable[[list[str]], int | None]
@@ -89,12 +99,55 @@ def count_case(module: str, case: Case, counter: Counter) -> float | None:
     return (high - low) / (CALLS[1] - CALLS[0]) / case.count
 
 
-def repeat_one(named: str, calls: int) -> None:
+# Cache lines
+
+
+def count_cold(named: str) -> tuple[float, float] | None:
+    """Lines of code and of data (64 bytes) that a cold call touches; None without valgrind."""
+    counted = [_count_lines(each, calls) for each in (named, NOTHING) for calls in COLD_CALLS]
+    low, high, idle_low, idle_high = counted
+    if low is None or high is None or idle_low is None or idle_high is None:
+        return None
+    calls = COLD_CALLS[1] - COLD_CALLS[0]
+    code, data = (
+        (high[i] - low[i] - (idle_high[i] - idle_low[i])) / calls for i in range(len(low))
+    )
+    return code, data
+
+
+def _count_lines(named: str, calls: int) -> tuple[int, int] | None:
+    """Misses of code and of data in the last cache; those before it hold next to nothing."""
+    caches = ["--I1=1024,2,64", "--D1=1024,2,64", f"--LL={CACHE_BYTES},16,64"]
+    options = ["--tool=cachegrind", "--cache-sim=yes", *caches, "--cachegrind-out-file=/dev/null"]
+    command = [sys.executable, "-m", str(__package__), "--cold", "--repeat-one", named, str(calls)]
+    told = _run(["valgrind", *options, *command])
+    code = re.search(r"LLi misses: +([0-9,]+)", told)
+    data = re.search(r"LLd misses: +([0-9,]+)", told)
+    if code is None or data is None:
+        return None
+    return int(code[1].replace(",", "")), int(data[1].replace(",", ""))
+
+
+def _empty_caches() -> Callable[[], object]:
+    """What overwrites all that a cache holds."""
+    buffer = ctypes.create_string_buffer(2 * CACHE_BYTES)
+    return partial(ctypes.memset, buffer, 1, 2 * CACHE_BYTES)
+
+
+def repeat_one(named: str, calls: int, *, is_cold: bool = False) -> None:
     """What a counted process does."""
     module, _, name = named.partition(":")
-    operation = next(case for _, case in cases([module]) if case.name == name).make()
+    operation: Callable[[], object] = bool
+    if named != NOTHING:
+        operation = next(case for _, case in cases([module]) if case.name == name).make()
+    between = _empty_caches() if is_cold else bool
+    for _ in range(3 if is_cold else 0):
+        operation()
+    gc.collect()
+    gc.disable()  # a collection would count for whichever call it hits
     for _ in range(calls):
         operation()
+        between()
 
 
 # Command line
@@ -103,18 +156,22 @@ def repeat_one(named: str, calls: int) -> None:
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Time and count all; prints a line as each is done."""
     told, counter = find_counter() if options.instructions else ("not asked for", None)
-    print(f"{'':<46}{'ns':>10}{'instructions':>16}  per")
+    cold = f"{'code lines':>12}{'data lines':>12}" if options.cold else ""
+    print(f"{'':<46}{'ns':>10}{'instructions':>16}{cold}  per")
     results = []
     for module, case in cases(options.modules):
         nanoseconds = time_case(case, options.repeats)
         instructions = count_case(module, case, counter) if counter else None
+        lines = count_cold(f"{module}:{case.name}") if options.cold else None
         results.append(
             {"module": module, "case": case.name, "unit": case.unit, "ns": nanoseconds}
-            | {"instructions": instructions}
+            | {"instructions": instructions, "cold_lines": lines}
         )
-        shown = "-" if instructions is None else f"{instructions:,.0f}"
+        shown = f"{'-' if instructions is None else f'{instructions:,.0f}':>16}"
+        if options.cold:
+            shown += "".join(f"{each:>12,.0f}" for each in lines) if lines else f"{'-':>12}" * 2
         name = f"{module}: {case.name}"
-        print(f"{name:<46}{nanoseconds:>10,.0f}{shown:>16}  {case.unit}", flush=True)
+        print(f"{name:<46}{nanoseconds:>10,.0f}{shown}  {case.unit}", flush=True)
     print(f"instructions: {told}")
     return {"instructions_by": told, "machine": describe_machine(), "results": results}
 
@@ -126,6 +183,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}")
     parser.add_argument("--repeats", type=int, default=7, help="of which the least counts (7)")
     parser.add_argument("--no-instructions", dest="instructions", action="store_false")
+    parser.add_argument("--cold", action="store_true", help="count cache lines, too (valgrind)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--repeat-one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -138,7 +196,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     if options.repeat_one:
-        repeat_one(options.repeat_one[0], int(options.repeat_one[1]))
+        repeat_one(options.repeat_one[0], int(options.repeat_one[1]), is_cold=options.cold)
         return 0
     report = run(options)
     if options.json is not None:
