@@ -235,7 +235,8 @@ async def test_whether_the_time_to_connect_is_part_of_a_request(
 
     monkeypatch.setattr(load, "connect", connect)
     report = await run_load(upstream, "--requests", "1", *arguments)
-    assert (report["total_ms"]["max"] >= 200) is is_counted
+    # Less than the 200 ms: the loop's timers count from a time in whole milliseconds.
+    assert (report["total_ms"]["max"] >= 150) is is_counted
 
 
 # What counts as whole
