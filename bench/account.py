@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from os import sched_getaffinity
 from pathlib import Path
 from typing import Any
@@ -220,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render(told, options))
     if options.json is not None:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
-        told |= {"machine": describe_machine(), "settings": settings}
+        command = shlex.join(["python", "-m", "bench.account", *(argv or sys.argv[1:])])
+        told |= {"machine": describe_machine(), "settings": settings, "peers": {}}
+        told |= {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         options.json.write_bytes(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
     return 0
 

@@ -131,7 +131,8 @@ def markdown(reports: Sequence[Report]) -> str:
     rows = [head, ("---",) * len(head), *(row for part in parts.values() for row in _rows(part))]
     rows += [_account_row(each) for each in accounts[-1:]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    notes = [f"- {describe_machine(each)}. Repeat: `{each['command']}`" for each in compared]
+    kept = [*compared, *accounts[-1:]]
+    notes = [f"- {describe_machine(each)}. Repeat: `{each['command']}`" for each in kept]
     explained = (
         "Least of the rounds; in brackets the ratio to nginx and its spread over the rounds."
     )
@@ -157,7 +158,7 @@ def _rows(scenario: Report) -> Iterator[tuple[str, ...]]:
 
 def _account_row(account: Report) -> tuple[str, ...]:
     """What keys, limits and journal cost a request, which nginx has none of."""
-    together, bar = account["together"], account["bar"]
+    together, bar = account["together"], account["bar"]  # in µs
     workers = account["settings"]["workers"]
     return (
         f"account, {workers} workers: keys, limits and journal, CPU per request",
@@ -224,7 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         update_readme(reports, Path())
     else:
         for report in reports:
-            print_report(report)
+            if "scenarios" in report:
+                print_report(report)
+            else:
+                name, *_, value, _, verdict = _account_row(report)
+                print(f"{name}: {value}, {verdict}")
     return 0
 
 

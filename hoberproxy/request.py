@@ -198,8 +198,8 @@ def _is_canonical(document: JsonObject, body: bytes) -> bool:
 def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
     """Whether what stands around the messages of a large body is canonical, and leaves them alone.
 
-    Between both parts there is one value then, if its only "]" is its last byte: it closes the
-    messages, since the part behind it closes nothing but the document.
+    Between both parts there is one value then, if it opens with "[" and its only "]" is its last
+    byte: that one closes the messages, for the part behind it closes nothing but the document.
     """
     before: JsonObject = {}
     after: JsonObject = {}
@@ -216,7 +216,9 @@ def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
         return False
     end = len(body) - len(tail)
     return (
-        body.startswith(head) and body.endswith(tail) and body.find(b"]", len(head), end) == end - 1
+        body.startswith(head + b"[")
+        and body.endswith(tail)
+        and body.find(b"]", len(head), end) == end - 1
     )
 
 

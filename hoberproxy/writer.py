@@ -184,6 +184,11 @@ class Writer:
         for segment in segments:
             segment.mark()
         if self._back_off:
+            try:
+                self._take_over(self._records)  # a start may have had no more to write than that
+            except StoreError as exc:
+                self._keep_for_later(exc)
+                return False
             logger.warning("records are written again")
             self._back_off = self._retry_at = 0.0
         return is_full
@@ -268,7 +273,8 @@ class Writer:
                 if self._acquire():
                     while self._flush(at_once=True):
                         pass
-                    self._take_over(self._records)
+                    if not self._batch.size:  # else that one would come after what is newer
+                        self._take_over(self._records)
                     self._note_uses(self._records)
                 if not self._journals.has_dead() and not self._batch.size:
                     return True

@@ -459,10 +459,13 @@ def test_the_readmes_row_has_reference_proxy_and_bar() -> None:
 
 
 def test_keys_and_limits_have_a_row_of_their_own() -> None:
-    account = {"keys_and_limits": {}, "together": 17.51, "bar": 20.0, "settings": {"workers": 4}}
+    account = a_report() | {"keys_and_limits": {}, "together": 17.51, "bar": 20.0}
+    account |= {"settings": {"workers": 4}, "command": "python -m bench.account"}
+    del account["scenarios"]
     row = report.markdown([a_report(), account]).splitlines()[3]
     assert "| account, 4 workers: keys, limits and journal, CPU per request |" in row
     assert "| 17.5 µs | – | ≤ 20 µs: met |" in row
+    assert "`python -m bench.account`" in report.markdown([a_report(), account])
 
 
 def test_the_picture_has_each_server_with_its_ratio_and_the_most_it_may_be() -> None:

@@ -651,7 +651,7 @@ def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
     dead.journal.prepare()
     dead.journal.seal(record(1))
     die(dead)
-    problems = [StoreError("the disk is full", is_transient=True)]
+    problems = [StoreError("the disk is full", is_transient=True)] * 2
 
     class Full(Store):
         def write(self, *batch: Any) -> int:
@@ -659,9 +659,12 @@ def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
                 raise problems.pop()
             return super().write(*batch)
 
-    writer = Writer(path, tick=0.0, open_records=Full)
+    writer = Writer(path, tick=0.001, open_records=Full)
     writer.open()
     assert "records wait in the journals, the disk is full" in caplog.text
+    writer.turn()
+    assert "records are written again" not in caplog.text
+    wait_until(lambda: bool(writer.turn() and "records are written again" in caplog.text))
     assert writer.finish()
     writer.close()
     assert stored(path) == 1

@@ -541,6 +541,10 @@ def test_messages_of_a_large_body_keep_their_bytes() -> None:
         b'"model":"a/b","model":"a/b","messages":[%b,%b]',
         b'"model":"a/b","messages":[%b,%b],"model":"a/b"',
         b'"model":"a/b","messages":[%b,%b],"n":1,"n":1',
+        b'"model":"a/b","messages":0,"model":"a/b","messages":[%b,%b]',
+        b'"messages":{},"model":"c/d","messages":[%b,%b],"model":"a/b"',
+        b'"messages":null,"max_tokens":9,"messages":[%b,%b],"max_tokens":5,"model":"a/b"',
+        b'"model":"a/b","messages":"x","m\\u0065ssages":[%b,%b]',
     ],
 )
 def test_a_name_given_twice_in_a_large_body_is_refused(twice: bytes) -> None:

@@ -140,14 +140,18 @@ def repeat_one(named: str, calls: int, *, is_cold: bool = False) -> None:
     operation: Callable[[], object] = bool
     if named != NOTHING:
         operation = next(case for _, case in cases([module]) if case.name == name).make()
-    between = _empty_caches() if is_cold else bool
-    for _ in range(3 if is_cold else 0):
+    if not is_cold:
+        for _ in range(calls):
+            operation()
+        return
+    empty = _empty_caches()
+    for _ in range(3):
         operation()
     gc.collect()
     gc.disable()  # a collection would count for whichever call it hits
     for _ in range(calls):
         operation()
-        between()
+        empty()
 
 
 # Command line
