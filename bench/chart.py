@@ -48,8 +48,13 @@ class Group:
 
 def groups(reports: Iterable[Report]) -> list[Group]:
     """All that has a bar against nginx; of a scenario in two reports the later one counts."""
+    return [group for part in scenarios_of(reports) for group in _groups_of(part)]
+
+
+def scenarios_of(reports: Iterable[Report]) -> list[Report]:
+    """Each scenario once, as the last report has it that does; some have none."""
     parts = {part["name"]: part for report in reports for part in report.get("scenarios", ())}
-    return [group for part in parts.values() for group in _groups_of(part)]
+    return list(parts.values())
 
 
 def _groups_of(scenario: Report) -> Iterator[Group]:
@@ -91,7 +96,7 @@ def svg(reports: Sequence[Report]) -> str:
         f"<title>CPU of the hop as a multiple of {REFERENCE}'s</title>",
         f"<rect width='{WIDTH}' height='{height}' fill='#ffffff'/>",
         _text(16, 26, f"CPU of the hop, {REFERENCE} = 1", size=16, weight="600"),
-        *_legend(reports),
+        *_legend(shown),
         *_grid(most, scale, height),
     ]
     y = float(TOP)
@@ -105,8 +110,8 @@ def svg(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _legend(reports: Iterable[Report]) -> Iterator[str]:
-    names = dict.fromkeys(bar.target for group in groups(reports) for bar in group.bars)
+def _legend(shown: Iterable[Group]) -> Iterator[str]:
+    names = dict.fromkeys(bar.target for group in shown for bar in group.bars)
     x = 16.0
     for name in names:
         colour = COLOURS.get(name, OTHER_COLOUR)

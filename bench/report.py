@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from .chart import svg
+from .chart import scenarios_of, svg
 from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, REFERENCE
 
 Report = dict[str, Any]
@@ -126,9 +126,12 @@ def markdown(reports: Sequence[Report]) -> str:
     """One row for each measure that has a bar; of a scenario in two files the later one counts."""
     compared = [each for each in reports if "scenarios" in each]
     accounts = [each for each in reports if "keys_and_limits" in each]  # of bench.account
-    parts = {part["name"]: part for report in compared for part in report["scenarios"]}
     head = ("", REFERENCE, PROXY, "with log and limits", "others", "bar")
-    rows = [head, ("---",) * len(head), *(row for part in parts.values() for row in _rows(part))]
+    rows = [
+        head,
+        ("---",) * len(head),
+        *(row for part in scenarios_of(reports) for row in _rows(part)),
+    ]
     rows += [_account_row(each) for each in accounts[-1:]]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     kept = [*compared, *accounts[-1:]]

@@ -13,14 +13,14 @@ from typing import Final, Protocol
 from .catalog import TimeLimits
 from .downstream import Answer
 from .errors import Phase, UpstreamError
-from .http11 import ResponseHead
+from .http11 import Parts, ResponseHead
 from .pool import Pool
 from .refusal import parse_refusal
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, StreamRelay
 from .request import Call, named_option
 from .routing import Step
 from .stream import StreamScanner
-from .upstream import Loss, Parts, UpstreamConnection
+from .upstream import Loss, UpstreamConnection
 
 logger = logging.getLogger("hoberproxy.upstream")
 

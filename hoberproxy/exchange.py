@@ -33,13 +33,12 @@ from .errors import (
     serialize_error_event,
 )
 from .gateway import Gateway, Upstream, unix_time
-from .http11 import Headers, RequestHead, ResponseHead
+from .http11 import Headers, Parts, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .request import Call, injected_options, parse_call, split_upstream_body
+from .request import Call, injected_options, parse_call, serialize_upstream_body
 from .routing import Plan, make_plan
-from .upstream import Parts
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -255,9 +254,8 @@ class Exchange:
         step = plan.steps[self._position]
         upstream = self._upstreams[step.endpoint.provider]
         self._provider = provider = upstream.provider
-        body = self._body_for(call, step.endpoint, provider)
-        head = upstream.serialize_head(
-            sum(map(len, body)),
+        request = upstream.serialize_request(
+            self._body_for(call, step.endpoint, provider),
             self._forwarded_headers(provider.forward_headers),
             stream=call.stream,
         )
@@ -272,7 +270,7 @@ class Exchange:
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, [head, *body], injected)
+        return Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> Parts:
         """The body under an upstream's name for the model, built anew only in another form."""
@@ -284,7 +282,7 @@ class Exchange:
         form = (model, options, rules, self._without)
         if self._body is not None and self._body[0] == form:
             return self._body[1]
-        body = split_upstream_body(
+        body = serialize_upstream_body(
             call, model, stream_options=options, adaptation=rules, without=self._without
         )
         self._body = form, body

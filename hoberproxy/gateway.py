@@ -25,7 +25,7 @@ from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Clock, Wheel
 from .health import Health, Key
-from .http11 import serialize_fields, serialize_request_head
+from .http11 import Parts, serialize_fields, serialize_request_head
 from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
@@ -53,13 +53,14 @@ class Upstream:
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
         self._answer_fields: dict[tuple[str, bool], bytes] = {}
 
-    def serialize_head(
-        self, body_bytes: int, extra: list[tuple[bytes, bytes]], *, stream: bool
-    ) -> bytes:
-        """The head of a request; `extra` are header fields of the client that may pass."""
+    def serialize_request(
+        self, body: Parts, extra: list[tuple[bytes, bytes]], *, stream: bool
+    ) -> Parts:
+        """The whole request; `extra` are header fields of the client that may pass."""
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
-        return b"".join((head, fields, b"content-length: %d\r\n\r\n" % body_bytes))
+        length = b"content-length: %d\r\n\r\n" % sum(map(len, body))
+        return [b"".join((head, fields, length)), *body]
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
         """The header lines that every answer of this provider under this slug has."""

@@ -4,12 +4,14 @@ Heads are in `http11_head`, the framing of bodies is in `http11_body`.
 """
 
 from .http11_body import (
+    LARGE_BYTES,
     SIZE_LINES,
     BodyReader,
     ChunkedBody,
     FramingError,
     LengthBody,
     NoBody,
+    Parts,
     UntilEofBody,
     body_reader,
     size_line,
@@ -39,6 +41,7 @@ from .http11_head import (
 
 __all__ = [
     "CONTINUE",
+    "LARGE_BYTES",
     "MAX_REQUEST_HEAD_BYTES",
     "MAX_RESPONSE_HEAD_BYTES",
     "REASONS",
@@ -51,6 +54,7 @@ __all__ = [
     "Headers",
     "LengthBody",
     "NoBody",
+    "Parts",
     "RepeatedHead",
     "RequestHead",
     "ResponseHead",

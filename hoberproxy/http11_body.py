@@ -119,6 +119,9 @@ class UntilEofBody:
         self.is_complete = True
 
 
+Parts = list[bytes | memoryview]  # of a message; large ones may be views into another
+LARGE_BYTES: Final = 32 * 1024  # from here on a copy costs more than views, and further writes
+
 # Of chunks with sizes of up to three digits, those of events: a look-up, at a third of the cost.
 SIZE_LINES: Final = tuple(b"%x\r\n" % size for size in range(0x1000))
 

@@ -5,11 +5,6 @@ from __future__ import annotations
 import os
 import resource
 
-try:
-    import ctypes
-except (ImportError, MemoryError):  # Python can be built without it
-    ctypes = None  # type: ignore[assignment]
-
 KEPT_BYTES = 64 * 1024 * 1024  # of what is free, most of which was never touched:
 LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # to parse, orjson sets aside twelve times a body's size
 
@@ -32,11 +27,13 @@ def keep_freed_memory() -> bool:
     As it is, glibc gives it back to the system at once and takes it anew page by page: a quarter
     of what a prompt of 1 MB cost. Who has set one of its variables is left alone.
     """
-    if ctypes is None or any(name in os.environ for name in _OPERATORS):
+    if any(name in os.environ for name in _OPERATORS):
         return False
     try:
+        import ctypes
+
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
+    except (ImportError, MemoryError, AttributeError, OSError):  # another Python, or C library
         return False
     return bool(
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)

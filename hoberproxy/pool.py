@@ -25,8 +25,6 @@ class Pool:
         self.clock = clock
         self._connector = Connector(provider, loop)
         self._idle: list[UpstreamConnection] = []
-        self._max_idle = provider.max_idle_connections
-        self._keepalive = provider.keepalive
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
         self.heads = ResponseHeads()  # of the answers on all these connections
@@ -54,10 +52,10 @@ class Pool:
         `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds: we leave a second early,
         lest our request and its close cross on the wire.
         """
-        keep = self._keepalive
+        keep = self.provider.keepalive
         if keepalive_hint is not None:
             keep = min(keep, keepalive_hint - 1.0)
-        if self._is_retired or keep <= 0 or len(self._idle) >= self._max_idle:
+        if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
             return
         connection.idle_until = self.clock.now + keep

@@ -219,9 +219,9 @@ class _Question:
             adaptation=rules,
             without=without,
         )
-        head = upstream.serialize_head(len(adapted), [], stream=call.stream)
+        request = upstream.serialize_request(adapted, [], stream=call.stream)
         answer = Answer(self, self, version_minor=1, keep_alive=True)
-        self.attempt = Attempt(self, call, step, upstream.pool, answer, [head, adapted], injected)
+        self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     async def ask(self) -> _Question:
         """Wait for the end, which the attempt's limits see to."""

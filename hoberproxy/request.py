@@ -19,6 +19,7 @@ import orjson
 
 from .catalog import NO_ADAPTATION, ROLES, Adaptation
 from .errors import RequestError
+from .http11_body import LARGE_BYTES, Parts
 from .members import Member, model_member, scan_elements, scan_members
 
 JsonObject = dict[str, Any]
@@ -143,15 +144,9 @@ class Call:
         if body.find(model, 1, len(model) + 1) == 1:
             return 1
         # By the length of what stands on that side of it where the messages do not.
-        before: JsonObject = {}
-        after: JsonObject = {}
-        part = before
-        for name, value in self._document.items():
-            if name == "model":
-                part = after
-            part[name] = value
+        before, after = _around(self._document, "model")
         if "messages" in before:
-            return len(body) - len(orjson.dumps(after)) + 1
+            return len(body) - len(model) - (len(orjson.dumps(after)) if after else 1)
         return len(orjson.dumps(before))
 
     @property
@@ -187,7 +182,7 @@ def _is_canonical(document: JsonObject, body: bytes) -> bool:
     A name given twice would be missing from what is written anew, so this is the quickest proof
     that there is none: a third of the cost of a scan.
     """
-    if len(body) > _LARGE_BYTES and _is_canonical_around(document, body):
+    if len(body) > LARGE_BYTES and _is_canonical_around(document, body):
         return True
     try:
         return orjson.dumps(document) == body
@@ -201,14 +196,7 @@ def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
     Between both parts there is one value then, if it opens with "[" and its only "]" is its last
     byte: that one closes the messages, for the part behind it closes nothing but the document.
     """
-    before: JsonObject = {}
-    after: JsonObject = {}
-    part = before
-    for name, value in document.items():
-        if name == "messages":
-            part = after
-        else:
-            part[name] = value
+    before, after = _around(document, "messages")
     try:
         head = orjson.dumps(before)[:-1] + (b',"messages":' if before else b'"messages":')
         tail = b"," + orjson.dumps(after)[1:] if after else b"}"
@@ -220,6 +208,19 @@ def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
         and body.endswith(tail)
         and body.find(b"]", len(head), end) == end - 1
     )
+
+
+def _around(document: JsonObject, name: str) -> tuple[JsonObject, JsonObject]:
+    """The members before the one of that name, and those behind it."""
+    before: JsonObject = {}
+    after: JsonObject = {}
+    part = before
+    for each, value in document.items():
+        if each == name:
+            part = after
+        else:
+            part[each] = value
+    return before, after
 
 
 def _is_set(options: JsonObject | None, name: str) -> bool:
@@ -530,7 +531,6 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
 
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
-_LARGE_BYTES: Final = 32 * 1024  # from here on a copy costs more than the views that save it
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
 _INCLUDE_USAGE: Final = b',"stream_options":{"include_usage":true}}'
 # Members whose bytes may have to change beside the model's.
@@ -549,7 +549,7 @@ def serialize_upstream_body(
     stream_options: bool,
     adaptation: Adaptation = NO_ADAPTATION,
     without: frozenset[str] = frozenset(),
-) -> bytes:
+) -> Parts:
     """The client's body with our few changes; all other members keep their bytes and order.
 
     `stream_options` says whether the endpoint understands that member, `adaptation` how it wants
@@ -557,28 +557,9 @@ def serialize_upstream_body(
     value too, that one stands and the renamed member is taken out. Of the options we would put in,
     those in `without`, which the endpoint has refused, go up only as the client sent them.
 
-    Costs one copy of the body, and up to two of the messages where roles are changed.
+    In one part, at the cost of a copy of the body, and up to two of the messages where roles are
+    changed. Where next to nothing changes, those of a large body are views into the client's.
     """
-    return b"".join(
-        split_upstream_body(
-            call,
-            upstream_model,
-            stream_options=stream_options,
-            adaptation=adaptation,
-            without=without,
-        )
-    )
-
-
-def split_upstream_body(
-    call: Call,
-    upstream_model: str,
-    *,
-    stream_options: bool,
-    adaptation: Adaptation = NO_ADAPTATION,
-    without: frozenset[str] = frozenset(),
-) -> list[bytes | memoryview]:
-    """The same in parts, of which those of a large body are views into the client's."""
     if adaptation is NO_ADAPTATION and not without:
         spliced = _splice_plain(call, upstream_model, stream_options)
         if spliced is not None:
@@ -587,7 +568,7 @@ def split_upstream_body(
     if adaptation is not NO_ADAPTATION:
         _adapt(changes, call, adaptation, without)
     view = memoryview(call.body)
-    parts: list[bytes | memoryview] = []
+    parts: Parts = []
     for name, start, value_start, end in call.members:
         if name not in changes:
             parts += (b",", view[start:end])
@@ -602,9 +583,7 @@ def split_upstream_body(
     return [b"".join(parts)]
 
 
-def _splice_plain(
-    call: Call, upstream_model: str, stream_options: bool
-) -> list[bytes | memoryview] | None:
+def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> Parts | None:
     """The same for nearly every body, without a scan; None for the others."""
     body = call.body
     if not call.is_canonical:
@@ -618,7 +597,7 @@ def _splice_plain(
     end, options = len(body), b""
     if call.stream and stream_options and not asks_for_usage:
         end, options = end - 1, _INCLUDE_USAGE
-    if end > _LARGE_BYTES:
+    if end > LARGE_BYTES:
         view = memoryview(body)
         return [view[:start], name, view[rest:end], options]
     return [b"".join((body[:start], name, body[rest:end], options))]

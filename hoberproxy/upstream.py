@@ -12,11 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, Protocol
 
 from .http11 import (
+    LARGE_BYTES,
     MAX_RESPONSE_HEAD_BYTES,
     BodyReader,
     ChunkedBody,
     FramingError,
     HeadError,
+    Parts,
     ResponseHead,
     body_reader,
     find_head_end,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS: Final = 16
-LARGE_BYTES: Final = 32 * 1024  # to copy more costs more than further writes
 # Chunks at the front of a body that are handed on one by one: after them a stencil may take the
 # rest, and none of it needs to be walked.
 OPENING_CHUNKS: Final = 3
@@ -46,9 +47,6 @@ class State(Enum):
 # As globals: on Python 3.11 a look-up on the enum class costs 0.1 µs.
 _IDLE: Final = State.IDLE
 _ACTIVE: Final = State.ACTIVE
-
-
-Parts = list[bytes | memoryview]  # of a request: large ones are views into the client's body
 
 
 class Loss(Enum):

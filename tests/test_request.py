@@ -52,13 +52,14 @@ def upstream(
     without: Iterable[str] = (),
 ) -> bytes:
     def serialize(adaptation: Adaptation) -> bytes:
-        return serialize_upstream_body(
+        parts = serialize_upstream_body(
             call,
             "up",
             stream_options=stream_options,
             adaptation=adaptation,
             without=frozenset(without),
         )
+        return b"".join(parts)
 
     sent = serialize(adaptation)
     if adaptation is NO_ADAPTATION:  # only this very one is spliced in without a scan
@@ -488,7 +489,7 @@ def test_the_model_is_appended_where_the_client_gave_only_a_list() -> None:
 
 def test_a_name_of_a_model_is_escaped() -> None:
     sent = serialize_upstream_body(parse_call(body()), 'q"\\ü', stream_options=True)
-    assert json.loads(sent)["model"] == 'q"\\ü'
+    assert json.loads(b"".join(sent))["model"] == 'q"\\ü'
 
 
 # Large bodies, which are not written anew to see how they are written
