@@ -19,6 +19,7 @@ import aiohappyeyeballs
 
 from .catalog import Provider
 from .errors import Phase, UpstreamError
+from .memory import mapped_buffers
 
 if TYPE_CHECKING:
     from .upstream import UpstreamConnection
@@ -75,12 +76,13 @@ class Connector:
         try:
             # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await self._loop.create_connection(
-                lambda: protocol,
-                sock=sock,
-                ssl=self._tls,
-                server_hostname=self._provider.host if self._tls else None,
-            )
+            with mapped_buffers() if self._tls else contextlib.nullcontext():
+                await self._loop.create_connection(
+                    lambda: protocol,
+                    sock=sock,
+                    ssl=self._tls,
+                    server_hostname=self._provider.host if self._tls else None,
+                )
         except BaseException:
             sock.close()
             # Cancelled in the turn that made it, uvloop closes it without telling its protocol.

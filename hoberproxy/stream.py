@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import orjson
-
 from .events import BLANK_LINE, DONE, Data, blank_line_end, is_one_event, parse_event
 from .lenient import load_json
 from .members import Member, MemberRewriter, find_member, model_member
@@ -30,6 +28,7 @@ OPENING_LIMIT_BYTES: Final = 64 * 1024
 _CR: Final = 0x0D
 _BACKSLASH: Final = 0x5C
 _LF_LF: Final = b"\n\n"
+_VALUE_AT: Final = len(b'"model":')
 
 
 class StreamFailure(Exception):
@@ -53,7 +52,7 @@ class StreamScanner:
     """
 
     def __init__(self, slug: str, *, wants_usage: bool) -> None:
-        self._slug = orjson.dumps(slug)
+        self._slug = model_member(slug)[_VALUE_AT:]  # what orjson writes keeps 4 KB, however short
         self._wants_usage = wants_usage
         self._tail = b""  # an event not yet finished
         self._held: list[bytes] = []  # whole events before the first content
@@ -309,7 +308,7 @@ class StreamScanner:
         if not named and payload.find(b"\\u") < 0:
             return event
         if named == 1 and (model := _written_model(document, payload)):
-            self._learn_member(model_member(model), len(b'"model":'), model)
+            self._learn_member(model_member(model), _VALUE_AT, model)
             return event.replace(self._pattern, self._replacement)
         member = _find_model(payload)
         if member is None:
