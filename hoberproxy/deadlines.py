@@ -17,14 +17,6 @@ logger = logging.getLogger("hoberproxy.server")
 TICK: Final = 0.05
 
 
-class Clock(Protocol):
-    """Loop time that is read a thousand times as often as it has to be precise."""
-
-    @property
-    def now(self) -> float:
-        """Seconds; not older than a tick."""
-
-
 class Timed(Protocol):
     """Something that waits. `wheel_slot` belongs to the wheel; start it with 0."""
 
@@ -35,7 +27,11 @@ class Timed(Protocol):
 
 
 class Wheel:
-    """Deadlines in slots of one tick. `now` is the time of the last turn, in loop seconds."""
+    """Deadlines in slots of one tick.
+
+    `now` is the time of the last turn, in loop seconds: for all that is read a thousand times as
+    often as it has to be precise.
+    """
 
     def __init__(self, now: float, tick: float = TICK) -> None:
         self.now = now

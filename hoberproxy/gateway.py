@@ -23,7 +23,7 @@ from .accounting import Accounts
 from .admission import Admission
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
-from .deadlines import Clock, Wheel
+from .deadlines import Wheel
 from .health import Health, Key
 from .http11 import Parts, serialize_fields, serialize_request_head
 from .ledger import Ledger
@@ -45,9 +45,9 @@ USER_AGENT: Final = f"hoberproxy/{__version__}"
 class Upstream:
     """A provider ready to be asked: its pool, and the head that every request to it begins with."""
 
-    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
         self.provider = provider
-        self.pool = Pool(provider, loop, clock)
+        self.pool = Pool(provider, loop, wheel)
         chat = b"POST", provider.chat_path
         self._stream_head = _request_head(provider, *chat, accept=b"text/event-stream")
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
@@ -173,7 +173,7 @@ class Gateway:
 def make_upstreams(
     config: Config,
     loop: asyncio.AbstractEventLoop,
-    clock: Clock,
+    wheel: Wheel,
     existing: Mapping[str, Upstream] = MappingProxyType({}),
 ) -> dict[str, Upstream]:
     """One for each provider; an `existing` one that has not changed goes on, with its pool.
@@ -187,7 +187,7 @@ def make_upstreams(
             upstreams[name] = existing[name]
             continue
         try:
-            upstreams[name] = Upstream(provider, loop, clock)
+            upstreams[name] = Upstream(provider, loop, wheel)
         except (OSError, ssl.SSLError):
             problems.append(
                 f"providers.{name}.ca_file: expected a readable file of PEM certificates, "

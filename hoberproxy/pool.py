@@ -12,7 +12,7 @@ from typing import Any
 
 from .catalog import Provider
 from .connector import Connector
-from .deadlines import Clock
+from .deadlines import Wheel
 from .http11 import ResponseHeads
 from .upstream import UpstreamConnection
 
@@ -20,9 +20,9 @@ from .upstream import UpstreamConnection
 class Pool:
     """The connections of one provider. All methods belong to the loop that made it."""
 
-    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
         self.provider = provider
-        self.clock = clock
+        self.wheel = wheel
         self._connector = Connector(provider, loop)
         self._idle: list[UpstreamConnection] = []
         self.open = 0  # connections that exist, idle and busy
@@ -38,7 +38,7 @@ class Pool:
 
     def acquire(self) -> UpstreamConnection | None:
         """An idle connection, the one used last; None if a new one must be made."""
-        now = self.clock.now
+        now = self.wheel.now
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed and now < connection.idle_until:
@@ -58,7 +58,7 @@ class Pool:
         if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
             return
-        connection.idle_until = self.clock.now + keep
+        connection.idle_until = self.wheel.now + keep
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:

@@ -18,6 +18,7 @@ import uvloop
 from .attempts import Attempt
 from .catalog import Endpoint, Model, TimeLimits
 from .config import Config
+from .deadlines import Ticker, Wheel
 from .diagnosis import Report
 from .downstream import Answer
 from .errors import UpstreamError
@@ -70,7 +71,8 @@ async def probe(
     each.
     """
     loop = asyncio.get_running_loop()
-    upstreams = make_upstreams(config, loop, _LoopClock(loop))
+    wheel = Wheel(loop.time())
+    upstreams, ticker = make_upstreams(config, loop, wheel), Ticker(wheel, loop)
     prober, gate, done = _Prober(upstreams, limit), asyncio.Semaphore(concurrency), 0
     pairs = [(model, endpoint) for model in config.models for endpoint in model.endpoints]
 
@@ -86,20 +88,10 @@ async def probe(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(*pair)) for pair in pairs]
     finally:
+        ticker.close()
         for upstream in upstreams.values():
             await upstream.pool.aclose()
     return [task.result() for task in tasks]
-
-
-class _LoopClock:
-    """Nothing here is asked so often that a coarse clock would be worth it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    @property
-    def now(self) -> float:
-        return self._loop.time()
 
 
 class _Prober:

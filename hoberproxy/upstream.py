@@ -84,7 +84,7 @@ class UpstreamConnection:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._clock = pool.clock
+        self._wheel = pool.wheel
         self._transport: asyncio.Transport | None = None
         self.state = _IDLE
         self.receiver = None
@@ -112,7 +112,7 @@ class UpstreamConnection:
         self._has_answered = False
         self._opening_chunks = OPENING_CHUNKS
         self._interim_answers = 0
-        self._sent_at = self.heard_at = self._clock.now
+        self._sent_at = self.heard_at = self._wheel.now
         if len(request) == 2 and len(request[1]) < LARGE_BYTES:
             self._transport.write(b"".join(request))
         else:
@@ -149,7 +149,7 @@ class UpstreamConnection:
         self._pool.open += 1
 
     def data_received(self, data: bytes) -> None:
-        self.heard_at = self._clock.now
+        self.heard_at = self._wheel.now
         stencil = self._stencil
         if stencil is not None:
             passed = stencil.pass_chunks(data)
@@ -228,7 +228,7 @@ class UpstreamConnection:
                 receiver.on_end()
                 return
         # Later than that it was not closing when the request came: the upstream died over it.
-        is_soon = self._clock.now - self._sent_at < STALE_WITHIN
+        is_soon = self._wheel.now - self._sent_at < STALE_WITHIN
         is_stale = self.has_served and not self._has_answered and is_soon
         self._report(Loss.STALE if is_stale else Loss.CUT)
 
