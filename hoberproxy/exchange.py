@@ -32,7 +32,7 @@ from .errors import (
     serialize_error,
     serialize_error_event,
 )
-from .gateway import Gateway, Upstream, unix_time
+from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, Parts, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
@@ -49,7 +49,7 @@ SHORTEST_MEASURED: Final = 0.05
 _monotonic: Final = time.monotonic
 NOTHING_REFUSED: Final[frozenset[str]] = frozenset()
 _JSON: Final = (b"content-type", b"application/json")
-_SSE: Final = (b"content-type", b"text/event-stream; charset=utf-8")
+_SSE: Final = (b"content-type", SSE_TYPE)
 _TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
 _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
 

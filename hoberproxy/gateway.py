@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
 _time: Final = time.time
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
-_SSE: Final = b"text/event-stream; charset=utf-8"
+SSE_TYPE: Final = b"text/event-stream; charset=utf-8"
 USER_AGENT: Final = f"hoberproxy/{__version__}"
 
 
@@ -70,7 +70,7 @@ class Upstream:
                 self._answer_fields.clear()
             fields = self._answer_fields[slug, is_stream] = serialize_fields(
                 [
-                    (b"content-type", _SSE if is_stream else b"application/json"),
+                    (b"content-type", SSE_TYPE if is_stream else b"application/json"),
                     (b"x-hober-provider", self.provider.name.encode()),
                     (b"x-hober-model", slug.encode()),
                 ]
