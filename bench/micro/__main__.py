@@ -19,7 +19,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -115,7 +115,6 @@ def count_cold(named: str) -> tuple[float, float] | None:
     return code, data
 
 
-@cache  # what emptying the cache costs is the same for all cases
 def _count_lines(named: str, calls: int) -> tuple[int, int] | None:
     """Misses of code and of data in the last cache; those before it hold next to nothing."""
     caches = ["--I1=1024,2,64", "--D1=1024,2,64", f"--LL={CACHE_BYTES},16,64"]
