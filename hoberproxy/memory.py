@@ -53,7 +53,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def mapped_buffers() -> Iterator[None]:
-    """Within it TLS connections are made, each of which has its buffer mapped by itself.
+    """What is set aside within it for a TLS connection's buffer is mapped by itself.
 
     On the heap a buffer lies over what the last handshake has touched and freed, and keeps 10 KB
     of it for as long as the connection is open.
