@@ -35,7 +35,7 @@ from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
 from .listeners import BACKLOG, Listeners, StartError, flat
-from .memory import keep_freed_memory, resident_bytes
+from .memory import collect_rarely, keep_freed_memory, resident_bytes
 from .metrics import Metrics
 from .notify import Notifier
 from .status import combine
@@ -495,5 +495,6 @@ def _explain(address: Address, exc: OSError) -> str:
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
     keep_freed_memory()
+    collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())  # type: ignore[arg-type]

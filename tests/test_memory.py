@@ -89,3 +89,41 @@ def test_an_operators_own_choice_is_left_alone() -> None:
 
 def test_what_is_resident_is_told_in_bytes() -> None:
     assert 1_000_000 < memory.resident_bytes() < 10**10
+
+
+# 200,000 things that are kept, as of thousands of open streams; then rings of references that have
+# lived long enough to be seen by full collections alone, and things kept until they are gone.
+COLLECTIONS = """
+import gc, sys
+from hoberproxy.memory import collect_rarely
+if sys.argv[1] == "rarely":
+    collect_rarely()
+full = []
+gc.callbacks.append(lambda phase, info: full.append(phase) if info["generation"] == 2 else None)
+kept = [[number] for number in range(200_000)]
+print(full.count("stop"))
+class Ring:
+    gone = 0
+    def __init__(self):
+        self.ring = self
+    def __del__(self):
+        Ring.gone += 1
+rings = [Ring() for _ in range(20_000)]
+rings.clear()
+while Ring.gone < 10_000 and len(kept) < 5_000_000:
+    kept.append([])
+print(len(kept))
+"""
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="3.14 collects in steps, without full collections"
+)
+def test_many_open_streams_bring_on_no_full_collection() -> None:
+    as_it_is, rarely = run("as it is", COLLECTIONS), run("rarely", COLLECTIONS)
+    assert int(rarely.stdout.split()[0]) == 0
+    assert int(as_it_is.stdout.split()[0]) > 0, "else there is no need for it"
+
+
+def test_rings_of_references_are_collected_all_the_same() -> None:
+    assert int(run("rarely", COLLECTIONS).stdout.split()[1]) < 2_000_000
