@@ -31,6 +31,7 @@ from .journal import (
     MARK_PLACE,
     SEGMENT,
     UNFINISHED,
+    first_sum,
 )
 from .rows import COLUMNS, Row, row_of
 from .store import Amendment
@@ -39,8 +40,9 @@ logger = logging.getLogger("hoberproxy.ledger")
 
 Values = dict[str, Any]
 UNFINISHED_FOR = 60.0  # seconds after which a segment's maker must have died
-# The form before: of dead owners, and under another name, for programs of that time remove what
-# they do not know.
+_CHECKSUMS = {MAGIC: zlib.adler32, b"hbjrnl02": zlib.crc32}  # by which two forms differ
+# The form before those: of dead owners, and under another name, for programs of that time remove
+# what they do not know.
 _OLD_MAGIC = b"hbjrnl01"
 _OLD_SEGMENT = ".journal"
 _OLD_HEAD_BYTES = 16
@@ -76,7 +78,8 @@ class Segment:
             os.close(self.descriptor)
             raise
         magic = os.pread(self.descriptor, len(MAGIC), 0)
-        self.form = {MAGIC: _OWN, _OLD_MAGIC: _OLD}.get(magic, _UNKNOWN)
+        self.form = _OWN if magic in _CHECKSUMS else _OLD if magic == _OLD_MAGIC else _UNKNOWN
+        self._sum = _CHECKSUMS.get(magic, zlib.crc32)
         self.is_empty = not magic.strip(b"\0")
         self.generation = b""
         self.number = 0
@@ -98,7 +101,7 @@ class Segment:
         if generation == self.generation:
             return
         self.generation = generation
-        self._seed = zlib.crc32(generation)
+        self._seed = first_sum(generation)
         marked, place, count = MARK.unpack_from(self._map, MARK_PLACE)
         if marked != generation:
             # The generation last: until then the owner takes the mark for one of an earlier use.
@@ -115,14 +118,14 @@ class Segment:
         # (bench.micro account).
         found: list[bytes] = []
         data, seed, place, end = self._map, self._seed, self._place, self.size - ENTRY.size
-        unpack_from, crc32 = ENTRY.unpack_from, zlib.crc32
+        unpack_from, sum_of = ENTRY.unpack_from, self._sum
         while data is not None and place <= end:
             length, checksum = unpack_from(data, place)
             if not length:
                 break
             following = place + 8 + length
             payload = data[place + 8 : following]
-            if crc32(payload, seed) != checksum or following > self.size:
+            if sum_of(payload, seed) != checksum or following > self.size:
                 break
             place = following
             kind = payload[0]
@@ -147,7 +150,7 @@ class Segment:
             start = place + ENTRY.size
             place = start + length
             payload = data[start:place]
-            if len(payload) < length or zlib.crc32(payload, seed) != checksum:
+            if len(payload) < length or self._sum(payload, seed) != checksum:
                 return
             self._place = place
             yield payload
@@ -200,7 +203,7 @@ class Segment:
         if self._map is None or self.form is _UNKNOWN:
             return
         if self.form is _OLD:
-            self._seed = zlib.crc32(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
+            self._seed = first_sum(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
         stored, names = self._stored, self.names()
         self._before = (self._place, self._count)
         self._place, self._count = self._start, 0

@@ -17,6 +17,7 @@ import pytest
 from hoberproxy import journal as journal_module
 from hoberproxy.journal import (
     ENTRY,
+    HEAD,
     HEAD_BYTES,
     NOWHERE,
     UNFINISHED,
@@ -415,6 +416,29 @@ def test_what_the_version_before_left_is_read(tmp_path: Path, journals: Journals
     (remains,) = journals.dead()
     assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
     assert remains.closed == {"req_2": {"id": "req_2", "y": 3}}
+    remains.remove()
+    assert not list((tmp_path / "journal").iterdir())
+
+
+def test_segments_with_the_checksums_of_the_version_before_are_read(
+    tmp_path: Path, journals: Journals
+) -> None:
+    generation = b"01234567"
+    seed = zlib.crc32(generation)
+    data = b"hbjrnl02" + HEAD.pack(generation, 1, 0)
+    data += bytes(HEAD_BYTES - len(data))
+    for payload in (
+        b'n[["id","x"],["id","y"]]',
+        b'o["req_1",1]',
+        b'o["req_2",2]',
+        b'c["req_2",3]',
+    ):
+        data += ENTRY.pack(len(payload), zlib.crc32(payload, seed)) + payload
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "abc-1.segment").write_bytes(data + bytes(HEAD_BYTES))
+    assert read(journals) == [b'c["req_2",3]']
+    (remains,) = journals.dead()
+    assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
     remains.remove()
     assert not list((tmp_path / "journal").iterdir())
 
