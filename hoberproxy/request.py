@@ -24,10 +24,14 @@ from .members import Member, model_member, scan_elements, scan_members
 
 JsonObject = dict[str, Any]
 
+_loads: Final = orjson.loads
+_dumps: Final = orjson.dumps
+
 _TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
 _RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
+_BRACKET: Final = 0x5B
 _LENGTHS: Final = ("max_completion_tokens", "max_tokens")
 _RARER: Final = frozenset(
     ("models", "stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
@@ -85,11 +89,17 @@ class Call:
     needs_tools = False
     needs_json = False
     max_output: int | None = None  # tokens
-    _prompt_bytes: int | None = None
 
-    def __init__(self, document: JsonObject, body: bytes, members: list[Member] | None) -> None:
+    def __init__(
+        self,
+        document: JsonObject,
+        body: bytes,
+        members: list[Member] | None,
+        prompt_bytes: int | None = None,
+    ) -> None:
         self._document = document
         self._members = members
+        self._prompt_bytes = prompt_bytes
         self.is_canonical = members is None
         self.body = body  # the client's, as it came
         self.needs_images, self.roles = _check_messages(document["messages"])
@@ -126,22 +136,14 @@ class Call:
     def prompt_bytes(self) -> int:
         """Size of the raw `messages` value; measured once."""
         if self._prompt_bytes is None:
-            self._prompt_bytes = self._measure_prompt()
+            (member,) = (member for member in self.members if member.name == "messages")
+            self._prompt_bytes = member.end - member.value_start
         return self._prompt_bytes
-
-    def _measure_prompt(self) -> int:
-        if self.is_canonical:  # all else is mostly the smaller part
-            others = self._document.copy()
-            del others["messages"]
-            name = b',"messages":' if others else b'"messages":'
-            return len(self.body) - len(orjson.dumps(others)) - len(name)
-        (member,) = (member for member in self.members if member.name == "messages")
-        return member.end - member.value_start
 
     def model_place(self) -> int:
         """Where the member `model` begins in a canonical body that has one."""
         body, model = self.body, model_member(self.candidates[0])
-        if body.find(model, 1, len(model) + 1) == 1:
+        if body[1 : len(model) + 1] == model:
             return 1
         # By the length of what stands on that side of it where the messages do not.
         before, after = _around(self._document, "model")
@@ -162,8 +164,8 @@ class Call:
 def parse_call(body: bytes) -> Call:
     """Check a body against every rule of the contract; raises RequestError naming the field."""
     document = _load_object(body)
-    members = None
-    if not _is_canonical(document, body):
+    members, prompt_bytes = None, _canonical_prompt(document, body)
+    if prompt_bytes is None:
         members = scan_members(body)
         if len(members) != len(document):
             raise _duplicate(members)
@@ -173,41 +175,28 @@ def parse_call(body: bytes) -> Call:
     for name, value in document.items():
         if value is not None and (check := _CHECKS.get(name)):
             check(name, value)
-    return Call(document, body, members)
+    return Call(document, body, members, prompt_bytes)
 
 
-def _is_canonical(document: JsonObject, body: bytes) -> bool:
-    """Whether `body` is what orjson writes for it, as most clients' bodies are.
+def _canonical_prompt(document: JsonObject, body: bytes) -> int | None:
+    """Bytes of the messages if `body` is what orjson writes for it, as most clients' bodies are.
 
     A name given twice would be missing from what is written anew, so this is the quickest proof
-    that there is none: a third of the cost of a scan.
-    """
-    if len(body) > LARGE_BYTES and _is_canonical_around(document, body):
-        return True
-    try:
-        return orjson.dumps(document) == body
-    except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
-        return False
-
-
-def _is_canonical_around(document: JsonObject, body: bytes) -> bool:
-    """Whether what stands around the messages of a large body is canonical, and leaves them alone.
-
-    Between both parts there is one value then, if it opens with "[" and its only "]" is its last
-    byte: that one closes the messages, for the part behind it closes nothing but the document.
+    that there is none. Most prompts need not be written for it: between canonical parts before and
+    behind there is one value if it opens with "[" and its only "]" is its last byte, for that one
+    closes the messages, and the part behind them closes nothing but the document.
     """
     before, after = _around(document, "messages")
     try:
-        head = orjson.dumps(before)[:-1] + (b',"messages":' if before else b'"messages":')
-        tail = b"," + orjson.dumps(after)[1:] if after else b"}"
-    except orjson.JSONEncodeError:
-        return False
-    end = len(body) - len(tail)
-    return (
-        body.startswith(head + b"[")
-        and body.endswith(tail)
-        and body.find(b"]", len(head), end) == end - 1
-    )
+        head = _dumps(before)[:-1] + (b',"messages":' if before else b'"messages":')
+        tail = b"," + _dumps(after)[1:] if after else b"}"
+        start, end = len(head), len(body) - len(tail)
+        if end < start or body[:start] != head or body[end:] != tail:
+            return None
+        is_left_alone = body[start] == _BRACKET and body.find(b"]", start, end) == end - 1
+        return end - start if is_left_alone or _dumps(document) == body else None
+    except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
+        return None
 
 
 def _around(document: JsonObject, name: str) -> tuple[JsonObject, JsonObject]:
@@ -254,7 +243,7 @@ def _one_of(allowed: frozenset[str]) -> str:
 
 def _load_object(body: bytes) -> JsonObject:
     try:
-        document = orjson.loads(body)
+        document = _loads(body)
     except orjson.JSONDecodeError as exc:
         where = f"an error at line {exc.lineno}, column {exc.colno}" if body else "an empty body"
         message = f"the body: expected a JSON object in UTF-8, got {where}"
