@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Final, Protocol
+from typing import Final
 
 from .catalog import TimeLimits
 from .downstream import Answer
 from .errors import Phase, UpstreamError
 from .http11 import Parts, ResponseHead
+from .native import mypyc_attr
 from .pool import Pool
 from .refusal import parse_refusal
-from .relay import BodyRelay, Outcome, RefusalReader, Relay, StreamRelay
+from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call, named_option
 from .routing import Step
 from .stream import StreamScanner
@@ -37,21 +38,37 @@ _BODY: Final = Phase.BODY
 _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
-class Owner(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Owner:
     """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it."""
 
     @property
     def now(self) -> float:
         """Loop time, as of the wheel's last turn."""
+        raise NotImplementedError
 
-    def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None: ...
-    def send_answer(self, head: ResponseHead, body: bytes) -> None: ...
-    def seal(self, status: int, following: int) -> None: ...
-    def attempt_finished(self, attempt: Attempt) -> None: ...
-    def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None: ...
+    def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
+        """The first content is here: start the answer."""
+        raise NotImplementedError
+
+    def send_answer(self, head: ResponseHead, body: bytes) -> None:
+        """A whole answer, checked: send it."""
+        raise NotImplementedError
+
+    def seal(self, status: int, following: int = 0) -> None:
+        """The last bytes of the answer, so many, are about to be written."""
+        raise NotImplementedError
+
+    def attempt_finished(self, attempt: Attempt) -> None:
+        """The answer was passed on to its end."""
+        raise NotImplementedError
+
+    def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
+        """It was not; the client has seen nothing of it unless its phase is CONTENT."""
+        raise NotImplementedError
 
 
-class Attempt:
+class Attempt(Reporter):
     """Made for one step of the plan; `start` it, ask `check_limits`, `abort` it at any time."""
 
     # What an attempt starts with; on the class, for one is made with every request.

@@ -7,23 +7,29 @@ to minutes, so a tick of 50 ms is precise enough. The wheel is told the time and
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
+
+from .native import mypyc_attr
+
+if TYPE_CHECKING:
+    import asyncio
 
 logger = logging.getLogger("hoberproxy.server")
 
 TICK: Final = 0.05
 
 
-class Timed(Protocol):
-    """Something that waits. `wheel_slot` belongs to the wheel; start it with 0."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Timed:
+    """Something that waits. `wheel_slot` belongs to the wheel."""
 
-    wheel_slot: int
+    wheel_slot = 0
 
     def on_deadline(self, now: float) -> float | None:
         """Act on what is due; returns the next time to ask again, None for never."""
+        raise NotImplementedError
 
 
 class Wheel:

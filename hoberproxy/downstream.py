@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from .admission import NO_GROUP
+from .deadlines import Timed
 from .http11 import Headers, begin_response_head, size_line
+from .native import mypyc_attr
 from .stencil import Shortcut, Stencil
 
 
@@ -19,11 +22,25 @@ class Transport(Protocol):
     def abort(self) -> None: ...
 
 
-class Owner(Protocol):
-    """The connection an answer belongs to."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Client(Timed):
+    """The connection of a client, as its answers and their exchange see it."""
+
+    is_paused = False  # the client reads slower than we write
+    address_group = NO_GROUP  # where its address is counted
+
+    @property
+    def unread_bytes(self) -> int:
+        """What waits for the client to read it, here and in the system."""
+        raise NotImplementedError
+
+    def hasten(self, when: float) -> None:
+        """Ask `on_deadline` by `when` (loop time)."""
+        raise NotImplementedError
 
     def on_answer_end(self, *, keep_alive: bool) -> None:
         """The last byte was written; the connection may go on if `keep_alive`."""
+        raise NotImplementedError
 
 
 class Answer:
@@ -39,10 +56,10 @@ class Answer:
     _stencil: Stencil | None = None  # whose chunks pass beside us
 
     def __init__(
-        self, transport: Transport, owner: Owner, *, version_minor: int, keep_alive: bool
+        self, transport: Transport, client: Client, *, version_minor: int, keep_alive: bool
     ) -> None:
         self._transport = transport
-        self._owner = owner
+        self._client = client
         self._is_chunked = version_minor >= 1
         self._keep_alive = keep_alive
 
@@ -130,7 +147,7 @@ class Answer:
 
     def _end(self) -> None:
         self.is_ended = True
-        self._owner.on_answer_end(keep_alive=self._keep_alive)
+        self._client.on_answer_end(keep_alive=self._keep_alive)
 
     def _connection(self) -> bytes:
         """The line that says whether the connection goes on; none where the version says it."""

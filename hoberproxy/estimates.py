@@ -47,8 +47,8 @@ class Estimates:
         ratios = self._of(endpoint)
         completion = events * ratios.per_event if events else body_bytes * ratios.per_byte
         return Usage(
-            prompt_tokens=round(prompt_bytes / ratios.prompt_bytes),
-            completion_tokens=round(completion),
+            prompt_tokens=int(prompt_bytes / ratios.prompt_bytes + 0.5),
+            completion_tokens=int(completion + 0.5),
             is_estimated=True,
         )
 

@@ -12,16 +12,16 @@ import math
 import time
 from collections.abc import Hashable
 from dataclasses import asdict
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from .access import ANONYMOUS, Caller
 from .accounting import permitted
 from .admission import NO_GROUP
-from .attempts import Attempt
+from .attempts import Attempt, Owner
 from .catalog import Endpoint, Provider
 from .config import Config
 from .counting import KeptAnswer
-from .downstream import Answer
+from .downstream import Answer, Client
 from .errors import (
     FailedAttempt,
     Phase,
@@ -54,25 +54,6 @@ _TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context, pa
 _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
 
 
-class Downstream(Protocol):
-    """What an exchange needs of the client's connection beside its answer."""
-
-    @property
-    def is_paused(self) -> bool:
-        """The client reads slower than we write."""
-
-    @property
-    def unread_bytes(self) -> int:
-        """What waits for the client to read it, here and in the system."""
-
-    @property
-    def address_group(self) -> int:
-        """Where its address is counted; NO_GROUP if it is not."""
-
-    def hasten(self, when: float) -> None:
-        """Ask `on_deadline` by `when` (loop time)."""
-
-
 class Admitted(NamedTuple):
     """Who sent a head. It holds for the same head again, while keys and config are the same."""
 
@@ -81,7 +62,7 @@ class Admitted(NamedTuple):
     config: Config
 
 
-class Exchange:
+class Exchange(Owner):
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
 
     The door tells `pause` and `resume` as the client's watermarks say, and asks `on_deadline`.
@@ -113,19 +94,17 @@ class Exchange:
     _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
     _provider: Provider  # of the attempt; a reload may replace the gateway's
 
-    def __init__(
-        self, gateway: Gateway, downstream: Downstream, head: RequestHead, answer: Answer
-    ) -> None:
+    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, answer: Answer) -> None:
         self._gateway = gateway
-        self._downstream = downstream
+        self._client = client
         self._head = head
         self._answer = answer
         self._clock_start = _monotonic()
         self.record = Record(gateway.new_request_id(), unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
-        if downstream.is_paused:  # behind already, with the answer to an earlier request
-            self._paused_since, self._unread_bytes = self.now, downstream.unread_bytes
+        if client.is_paused:  # behind already, with the answer to an earlier request
+            self._paused_since, self._unread_bytes = self.now, client.unread_bytes
         gateway.exchanges.add(self)
 
     @property
@@ -143,7 +122,7 @@ class Exchange:
         gateway, record = self._gateway, self.record
         try:
             self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges), self._downstream.address_group
+                self._head, len(gateway.exchanges), self._client.address_group
             )
             if (
                 known is None
@@ -219,7 +198,9 @@ class Exchange:
 
     def _make_plan(self, call: Call) -> Plan:
         gateway = self._gateway
-        return make_plan(call, gateway.catalog, gateway.health, gateway.loop.time(), gateway.draw)
+        health = gateway.health
+        now = self.now if health.is_calm else gateway.loop.time()
+        return make_plan(call, gateway.catalog, health, now, gateway.draw)
 
     # Connect, relay
 
@@ -237,7 +218,7 @@ class Exchange:
         except Exception:
             self._fail_ourselves()
             return
-        if self._downstream.is_paused:
+        if self._client.is_paused:
             attempt.pause()
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
         if self.record.attempts == 1:
@@ -245,7 +226,7 @@ class Exchange:
             self.record.overhead = _monotonic() - self._run_start
         else:  # by a plan that may be older than the config
             wait = self._longest_wait(attempt)
-        self._downstream.hasten(self.now + wait)
+        self._client.hasten(self.now + wait)
         attempt.start()
 
     def _make_attempt(self) -> Attempt:
@@ -312,7 +293,8 @@ class Exchange:
         self._observe_first_content(is_stream=is_stream)
         self._call = self._body = None
         if not self._answer.is_started:
-            self._answer.start(200, *self._answer_head(head, is_stream=is_stream))
+            headers, prepared = self._answer_head(head, is_stream=is_stream)
+            self._answer.start(200, headers, prepared)
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
@@ -415,7 +397,7 @@ class Exchange:
             attempt.step.endpoint.key,
             self._gateway.loop.time(),
         )
-        is_ours = error.code == "upstream_timeout" and self._downstream.is_paused
+        is_ours = error.code == "upstream_timeout" and self._client.is_paused
         if error.is_refusal or is_ours:  # it works: the request was wrong, or the client slow
             health.abandon(key)
         else:
@@ -522,7 +504,7 @@ class Exchange:
         is_answered = False
         if self._attempt is not None:
             # Many clients leave at [DONE], before the framing's end: they have got all they wanted.
-            is_answered = self._attempt.is_answer_out and not self._downstream.is_paused
+            is_answered = self._attempt.is_answer_out and not self._client.is_paused
             self._attempt.abort()
             self._gateway.health.abandon(self._attempt.step.endpoint.key)
         if is_answered:
@@ -536,7 +518,7 @@ class Exchange:
     def pause(self) -> None:
         """The client's buffer is full."""
         self._paused_since = self.now
-        self._unread_bytes = self._downstream.unread_bytes
+        self._unread_bytes = self._client.unread_bytes
         if self._attempt is not None:
             self._attempt.pause()
 
@@ -564,7 +546,7 @@ class Exchange:
 
     def _check_stall(self, now: float) -> None:
         """Cut a client that has read nothing; one that reads slowly gets the same time again."""
-        unread = self._downstream.unread_bytes
+        unread = self._client.unread_bytes
         if unread < self._unread_bytes:
             self._paused_since, self._unread_bytes = now, unread
         else:
@@ -576,16 +558,16 @@ class Exchange:
         due = self._attempt.due
         if self.record.streamed:
             due = min(due, self._comment_due())
-        return min(due, self._stall_due()) if self._downstream.is_paused else due
+        return min(due, self._stall_due()) if self._client.is_paused else due
 
     def _stall_due(self) -> float:
-        if not self._downstream.is_paused:
+        if not self._client.is_paused:
             return math.inf
         return self._paused_since + self._gateway.config.server.write_timeout
 
     def _comment_due(self) -> float:
         attempt, after = self._attempt, self._gateway.config.server.comment_after
-        if not self.record.streamed or not after or attempt is None or self._downstream.is_paused:
+        if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
             if not attempt.is_at_boundary:

@@ -59,8 +59,12 @@ class Upstream:
         """The whole request; `extra` are header fields of the client that may pass."""
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
-        length = b"content-length: %d\r\n\r\n" % sum(map(len, body))
-        return [b"".join((head, fields, length)), *body]
+        length = 0
+        for part in body:
+            length += len(part)
+        digits = str(length).encode()  # half of what `%d` touches
+        head = b"".join((head, fields, b"content-length: ", digits, b"\r\n\r\n"))
+        return [head, *body]
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
         """The header lines that every answer of this provider under this slug has."""

@@ -103,9 +103,14 @@ class _State:
 
     def count(self, now: float, *, is_failure: bool, is_counted: bool = False) -> None:
         """`is_counted`: the request was counted before, as the success that it turned out not."""
-        decay = 0.5 ** (max(now - self.observed, 0.0) / RATE_HALF_LIFE)
-        self.requests = self.requests * decay + (not is_counted)
-        self.failures = min(self.failures * decay + is_failure, self.requests)
+        if now > self.observed:
+            decay = 0.5 ** ((now - self.observed) / RATE_HALF_LIFE)
+            self.requests *= decay
+            self.failures *= decay
+        if not is_counted:
+            self.requests += 1.0
+        if is_failure:
+            self.failures = min(self.failures + 1.0, self.requests)
         if is_counted:
             self.failures_in_a_row = max(self.failures_in_a_row, self.failures_before)
         elif not is_failure:
@@ -272,13 +277,14 @@ class Health:
         return None if state is None else state.throughput.value(now)
 
     def snapshot(self, now: float) -> tuple[EndpointHealth, ...]:
-        """All that is known, the least recently tried endpoint first."""
+        """All that is known, in the order in which it came up."""
         return tuple(_describe(key, state, now) for key, state in self._states.items())
 
     def _touch(self, key: Key) -> _State:
         state = self._states.get(key)
         if state is not None:
-            self._states.move_to_end(key)
+            if 2 * len(self._states) > self.SIZE:  # else none is forgotten soon
+                self._states.move_to_end(key)
             return state
         if len(self._states) >= self.SIZE:
             self._troubled.discard(self._states.popitem(last=False)[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Final, Protocol
+from typing import Final
 
 from .http11_head import FIELD_LINE, TOKEN, VALUE, FramingKind, RequestHead, ResponseHead, shown
 
@@ -26,25 +26,31 @@ class FramingError(Exception):
     """A body that breaks its own framing, or ends before its end."""
 
 
-class BodyReader(Protocol):
-    """Finds the end of one body. After an error the reader and its connection are of no use."""
+class BodyReader:
+    """Finds the end of one body. After an error the reader and its connection are of no use.
 
-    is_complete: bool
-    leftover: bytes
-    """What came after the body's end: the next message, or rubbish. The caller bounds it."""
+    What came after the body's end, the next message or rubbish, is in `leftover`; the caller
+    bounds it.
+    """
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The payload in these bytes, in order, no piece empty; raises FramingError."""
-        ...
+    __slots__ = ("is_complete", "leftover")
 
-    def feed_eof(self) -> None:
-        """The peer closed; raises FramingError when the body was not complete."""
-        ...
+    def __init__(self, *, is_complete: bool = False) -> None:
+        self.is_complete = is_complete
+        self.leftover = b""
 
     @property
     def is_between_chunks(self) -> bool:
         """It is chunked, and the next byte begins a size line."""
-        ...
+        return False
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payload in these bytes, in order, no piece empty; raises FramingError."""
+        raise NotImplementedError
+
+    def feed_eof(self) -> None:
+        """The peer closed; raises FramingError when the body was not complete."""
+        raise NotImplementedError
 
 
 def body_reader(head: RequestHead | ResponseHead) -> BodyReader:
@@ -56,15 +62,13 @@ def body_reader(head: RequestHead | ResponseHead) -> BodyReader:
     return NoBody() if head.length is None else LengthBody(head.length)
 
 
-class NoBody:
+class NoBody(BodyReader):
     """No body at all: every byte is left over."""
 
-    __slots__ = ("is_complete", "leftover")
-    is_between_chunks = False
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self.is_complete = True
-        self.leftover = b""
+        super().__init__(is_complete=True)
 
     def feed(self, data: bytes) -> list[bytes]:
         self.leftover += data
@@ -74,16 +78,14 @@ class NoBody:
         """Always fine."""
 
 
-class LengthBody:
+class LengthBody(BodyReader):
     """A body of `length` bytes (RFC 9112 6.2)."""
 
-    __slots__ = ("_remaining", "is_complete", "leftover")
-    is_between_chunks = False
+    __slots__ = ("_remaining",)
 
     def __init__(self, length: int) -> None:
+        super().__init__(is_complete=length == 0)
         self._remaining = length
-        self.is_complete = length == 0
-        self.leftover = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         remaining = self._remaining
@@ -102,15 +104,10 @@ class LengthBody:
             )
 
 
-class UntilEofBody:
+class UntilEofBody(BodyReader):
     """A response body that the end of the connection ends; a cut one cannot be told from it."""
 
-    __slots__ = ("is_complete", "leftover")
-    is_between_chunks = False
-
-    def __init__(self) -> None:
-        self.is_complete = False
-        self.leftover = b""
+    __slots__ = ()
 
     def feed(self, data: bytes) -> list[bytes]:
         return [data] if data else []
@@ -175,7 +172,7 @@ _DONE: Final = _Step.DONE
 _FAILED: Final = _Step.FAILED
 
 
-class ChunkedBody:
+class ChunkedBody(BodyReader):
     """A chunked body (RFC 9112 7.1), of a request or a response.
 
     Theory of operation: each step takes what it can at an offset and returns the offset behind it.
@@ -184,15 +181,14 @@ class ChunkedBody:
     `_partial`. Extensions and trailers are checked for their shape and dropped.
     """
 
-    __slots__ = ("_partial", "_remaining", "_step", "_trailer_bytes", "is_complete", "leftover")
+    __slots__ = ("_partial", "_remaining", "_step", "_trailer_bytes")
 
     def __init__(self) -> None:
+        super().__init__()
         self._step = _SIZE
         self._partial = b""
         self._remaining = 0  # bytes of the current chunk's data
         self._trailer_bytes = 0
-        self.is_complete = False
-        self.leftover = b""
 
     def feed(self, data: bytes) -> list[bytes]:
         if self._partial:

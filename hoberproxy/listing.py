@@ -12,7 +12,7 @@ from .errors import Phase, UpstreamError
 from .gateway import Upstream
 from .http11 import ResponseHead
 from .refusal import parse_refusal
-from .upstream import Loss
+from .upstream import Loss, Receiver
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # OpenRouter's has half a megabyte
 
@@ -34,7 +34,7 @@ async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str]:
     return listing.ids(upstream.provider.name)
 
 
-class _Listing:
+class _Listing(Receiver):
     """The receiver of a list of models."""
 
     def __init__(self) -> None:

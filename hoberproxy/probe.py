@@ -15,12 +15,12 @@ from typing import Any
 import orjson
 import uvloop
 
-from .attempts import Attempt
+from .attempts import Attempt, Owner
 from .catalog import Endpoint, Model, TimeLimits
 from .config import Config
 from .deadlines import Ticker, Wheel
 from .diagnosis import Report
-from .downstream import Answer
+from .downstream import Answer, Client
 from .errors import UpstreamError
 from .gateway import Upstream, make_upstreams
 from .http11 import ResponseHead
@@ -190,7 +190,7 @@ def _is_object(text: object) -> bool:
         return False
 
 
-class _Question:
+class _Question(Owner):
     """One request: what an exchange is to its attempt, and the client, who keeps a little."""
 
     def __init__(
@@ -212,7 +212,8 @@ class _Question:
             without=without,
         )
         request = upstream.serialize_request(adapted, [], stream=call.stream)
-        answer = Answer(self, self, version_minor=1, keep_alive=True)
+        nobody = _Nobody()
+        answer = Answer(nobody, nobody, version_minor=1, keep_alive=True)
         self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     async def ask(self) -> _Question:
@@ -249,7 +250,7 @@ class _Question:
         message = choice.get("message") if isinstance(choice, dict) else None
         self.message = message if isinstance(message, dict) else {}
 
-    def seal(self, status: int, following: int) -> None:
+    def seal(self, status: int, following: int = 0) -> None:
         """Questions of the probe are not recorded."""
 
     def attempt_finished(self, attempt: Attempt) -> None:
@@ -259,7 +260,9 @@ class _Question:
         self.error = error
         self._ended.set_result(None)
 
-    # What the answer is written to: nobody reads it
+
+class _Nobody(Client):
+    """The client of a question, and its transport: nobody reads the answer."""
 
     def write(self, data: bytes) -> None: ...
     def abort(self) -> None: ...

@@ -7,8 +7,7 @@ time limits are the attempt's. Nothing here waits.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Final, Protocol
+from typing import Final
 
 import orjson
 
@@ -18,10 +17,11 @@ from .errors import UpstreamError
 from .http11 import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
+from .native import mypyc_attr
 from .refusal import MAX_BODY_BYTES
 from .stencil import Shortcut
 from .stream import StreamScanner, decode_string
-from .upstream import Loss
+from .upstream import Loss, Receiver
 from .usage import Usage, parse_usage
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
@@ -59,32 +59,43 @@ class Outcome:
         self.content_bytes = content_bytes
 
 
-class Reporter(Protocol):
-    """What a relay tells its attempt; `finish` and `fail` end it."""
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Reporter(Receiver):
+    """Receives the head of an answer, then is told by a relay what becomes of the rest.
+
+    `finish` and `fail` end it.
+    """
 
     def open_answer(self, *, is_stream: bool) -> None:
         """Content is about to be written: start the answer, nothing is retried from here on."""
+        raise NotImplementedError
 
     def seal(self, following: int) -> None:
         """The last bytes of the answer, so many, are about to be written: account for it first."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """The answer was passed on to its end."""
+        raise NotImplementedError
 
     def fail(self, error: UpstreamError) -> None:
         """The answer broke."""
+        raise NotImplementedError
 
     def send_answer(self, body: bytes) -> None:
         """Send a whole JSON answer at once."""
+        raise NotImplementedError
 
     def refuse(self, body: bytes) -> None:
         """The upstream answered with another status than 200, and this body."""
+        raise NotImplementedError
 
     def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
         """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
+        raise NotImplementedError
 
 
-class Relay(ABC):
+class Relay(Receiver):
     """One attempt, one answer: a Receiver that has its head already."""
 
     def __init__(self, attempt: Reporter, answer: Answer) -> None:
@@ -94,21 +105,7 @@ class Relay(ABC):
     def on_head(self, head: ResponseHead) -> None:
         raise AssertionError("a relay is made from the head")
 
-    @abstractmethod
-    def on_body(self, data: bytes) -> Shortcut | None:
-        """The next piece of the payload."""
-
-    @abstractmethod
-    def on_end(self) -> None:
-        """The payload is complete as far as its framing goes."""
-
-    def on_whole(self, data: bytes) -> None:
-        """All of the payload at once."""
-        self.on_body(data)
-        self.on_end()
-
     def on_lost(self, loss: Loss) -> None:
-        """There will be no more."""
         self.give_up(self._attempt.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
 
     def give_up(self, error: UpstreamError) -> None:

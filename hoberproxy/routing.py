@@ -139,13 +139,21 @@ def make_plan(
     return plan
 
 
-class _Standing(NamedTuple):
-    """The plan of a model for all calls that it can serve with every endpoint. Tokens."""
+class _Standing:  # no tuple, whose methods are looked up by name
+    """The plan of a model for all calls that it can serve with every endpoint. Tokens.
 
-    plan: Plan
-    context_length: float
-    max_output: float
-    abilities: frozenset[str]  # that no endpoint denies
+    `abilities` are those that no endpoint denies.
+    """
+
+    __slots__ = ("abilities", "context_length", "max_output", "plan")
+
+    def __init__(
+        self, plan: Plan, context_length: float, max_output: float, abilities: frozenset[str]
+    ) -> None:
+        self.plan = plan
+        self.context_length = context_length
+        self.max_output = max_output
+        self.abilities = abilities
 
     def serves(self, call: Call) -> bool:
         """Whether no filter would take an endpoint out."""

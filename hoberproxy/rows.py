@@ -24,7 +24,7 @@ STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
 _BAD_VALUE: Final = (ArithmeticError, TypeError, ValueError)
 
 
-_requested: dict[tuple[str, ...], str] = {}  # a third of a row's cost is dumped once a model
+_requested: Final[dict[tuple[str, ...], str]] = {}  # a third of a row's cost is dumped once a model
 
 
 def make_row(record: Record) -> Row:

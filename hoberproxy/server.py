@@ -29,7 +29,7 @@ from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
 from .config import Address, Config, ConfigError
-from .deadlines import Ticker, Wheel
+from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
@@ -54,7 +54,7 @@ HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 
 
-class Server:
+class Server(Timed):
     """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
 
     def __init__(
@@ -86,7 +86,6 @@ class Server:
         self._ticker: Ticker | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
-        self.wheel_slot = 0
         self.addresses: list[Address] = []  # where it really listens
 
     async def start(self) -> None:

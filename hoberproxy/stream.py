@@ -201,8 +201,9 @@ class StreamScanner:
                 out = self._held + out
                 self._held = []
             return out[0] if len(out) == 1 else b"".join(out)
-        self._held += out
-        self._held_bytes += sum(map(len, out))
+        for each in out:
+            self._held.append(each)
+            self._held_bytes += len(each)
         if self.failure is None and self._held_bytes + len(self._tail) > OPENING_LIMIT_BYTES:
             self.has_content = True  # can't be held any longer: it counts as content
             out = []

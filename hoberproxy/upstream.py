@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from .http11 import (
     LARGE_BYTES,
@@ -23,6 +23,7 @@ from .http11 import (
     body_reader,
     find_head_end,
 )
+from .native import mypyc_attr
 from .stencil import Shortcut, Stencil
 
 if TYPE_CHECKING:
@@ -57,19 +58,30 @@ class Loss(Enum):
     MALFORMED = "the answer is not well-formed HTTP/1.1"
 
 
-class Receiver(Protocol):
-    """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last.
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Receiver:
+    """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last."""
 
-    `on_body` returns by which way chunks may go past it from now on, None for none.
-    """
+    def on_head(self, head: ResponseHead) -> None:
+        """The head of the final answer."""
+        raise NotImplementedError
 
-    def on_head(self, head: ResponseHead) -> None: ...
+    def on_body(self, data: bytes) -> Shortcut | None:
+        """The next piece of the body; returns by which way chunks may go past from now on."""
+        raise NotImplementedError
+
+    def on_end(self) -> None:
+        """The body is complete as far as its framing goes."""
+        raise NotImplementedError
+
     def on_whole(self, data: bytes) -> None:
-        """All of the body, which came with the head: instead of `on_body` and `on_end`."""
+        """All of the body, which came with the head."""
+        self.on_body(data)
+        self.on_end()
 
-    def on_body(self, data: bytes) -> Shortcut | None: ...
-    def on_end(self) -> None: ...
-    def on_lost(self, loss: Loss) -> None: ...
+    def on_lost(self, loss: Loss) -> None:
+        """There will be no more."""
+        raise NotImplementedError
 
 
 class UpstreamConnection:

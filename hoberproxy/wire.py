@@ -17,8 +17,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from .admission import NO_GROUP
-from .downstream import Answer
+from .downstream import Answer, Client
 from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Admitted, Exchange
 from .gateway import Gateway
@@ -84,7 +83,7 @@ _LINGERING: Final = State.LINGERING
 _CLOSED: Final = State.CLOSED
 
 
-class DownstreamConnection:
+class DownstreamConnection(Client):
     """One socket of a client, any number of requests one after the other.
 
     An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
@@ -108,9 +107,6 @@ class DownstreamConnection:
         self._is_overrun = False  # more was pipelined than we keep
         self._waiting_since = 0.0
         self._discarded_bytes = 0
-        self.is_paused = False
-        self.address_group = NO_GROUP
-        self.wheel_slot = 0
 
     # What the loop does
 

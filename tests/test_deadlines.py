@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.deadlines import TICK, Ticker, Wheel
+from hoberproxy.deadlines import TICK, Ticker, Timed, Wheel
 
 START = 1000.0
 
 
-class Item:
+class Item(Timed):
     """Notes when it was asked, and answers what the test wants."""
 
     def __init__(
@@ -25,7 +25,6 @@ class Item:
         log: list[str] | None = None,
         answer: Callable[[], float | None] | None = None,
     ) -> None:
-        self.wheel_slot = 0
         self.asked: list[float] = []
         self._name = name
         self._log = log

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hoberproxy.downstream import Answer
+from hoberproxy.downstream import Answer, Client
 
 JSON = [(b"content-type", b"application/json")]
 SSE = [(b"content-type", b"text/event-stream")]
@@ -26,7 +26,7 @@ class FakeTransport:
         self.is_aborted = True
 
 
-class FakeOwner:
+class FakeClient(Client):
     """Keeps how answers ended."""
 
     def __init__(self) -> None:
@@ -41,9 +41,9 @@ class Sent:
 
     def __init__(self, version_minor: int = 1, keep_alive: bool = True) -> None:
         self.transport = FakeTransport()
-        self.owner = FakeOwner()
+        self.client = FakeClient()
         self.answer = Answer(
-            self.transport, self.owner, version_minor=version_minor, keep_alive=keep_alive
+            self.transport, self.client, version_minor=version_minor, keep_alive=keep_alive
         )
 
     @property
@@ -61,7 +61,7 @@ def test_a_whole_answer_is_one_write_with_its_length() -> None:
     assert sent.transport.writes == [
         b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
     ]
-    assert sent.owner.ends == [True]
+    assert sent.client.ends == [True]
 
 
 def test_the_head_of_a_stream_waits_for_the_first_bytes_and_shares_their_write() -> None:
@@ -81,7 +81,7 @@ def test_chunks_are_framed_with_their_size_in_hex() -> None:
     sent.answer.write(b"x" * 16)
     sent.answer.finish(b"y")
     assert sent.body == b"10\r\n" + b"x" * 16 + b"\r\n1\r\ny\r\n0\r\n\r\n"
-    assert sent.owner.ends == [True]
+    assert sent.client.ends == [True]
 
 
 def test_a_stream_without_a_last_part_ends_with_the_last_chunk_alone() -> None:
@@ -109,7 +109,7 @@ def test_http_1_0_gets_no_chunks_and_the_close_is_the_end(keep_alive: bool) -> N
     assert sent.body == b"data: 1\n\ndata: 2\n\n"
     assert not any(line.startswith(b"transfer-encoding") for line in sent.head)
     assert b"connection: close" in sent.head
-    assert sent.owner.ends == [False]
+    assert sent.client.ends == [False]
 
 
 def test_http_1_0_without_any_body_still_gets_its_head() -> None:
@@ -134,14 +134,14 @@ def test_the_connection_header_says_what_the_version_needs(
     sent = Sent(version_minor, keep_alive)
     sent.answer.send(200, JSON, b"{}")
     assert [line for line in sent.head if line.startswith(b"connection")] == expected
-    assert sent.owner.ends == [keep_alive]
+    assert sent.client.ends == [keep_alive]
 
 
 def test_an_answer_can_decide_to_close_when_it_is_sent() -> None:
     sent = Sent()
     sent.answer.send(413, JSON, b"{}", close=True)
     assert b"connection: close" in sent.head
-    assert sent.owner.ends == [False]
+    assert sent.client.ends == [False]
 
 
 def test_a_failed_stream_closes_after_a_proper_end() -> None:
@@ -150,7 +150,7 @@ def test_a_failed_stream_closes_after_a_proper_end() -> None:
     sent.answer.write(b"a")
     sent.answer.finish(b"data: {}\n\n", close=True)
     assert sent.transport.writes[-1].endswith(b"\r\n0\r\n\r\n")
-    assert sent.owner.ends == [False]
+    assert sent.client.ends == [False]
 
 
 def test_an_aborted_answer_cuts_the_connection_without_the_last_chunk() -> None:
@@ -160,7 +160,7 @@ def test_an_aborted_answer_cuts_the_connection_without_the_last_chunk() -> None:
     sent.answer.abort()
     assert sent.transport.is_aborted
     assert not sent.body.endswith(b"0\r\n\r\n")
-    assert sent.owner.ends == []
+    assert sent.client.ends == []
 
 
 def test_aborting_an_answer_that_has_ended_leaves_the_connection_to_the_next() -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin app attempts channel child cli"
-    " commands_keys commands_service commands_usage connector counting database deadlines demo"
+    " commands_keys commands_service commands_usage connector counting database demo"
     " diagnosis exchange gateway joining journal journals keytable ledger listeners listing"
     " locks memory metrics notify origin pool printing probe quickstart relay scrape server"
     " service source sqlite_store stores succession supervisor tallies upstream wire worker"

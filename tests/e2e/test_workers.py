@@ -336,10 +336,10 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
 ) -> None:
     installed = tmp_path / "installed"
     shutil.copytree(Path(hoberproxy.__file__).parent, installed / "hoberproxy")
-    init, server, config = (
-        installed / "hoberproxy" / name for name in ("__init__.py", "service.py", "config.py")
+    init, server, source = (  # none of which is compiled
+        installed / "hoberproxy" / name for name in ("__init__.py", "service.py", "source.py")
     )
-    good, read = server.read_text(), config.read_text()
+    good, read = server.read_text(), source.read_text()
     async with (
         ScriptedUpstream(WAITING, default=GOOD) as upstream,
         service(tmp_path, upstream, installed=installed) as running,
@@ -354,11 +354,12 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
         assert running.workers() == before
         assert (await running.post(chat())).status == 200
         server.write_text(good)
-        config.write_text(read.replace('"models"', '"slugs"'))  # refuses the config that is served
+        # It refuses the config that is served.
+        source.write_text(read.replace("(self.text,", '(self.text.replace("models", "slugs"),'))
         running.send(signal.SIGUSR2)
         await running.logged("slugs: ")
         assert running.workers() == before
-        config.write_text(read)
+        source.write_text(read)
         running.send(signal.SIGUSR2)
         await running.logged("upgraded to 99.0")
         await running.logged("config reloaded")
