@@ -193,10 +193,10 @@ class RepeatedHead:
 
         What makes a length that `parse_request_head` would refuse is no repetition.
         """
-        # Slices and numbers are compared: compiled, a method of bytes costs three times as much.
-        start = stop = len(self._before)
-        if data[:start] != self._before:
+        # Slices and numbers are compared: compiled, most methods of bytes cost three times as much.
+        if not data.startswith(self._before):
             return 0
+        start = stop = len(self._before)
         length, last = 0, min(len(data), start + 9)
         while stop < last and _ZERO <= (digit := data[stop]) <= _NINE:
             length = 10 * length + digit - _ZERO
