@@ -70,8 +70,12 @@ NOWHERE = -1  # in place of a segment's number: the journal could not take the e
 
 
 def first_sum(generation: bytes) -> int:
-    """What the checksums of a segment's entries begin with."""
-    return zlib.crc32(generation)  # spread over all bits, as Adler-32 of eight bytes is not
+    """What the checksums of a segment's entries begin with.
+
+    Spread over its bits, as Adler-32 of eight bytes is not; both halves are below 65521, or it
+    would be no sum that Adler-32 can have, and what follows it the library's own affair.
+    """
+    return zlib.crc32(generation) & 0x7FFF7FFF
 
 
 class _Segment:

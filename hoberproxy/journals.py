@@ -13,7 +13,7 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,11 @@ logger = logging.getLogger("hoberproxy.ledger")
 
 Values = dict[str, Any]
 UNFINISHED_FOR = 60.0  # seconds after which a segment's maker must have died
-_CHECKSUMS = {MAGIC: zlib.adler32, b"hbjrnl02": zlib.crc32}  # by which two forms differ
+# By which two forms differ: of entries, and what it begins with.
+_CHECKSUMS: dict[bytes, tuple[Callable[[bytes, int], int], Callable[[bytes], int]]] = {
+    MAGIC: (zlib.adler32, first_sum),
+    b"hbjrnl02": (zlib.crc32, zlib.crc32),
+}
 # The form before those: of dead owners, and under another name, for programs of that time remove
 # what they do not know.
 _OLD_MAGIC = b"hbjrnl01"
@@ -79,7 +83,7 @@ class Segment:
             raise
         magic = os.pread(self.descriptor, len(MAGIC), 0)
         self.form = _OWN if magic in _CHECKSUMS else _OLD if magic == _OLD_MAGIC else _UNKNOWN
-        self._sum = _CHECKSUMS.get(magic, zlib.crc32)
+        self._sum, self._first_sum = _CHECKSUMS.get(magic, _CHECKSUMS[b"hbjrnl02"])
         self.is_empty = not magic.strip(b"\0")
         self.generation = b""
         self.number = 0
@@ -101,7 +105,7 @@ class Segment:
         if generation == self.generation:
             return
         self.generation = generation
-        self._seed = first_sum(generation)
+        self._seed = self._first_sum(generation)
         marked, place, count = MARK.unpack_from(self._map, MARK_PLACE)
         if marked != generation:
             # The generation last: until then the owner takes the mark for one of an earlier use.
@@ -203,7 +207,7 @@ class Segment:
         if self._map is None or self.form is _UNKNOWN:
             return
         if self.form is _OLD:
-            self._seed = first_sum(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
+            self._seed = zlib.crc32(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
         stored, names = self._stored, self.names()
         self._before = (self._place, self._count)
         self._place, self._count = self._start, 0
