@@ -160,7 +160,7 @@ class Health:
     """What is known of the endpoints, each under (provider, upstream_model).
 
     Tell `begin` when an attempt starts, then one of `observe_success`, `observe_failure` or
-    `abandon`. The least recently tried endpoints are forgotten: clients choose names behind a
+    `abandon`. Endpoints that were not tried of late are forgotten: clients choose names behind a
     wildcard, and could fill memory.
     """
 
@@ -277,7 +277,7 @@ class Health:
         return None if state is None else state.throughput.value(now)
 
     def snapshot(self, now: float) -> tuple[EndpointHealth, ...]:
-        """All that is known, in the order in which it came up."""
+        """All that is known; what comes first is forgotten first."""
         return tuple(_describe(key, state, now) for key, state in self._states.items())
 
     def _touch(self, key: Key) -> _State:

@@ -132,7 +132,7 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
     says 5 and closes at once. `length` is in bytes, None unless `kind` is LENGTH. `content_type` is
-    as a request's.
+    the media type in lower case without parameters, b"" when none was sent.
     """
 
     __slots__ = (

@@ -12,7 +12,7 @@ KEPT_BYTES = 64 * 1024 * 1024  # of what is free, most of which was never touche
 LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # to parse, orjson sets aside twelve times a body's size
 TLS_BUFFER_BYTES = 256 * 1024  # what uvloop sets aside for a TLS connection, and hardly touches
 
-# Young collections that pass before one looks at all objects; CPython's own number is 10.
+# Collections of middle age that pass before one looks at all objects; CPython's own number is 10.
 FULL_COLLECTION_AFTER = 100
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

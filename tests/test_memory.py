@@ -126,4 +126,4 @@ def test_many_open_streams_bring_on_no_full_collection() -> None:
 
 
 def test_rings_of_references_are_collected_all_the_same() -> None:
-    assert int(run("rarely", COLLECTIONS).stdout.split()[1]) < 2_000_000
+    assert int(run("rarely", COLLECTIONS).stdout.split()[1]) < 5_000_000, "where it gives up"
