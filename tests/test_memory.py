@@ -91,7 +91,7 @@ def test_what_is_resident_is_told_in_bytes() -> None:
     assert 1_000_000 < memory.resident_bytes() < 10**10
 
 
-# 200,000 things that are kept, as of thousands of open streams; then rings of references that have
+# 600,000 things that are kept, as of thousands of open streams; then rings of references that have
 # lived long enough to be seen by full collections alone, and things kept until they are gone.
 COLLECTIONS = """
 import gc, sys
@@ -100,7 +100,7 @@ if sys.argv[1] == "rarely":
     collect_rarely()
 full = []
 gc.callbacks.append(lambda phase, info: full.append(phase) if info["generation"] == 2 else None)
-kept = [[number] for number in range(200_000)]
+kept = [[number] for number in range(600_000)]
 print(full.count("stop"))
 class Ring:
     gone = 0
