@@ -40,18 +40,21 @@ logger = logging.getLogger("hoberproxy.ledger")
 
 Values = dict[str, Any]
 UNFINISHED_FOR = 60.0  # seconds after which a segment's maker must have died
-# By which two forms differ: of entries, and what it begins with.
-_CHECKSUMS: dict[bytes, tuple[Callable[[bytes, int], int], Callable[[bytes], int]]] = {
-    MAGIC: (zlib.adler32, first_sum),
-    b"hbjrnl02": (zlib.crc32, zlib.crc32),
-}
-# The form before those: of dead owners, and under another name, for programs of that time remove
-# what they do not know.
+_UNKNOWN, _OLD, _OWN = range(3)
+# The oldest is of dead owners, and under another name, for programs of that time remove what they
+# do not know.
 _OLD_MAGIC = b"hbjrnl01"
 _OLD_SEGMENT = ".journal"
 _OLD_HEAD_BYTES = 16
+# The form, the checksum of its entries, and what that begins with.
+_Form = tuple[int, Callable[[bytes, int], int], Callable[[bytes], int]]
+_FORMS: dict[bytes, _Form] = {
+    MAGIC: (_OWN, zlib.adler32, first_sum),
+    b"hbjrnl02": (_OWN, zlib.crc32, zlib.crc32),
+    _OLD_MAGIC: (_OLD, zlib.crc32, zlib.crc32),
+}
+_NO_FORM: _Form = (_UNKNOWN, zlib.crc32, zlib.crc32)
 _OPENED, _CLOSED, _REVISED, _AMENDED, _NAMES = b"ocran"
-_UNKNOWN, _OLD, _OWN = range(3)
 _LIST_OF_COLUMNS = list(COLUMNS)
 
 
@@ -82,8 +85,7 @@ class Segment:
             os.close(self.descriptor)
             raise
         magic = os.pread(self.descriptor, len(MAGIC), 0)
-        self.form = _OWN if magic in _CHECKSUMS else _OLD if magic == _OLD_MAGIC else _UNKNOWN
-        self._sum, self._first_sum = _CHECKSUMS.get(magic, _CHECKSUMS[b"hbjrnl02"])
+        self.form, self._sum, self._first_sum = _FORMS.get(magic, _NO_FORM)
         self.is_empty = not magic.strip(b"\0")
         self.generation = b""
         self.number = 0
@@ -207,7 +209,7 @@ class Segment:
         if self._map is None or self.form is _UNKNOWN:
             return
         if self.form is _OLD:
-            self._seed = zlib.crc32(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
+            self._seed = self._first_sum(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
         stored, names = self._stored, self.names()
         self._before = (self._place, self._count)
         self._place, self._count = self._start, 0

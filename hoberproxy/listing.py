@@ -45,10 +45,6 @@ class _Listing(Receiver):
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
 
-    def on_whole(self, data: bytes) -> None:
-        self._body += data
-        self._end()
-
     def on_body(self, data: bytes) -> None:
         self._body += data
         if len(self._body) > MAX_BODY_BYTES:

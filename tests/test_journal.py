@@ -398,11 +398,9 @@ def test_a_torn_last_entry_of_a_dead_owner_is_left_out(
     remains.release()
 
 
-def test_what_the_version_before_left_is_read(tmp_path: Path, journals: Journals) -> None:
-    """Its form: magic, generation, and the same entries."""
-    generation = b"01234567"
-    seed = zlib.crc32(generation)
-    data = b"hbjrnl01" + generation
+def leave(path: Path, head: bytes, generation: bytes) -> None:
+    """A file as of a version before: other heads, and entries with another checksum."""
+    seed, data = zlib.crc32(generation), head
     for payload in (
         b'n[["id","x"],["id","y"]]',
         b'o["req_1",1]',
@@ -410,8 +408,14 @@ def test_what_the_version_before_left_is_read(tmp_path: Path, journals: Journals
         b'c["req_2",3]',
     ):
         data += ENTRY.pack(len(payload), zlib.crc32(payload, seed)) + payload
-    (tmp_path / "journal").mkdir()
-    (tmp_path / "journal" / "abc-1.journal").write_bytes(data + bytes(HEAD_BYTES))
+    path.parent.mkdir()
+    path.write_bytes(data + bytes(HEAD_BYTES))
+
+
+def test_what_the_version_before_left_is_read(tmp_path: Path, journals: Journals) -> None:
+    """Its form: magic, generation, and the same entries."""
+    generation = b"01234567"
+    leave(tmp_path / "journal" / "abc-1.journal", b"hbjrnl01" + generation, generation)
     assert read(journals) == []  # while its owner lives, that writes by itself
     (remains,) = journals.dead()
     assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
@@ -424,18 +428,8 @@ def test_segments_with_the_checksums_of_the_version_before_are_read(
     tmp_path: Path, journals: Journals
 ) -> None:
     generation = b"01234567"
-    seed = zlib.crc32(generation)
-    data = b"hbjrnl02" + HEAD.pack(generation, 1, 0)
-    data += bytes(HEAD_BYTES - len(data))
-    for payload in (
-        b'n[["id","x"],["id","y"]]',
-        b'o["req_1",1]',
-        b'o["req_2",2]',
-        b'c["req_2",3]',
-    ):
-        data += ENTRY.pack(len(payload), zlib.crc32(payload, seed)) + payload
-    (tmp_path / "journal").mkdir()
-    (tmp_path / "journal" / "abc-1.segment").write_bytes(data + bytes(HEAD_BYTES))
+    head = (b"hbjrnl02" + HEAD.pack(generation, 1, 0)).ljust(HEAD_BYTES, b"\0")
+    leave(tmp_path / "journal" / "abc-1.segment", head, generation)
     assert read(journals) == [b'c["req_2",3]']
     (remains,) = journals.dead()
     assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
