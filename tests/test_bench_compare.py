@@ -41,6 +41,7 @@ from bench.scenarios import (
 )
 from hoberproxy.cli import BENCH_PARTS, main
 from hoberproxy.config import parse_config
+from tests.processes import all_below, is_alive
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 120.0  # seconds; only a failing test waits so long
@@ -137,29 +138,13 @@ def test_a_run_that_is_ended_early_ends_what_it_started(tmp_path: Path) -> None:
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        wait_for(lambda: len(below(process.pid)) >= 2)  # the mock, and the generator or a server
-        started = below(process.pid)
+        wait_for(lambda: len(all_below(process.pid)) >= 2)  # the mock, and one more
+        started = all_below(process.pid)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     wait_for(lambda: not any(map(is_alive, started)))
     assert list(tmp_path.iterdir()) == []
-
-
-def below(pid: int) -> set[int]:
-    """All processes that a process started and that still run."""
-    found = set()
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, task.read_text().split()):
-            found |= {child, *below(child)}
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def wait_for(condition: Any) -> None:

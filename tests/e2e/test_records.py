@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import is_alive
 from tests.scripted import ScriptedUpstream
 
 from .harness import chat, eventually
 from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in
 from .test_status import command
-from .test_workers import WAITING, Service, begin_stream, finish_stream, is_alive, service
+from .test_workers import WAITING, Service, begin_stream, finish_stream, service
 
 Victims = Callable[[Service], list[int]]
 

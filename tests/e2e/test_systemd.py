@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import children_of
 from tests.scripted import WAIT, ScriptedUpstream, completion, json_response
 
 from .harness import Program, chat, connected, eventually
@@ -63,15 +64,6 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
     listening = Manager(tmp_path / "notify")
     yield listening
     listening.socket.close()
-
-
-def workers_of(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [
-        int(child)
-        for child in children
-        if "hoberproxy.worker" in Path(f"/proc/{child}/cmdline").read_text()
-    ]
 
 
 @asynccontextmanager
@@ -170,7 +162,8 @@ async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
         async with started(tmp_path, options, manager.environ) as running:
             while await manager.hear() != "WATCHDOG=1":
                 pass
-            stuck = [*workers_of(running.process.pid), running.process.pid][0]
+            main = running.process.pid
+            stuck = [*children_of(main, running="hoberproxy.worker"), main][0]
             os.kill(stuck, signal.SIGSTOP)
             try:
                 await asyncio.sleep(1.0)

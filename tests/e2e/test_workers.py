@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hoberproxy
+from tests.processes import children_of, is_alive, open_files
 from tests.scripted import (
     WAIT,
     AwaitRelease,
@@ -66,13 +67,7 @@ class Service(Program):
 
     def children(self, module: str) -> list[int]:
         """Process ids of those that run this module."""
-        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        found = []
-        for pid in listed.read_text().split():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
-                if module in Path(f"/proc/{pid}/cmdline").read_text():
-                    found.append(int(pid))
-        return found
+        return children_of(self.process.pid, running=module)
 
     async def logged(self, text: str, times: int = 1) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -216,13 +211,6 @@ async def test_workers_whose_supervisor_was_killed_finish_their_streams_and_go(
         await eventually(lambda: not any(is_alive(pid) for pid in workers))
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 # Workers that break
 
 
@@ -257,14 +245,6 @@ async def owner_of(client: Client, workers: list[int]) -> int:
     inode = await eventually(lambda: inode_of(port))
     (owner,) = (pid for pid in workers if f"socket:[{inode}]" in open_files(pid))
     return owner
-
-
-def open_files(pid: int) -> set[str]:
-    links = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            links.add(os.readlink(link))
-    return links
 
 
 def inode_of(remote_port: int) -> str | None:
