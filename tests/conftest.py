@@ -24,6 +24,7 @@ from typing import Any
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from hoberproxy import stencil
 from hoberproxy.catalog import Endpoint, Model, Provider
@@ -46,6 +47,10 @@ from .scripted import ScriptedUpstream, completion, json_response
 # are copied where the interpreter hands on the same object.
 IS_COMPILED = not str(stencil.__file__).endswith(".py")
 pure_only = pytest.mark.skipif(IS_COMPILED, reason="of the sources alone")
+
+# No example fails for being slow: a machine that others share stops for longer than any deadline.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 WAIT = 10.0  # seconds; only a failing test waits so long
 SLUG = "test/model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.access import (
@@ -40,7 +40,6 @@ def refusal(authorization: bytes | None, ring: Keyring | None = None, now: float
 # Form of a key
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=24, max_size=24), st.sampled_from(["live", "test"]))
 def test_a_generated_key_is_well_formed(random: bytes, kind: str) -> None:
     key = generate_key(kind, random)
@@ -49,7 +48,6 @@ def test_a_generated_key_is_well_formed(random: bytes, kind: str) -> None:
     assert is_well_formed(key)
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=24, max_size=24), st.binary(min_size=24, max_size=24))
 def test_different_random_bytes_give_different_keys(one: bytes, other: bytes) -> None:
     assert (generate_key("live", one) == generate_key("live", other)) is (one == other)

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.demo import (
@@ -244,7 +244,6 @@ SCRAPS = st.recursive(
 FIELDS = "messages tools tool_choice response_format stream_options stop max_tokens".split()
 
 
-@settings(deadline=None)
 @given(
     fields=st.dictionaries(st.sampled_from(FIELDS), SCRAPS),
     parameters=SCRAPS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.limits import PICO, format_dollars
@@ -16,7 +16,6 @@ price = st.decimals(0, 1000, places=12)
 tokens = st.integers(0, 10**9)
 
 
-@settings(deadline=None)
 @given(price, price, price, price, price, tokens, tokens, tokens, tokens)
 def test_a_cost_is_what_decimal_arithmetic_says(
     prompt: Decimal,
@@ -37,7 +36,6 @@ def test_a_cost_is_what_decimal_arithmetic_says(
     assert Prices(prompt, completion, cached, reasoning, request).cost(usage) == expected
 
 
-@settings(deadline=None)
 @given(price, price, price, price, price, tokens, tokens, st.data())
 def test_no_usage_within_the_bounds_costs_more_than_the_most(
     prompt: Decimal,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.record import CLIENT_CLOSED, FIELDS, Record, clip_text, escape_client_text
@@ -33,7 +33,6 @@ def test_client_text_is_never_cut_inside_an_escape(length: int) -> None:
     assert text == "a" * length + "\\x0a" * whole
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(min_value=0, max_value=200))
 def test_escaped_client_text_tells_the_bytes_it_came_from(raw: bytes, limit: int) -> None:
     text = escape_client_text(raw, limit)
