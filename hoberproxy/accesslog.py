@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -71,13 +71,17 @@ def _format_second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
+_FRACTIONS: Final = tuple(f".{milliseconds:03d}Z" for milliseconds in range(1000))
+
+
 def _format_time(seconds: float) -> str:
     milliseconds = int(seconds * 1000)
-    return f"{_format_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+    return _format_second(milliseconds // 1000) + _FRACTIONS[milliseconds % 1000]
 
 
 def _milliseconds(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1000)
+    # `round` would be asked of the object, and take ten times as long, to be fair to halves.
+    return None if seconds is None else int(seconds * 1000 + 0.5)
 
 
 def _model(record: Record) -> str:

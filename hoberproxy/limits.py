@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from functools import lru_cache
 from math import ceil
 from typing import Final
 
@@ -369,30 +368,16 @@ def _period_left(cells: Cells, period: str, now_ms: int) -> float | None:
 # What is told
 
 
-def format_wait(seconds: float) -> bytes:
+def format_wait(seconds: float) -> str:
     """A time as OpenAI writes it: `250ms`, `1s`, `6m0s`, `23h59m0s`; rounded up."""
     if seconds < 1:
-        return b"%dms" % max(0, ceil(seconds * 1000))
+        return f"{max(0, ceil(seconds * 1000))}ms"
     whole = ceil(seconds)
     if whole < 60:
-        return b"%ds" % whole
+        return f"{whole}s"
     if whole < 3600:
-        return b"%dm%ds" % divmod(whole, 60)
-    hours, rest = divmod(whole, 3600)
-    return b"%dh%dm%ds" % (hours, *divmod(rest, 60))
-
-
-# What is the same in all answers is written once, with places for the rest.
-@lru_cache(maxsize=1024)
-def _line_form(requests: int | None, tokens: int | None) -> bytes:
-    form = b""
-    for what, limit in ((b"requests", requests), (b"tokens", tokens)):
-        if limit is not None:
-            form += (
-                b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: %%d\r\n"
-                b"x-ratelimit-reset-%b: %%b\r\n"
-            ) % (what, limit, what, what)
-    return form
+        return f"{whole // 60}m{whole % 60}s"
+    return f"{whole // 3600}h{whole % 3600 // 60}m{whole % 60}s"
 
 
 _RESETS: Final = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
@@ -403,9 +388,9 @@ def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
     left_ms = cells[MINUTE_START] + MINUTE_MS - now_ms
     has_ended = not 0 < left_ms <= MINUTE_MS
     if has_ended:
-        reset = b"0ms"
+        reset = "0ms"
     else:
-        reset = b"%dms" % left_ms if left_ms < 1000 else _RESETS[(left_ms + 999) // 1000]
+        reset = f"{left_ms}ms" if left_ms < 1000 else _RESETS[(left_ms + 999) // 1000]
     requests_reset, requests_left = reset, 0
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     if requests is not None:
@@ -414,14 +399,21 @@ def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
         is_today = cells[DAY] == now_ms // DAY_MS
         requests_left = max(0, requests - cells[DAY_REQUESTS]) if is_today else requests
         requests_reset = format_wait(_day_left(now_ms))
-    if tokens is None:
-        if requests is None:
-            return b""
-        return _line_form(requests, None) % (requests_left, requests_reset)
-    tokens_left = tokens if has_ended else max(0, tokens - cells[MINUTE_TOKENS])
-    if requests is None:
-        return _line_form(None, tokens) % (tokens_left, reset)
-    return _line_form(requests, tokens) % (requests_left, requests_reset, tokens_left, reset)
+    lines = ""
+    if requests is not None:  # written out: compiled, this is one call, and a form with % is not
+        lines = (
+            f"x-ratelimit-limit-requests: {requests}\r\n"
+            f"x-ratelimit-remaining-requests: {requests_left}\r\n"
+            f"x-ratelimit-reset-requests: {requests_reset}\r\n"
+        )
+    if tokens is not None:
+        tokens_left = tokens if has_ended else max(0, tokens - cells[MINUTE_TOKENS])
+        lines += (
+            f"x-ratelimit-limit-tokens: {tokens}\r\n"
+            f"x-ratelimit-remaining-tokens: {tokens_left}\r\n"
+            f"x-ratelimit-reset-tokens: {reset}\r\n"
+        )
+    return lines.encode()
 
 
 def format_dollars(pico: int) -> str:

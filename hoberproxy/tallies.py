@@ -83,12 +83,13 @@ class Limiter(Protocol):
 class _Slot:
     """One key's part of the file."""
 
-    __slots__ = ("base", "cells", "history", "lock")
+    __slots__ = ("base", "cells", "history", "lock", "read")
 
     def __init__(self, base: int, cells: memoryview[int], lock: Any) -> None:
         self.base = base
         self.cells = cells
         self.lock = lock
+        self.read: list[int] = []  # what was in the cells when they were read last
         self.history: History | None = None  # the one that was looked at last
 
 
@@ -263,12 +264,15 @@ class Tallies:
 
     def _read(self, slot: _Slot) -> list[int]:
         # As a list: integers of a memoryview cost many times as much, each time.
-        return slot.cells.tolist()
+        slot.read = cells = slot.cells.tolist()
+        return cells.copy()
 
     def _write(self, slot: _Slot, cells: list[int]) -> None:
-        shared = slot.cells
+        """Write what was changed since `_read`, under the same lock."""
+        shared, before = slot.cells, slot.read
         for place in range(CELLS):
-            shared[place] = cells[place]
+            if cells[place] != before[place]:
+                shared[place] = cells[place]
 
     # What the path asks for (Limiter)
 
@@ -282,9 +286,9 @@ class Tallies:
             self._wait_for(self._locks, slot.lock, told)
         try:
             running = held = 0
+            cells = self._read(slot)
             if limits.concurrency is not None:
                 running = self._count_running(slot, limits.concurrency)
-            cells = self._read(slot)
             if limits.budget is not None:
                 cost = demand.prompt_cost + demand.answer_cost
                 if spent_in(cells, limits.budget_period) + cost >= limits.budget:

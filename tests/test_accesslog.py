@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.accesslog import AccessLog, format_human, format_json
@@ -123,7 +123,6 @@ def test_foreign_text_cannot_forge_a_human_line(text: str, shown: str) -> None:
     assert f" key={shown} in=" in format_human(record(key_label=text))
 
 
-@settings(deadline=None)
 @given(st.text(alphabet=st.characters(), max_size=40))
 def test_no_text_puts_a_control_character_into_either_form(text: str) -> None:
     one = record(slug=text, provider=text, client_request_id=text, code=text, finish_reason=text)
