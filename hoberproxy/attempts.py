@@ -171,7 +171,8 @@ class Attempt(Reporter):
             )
         if self._is_stream and content_type in _STREAM_TYPES:
             self.phase = _OPENING
-            scanner = StreamScanner(slug, wants_usage=self._wants_usage)
+            opening = self._pool.opening(slug)
+            scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
             return StreamRelay(self, self._answer, scanner)
         self._reject("something else")
         return None

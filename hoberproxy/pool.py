@@ -8,13 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Final
 
 from .catalog import Provider
 from .connector import Connector
 from .deadlines import Wheel
 from .http11 import ResponseHeads
+from .opening import Opening
 from .upstream import UpstreamConnection
+
+MAX_OPENINGS: Final = 256  # models behind wildcards are named by clients
 
 
 class Pool:
@@ -28,11 +31,21 @@ class Pool:
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
         self.heads = ResponseHeads()  # of the answers on all these connections
+        self._openings: dict[str, Opening] = {}  # by the client's slug
 
     @property
     def idle(self) -> int:
         """How many connections wait to be used again."""
         return len(self._idle)
+
+    def opening(self, slug: str) -> Opening:
+        """How streams under this slug begin."""
+        opening = self._openings.get(slug)
+        if opening is None:
+            if len(self._openings) >= MAX_OPENINGS:
+                self._openings.clear()
+            opening = self._openings[slug] = Opening()
+        return opening
 
     # Lending
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from .http11 import SIZE_LINES, size_line
 
@@ -34,6 +34,23 @@ _SIZES: Final = {line: size for size, line in enumerate(SIZE_LINES[1:_LARGEST], 
 # A server whose events change all the time is not asked again and again: learning costs a parse.
 FIRST_LESSONS: Final = 2
 WORTH_A_LESSON: Final = 16  # events passed since the last one
+
+
+def find_text(event: bytes, delta: dict[str, Any]) -> tuple[int, int]:
+    """Where the text of a delta begins and ends in its event; 0, 0 if it is not sure.
+
+    A text with escapes stands there in another form, and is not found: another one will be plainer.
+    """
+    for name, mark in _MARKS:
+        text = delta.get(name)
+        if isinstance(text, str) and text and event.count(mark) == 1:
+            raw = text.encode("utf-8", "replace")
+            start = event.index(mark) + len(mark)
+            end = start + len(raw)
+            if event[start : end + 1] == raw + b'"' and _BACKSLASH not in raw:
+                return start, end
+            break
+    return 0, 0
 
 
 class Stencil:
@@ -82,7 +99,7 @@ class Stencil:
             return True
         return self.events - self._passed_before >= WORTH_A_LESSON
 
-    def learn(self, event: bytes, passed: bytes, delta: dict[str, object]) -> None:
+    def learn(self, event: bytes, passed: bytes, delta: dict[str, Any]) -> None:
         """Keep the form of a whole event, of which the client gets `passed`.
 
         Duty of the caller: the event is one `data:` line and an empty one, both ended by LF; its
@@ -91,21 +108,16 @@ class Stencil:
         self._lessons += 1
         self._passed_before = self.events
         self.is_learnt = False
-        for name, mark in _MARKS:
-            text = delta.get(name)
-            if isinstance(text, str) and text and event.count(mark) == 1 == passed.count(mark):
-                self._keep(event, passed, mark, text.encode("utf-8", "replace"))
-                return
+        start, end = find_text(event, delta)
+        new_start, new_end = find_text(passed, delta)
+        if end and new_end:
+            self.keep(event[:start], event[end:], passed[:new_start], passed[new_end:])
 
-    def _keep(self, event: bytes, passed: bytes, mark: bytes, text: bytes) -> None:
-        start, new_start = event.index(mark) + len(mark), passed.index(mark) + len(mark)
-        end, new_end = start + len(text), new_start + len(text)
-        growth = len(passed) - len(event)
-        # A text with escapes stands there in another form: another event will be plainer.
-        if event[start : end + 1] != text + b'"' or _BACKSLASH in text or growth >= _LARGEST:
+    def keep(self, head: bytes, tail: bytes, new_head: bytes, new_tail: bytes) -> None:
+        """Keep what stands before and behind the text of an event, and what the client gets."""
+        growth = len(new_head) + len(new_tail) - len(head) - len(tail)
+        if growth >= _LARGEST:
             return
-        head, tail = event[:start], event[end:]
-        new_head, new_tail = passed[:new_start], passed[new_end:]
         self._head, self._new_head, self._head_size = head, new_head, len(head)
         self._tail, self._new_tail, self._tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
         self._event_tail, self._new_joint, self._growth = tail, new_tail + new_head, growth

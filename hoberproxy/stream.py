@@ -5,12 +5,12 @@ bytes to pass on: the same bytes, but for the top-level `model` of each event, w
 catalog's slug, and the usage event, which is left out where the client did not ask for it.
 
 Theory of operation. Until the first content everything is held back, so that another endpoint can
-still be tried, and every event is parsed. After it bytes flow: events that differ from one before
-in their text alone pass by comparison (stencil.py, which the connection asks even before framing is
-walked), other whole events in which nothing is unusual pass together (`_pass_whole`, a handful of C
-calls for however many), the rest event by event (`_pass_event`). Only an unfinished event is held,
-up to HOLD_LIMIT_BYTES; a longer one cannot be a usage event and flows through a MemberRewriter in
-flat memory.
+still be tried, and every event is parsed that is not as in the last stream (opening.py). After it
+bytes flow: events that differ from one before in their text alone pass by comparison (stencil.py,
+which the connection asks even before framing is walked), other whole events in which nothing is
+unusual pass together (`_pass_whole`, a handful of C calls for however many), the rest one by one
+(`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer one cannot be a
+usage event and flows through a MemberRewriter in flat memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Final
 from .events import BLANK_LINE, DONE, Data, blank_line_end, is_one_event, parse_event
 from .lenient import load_json
 from .members import Member, MemberRewriter, find_member, model_member
+from .opening import Opening
 from .stencil import Stencil
 from .usage import Usage, read_usage
 
@@ -47,13 +48,16 @@ class StreamFailure(Exception):
 class StreamScanner:
     """One response. Feed it pieces, send what it returns, read what it learnt.
 
-    `slug` is the name the client sees. Look at `failure` after each feed: once it is set, what
-    that feed returned is the last that came before the failure, and nothing more may be fed.
+    `slug` is the name the client sees, `opening` what is known of how such streams begin. Look at
+    `failure` after each feed: once it is set, what that feed returned is the last that came before
+    the failure, and nothing more may be fed.
     """
 
-    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+    def __init__(self, slug: str, *, wants_usage: bool, opening: Opening | None = None) -> None:
         self._slug = model_member(slug)[_VALUE_AT:]  # what orjson writes keeps 4 KB, however short
         self._wants_usage = wants_usage
+        self._opening = opening
+        self._place = 0  # of the next event, as long as there was no content
         self._tail = b""  # an event not yet finished
         self._held: list[bytes] = []  # whole events before the first content
         self._held_bytes = 0
@@ -72,7 +76,12 @@ class StreamScanner:
         self.usage: Usage | None = None
         self.finish_reason = ""
         self.upstream_model = ""
-        self.upstream_id = ""
+        self._raw_id = b""  # the upstream's name for the answer, as it came
+
+    @property
+    def upstream_id(self) -> str:
+        """The upstream's name for the answer; "" if it has none."""
+        return self._raw_id.decode("utf-8", "replace")
 
     @property
     def is_at_boundary(self) -> bool:
@@ -163,9 +172,13 @@ class StreamScanner:
 
     def _split(self, data: bytes, out: list[bytes]) -> None:
         search_from = max(0, len(self._tail) - 3)
-        if not self._tail and is_one_event(data):
-            self._take_event(data, out)
-            return
+        if not self._tail:
+            if not self.has_content and (passed := self._pass_known(data)) is not None:
+                out.append(passed)
+                return
+            if is_one_event(data):
+                self._take_event(data, out)
+                return
         buffer = self._tail + data if self._tail else data
         start, has_cr = 0, _CR in buffer
         shortcuts = 2  # a piece: each failed one costs as much as a look at all of it
@@ -244,6 +257,28 @@ class StreamScanner:
 
     # Single events
 
+    def _pass_known(self, event: bytes) -> bytes | None:
+        """An event before or with the first content that is as in another stream; else None."""
+        form = self._opening.find(self._place, event) if self._opening is not None else None
+        if form is None:
+            return None
+        self._place += 1
+        if not self._raw_id:
+            self._raw_id = form.raw_id
+        passed = event
+        if form.pattern:
+            if not self.upstream_model:
+                self.upstream_model = form.model
+            self._pattern, self._replacement = form.pattern, form.replacement
+            passed = event.replace(form.pattern, form.replacement)
+        if form.has_text:
+            self.has_content = True
+            self._content_events += 1
+            start, end, shift = form.text_start, form.text_end, form.text_shift
+            new_head, new_tail = passed[: start + shift], passed[end + shift :]
+            self.stencil.keep(event[:start], event[end:], new_head, new_tail)
+        return passed
+
     def _take_event(self, event: bytes, out: list[bytes]) -> None:
         try:
             passed = self._pass_event(event)
@@ -260,6 +295,8 @@ class StreamScanner:
         if data is None or not data.payload:  # no client is told of an event without data
             return event
         payload = data.payload
+        is_opening, place = not self.has_content, self._place
+        self._place += 1
         if payload == DONE:
             self.is_done = True
             return event
@@ -280,14 +317,34 @@ class StreamScanner:
             delta = _only_delta(document)
             if delta is not None:
                 self.stencil.learn(event, passed, delta)
+                if is_opening:
+                    self._tell_opening(place, event, passed, document, delta)
         return passed
+
+    def _tell_opening(
+        self,
+        place: int,
+        event: bytes,
+        passed: bytes,
+        document: dict[str, Any],
+        delta: dict[str, Any],
+    ) -> None:
+        """Have the next stream know an event like this one, if all is as it seems."""
+        model, pattern, replacement = self.upstream_model, self._pattern, self._replacement
+        if passed == event and not pattern:  # it names no model
+            model = ""
+        elif event.count(pattern) != 1 or event.replace(pattern, replacement) != passed:
+            return
+        text_of = delta if self.has_content else None
+        if self._opening is not None:
+            self._opening.learn(place, event, document, text_of, model, pattern, replacement)
 
     def _learn(self, document: dict[str, Any]) -> None:
         if document.get("error"):
             raise _error_event(document)
         self.usage = read_usage(document) or self.usage
-        if not self.upstream_id and isinstance(document.get("id"), str):
-            self.upstream_id = document["id"]
+        if not self._raw_id and isinstance(upstream_id := document.get("id"), str):
+            self._raw_id = upstream_id.encode("utf-8", "replace")
         finish_reason, has_delta = _content(document)
         self.finish_reason = finish_reason or self.finish_reason
         self._content_events += has_delta
