@@ -47,7 +47,7 @@ class Accounts:
         """
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
-        wish, lease = call.max_output, None
+        wish, lease = call.terms.max_output, None
         if (limits := caller.limits) is not None:
             answer = usual if wish is None else wish
             cost = (0, 0) if limits.budget is None else self._most(plan, prompt, answer)

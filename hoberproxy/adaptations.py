@@ -1,7 +1,7 @@
 """What an endpoint can do and how bodies are changed for it, read from a table of the config.
 
 Providers and endpoints have the same settings here: what is said nearer to the endpoint wins, name
-by name. What the changes do to a body is in request.py.
+by name. What the changes do to a body is in upstream_body.py.
 """
 
 from __future__ import annotations

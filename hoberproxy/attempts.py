@@ -18,10 +18,11 @@ from .native import mypyc_attr
 from .pool import Pool
 from .refusal import parse_refusal
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
-from .request import Call, named_option
+from .request import Call
 from .routing import Step
 from .stream import StreamScanner
 from .upstream import Loss, UpstreamConnection
+from .upstream_body import named_option
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -49,6 +50,10 @@ class Owner:
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         """The first content is here: start the answer."""
+        raise NotImplementedError
+
+    def note_opened(self, *, is_stream: bool) -> None:
+        """The first content was written."""
         raise NotImplementedError
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
@@ -91,8 +96,8 @@ class Attempt(Reporter):
     ) -> None:
         self.phase = _CONNECT
         self._owner = owner
-        self._is_stream = call.stream  # not the call itself: it holds the body
-        self._wants_usage = call.wants_usage
+        self._is_stream = call.terms.stream  # not the call itself: it holds the body
+        self._wants_usage = call.terms.wants_usage
         self.step = step
         self._pool = pool
         self._answer = answer
@@ -206,6 +211,9 @@ class Attempt(Reporter):
         assert self._head is not None
         self.phase = _CONTENT
         self._owner.open_answer(self._head, is_stream=is_stream)
+
+    def note_opened(self, *, is_stream: bool) -> None:
+        self._owner.note_opened(is_stream=is_stream)
 
     def send_answer(self, body: bytes) -> None:
         assert self._head is not None

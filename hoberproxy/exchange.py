@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Hashable
 from dataclasses import asdict
 from typing import Final, NamedTuple
 
@@ -18,7 +17,7 @@ from .access import ANONYMOUS, Caller
 from .accounting import permitted
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
-from .catalog import Endpoint, Provider
+from .catalog import Provider
 from .config import Config
 from .counting import KeptAnswer
 from .downstream import Answer, Client
@@ -33,12 +32,13 @@ from .errors import (
     serialize_error_event,
 )
 from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
-from .http11 import Headers, Parts, RequestHead, ResponseHead
+from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .request import Call, injected_options, parse_call, serialize_upstream_body
+from .request import Call
 from .routing import Plan, make_plan
+from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -86,7 +86,6 @@ class Exchange(Owner):
     _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
     _failures: tuple[FailedAttempt, ...] = ()
     _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
-    _body: tuple[Hashable, Parts] | None = None  # as it went upstream last, and in which form
     _quiet_since = 0.0
     _paused_since = 0.0
     _unread_bytes = 0
@@ -173,9 +172,10 @@ class Exchange(Owner):
         try:
             if self._refusal is not None:
                 raise self._refusal
-            self._call = call = parse_call(body)
-            self.record.streamed = call.stream
-            self.record.requested = tuple([clip_text(slug) for slug in call.candidates[:16]])
+            self._call = call = self._gateway.frames.read(body, self._caller.key_id)
+            terms = call.terms
+            self.record.streamed = terms.stream
+            self.record.requested = terms.requested
             self._prompt_bytes = call.prompt_bytes
             self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
@@ -213,21 +213,24 @@ class Exchange(Owner):
         self._try_step()
 
     def _try_step(self) -> None:
+        is_first = self.record.attempts == 1
         try:
             self._attempt = attempt = self._make_attempt()
+            if self._client.is_paused:
+                attempt.pause()
+            if is_first:
+                self.record.overhead = _monotonic() - self._run_start
+            attempt.start()
         except Exception:
+            if self._attempt is not None:
+                self._attempt.abort()
             self._fail_ourselves()
             return
-        if self._client.is_paused:
-            attempt.pause()
+        # From here on the model server is at work: nobody waits for what is done now.
         self._gateway.health.begin(attempt.step.endpoint.key, self.now)
-        if self.record.attempts == 1:
-            wait = self._gateway.shortest_wait
-            self.record.overhead = _monotonic() - self._run_start
-        else:  # by a plan that may be older than the config
-            wait = self._longest_wait(attempt)
+        # A plan may be older than the config: only the first try is surely within its limits.
+        wait = self._gateway.shortest_wait if is_first else self._longest_wait(attempt)
         self._client.hasten(self.now + wait)
-        attempt.start()
 
     def _make_attempt(self) -> Attempt:
         call, plan = self._call, self._plan
@@ -235,39 +238,23 @@ class Exchange(Owner):
         step = plan.steps[self._position]
         upstream = self._upstreams[step.endpoint.provider]
         self._provider = provider = upstream.provider
-        request = upstream.serialize_request(
-            self._body_for(call, step.endpoint, provider),
-            self._forwarded_headers(provider.forward_headers),
-            stream=call.stream,
+        rules, options = step.endpoint.adaptation, provider.stream_options
+        body, injected = make_upstream_body(
+            call,
+            step.endpoint.upstream_model,
+            stream_options=options,
+            adaptation=rules,
+            without=self._without,
         )
-        injected = injected_options(
-            call, step.endpoint.adaptation, stream_options=provider.stream_options
-        )
+        forwarded = self._forwarded_headers(provider.forward_headers)
+        request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
         if self._attempt is not None:
             self._attempt.forget()
-        if self._without:
-            injected -= self._without
         answer, self._kept = self._answer, None
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer)
             self._kept_body = call.body
         return Attempt(self, call, step, upstream.pool, answer, request, injected)
-
-    def _body_for(self, call: Call, endpoint: Endpoint, provider: Provider) -> Parts:
-        """The body under an upstream's name for the model, built anew only in another form."""
-        model, options, rules = (
-            endpoint.upstream_model,
-            provider.stream_options,
-            endpoint.adaptation,
-        )
-        form = (model, options, rules, self._without)
-        if self._body is not None and self._body[0] == form:
-            return self._body[1]
-        body = serialize_upstream_body(
-            call, model, stream_options=options, adaptation=rules, without=self._without
-        )
-        self._body = form, body
-        return body
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
         head = self._head
@@ -289,26 +276,27 @@ class Exchange(Owner):
         return self._gateway.wheel.now
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
-        """The first content is here: the body is not needed any more, nor another endpoint."""
-        self._observe_first_content(is_stream=is_stream)
-        self._call = self._body = None
+        """The first content is here."""
+        self.record.first_content = _monotonic() - self._clock_start
         if not self._answer.is_started:
             headers, prepared = self._answer_head(head, is_stream=is_stream)
             self._answer.start(200, headers, prepared)
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer, checked."""
-        self._observe_first_content(is_stream=False)
+        self.record.first_content = _monotonic() - self._clock_start
         self.seal(200, len(body))
         if self._kept is not None:
             self._kept.keep(body)
         headers, prepared = self._answer_head(head, is_stream=False)
         self._answer.send(200, headers, body, prepared=prepared)
+        self.note_opened(is_stream=False)
 
-    def _observe_first_content(self, *, is_stream: bool) -> None:
+    def note_opened(self, *, is_stream: bool) -> None:
+        """Content was written: the body is not needed any more, nor another endpoint."""
+        self._call = None
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
-        self.record.first_content = _monotonic() - self._clock_start
         now, key, waited = self.now, attempt.step.endpoint.key, None
         # A body's first content comes with its last: better than nothing to sort by, no more.
         if is_stream or gateway.health.first_content(key, now) is None:
@@ -595,7 +583,7 @@ class Exchange(Owner):
         if attempt is not None:
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
-        self._attempt = self._call = self._refusal = self._body = None
+        self._attempt = self._call = self._refusal = None
         gateway.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint

@@ -24,8 +24,9 @@ from .admission import Admission
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
+from .frames import Frames
 from .health import Health, Key
-from .http11 import Parts, serialize_fields, serialize_request_head
+from .http11 import LARGE_BYTES, Parts, serialize_fields, serialize_request_head
 from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
@@ -56,15 +57,17 @@ class Upstream:
     def serialize_request(
         self, body: Parts, extra: list[tuple[bytes, bytes]], *, stream: bool
     ) -> Parts:
-        """The whole request; `extra` are header fields of the client that may pass."""
+        """The whole request, a small one in one part; `extra` are fields of the client's head."""
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
         length = 0
         for part in body:
             length += len(part)
         digits = str(length).encode()  # half of what `%d` touches
-        head = b"".join((head, fields, b"content-length: ", digits, b"\r\n\r\n"))
-        return [head, *body]
+        parts = [head, fields, b"content-length: ", digits, b"\r\n\r\n", *body]
+        if length < LARGE_BYTES:
+            return [b"".join(parts)]
+        return [b"".join(parts[: -len(body)]), *body]
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
         """The header lines that every answer of this provider under this slug has."""
@@ -122,6 +125,7 @@ class Gateway:
     upstreams: dict[str, Upstream]
     admission: Admission
     health: Health = field(default_factory=Health)
+    frames: Frames = field(default_factory=Frames)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)
     is_draining: bool = False  # every connection ends with its next answer

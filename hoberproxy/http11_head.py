@@ -132,11 +132,13 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
     says 5 and closes at once. `length` is in bytes, None unless `kind` is LENGTH. `content_type` is
-    the media type in lower case without parameters, b"" when none was sent.
+    the media type in lower case without parameters, b"" when none was sent. `content_encoding` has
+    all codings in lower case, b"identity" when there is none.
     """
 
     __slots__ = (
         "_first",
+        "content_encoding",
         "content_type",
         "headers",
         "keep_alive",
@@ -156,6 +158,7 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
         keepalive_hint: float | None,
         first: dict[bytes, bytes],
         content_type: bytes,
+        content_encoding: bytes,
     ) -> None:
         self.status = status
         self.headers = headers
@@ -165,13 +168,7 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
         self.keepalive_hint = keepalive_hint
         self._first = first
         self.content_type = content_type
-
-    @property
-    def content_encoding(self) -> bytes:
-        """All codings in lower case, b"identity" when there is none."""
-        if b"content-encoding" not in self._first:
-            return b"identity"
-        return _joined(self.headers, b"content-encoding").lower() or b"identity"
+        self.content_encoding = content_encoding
 
 
 class RepeatedHead:
@@ -295,6 +292,7 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
         _keepalive_hint(first.get(b"keep-alive")),
         first,
         _media_type(first),
+        _joined(headers, b"content-encoding").lower() or b"identity",
     )
 
 
@@ -328,7 +326,7 @@ class ResponseHeads:
         if len(lines) != len(old) or lines[0] != old[0]:
             return None
         headers, first, length = known.headers.copy(), known._first.copy(), known.length
-        content_type = known.content_type
+        content_type, coding = known.content_type, known.content_encoding
         for place in range(1, len(lines)):
             line = lines[place]
             if line == old[place]:
@@ -348,6 +346,8 @@ class ResponseHeads:
             first[name] = value
             if name == b"content-type":
                 content_type = _media_type(first)
+            elif name == b"content-encoding":  # in no other line: a pattern has each name once
+                coding = value.lower() or b"identity"
         return ResponseHead(
             known.status,
             headers,
@@ -357,6 +357,7 @@ class ResponseHeads:
             known.keepalive_hint,
             first,
             content_type,
+            coding,
         )
 
     def _read(self, raw: bytes) -> ResponseHead:

@@ -25,8 +25,9 @@ from .errors import UpstreamError
 from .gateway import Upstream, make_upstreams
 from .http11 import ResponseHead
 from .listing import list_models
-from .request import injected_options, parse_call, serialize_upstream_body
+from .request import parse_call
 from .routing import Step
+from .upstream_body import make_upstream_body
 
 SHORTEST_MEASURED = 0.05  # seconds of writing; below, tokens per second are noise of a few packets
 
@@ -203,15 +204,14 @@ class _Question(Owner):
         self.message: dict[str, Any] = {}  # of an answer that is no stream
         call, endpoint = parse_call(orjson.dumps(body)), step.endpoint
         rules, options = endpoint.adaptation, upstream.provider.stream_options
-        injected = injected_options(call, rules, stream_options=options)
-        adapted = serialize_upstream_body(
+        adapted, injected = make_upstream_body(
             call,
             endpoint.upstream_model,
             stream_options=options,
             adaptation=rules,
             without=without,
         )
-        request = upstream.serialize_request(adapted, [], stream=call.stream)
+        request = upstream.serialize_request(adapted, [], stream=call.terms.stream)
         nobody = _Nobody()
         answer = Answer(nobody, nobody, version_minor=1, keep_alive=True)
         self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
@@ -244,6 +244,9 @@ class _Question(Owner):
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         self.first_content = self.now
+
+    def note_opened(self, *, is_stream: bool) -> None:
+        """Questions of the probe teach health nothing."""
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         choice = orjson.loads(body)["choices"][0]  # checked by the relay

@@ -70,6 +70,10 @@ class Reporter(Receiver):
         """Content is about to be written: start the answer, nothing is retried from here on."""
         raise NotImplementedError
 
+    def note_opened(self, *, is_stream: bool) -> None:
+        """The first content was written: now is the time for what can wait."""
+        raise NotImplementedError
+
     def seal(self, following: int) -> None:
         """The last bytes of the answer, so many, are about to be written: account for it first."""
         raise NotImplementedError
@@ -140,11 +144,14 @@ class StreamRelay(Relay):
         scanner = self._scanner
         out = scanner.feed(data)
         if out:
-            if not self._is_open:
+            is_first = not self._is_open
+            if is_first:
                 self._open()
             if scanner.is_done:
                 self._attempt.seal(len(out))
             self._answer.write(out)
+            if is_first:
+                self._attempt.note_opened(is_stream=True)
         if scanner.failure is not None:
             self._fail_stream()
             return None
@@ -162,10 +169,13 @@ class StreamRelay(Relay):
         elif not scanner.is_finished:
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
-            if not self._is_open:
+            is_first = not self._is_open
+            if is_first:
                 self._open()
             self._attempt.seal(len(out))
             self._answer.finish(out)
+            if is_first:
+                self._attempt.note_opened(is_stream=True)
             self._attempt.finish()
 
     def give_up(self, error: UpstreamError) -> None:
@@ -259,6 +269,7 @@ class BodyRelay(Relay):
             stream = serialize_as_stream(completion, self._slug, wants_usage=self._wants_usage)
             self._attempt.seal(len(stream))
             self._answer.finish(stream)
+            self._attempt.note_opened(is_stream=True)
         else:
             self._attempt.send_answer(completion.body)
         self._attempt.finish()
@@ -297,6 +308,7 @@ class BodyRelay(Relay):
         self._collected.clear()
         self._attempt.open_answer(is_stream=False)
         self._write(rewriter.feed(body))
+        self._attempt.note_opened(is_stream=False)
 
     def _end_large(self, rewriter: MemberRewriter) -> None:
         self._write(rewriter.feed_eof())

@@ -1,40 +1,41 @@
-"""A chat request's body: its rules, and the body that goes upstream.
+"""A chat request's body and its rules.
 
 Checks the top level, the roles and the shape of contents; what lies deeper is the upstream's to
 judge. Which models and providers exist is the router's business, and how large a body may be the
-server's. What goes upstream is spliced from the client's bytes, so that every value keeps its
-digits and escapes.
+server's. What goes upstream is upstream_body.py's.
+
+A body is its messages and what stands around them, its frame. What a frame says is the same for
+all requests of an app, as a rule: frames.py knows it again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, KeysView
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
 from typing import Any, Final
 
 import orjson
 
-from .catalog import NO_ADAPTATION, ROLES, Adaptation
+from .catalog import ROLES, Adaptation
 from .errors import RequestError
-from .http11_body import LARGE_BYTES, Parts
-from .members import Member, model_member, scan_elements, scan_members
+from .http11_body import LARGE_BYTES
+from .members import Member, scan_members
+from .record import clip_text
 
 JsonObject = dict[str, Any]
 
 _loads: Final = orjson.loads
-_dumps: Final = orjson.dumps
 
 _TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
 _RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
-_BRACKET: Final = 0x5B
+MAX_REQUESTED: Final = 16  # slugs that a record tells
 _LENGTHS: Final = ("max_completion_tokens", "max_tokens")
 _RARER: Final = frozenset(
-    ("models", "stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
+    ("stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
 )
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
@@ -70,55 +71,99 @@ class ProviderPreferences:
 NO_PREFERENCES: Final = ProviderPreferences()
 
 
-class Call:
-    """What a client asked, checked; only read. Made by `parse_call`.
+class Around:
+    """What goes upstream before and behind the messages, and what it was made from."""
 
-    What few requests need is worked out when it is asked for. `is_canonical` says that the body is
-    written as orjson would write it, but perhaps for its messages: no spaces, nothing twice, each
-    string in its shortest form.
-    """
+    __slots__ = (
+        "adaptation",
+        "after",
+        "before",
+        "injected",
+        "model",
+        "stream_options",
+        "without",
+    )
+
+    def __init__(
+        self,
+        model: str,
+        stream_options: bool,
+        adaptation: Adaptation,
+        without: frozenset[str],
+        before: bytes,
+        after: bytes,
+        injected: frozenset[str],
+    ) -> None:
+        self.model = model
+        self.stream_options = stream_options
+        self.adaptation = adaptation
+        self.without = without
+        self.before = before
+        self.after = after
+        self.injected = injected  # members that are ours, not the client's
+
+
+class Terms:
+    """What a body says beside its messages, checked. Calls with the same frame share it."""
 
     candidates: tuple[str, ...]  # slugs, `model` first, then `models`; suffixes included
+    requested: tuple[str, ...]  # the first of these, fit for a record
     stream: bool
-    needs_images: bool
-    roles: dict[str, int]  # each role of the messages, and the place of the last that has it
-    # What only some calls say:
+    given: frozenset[str]  # names of all top-level members that are not null, `messages` too
+    # What only some say:
     asks_for_usage = False  # in the stream: by `stream_options.include_usage`, as upstreams know it
     wants_usage = False  # in one way or the other: `usage.include` is ours
     provider = NO_PREFERENCES
     needs_tools = False
-    needs_json = False
+    json_format: str | None = None  # the type of `response_format`, if it is one of JSON
     max_output: int | None = None  # tokens
 
-    def __init__(
-        self,
-        document: JsonObject,
-        body: bytes,
-        members: list[Member] | None,
-        prompt_bytes: int | None = None,
-    ) -> None:
-        self._document = document
-        self._members = members
-        self._prompt_bytes = prompt_bytes
-        self.is_canonical = members is None
-        self.body = body  # the client's, as it came
-        self.needs_images, self.roles = _check_messages(document["messages"])
-        model = document.get("model")
-        self.candidates = (model,) if model is not None else ()
+    def __init__(self, document: JsonObject) -> None:
+        self.around: list[Around] = []  # as it went upstream; upstream_body.py's
+        self.given = frozenset([name for name, value in document.items() if value is not None])
+        self.candidates = candidates = _candidates(document)
+        self.requested = tuple([clip_text(slug) for slug in candidates[:MAX_REQUESTED]])
         self.stream = document.get("stream") is True
         if not _RARER.isdisjoint(document):
             self._read_rarer(document.get)
 
     def _read_rarer(self, get: Callable[[str], Any]) -> None:
-        if models := get("models"):
-            self.candidates = tuple(dict.fromkeys((*self.candidates, *models)))
         self.asks_for_usage = _is_set(get("stream_options"), "include_usage")
         self.wants_usage = self.asks_for_usage or _is_set(get("usage"), "include")
         if (provider := get("provider")) is not None:
             self.provider = _parse_provider(provider)
         self.needs_tools = bool(get("tools"))
-        self.needs_json = (get("response_format") or _NOTHING).get("type") in _JSON_FORMATS
+        kind = (get("response_format") or _NOTHING).get("type")
+        self.json_format = kind if kind in _JSON_FORMATS else None
         self.max_output = get("max_completion_tokens") or get("max_tokens")
+
+
+def _candidates(document: JsonObject) -> tuple[str, ...]:
+    """`model`, then `models`, each once."""
+    model, models = document.get("model"), document.get("models")
+    slugs: list[str] = [] if model is None else [model]
+    if models:
+        slugs = list(dict.fromkeys([*slugs, *models]))
+    return tuple(slugs)
+
+
+class Call:
+    """What a client asked, checked; only read. Made by `parse_call`, and by frames.py."""
+
+    def __init__(
+        self,
+        terms: Terms,
+        messages: object,
+        body: bytes,
+        raw_messages: bytes | memoryview,
+        members: list[Member] | None = None,
+    ) -> None:
+        """`messages` are `raw_messages`, a part of `body`, parsed. Raises RequestError for them."""
+        self.needs_images, self.roles = _check_messages(messages)
+        self.terms = terms
+        self.body = body  # the client's, as it came
+        self.raw_messages = raw_messages
+        self._members = members
 
     @property
     def members(self) -> list[Member]:
@@ -128,88 +173,31 @@ class Call:
         return self._members
 
     @property
-    def parameters(self) -> frozenset[str]:
-        """Names of all top-level members that are not null."""
-        return frozenset([name for name, value in self._document.items() if value is not None])
-
-    @property
     def prompt_bytes(self) -> int:
-        """Size of the raw `messages` value; measured once."""
-        if self._prompt_bytes is None:
-            (member,) = (member for member in self.members if member.name == "messages")
-            self._prompt_bytes = member.end - member.value_start
-        return self._prompt_bytes
-
-    def model_place(self) -> int:
-        """Where the member `model` begins in a canonical body that has one."""
-        body, model = self.body, model_member(self.candidates[0])
-        if body[1 : len(model) + 1] == model:
-            return 1
-        # By the length of what stands on that side of it where the messages do not.
-        before, after = _around(self._document, "model")
-        if "messages" in before:
-            return len(body) - len(model) - (len(orjson.dumps(after)) if after else 1)
-        return len(orjson.dumps(before))
-
-    @property
-    def names(self) -> KeysView[str]:
-        """Of all top-level members, in order."""
-        return self._document.keys()
-
-    def is_given(self, name: str) -> bool:
-        """Whether the body has this top-level member with a value."""
-        return self._document.get(name) is not None
+        """Size of the raw messages."""
+        return len(self.raw_messages)
 
 
 def parse_call(body: bytes) -> Call:
     """Check a body against every rule of the contract; raises RequestError naming the field."""
     document = _load_object(body)
-    members, prompt_bytes = None, _canonical_prompt(document, body)
-    if prompt_bytes is None:
-        members = scan_members(body)
-        if len(members) != len(document):
-            raise _duplicate(members)
+    members = scan_members(body)
+    if len(members) != len(document):
+        raise _duplicate(members)
     if not document.keys() <= _PARAMETERS:
         _check_names(document)
     _check_required(document)
     for name, value in document.items():
         if value is not None and (check := _CHECKS.get(name)):
             check(name, value)
-    return Call(document, body, members, prompt_bytes)
+    (span,) = [member for member in members if member.name == "messages"]
+    raw = raw_part(body, span.value_start, span.end)
+    return Call(Terms(document), document["messages"], body, raw, members)
 
 
-def _canonical_prompt(document: JsonObject, body: bytes) -> int | None:
-    """Bytes of the messages if `body` is what orjson writes for it, as most clients' bodies are.
-
-    A name given twice would be missing from what is written anew, so this is the quickest proof
-    that there is none. Most prompts need not be written for it: between canonical parts before and
-    behind there is one value if it opens with "[" and its only "]" is its last byte, for that one
-    closes the messages, and the part behind them closes nothing but the document.
-    """
-    before, after = _around(document, "messages")
-    try:
-        head = _dumps(before)[:-1] + (b',"messages":' if before else b'"messages":')
-        tail = b"," + _dumps(after)[1:] if after else b"}"
-        start, end = len(head), len(body) - len(tail)
-        if end < start or body[:start] != head or body[end:] != tail:
-            return None
-        is_left_alone = body[start] == _BRACKET and body.find(b"]", start, end) == end - 1
-        return end - start if is_left_alone or _dumps(document) == body else None
-    except orjson.JSONEncodeError:  # it reads deeper nesting than it writes
-        return None
-
-
-def _around(document: JsonObject, name: str) -> tuple[JsonObject, JsonObject]:
-    """The members before the one of that name, and those behind it."""
-    before: JsonObject = {}
-    after: JsonObject = {}
-    part = before
-    for each, value in document.items():
-        if each == name:
-            part = after
-        else:
-            part[each] = value
-    return before, after
+def raw_part(body: bytes, start: int, end: int) -> bytes | memoryview:
+    """A part of `body`; a large one as a view."""
+    return body[start:end] if end - start < LARGE_BYTES else memoryview(body)[start:end]
 
 
 def _is_set(options: JsonObject | None, name: str) -> bool:
@@ -514,184 +502,3 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
     if price < 0:
         raise _wrong_value(param, "0 or more", str(price))
     return Decimal(str(price))  # by its shortest text: 0.1 stays 0.1
-
-
-# The body that goes upstream
-
-
-_NO_OPTIONS: Final[frozenset[str]] = frozenset()
-_STREAM_OPTIONS: Final = frozenset(("stream_options",))
-_INCLUDE_USAGE: Final = b',"stream_options":{"include_usage":true}}'
-# Members whose bytes may have to change beside the model's.
-_SPECIAL: Final = frozenset(("models", "provider", "usage", "stream_options"))
-_SPECIAL_BUT_OPTIONS: Final = _SPECIAL - {"stream_options"}
-
-# What becomes of one member: its new `"name":` and its new raw value, None where the client's
-# bytes stay. None for the whole takes the member out.
-_Change = tuple[bytes | None, bytes | None] | None
-
-
-def serialize_upstream_body(
-    call: Call,
-    upstream_model: str,
-    *,
-    stream_options: bool,
-    adaptation: Adaptation = NO_ADAPTATION,
-    without: frozenset[str] = frozenset(),
-) -> Parts:
-    """The client's body with our few changes; all other members keep their bytes and order.
-
-    `stream_options` says whether the endpoint understands that member, `adaptation` how it wants
-    its bodies. A renamed member keeps its place and value; where the client gave the new name a
-    value too, that one stands and the renamed member is taken out. Of the options we would put in,
-    those in `without`, which the endpoint has refused, go up only as the client sent them.
-
-    In one part, at the cost of a copy of the body, and up to two of the messages where roles are
-    changed. Where next to nothing changes, those of a large body are views into the client's.
-    """
-    if adaptation is NO_ADAPTATION and not without:
-        spliced = _splice_plain(call, upstream_model, stream_options)
-        if spliced is not None:
-            return spliced
-    changes = _changes(call, upstream_model, stream_options, without)
-    if adaptation is not NO_ADAPTATION:
-        _adapt(changes, call, adaptation, without)
-    view = memoryview(call.body)
-    parts: Parts = []
-    for name, start, value_start, end in call.members:
-        if name not in changes:
-            parts += (b",", view[start:end])
-        elif (change := changes.pop(name)) is not None:
-            head, value = change
-            parts += (b",", head or view[start:value_start], value or view[value_start:end])
-    for name, change in changes.items():  # what the client's body had no place for
-        if change is not None and change[1] is not None:
-            parts += (b",", _head(name), change[1])
-    parts[0] = b"{"  # for the first comma
-    parts.append(b"}")
-    return [b"".join(parts)]
-
-
-def _splice_plain(call: Call, upstream_model: str, stream_options: bool) -> Parts | None:
-    """The same for nearly every body, without a scan; None for the others."""
-    body = call.body
-    if not call.is_canonical:
-        return None
-    asks_for_usage = call.asks_for_usage and stream_options
-    special = _SPECIAL_BUT_OPTIONS if asks_for_usage else _SPECIAL
-    if not special.isdisjoint(call.names):
-        return None
-    model, start = model_member(call.candidates[0]), call.model_place()
-    name, rest = model_member(upstream_model), start + len(model)
-    end, options = len(body), b""
-    if call.stream and stream_options and not asks_for_usage:
-        end, options = end - 1, _INCLUDE_USAGE
-    if end > LARGE_BYTES:
-        view = memoryview(body)
-        return [view[:start], name, view[rest:end], options]
-    return [b"".join((body[:start], name, body[rest:end], options))]
-
-
-def injected_options(call: Call, adaptation: Adaptation, *, stream_options: bool) -> frozenset[str]:
-    """The members that we put into the body and the client did not send.
-
-    A renamed one is not among them: its value is the client's, and an upstream that names it may
-    well complain of that.
-    """
-    names = _NO_OPTIONS
-    if stream_options and call.stream and not call.is_given("stream_options"):
-        names = _STREAM_OPTIONS
-    if adaptation.set:
-        names |= {name for name, _ in adaptation.set if not call.is_given(name)}
-    return names
-
-
-def named_option(message_text: str, injected: frozenset[str]) -> str | None:
-    """Which of the `injected` options an upstream's refusal names, the first if several.
-
-    The text may be a message, a `param` or a whole body. It may also quote the prompt, and so name
-    what was not refused: only a second try that succeeds without the option proves it.
-    """
-    places = {}
-    for name in injected:
-        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message_text):
-            places[name] = found.start()
-    return min(places, key=places.__getitem__, default=None)
-
-
-def _changes(
-    call: Call, upstream_model: str, stream_options: bool, without: frozenset[str]
-) -> dict[str, _Change]:
-    changes: dict[str, _Change] = {
-        "model": (None, orjson.dumps(upstream_model)),
-        "models": None,
-        "provider": None,
-        "usage": None,
-    }
-    if not stream_options:
-        changes["stream_options"] = None
-    elif "stream_options" in without:
-        _leave_to_client(changes, call, "stream_options")
-    elif call.stream:
-        options = _stream_options(call)
-        if options.get("include_usage") is not True:
-            value = orjson.dumps({**options, "include_usage": True})
-            changes["stream_options"] = (None, value)
-    return changes
-
-
-def _stream_options(call: Call) -> JsonObject:
-    for member in call.members:
-        if member.name == "stream_options":
-            return orjson.loads(call.body[member.value_start : member.end]) or {}
-    return {}
-
-
-def _adapt(
-    changes: dict[str, _Change], call: Call, adaptation: Adaptation, without: frozenset[str]
-) -> None:
-    for old, new in adaptation.rename:
-        if call.is_given(old) and not call.is_given(new):
-            changes[new] = None  # a null, if anything
-            changes[old] = (_head(new), None)
-        else:
-            changes[old] = None
-    for name in adaptation.drop:
-        changes[name] = None
-    for name, value in adaptation.set:
-        if name in without:
-            _leave_to_client(changes, call, name)
-        else:
-            changes[name] = (None, value)
-    places = [call.roles[role] for role, _ in adaptation.roles if role in call.roles]
-    if places:
-        changes["messages"] = (None, _adapt_roles(call, dict(adaptation.roles), max(places)))
-
-
-def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
-    if not call.is_given(name):  # a null is as good as absent, but not to who forbids the name
-        changes[name] = None
-
-
-def _head(name: str) -> bytes:
-    return orjson.dumps(name) + b":"
-
-
-def _adapt_roles(call: Call, roles: dict[str, str], last: int) -> bytes:
-    """The messages with other roles up to the `last`; all else in them keeps its bytes."""
-    (messages,) = (member for member in call.members if member.name == "messages")
-    view = memoryview(call.body)
-    parts: list[bytes | memoryview] = []
-    sent = messages.value_start
-    # To read all of a prompt again would cost twice its parse; a developer's message stands first.
-    for start, end in islice(scan_elements(call.body, messages.value_start), last + 1):
-        message = call.body[start:end]
-        for member in scan_members(message):
-            if member.name != "role":
-                continue
-            role = orjson.loads(message[member.value_start : member.end])
-            if type(role) is str and role in roles:
-                parts += (view[sent : start + member.value_start], orjson.dumps(roles[role]))
-                sent = start + member.end
-    parts.append(view[sent : messages.end])
-    return b"".join(parts)

@@ -16,8 +16,6 @@ from decimal import Decimal
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from .catalog import Abilities, Catalog, Endpoint, Model
 from .errors import RouteError
 from .health import Health, Key
@@ -112,7 +110,8 @@ def make_plan(
     """
     if health is None:
         health = _NOTHING_LEARNT
-    may_stand = len(call.candidates) == 1 and call.provider is NO_PREFERENCES and health.is_calm
+    terms = call.terms
+    may_stand = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
     if may_stand and (standing := _find_standing(call, catalog)) is not None:
         return standing
     filters = _choose_filters(call)
@@ -120,22 +119,22 @@ def make_plan(
     removed: list[Removal] = []
     unknown: list[str] = []
     taken: set[Key] = set()
-    for candidate in call.candidates:
+    for candidate in terms.candidates:
         models, sort = _look_up(candidate, catalog)
         if models is None:
             unknown.append(candidate)
             continue
         offers = _filter(models, filters, taken, removed)
-        sort = call.provider.sort or sort
-        steps += _arrange(offers, sort, call.provider, health, now, draw)
+        sort = terms.provider.sort or sort
+        steps += _arrange(offers, sort, terms.provider, health, now, draw)
     if not steps:
-        raise _nothing_left(call.candidates, removed, unknown)
-    if not call.provider.allow_fallbacks:
+        raise _nothing_left(terms.candidates, removed, unknown)
+    if not terms.provider.allow_fallbacks:
         removed += [_fallback(step) for step in steps[1:]]
         del steps[1:]
     plan = Plan(tuple(steps), tuple(removed), tuple(unknown))
     if may_stand:
-        _keep_standing(call.candidates[0], plan, catalog)
+        _keep_standing(terms.candidates[0], plan, catalog)
     return plan
 
 
@@ -157,18 +156,19 @@ class _Standing:  # no tuple, whose methods are looked up by name
 
     def serves(self, call: Call) -> bool:
         """Whether no filter would take an endpoint out."""
-        output = call.max_output or 0
+        terms = call.terms
+        output = terms.max_output or 0
         return (
             len(call.body) // _BYTES_PER_TOKEN + output <= self.context_length
             and output <= self.max_output
-            and (not call.needs_tools or "tools" in self.abilities)
-            and (not call.needs_json or "json" in self.abilities)
+            and (not terms.needs_tools or "tools" in self.abilities)
+            and (terms.json_format is None or "json" in self.abilities)
             and (not call.needs_images or "vision" in self.abilities)
         )
 
 
 def _find_standing(call: Call, catalog: Catalog) -> Plan | None:
-    standing: _Standing | None = catalog.standing.get(call.candidates[0])
+    standing: _Standing | None = catalog.standing.get(call.terms.candidates[0])
     return standing.plan if standing is not None and standing.serves(call) else None
 
 
@@ -214,7 +214,8 @@ def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, 
 
 
 def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
-    wanted = call.provider
+    terms = call.terms
+    wanted = terms.provider
     filters: list[tuple[str, _Filter]] = []
     if wanted.only:
         filters.append(("not_only", _only(frozenset(wanted.only))))
@@ -222,18 +223,18 @@ def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
         filters.append(("ignored", _ignore(frozenset(wanted.ignore))))
     if wanted.max_price_prompt is not None or wanted.max_price_completion is not None:
         filters.append(("price", _price_limit(wanted)))
-    if call.needs_tools:
+    if terms.needs_tools:
         filters.append(("no_tools", _without_tools))
-    if call.needs_json:
+    if terms.json_format is not None:
         filters.append(_json_filter(call))
     if call.needs_images:
         filters.append(("no_vision", _without_vision))
     else:  # the bytes of an image are no tokens
         filters.append(("context_length", _context_limit(call)))
-    if call.max_output is not None:
-        filters.append(("max_output", _output_limit(call.max_output)))
+    if terms.max_output is not None:
+        filters.append(("max_output", _output_limit(terms.max_output)))
     if wanted.require_parameters:
-        filters.append(("parameters", _require(call.parameters - _COMMON_PARAMETERS)))
+        filters.append(("parameters", _require(terms.given - _COMMON_PARAMETERS)))
     return filters
 
 
@@ -307,11 +308,8 @@ def _without_vision(model: Model, endpoint: Endpoint) -> str | None:
 
 
 def _json_filter(call: Call) -> tuple[str, _Filter]:
-    for member in call.members:
-        if member.name == "response_format":
-            wanted = orjson.loads(call.body[member.value_start : member.end])
-            if wanted["type"] == "json_schema":
-                return "no_json_schema", _without_json_schema
+    if call.terms.json_format == "json_schema":
+        return "no_json_schema", _without_json_schema
     return "no_json_mode", _without_json_mode
 
 
@@ -324,7 +322,7 @@ def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
 
 
 def _context_limit(call: Call) -> _Filter:
-    tokens = call.prompt_bytes // _BYTES_PER_TOKEN + (call.max_output or 0)
+    tokens = call.prompt_bytes // _BYTES_PER_TOKEN + (call.terms.max_output or 0)
 
     def why_not(model: Model, endpoint: Endpoint) -> str | None:
         length = endpoint.context_length

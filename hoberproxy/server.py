@@ -52,6 +52,7 @@ ACCEPTED_GRACE = 0.1
 SAMPLE = 1.0  # seconds over which rates are told
 HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
+FRAMES_SWEEP = 600  # of these; what requests said around their messages goes if not said again
 
 
 class Server(Timed):
@@ -81,6 +82,7 @@ class Server(Timed):
         self._leave = asyncio.Event()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
+        self._sweeps = 0
         self._gateway: Gateway | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
@@ -303,8 +305,11 @@ class Server(Timed):
         self._heartbeat = loop.call_at(following, self._beat, following)
 
     def on_deadline(self, now: float) -> float:
-        """Sweep the pools."""
+        """Sweep the pools, and now and then what was remembered of requests."""
         assert self._gateway is not None
+        self._sweeps += 1
+        if self._sweeps % FRAMES_SWEEP == 0:
+            self._gateway.frames.forget_unused()
         for upstream in self._gateway.upstreams.values():
             upstream.pool.close_expired(now)
         return now + POOL_SWEEP

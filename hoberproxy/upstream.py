@@ -12,7 +12,6 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from .http11 import (
-    LARGE_BYTES,
     MAX_RESPONSE_HEAD_BYTES,
     BodyReader,
     ChunkedBody,
@@ -108,6 +107,7 @@ class UpstreamConnection:
         self._body: BodyReader | None = None
         self.has_served = False  # an answer has ended on it: the peer may be about to close it
         self._has_answered = False  # a byte of the current answer has come
+        self._has_ended = False  # the peer sends no more
         self._sent_at = 0.0
         self._stencil = None
         self.heard_at = 0.0  # loop time of the last bytes, as of the wheel's last turn
@@ -125,11 +125,8 @@ class UpstreamConnection:
         self._opening_chunks = OPENING_CHUNKS
         self._interim_answers = 0
         self._sent_at = self.heard_at = self._wheel.now
-        if len(request) == 2 and len(request[1]) < LARGE_BYTES:
-            self._transport.write(b"".join(request))
-        else:
-            for part in request:
-                self._transport.write(part)
+        for part in request:
+            self._transport.write(part)
 
     def pause_upstream(self) -> None:
         """Stop reading: the client is slower than the model server."""
@@ -151,8 +148,12 @@ class UpstreamConnection:
 
     @property
     def is_closed(self) -> bool:
-        """No request can be sent on it."""
-        return self.state is State.CLOSED or self._transport is None or self._transport.is_closing()
+        """No request can be sent on it.
+
+        The transport is not asked: what else it knows it tells within this turn of the loop, and a
+        request sent till then is sent anew (Loss.STALE).
+        """
+        return self.state is State.CLOSED or self._transport is None or self._has_ended
 
     # What the loop does
 
@@ -211,6 +212,7 @@ class UpstreamConnection:
             self._stencil = None
 
     def eof_received(self) -> bool:
+        self._has_ended = True
         return False  # the transport closes
 
     def pause_writing(self) -> None:

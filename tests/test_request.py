@@ -19,11 +19,9 @@ from hoberproxy.members import Member, scan_elements, scan_members
 from hoberproxy.request import (
     Call,
     ProviderPreferences,
-    injected_options,
-    named_option,
     parse_call,
-    serialize_upstream_body,
 )
+from hoberproxy.upstream_body import make_upstream_body, named_option
 
 from .conftest import pure_only
 
@@ -52,7 +50,7 @@ def upstream(
     without: Iterable[str] = (),
 ) -> bytes:
     def serialize(adaptation: Adaptation) -> bytes:
-        parts = serialize_upstream_body(
+        parts, _ = make_upstream_body(
             call,
             "up",
             stream_options=stream_options,
@@ -318,7 +316,7 @@ def test_no_character_that_folds_to_a_plain_letter_gets_through() -> None:
 @pytest.mark.parametrize("name", ["seed", "", "123", "X-Extra", "modèle", "modell", "mo del", "元"])
 def test_names_that_are_no_parameter_pass(name: str) -> None:
     call = parse_call(body(**{name: 1}))
-    assert name in call.parameters
+    assert name in call.terms.given
     assert json.loads(upstream(call))[name] == 1
 
 
@@ -353,7 +351,7 @@ def test_the_bounds_themselves_are_accepted() -> None:
         {"temperature": 2, "top_p": 1, "max_completion_tokens": 2**63},
         {"temperature": 2.0, "top_p": 1.0},
     ):
-        assert parse_call(body(**members)).parameters == {"model", "messages", *members}
+        assert parse_call(body(**members)).terms.given == {"model", "messages", *members}
 
 
 def test_null_is_absent_for_every_optional_parameter() -> None:
@@ -362,10 +360,14 @@ def test_null_is_absent_for_every_optional_parameter() -> None:
         "response_format stream_options usage models provider"
     ).split()
     call = parse_call(body(**dict.fromkeys(optional)))
-    assert call.parameters == {"model", "messages"}
-    assert call.provider == ProviderPreferences()
-    assert (call.stream, call.wants_usage, call.max_output) == (False, False, None)
-    assert not (call.needs_tools or call.needs_json or call.needs_images)
+    assert call.terms.given == {"model", "messages"}
+    assert call.terms.provider == ProviderPreferences()
+    assert (call.terms.stream, call.terms.wants_usage, call.terms.max_output) == (
+        False,
+        False,
+        None,
+    )
+    assert not (call.terms.needs_tools or call.terms.json_format is not None or call.needs_images)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +382,7 @@ def test_null_is_absent_for_every_optional_parameter() -> None:
 def test_candidates_are_model_then_models_without_repeats(
     members: dict[str, Any], candidates: tuple[str, ...]
 ) -> None:
-    assert parse_call(body(**members)).candidates == candidates
+    assert parse_call(body(**members)).terms.candidates == candidates
 
 
 @pytest.mark.parametrize(
@@ -394,7 +396,7 @@ def test_candidates_are_model_then_models_without_repeats(
     ],
 )
 def test_usage_is_wanted_by_either_way_of_asking(members: dict[str, Any], expected: bool) -> None:
-    assert parse_call(body(stream=True, **members)).wants_usage is expected
+    assert parse_call(body(stream=True, **members)).terms.wants_usage is expected
 
 
 @pytest.mark.parametrize(
@@ -424,14 +426,18 @@ def test_a_call_knows_what_its_model_must_be_able_to_do(
     members: dict[str, Any], needs: set[str]
 ) -> None:
     call = parse_call(body(**members))
-    found = {"tools": call.needs_tools, "json": call.needs_json, "images": call.needs_images}
+    found = {
+        "tools": call.terms.needs_tools,
+        "json": call.terms.json_format is not None,
+        "images": call.needs_images,
+    }
     assert {name for name, needed in found.items() if needed} == needs
 
 
 def test_the_newer_limit_of_the_output_wins() -> None:
-    assert parse_call(body(max_tokens=5)).max_output == 5
-    assert parse_call(body(max_tokens=5, max_completion_tokens=7)).max_output == 7
-    assert parse_call(body(max_tokens=5, max_completion_tokens=None)).max_output == 5
+    assert parse_call(body(max_tokens=5)).terms.max_output == 5
+    assert parse_call(body(max_tokens=5, max_completion_tokens=7)).terms.max_output == 7
+    assert parse_call(body(max_tokens=5, max_completion_tokens=None)).terms.max_output == 5
 
 
 def test_provider_preferences_are_read() -> None:
@@ -445,7 +451,7 @@ def test_provider_preferences_are_read() -> None:
         "require_parameters": True,
         "data_collection": {"what": "ever"},
     }
-    assert parse_call(body(provider=provider)).provider == ProviderPreferences(
+    assert parse_call(body(provider=provider)).terms.provider == ProviderPreferences(
         only=("a", "b"),
         ignore=None,
         order=("b",),
@@ -460,9 +466,9 @@ def test_provider_preferences_are_read() -> None:
 def test_null_in_provider_preferences_is_absent() -> None:
     fields = "only ignore order allow_fallbacks sort max_price require_parameters".split()
     call = parse_call(body(provider=dict.fromkeys(fields)))
-    assert call.provider == ProviderPreferences()
+    assert call.terms.provider == ProviderPreferences()
     call = parse_call(body(provider={"max_price": {"prompt": None}}))
-    assert call.provider == ProviderPreferences()
+    assert call.terms.provider == ProviderPreferences()
 
 
 # The body that goes upstream
@@ -488,7 +494,7 @@ def test_the_model_is_appended_where_the_client_gave_only_a_list() -> None:
 
 
 def test_a_name_of_a_model_is_escaped() -> None:
-    sent = serialize_upstream_body(parse_call(body()), 'q"\\ü', stream_options=True)
+    sent, _ = make_upstream_body(parse_call(body()), 'q"\\ü', stream_options=True)
     assert json.loads(b"".join(sent))["model"] == 'q"\\ü'
 
 
@@ -515,7 +521,6 @@ def test_a_large_body_goes_up_as_a_small_one_does(
     messages = [{"role": "user", "content": text}, *more]
     data = orjson.dumps({**before, "messages": messages, **after})
     call = parse_call(data)
-    assert call.is_canonical
     assert call.prompt_bytes == len(orjson.dumps(messages))
     expected = json.loads(data) | {"model": "up"}
     if after.get("stream"):
@@ -724,7 +729,7 @@ def test_messages_behind_the_last_role_that_changes_are_not_read_again(
 
     call = parse_call(chat(USER, {"role": "developer", "content": ""}, USER, USER))
     assert call.members  # read before: a call reads them when they are asked for
-    monkeypatch.setattr("hoberproxy.request.scan_members", scan)
+    monkeypatch.setattr("hoberproxy.upstream_body.scan_members", scan)
     assert json.loads(upstream(call, DEVELOPER))["messages"][1]["role"] == "system"
     assert len(read) == 2
 
@@ -733,7 +738,7 @@ def test_messages_without_a_role_that_changes_are_not_read_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     call = parse_call(body())
-    monkeypatch.setattr("hoberproxy.request.scan_elements", None)
+    monkeypatch.setattr("hoberproxy.upstream_body.scan_elements", None)
     assert upstream(call, DEVELOPER) == upstream(call)
 
 
@@ -781,7 +786,8 @@ def test_options_put_in_are_those_that_the_client_did_not_send(
 ) -> None:
     adaptation = Adaptation(rename=RENAMED.rename, set=PUT_IN.set)
     call = parse_call(body(**members))
-    assert injected_options(call, adaptation, stream_options=stream_options) == injected
+    _, put_in = make_upstream_body(call, "up", stream_options=stream_options, adaptation=adaptation)
+    assert put_in == injected
 
 
 REFUSALS = [
@@ -1008,7 +1014,7 @@ def test_any_value_of_a_parameter_is_refused_or_goes_up_as_json(name: str, value
         assert error.param is not None
         assert error.param.startswith(name)
     else:
-        assert parse_call(upstream(call)).candidates == ("up",)
+        assert parse_call(upstream(call)).terms.candidates == ("up",)
 
 
 @given(

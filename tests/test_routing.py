@@ -681,7 +681,7 @@ def healths(draw: st.DrawFn) -> Health:
 
 def offers(sent: Call, models: Catalog) -> Iterator[tuple[str, str, str]]:
     """Every endpoint of every candidate, by the contract's words and nothing of the router's."""
-    for candidate in sent.candidates:
+    for candidate in sent.terms.candidates:
         slug = candidate.removesuffix(":nitro").removesuffix(":floor")
         if slug.startswith("hober/auto"):
             found = list(models.models())
@@ -724,17 +724,17 @@ def check_accounts(plan: Plan, sent: Call, models: Catalog) -> None:
     accounted += [(each.slug, each.provider, each.upstream_model) for each in plan.removed]
     assert Counter(accounted) == Counter(offers(sent, models))
     assert set(plan.unknown) | {slug for slug, *_ in accounted} >= {
-        slug for slug in sent.candidates if slug in SLUGS
+        slug for slug in sent.terms.candidates if slug in SLUGS
     }
 
 
 def check_filters(plan: Plan, sent: Call) -> None:
-    wanted = sent.provider
+    wanted = sent.terms.provider
     for step in plan.steps:
         each = step.endpoint
         assert each.provider not in (wanted.ignore or ())
         assert not wanted.only or each.provider in wanted.only
-        assert not (sent.needs_tools and each.abilities.tools is False)
+        assert not (sent.terms.needs_tools and each.abilities.tools is False)
         if wanted.max_price_prompt is not None:
             assert each.prices is not None
             assert each.prices.prompt <= wanted.max_price_prompt
@@ -743,16 +743,16 @@ def check_filters(plan: Plan, sent: Call) -> None:
             assert each.prices.completion <= wanted.max_price_completion
         if wanted.require_parameters:
             assert each.abilities.parameters is not None
-            assert {"seed"} & sent.parameters <= each.abilities.parameters
+            assert {"seed"} & sent.terms.given <= each.abilities.parameters
     if not wanted.allow_fallbacks:
         assert len(plan.steps) == 1
 
 
 def check_order(plan: Plan, sent: Call, health: Health) -> None:
     """Of each candidate: working before cooled, `order` before others, sorted by price."""
-    is_virtual = any(slug.startswith("hober/auto") for slug in sent.candidates)
+    is_virtual = any(slug.startswith("hober/auto") for slug in sent.terms.candidates)
     for earlier, later in zip(plan.steps, plan.steps[1:], strict=False):
-        if len(sent.candidates) > 1 if is_virtual else earlier.slug != later.slug:
+        if len(sent.terms.candidates) > 1 if is_virtual else earlier.slug != later.slug:
             continue  # a virtual model's endpoints are ordered over all its models
         first, second = earlier.endpoint, later.endpoint
         is_cooled = [
@@ -762,13 +762,13 @@ def check_order(plan: Plan, sent: Call, health: Health) -> None:
         assert (earlier.reason == "cooldown") is is_cooled[0]
         if any(is_cooled):
             continue
-        order = [*(sent.provider.order or ())]
+        order = [*(sent.terms.provider.order or ())]
         ranks = [
             order.index(each.provider) if each.provider in order else len(order)
             for each in (first, second)
         ]
         assert ranks[0] <= ranks[1]
-        if sent.provider.sort == "price" and ranks[0] == ranks[1]:
+        if sent.terms.provider.sort == "price" and ranks[0] == ranks[1]:
             assert total(first) <= total(second)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.request import parse_call, serialize_upstream_body
+from hoberproxy.frames import Frames
+from hoberproxy.request import parse_call
+from hoberproxy.upstream_body import make_upstream_body
 
 from . import Case
 from .streams import request_body
@@ -22,10 +24,21 @@ def _parsing(body: bytes) -> Callable[[], Callable[[], object]]:
     return lambda: lambda: parse_call(body)
 
 
+def _reading(body: bytes) -> Callable[[], Callable[[], object]]:
+    """A body of which all but the messages is known."""
+
+    def make() -> Callable[[], object]:
+        frames = Frames()
+        frames.read(body, "key")
+        return lambda: frames.read(body, "key")
+
+    return make
+
+
 def _splicing(body: bytes) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
         call = parse_call(body)
-        return lambda: serialize_upstream_body(call, "gpt-4o-mini", stream_options=True)
+        return lambda: make_upstream_body(call, "gpt-4o-mini", stream_options=True)
 
     return make
 
@@ -35,6 +48,12 @@ CASES = (
     Case("check a prompt of 10 KB", _parsing(request_body(10_000)), unit="body"),
     Case("check a prompt of 1 MB", _parsing(request_body(1_000_000)), 1_000, "KB"),
     Case("check tools and options", _parsing(request_body(100, tools=[_TOOL] * 4)), unit="body"),
+    Case("read 100 bytes in a known frame", _reading(request_body(100)), unit="body"),
+    Case("read 10 KB in a known frame", _reading(request_body(10_000)), unit="body"),
+    Case("read 1 MB in a known frame", _reading(request_body(1_000_000)), 1_000, "KB"),
+    Case(
+        "read tools in a known frame", _reading(request_body(100, tools=[_TOOL] * 4)), unit="body"
+    ),
     Case("splice a prompt of 100 bytes", _splicing(request_body(100)), unit="body"),
     Case("splice a prompt of 1 MB", _splicing(request_body(1_000_000)), 1_000, "KB"),
 )

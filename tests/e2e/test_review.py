@@ -342,14 +342,14 @@ async def test_a_fault_of_our_own_is_told_and_not_taken_for_a_client_that_left(
     faulty: int,
 ) -> None:
     calls = iter(range(9))
-    real = exchange.serialize_upstream_body
+    real = exchange.make_upstream_body
 
     def build(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == faulty:
             raise RuntimeError("a fault")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(exchange, "serialize_upstream_body", build)
+    monkeypatch.setattr(exchange, "make_upstream_body", build)
     async with (
         ScriptedUpstream(json_response(500, {})) as first,
         ScriptedUpstream(json_response(200, {})) as second,

@@ -1,0 +1,211 @@
+"""The body that goes upstream: the client's bytes, with our few changes.
+
+Spliced, so that every value keeps its digits and escapes. What stands around the messages is made
+once for each frame of a client and kept with its `Terms`: a body costs the copy of its messages.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import islice
+from typing import Final
+
+import orjson
+
+from .catalog import NO_ADAPTATION, Adaptation
+from .http11_body import Parts
+from .members import scan_elements, scan_members
+from .request import Around, Call, JsonObject, Terms
+
+_NO_OPTIONS: Final[frozenset[str]] = frozenset()
+_STREAM_OPTIONS: Final = frozenset(("stream_options",))
+_MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
+
+# What becomes of one member: its new `"name":` and its new raw value, None where the client's
+# bytes stay. None for the whole takes the member out.
+_Change = tuple[bytes | None, bytes | None] | None
+
+
+def make_upstream_body(
+    call: Call,
+    upstream_model: str,
+    *,
+    stream_options: bool,
+    adaptation: Adaptation = NO_ADAPTATION,
+    without: frozenset[str] = _NO_OPTIONS,
+) -> tuple[Parts, frozenset[str]]:
+    """The client's body with our few changes, and the names of the members we have put in.
+
+    All other members keep their bytes and order.
+
+    `stream_options` says whether the endpoint understands that member, `adaptation` how it wants
+    its bodies. A renamed member keeps its place and value; where the client gave the new name a
+    value too, that one stands and the renamed member is taken out. Of the options we would put in,
+    those in `without`, which the endpoint has refused, go up only as the client sent them.
+
+    A large body's messages are a view into the client's, unless roles are changed in them.
+    """
+    around = None
+    for known in call.terms.around:
+        # The very same rules, as most of the time: to compare what is in them would cost more.
+        if (
+            known.model == upstream_model
+            and known.stream_options is stream_options
+            and known.adaptation is adaptation
+            and known.without is without
+        ):
+            around = known
+            break
+    else:
+        around = _make_around(call, upstream_model, stream_options, adaptation, without)
+        if len(call.terms.around) >= _MOST_KEPT:
+            call.terms.around.clear()
+        call.terms.around.append(around)
+    messages = call.raw_messages
+    if adaptation.roles:
+        places = [call.roles[role] for role, _ in adaptation.roles if role in call.roles]
+        if places:
+            messages = _adapt_roles(call, dict(adaptation.roles), max(places))
+    return [around.before, messages, around.after], around.injected
+
+
+def _make_around(
+    call: Call,
+    model: str,
+    stream_options: bool,
+    adaptation: Adaptation,
+    without: frozenset[str],
+) -> Around:
+    changes = _changes(call, model, stream_options, without)
+    if adaptation is not NO_ADAPTATION:
+        _adapt(changes, call, adaptation, without)
+    view = memoryview(call.body)
+    before: Parts = []
+    after: Parts = []
+    parts = before
+    for name, start, value_start, end in call.members:
+        if name == "messages":
+            parts += (b",", view[start:value_start])
+            parts = after
+        elif name not in changes:
+            parts += (b",", view[start:end])
+        elif (change := changes.pop(name)) is not None:
+            head, value = change
+            parts += (b",", head or view[start:value_start], value or view[value_start:end])
+    for name, change in changes.items():  # what the client's body had no place for
+        if change is not None and change[1] is not None:
+            after += (b",", _head(name), change[1])
+    before[0] = b"{"  # for the first comma
+    after.append(b"}")
+    injected = _injected(call.terms, adaptation, stream_options) - without
+    return Around(
+        model,
+        stream_options,
+        adaptation,
+        without,
+        b"".join(before),
+        b"".join(after),
+        injected,
+    )
+
+
+def _injected(terms: Terms, adaptation: Adaptation, stream_options: bool) -> frozenset[str]:
+    """The members that we put into the body and the client did not send.
+
+    A renamed one is not among them: its value is the client's, and an upstream that names it may
+    well complain of that.
+    """
+    names = _NO_OPTIONS
+    if stream_options and terms.stream and "stream_options" not in terms.given:
+        names = _STREAM_OPTIONS
+    if adaptation.set:
+        names |= {name for name, _ in adaptation.set if name not in terms.given}
+    return names
+
+
+def named_option(message_text: str, injected: frozenset[str]) -> str | None:
+    """Which of the `injected` options an upstream's refusal names, the first if several.
+
+    The text may be a message, a `param` or a whole body. It may also quote the prompt, and so name
+    what was not refused: only a second try that succeeds without the option proves it.
+    """
+    places = {}
+    for name in injected:
+        if found := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message_text):
+            places[name] = found.start()
+    return min(places, key=places.__getitem__, default=None)
+
+
+def _changes(
+    call: Call, upstream_model: str, stream_options: bool, without: frozenset[str]
+) -> dict[str, _Change]:
+    changes: dict[str, _Change] = {
+        "model": (None, orjson.dumps(upstream_model)),
+        "models": None,
+        "provider": None,
+        "usage": None,
+    }
+    if not stream_options:
+        changes["stream_options"] = None
+    elif "stream_options" in without:
+        _leave_to_client(changes, call, "stream_options")
+    elif call.terms.stream:
+        options = _stream_options(call)
+        if options.get("include_usage") is not True:
+            value = orjson.dumps({**options, "include_usage": True})
+            changes["stream_options"] = (None, value)
+    return changes
+
+
+def _stream_options(call: Call) -> JsonObject:
+    for member in call.members:
+        if member.name == "stream_options":
+            return orjson.loads(call.body[member.value_start : member.end]) or {}
+    return {}
+
+
+def _adapt(
+    changes: dict[str, _Change], call: Call, adaptation: Adaptation, without: frozenset[str]
+) -> None:
+    for old, new in adaptation.rename:
+        if old in call.terms.given and new not in call.terms.given:
+            changes[new] = None  # a null, if anything
+            changes[old] = (_head(new), None)
+        else:
+            changes[old] = None
+    for name in adaptation.drop:
+        changes[name] = None
+    for name, value in adaptation.set:
+        if name in without:
+            _leave_to_client(changes, call, name)
+        else:
+            changes[name] = (None, value)
+
+
+def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
+    if name not in call.terms.given:  # a null is as good as absent, but not to who forbids the name
+        changes[name] = None
+
+
+def _head(name: str) -> bytes:
+    return orjson.dumps(name) + b":"
+
+
+def _adapt_roles(call: Call, roles: dict[str, str], last: int) -> bytes:
+    """The messages with other roles up to the `last`; all else in them keeps its bytes."""
+    raw = bytes(call.raw_messages)
+    view = memoryview(raw)
+    parts: list[bytes | memoryview] = []
+    sent = 0
+    # To read all of a prompt again would cost twice its parse; a developer's message stands first.
+    for start, end in islice(scan_elements(raw, 0), last + 1):
+        message = raw[start:end]
+        for member in scan_members(message):
+            if member.name != "role":
+                continue
+            role = orjson.loads(message[member.value_start : member.end])
+            if type(role) is str and role in roles:
+                parts += (view[sent : start + member.value_start], orjson.dumps(roles[role]))
+                sent = start + member.end
+    parts.append(view[sent:])
+    return b"".join(parts)
