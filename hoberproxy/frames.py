@@ -12,11 +12,12 @@ is not asked for again goes within minutes, and members that are texts are not k
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Final
 
 import orjson
 
-from .request import MAX_REQUESTED, Call, Terms, parse_call, raw_part
+from .request import MAX_REQUESTED, Call, Terms, find_messages, parse_call, raw_part
 
 KEPT: Final = 4  # frames of one key
 MAX_FRAME_BYTES: Final = 64 * 1024  # the tools of an agent are most of it
@@ -26,6 +27,8 @@ OVERHEAD_BYTES: Final = 1024  # of a frame's objects
 _TEXTS: Final = frozenset(("prediction", "documents", "prompt", "input", "suffix"))
 _OPENING: Final = 0x5B  # the brackets of an array
 _CLOSING: Final = 0x5D
+_SIZE: Final = attrgetter("size")
+_NUMBER: Final = attrgetter("number")
 _loads: Final = orjson.loads
 
 
@@ -93,7 +96,7 @@ class Frames:
         terms = call.terms
         if not _TEXTS.isdisjoint(terms.given) or len(terms.candidates) > MAX_REQUESTED:
             return
-        (span,) = [member for member in call.members if member.name == "messages"]
+        span = find_messages(call.members)
         self._learnt += 1
         before, after = call.body[: span.value_start], call.body[span.end :]
         frame = _Frame(before, after, terms, self._learnt)
@@ -102,7 +105,7 @@ class Frames:
         frames = self._frames.get(key_id, [])
         if len(frames) >= KEPT:
             self._remove_one(frames)
-        self._frames[key_id] = sorted([*frames, frame], key=_negative_size)
+        self._frames[key_id] = sorted([*frames, frame], key=_SIZE, reverse=True)
         self._bytes += frame.size
         while self._bytes > MAX_BYTES:
             oldest = next(iter(self._frames))
@@ -116,17 +119,9 @@ class Frames:
         unused = [frame for frame in frames if not frame.was_used]
         for frame in frames:
             frame.was_used = False
-        victim = min(unused or frames, key=_number)
+        victim = min(unused or frames, key=_NUMBER)
         frames.remove(victim)
         self._bytes -= victim.size
-
-
-def _negative_size(frame: _Frame) -> int:
-    return -frame.size
-
-
-def _number(frame: _Frame) -> int:
-    return frame.number
 
 
 def _read_framed(body: bytes, frame: _Frame) -> Call | None:

@@ -111,8 +111,7 @@ class Terms:
     stream: bool
     given: frozenset[str]  # names of all top-level members that are not null, `messages` too
     # What only some say:
-    asks_for_usage = False  # in the stream: by `stream_options.include_usage`, as upstreams know it
-    wants_usage = False  # in one way or the other: `usage.include` is ours
+    wants_usage = False  # by `stream_options.include_usage`, or by `usage.include`, which is ours
     provider = NO_PREFERENCES
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
@@ -128,8 +127,8 @@ class Terms:
             self._read_rarer(document.get)
 
     def _read_rarer(self, get: Callable[[str], Any]) -> None:
-        self.asks_for_usage = _is_set(get("stream_options"), "include_usage")
-        self.wants_usage = self.asks_for_usage or _is_set(get("usage"), "include")
+        asks_upstreams_way = _is_set(get("stream_options"), "include_usage")
+        self.wants_usage = asks_upstreams_way or _is_set(get("usage"), "include")
         if (provider := get("provider")) is not None:
             self.provider = _parse_provider(provider)
         self.needs_tools = bool(get("tools"))
@@ -190,9 +189,15 @@ def parse_call(body: bytes) -> Call:
     for name, value in document.items():
         if value is not None and (check := _CHECKS.get(name)):
             check(name, value)
-    (span,) = [member for member in members if member.name == "messages"]
+    span = find_messages(members)
     raw = raw_part(body, span.value_start, span.end)
     return Call(Terms(document), document["messages"], body, raw, members)
+
+
+def find_messages(members: list[Member]) -> Member:
+    """The messages among the members of a body that was checked."""
+    (found,) = [member for member in members if member.name == "messages"]
+    return found
 
 
 def raw_part(body: bytes, start: int, end: int) -> bytes | memoryview:

@@ -45,7 +45,6 @@ def make_upstream_body(
 
     A large body's messages are a view into the client's, unless roles are changed in them.
     """
-    around = None
     for known in call.terms.around:
         # The very same rules, as most of the time: to compare what is in them would cost more.
         if (

@@ -33,7 +33,7 @@ def said(read: Any, *args: Any) -> Any:
     terms = {
         name: getattr(call.terms, name)
         for name in (
-            "candidates requested stream given asks_for_usage wants_usage provider "
+            "candidates requested stream given wants_usage provider "
             "needs_tools json_format max_output"
         ).split()
     }
