@@ -19,7 +19,7 @@ import aiohappyeyeballs
 
 from .catalog import Provider
 from .errors import Phase, UpstreamError
-from .memory import mapped_buffers
+from .tls import Tls
 
 if TYPE_CHECKING:
     from .upstream import UpstreamConnection
@@ -73,33 +73,25 @@ class Connector:
         )
         connection = make()
         protocol: Any = connection
+        tls: Tls | None = None
         try:
             # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls:
-                self._map_next_buffer()
-            await self._loop.create_connection(
-                lambda: protocol,
-                sock=sock,
-                ssl=self._tls,
-                server_hostname=self._provider.host if self._tls else None,
-            )
+            if self._tls is not None:
+                protocol = tls = Tls(connection, self._tls, self._provider.host, self._loop)
+            await self._loop.create_connection(lambda: protocol, sock=sock)
         except BaseException:
             sock.close()
             # Cancelled in the turn that made it, uvloop closes it without telling its protocol.
-            connection.connection_lost(None)
+            protocol.connection_lost(None)
             raise
+        if tls is not None:
+            try:
+                await tls.opened()
+            except BaseException:
+                tls.abort()
+                raise
         return connection
-
-    def _map_next_buffer(self) -> None:
-        """Before a TLS connection is made, whose buffer is set aside in this very turn.
-
-        Not for the whole handshake: each read over TLS sets aside as much for a moment, and costs
-        twice where that is mapped.
-        """
-        mapped = contextlib.ExitStack()
-        mapped.enter_context(mapped_buffers())
-        self._loop.call_soon(mapped.close)
 
     # Names
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 KEPT_BYTES = 64 * 1024 * 1024  # of what is free, most of which was never touched:
 LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # to parse, orjson sets aside twelve times a body's size
-TLS_BUFFER_BYTES = 256 * 1024  # what uvloop sets aside for a TLS connection, and hardly touches
 
 # Collections of middle age that pass before one looks at all objects; CPython's own number is 10.
 FULL_COLLECTION_AFTER = 100
@@ -41,13 +38,6 @@ def collect_rarely() -> None:
     gc.set_threshold(young, middle, FULL_COLLECTION_AFTER)
 
 
-class _Kept:
-    """What this process has told the C library. Of one process, as the library's memory is."""
-
-    mallopt: Callable[[int, int], int] | None = None
-    mapping = 0  # how many are inside `mapped_buffers`
-
-
 def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next request; whether it will.
 
@@ -62,28 +52,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (ImportError, MemoryError, AttributeError, OSError):  # another Python, or C library
         return False
-    if not (mallopt(_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)):
-        return False
-    _Kept.mallopt = mallopt
-    return True
-
-
-@contextmanager
-def mapped_buffers() -> Iterator[None]:
-    """What is set aside within it for a TLS connection's buffer is mapped by itself.
-
-    On the heap a buffer lies over what the last handshake has touched and freed, and keeps 10 KB
-    of it for as long as the connection is open.
-    """
-    if (mallopt := _Kept.mallopt) is None:
-        yield
-        return
-    _Kept.mapping += 1
-    if _Kept.mapping == 1:
-        mallopt(_MMAP_THRESHOLD, TLS_BUFFER_BYTES)
-    try:
-        yield
-    finally:
-        _Kept.mapping -= 1
-        if not _Kept.mapping:
-            mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+    return bool(
+        mallopt(_TRIM_THRESHOLD, KEPT_BYTES) and mallopt(_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+    )

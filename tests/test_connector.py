@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from hoberproxy import connector
 from hoberproxy.catalog import Provider
+from hoberproxy.connector import Connector
+from hoberproxy.errors import Phase, UpstreamError
+
+from .conftest import WAIT
+from .scripted import ScriptedUpstream
 
 
-async def test_buffers_are_mapped_while_a_tls_connection_is_begun_not_until_it_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[str] = []
+class Connection:
+    """What is told to a connection, in order."""
 
-    @contextmanager
-    def mapped_buffers() -> Iterator[None]:
-        told.append("mapped")
-        yield
-        told.append("as before")
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.is_over = asyncio.Event()
+        self.transport: Any = None
 
-    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1)
-        told.append("hello came")
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.told.append("made")
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.told.append("lost")
+        self.is_over.set()
+
+
+def connector(port: int, ca_file: str | None = None) -> Connector:
+    provider = Provider("tls", "https", "localhost", port, "/v1", ca_file=ca_file)
+    return Connector(provider, asyncio.get_running_loop())
+
+
+async def test_a_tls_connection_is_made_and_told_when_it_is_over() -> None:
+    connection = Connection()
+    async with ScriptedUpstream(tls=True) as upstream:
+        made = await connector(upstream.port, upstream.ca_file).connect(
+            WAIT, cast(Any, lambda: connection)
+        )
+        assert cast(Any, made) is connection
+        assert connection.told == ["made"]
+        connection.transport.abort()
+        await asyncio.wait_for(connection.is_over.wait(), WAIT)
+    assert connection.told == ["made", "lost"]
+
+
+async def test_a_handshake_without_an_answer_is_given_up_and_its_socket_closed() -> None:
+    hung_up = asyncio.Event()
+
+    async def listen_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await reader.read(4096):
+                pass
+        except ConnectionError:
+            pass
+        hung_up.set()
         writer.close()
 
-    class Connection:
-        def connection_lost(self, exc: Exception | None) -> None: ...
+    connection = Connection()
+    server = await asyncio.start_server(listen_only, "127.0.0.1")
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UpstreamError) as caught:
+            await connector(port).connect(0.2, cast(Any, lambda: connection))
+        await asyncio.wait_for(hung_up.wait(), WAIT)
+    assert (caught.value.phase, caught.value.status) == (Phase.CONNECT, 504)
+    assert "made" not in connection.told
 
-    monkeypatch.setattr(connector, "mapped_buffers", mapped_buffers)
+
+async def test_a_hang_up_during_the_handshake_is_a_failure_to_connect() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    connection = Connection()
     server = await asyncio.start_server(hang_up, "127.0.0.1")
     async with server:
         port = server.sockets[0].getsockname()[1]
-        provider = Provider("hangs up", "https", "127.0.0.1", port, "/v1")
-        make: Any = Connection
-        with suppress(connector.UpstreamError):
-            await connector.Connector(provider, asyncio.get_running_loop()).connect(5.0, make)
-    assert told == ["mapped", "as before", "hello came"]
+        with pytest.raises(UpstreamError) as caught:
+            await connector(port).connect(WAIT, cast(Any, lambda: connection))
+    assert (caught.value.phase, caught.value.status) == (Phase.CONNECT, 502)
+    assert "made" not in connection.told

@@ -17,7 +17,7 @@ SHELL = frozenset(
     " commands_keys commands_service commands_usage connector counting database demo"
     " diagnosis exchange gateway joining journal journals keytable ledger listeners listing"
     " locks memory metrics notify origin pool printing probe quickstart relay scrape server"
-    " service source sqlite_store stores succession supervisor tallies upstream wire worker"
+    " service source sqlite_store stores succession supervisor tallies tls upstream wire worker"
     " writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.

@@ -30,29 +30,6 @@ for _ in range(20):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-# Addresses of what uvloop sets aside for TLS, on the heap or not: before, within twice, after.
-BUFFERS = """
-import ctypes, sys
-from hoberproxy.memory import TLS_BUFFER_BYTES, keep_freed_memory, mapped_buffers
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit(3)
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-def is_on_heap():
-    address = libc.malloc(TLS_BUFFER_BYTES)
-    with open("/proc/self/maps") as file:
-        heap = [line.split()[0] for line in file if line.rstrip().endswith("[heap]")]
-    ends = [[int(end, 16) for end in area.split("-")] for area in heap]
-    return any(start <= address < end for start, end in ends)
-told = [is_on_heap()]
-with mapped_buffers():
-    told.append(is_on_heap())
-    with mapped_buffers():
-        told.append(is_on_heap())
-    told.append(is_on_heap())
-print(*told, is_on_heap())
-"""
-
 
 def run(how: str, code: str = REQUESTS, **variables: str) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
@@ -76,10 +53,6 @@ def test_freed_memory_is_there_for_the_next_request() -> None:
     kept, given_back = run("keep"), run("as it is")
     assert int(kept.stdout) < 200, "page faults of 20 times 16 MB"
     assert int(given_back.stdout) > 10 * int(kept.stdout), "else there is no need for it"
-
-
-def test_buffers_of_tls_connections_are_mapped_while_one_is_made_and_nothing_else_is() -> None:
-    assert run("keep", BUFFERS).stdout.split() == ["True", "False", "False", "False", "True"]
 
 
 def test_an_operators_own_choice_is_left_alone() -> None:

@@ -1,0 +1,202 @@
+"""TLS between a socket and the connection to a model server.
+
+OpenSSL decrypts, by the standard library's `ssl.SSLObject`; here bytes are only carried to it and
+back. In place of the loop's own TLS, which sets aside 256 KB for each connection and for each read
+of it, and takes an event through three more layers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .upstream import UpstreamConnection
+
+MAX_RECORD_BYTES: Final = 16_384  # of plain text (RFC 8446, section 5.1)
+# What is encrypted at a time: a long prompt should not lie in memory once more as a whole.
+WRITE_BYTES: Final = 16 * MAX_RECORD_BYTES
+
+
+class Tls:
+    """The protocol of a socket's transport, and the transport of `connection`.
+
+    `connection` is told of nothing before the handshake is done: wait for `opened`, and call
+    `abort` if that raises.
+    """
+
+    def __init__(
+        self,
+        connection: UpstreamConnection,
+        context: ssl.SSLContext,
+        host: str,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._connection = connection
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._transport: asyncio.Transport | None = None
+        self._is_open = False  # the handshake is done
+        self._has_part = False  # of a record, which OpenSSL keeps until the rest has come
+        self._failure: Exception | None = None
+        self._shaken: asyncio.Future[None] = loop.create_future()  # done, or failed
+
+    async def opened(self) -> None:
+        """Wait for the end of the handshake; ssl.SSLError or another OSError if it failed."""
+        await self._shaken
+        if self._failure is not None:
+            raise self._failure
+
+    # What the loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+        self._shake_hands()
+
+    def data_received(self, data: bytes) -> None:
+        self._incoming.write(data)
+        if self._is_open:
+            self._read(len(data))
+        else:
+            self._shake_hands()
+
+    def eof_received(self) -> bool:
+        if self._is_open:
+            self._connection.eof_received()
+        return False  # the transport closes
+
+    def pause_writing(self) -> None:
+        """As for the connection: nobody writes on."""
+
+    def resume_writing(self) -> None:
+        """As for the connection: nobody waits for it."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self._is_open:
+            self._connection.connection_lost(self._failure or exc)
+        else:
+            self._tell(exc or ConnectionResetError("closed during the handshake"))
+
+    def _shake_hands(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+            return
+        except ssl.SSLError as exc:
+            self._flush()  # tell the peer what is wrong with it
+            self._tell(exc)
+            return
+        self._flush()
+        self._is_open = True
+        self._connection.connection_made(self)  # type: ignore[arg-type]
+        self._tell(None)
+        if self._incoming.pending:
+            self._read(MAX_RECORD_BYTES)
+
+    def _tell(self, failure: Exception | None) -> None:
+        """Wake who waits for the handshake, unless nobody does any more."""
+        if not self._shaken.done():
+            self._failure = failure
+            self._shaken.set_result(None)
+
+    def _read(self, size: int) -> None:
+        """Hand on what has come, `size` bytes of which are new."""
+        incoming, read = self._incoming, self._tls.read
+        # A record is shorter once decrypted: one that came whole fits into as much.
+        if self._has_part:
+            self._has_part = False
+            size = MAX_RECORD_BYTES
+        plain = b""
+        pieces: list[bytes] | None = None
+        has_ended = False
+        try:
+            while incoming.pending:
+                piece = read(size)
+                if not piece:
+                    has_ended = True
+                    break
+                if not plain:
+                    plain = piece
+                elif pieces is None:
+                    pieces = [plain, piece]
+                else:
+                    pieces.append(piece)
+        except ssl.SSLWantReadError:
+            self._has_part = True
+        except ssl.SSLError as exc:
+            self._failure = exc
+        if self._outgoing.pending:
+            self._flush()  # an answer to a change of keys
+        if plain:
+            self._connection.data_received(plain if pieces is None else b"".join(pieces))
+        if self._failure is not None:
+            self.abort()
+        elif has_ended:
+            self._end()
+
+    def _end(self) -> None:
+        """The peer has said that it sends no more (RFC 8446, section 6.1)."""
+        self._connection.eof_received()
+        transport = self._transport
+        if transport is None:
+            return
+        try:
+            self._tls.unwrap()  # say so, too
+        except ssl.SSLError:
+            pass
+        self._flush()
+        transport.close()
+
+    def _flush(self) -> None:
+        if self._outgoing.pending and self._transport is not None:
+            self._transport.write(self._outgoing.read())
+
+    # What the connection calls
+
+    def write(self, data: bytes) -> None:
+        """Encrypt and send; nothing if the connection has gone."""
+        if self._transport is None or self._failure is not None:
+            return
+        try:
+            if len(data) <= WRITE_BYTES:
+                self._tls.write(data)  # into memory that grows: all of it
+                self._flush()
+                return
+            view = memoryview(data)
+            for start in range(0, len(data), WRITE_BYTES):
+                self._tls.write(view[start : start + WRITE_BYTES])
+                self._flush()
+        except ssl.SSLError as exc:
+            self._failure = exc
+            self.abort()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def is_closing(self) -> bool:
+        """Whether no more can be sent."""
+        return self._transport is None or self._transport.is_closing()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that the peer has yet to take."""
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    def is_reading(self) -> bool:
+        """Whether more is read."""
+        return self._transport is not None and self._transport.is_reading()
+
+    def pause_reading(self) -> None:
+        """Read no more. What has been read is with the connection already."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        if self._transport is not None:
+            self._transport.resume_reading()
