@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from .upstream import UpstreamConnection
+from typing import Any, Final
 
 MAX_RECORD_BYTES: Final = 16_384  # of plain text (RFC 8446, section 5.1)
 # What is encrypted at a time: a long prompt should not lie in memory once more as a whole.
@@ -28,7 +25,7 @@ class Tls:
 
     def __init__(
         self,
-        connection: UpstreamConnection,
+        connection: Any,  # any protocol: to find its method costs nothing beside decryption
         context: ssl.SSLContext,
         host: str,
         loop: asyncio.AbstractEventLoop,
@@ -92,7 +89,7 @@ class Tls:
             return
         self._flush()
         self._is_open = True
-        self._connection.connection_made(self)  # type: ignore[arg-type]
+        self._connection.connection_made(self)
         self._tell(None)
         if self._incoming.pending:
             self._read(MAX_RECORD_BYTES)
@@ -157,7 +154,7 @@ class Tls:
 
     # What the connection calls
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Encrypt and send; nothing if the connection has gone."""
         if self._transport is None or self._failure is not None:
             return
@@ -166,9 +163,8 @@ class Tls:
                 self._tls.write(data)  # into memory that grows: all of it
                 self._flush()
                 return
-            view = memoryview(data)
             for start in range(0, len(data), WRITE_BYTES):
-                self._tls.write(view[start : start + WRITE_BYTES])
+                self._tls.write(data[start : start + WRITE_BYTES])
                 self._flush()
         except ssl.SSLError as exc:
             self._failure = exc

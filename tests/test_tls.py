@@ -146,7 +146,7 @@ class Link:
     ) -> None:
         self.loop = asyncio.new_event_loop()
         self.connection, self.transport, self.peer = Connection(), Transport(), Peer(version)
-        self.tls = Tls(cast(Any, self.connection), client_context(), host, self.loop)
+        self.tls = Tls(self.connection, client_context(), host, self.loop)
 
     def shake_hands(self, size: int = 1 << 20) -> None:
         """All the way, in pieces of `size` bytes."""
@@ -220,10 +220,11 @@ def test_a_whole_record_waits_for_no_other() -> None:
         assert link.connection.pieces == [b"first", b"second"]
 
 
-def test_a_long_request_goes_out_in_pieces_and_whole() -> None:
+@pytest.mark.parametrize("form", [bytes, memoryview])
+def test_a_long_request_goes_out_in_pieces_and_whole(form: type[bytes | memoryview]) -> None:
     text = bytes(range(256)) * (WRITE_BYTES // 100)
     with open_link() as link:
-        link.tls.write(text)
+        link.tls.write(form(text))
         pieces = list(link.transport.written)
         assert len(pieces) == -(-len(text) // WRITE_BYTES)
         assert max(map(len, pieces)) < WRITE_BYTES * 1.01
