@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from hoberproxy.journal import SEGMENT
 from tests.scripted import ScriptedUpstream
 
 from .harness import Client, chat, eventually
@@ -101,6 +102,10 @@ class Proxy:
     def recorded(self) -> Counter[str]:
         return self.disk.recorded(self.folder)
 
+    def segments(self) -> int:
+        """Those of the journals: a spare one in each process, and one in use where asked."""
+        return len(list((self.disk.root / "records.db-requests").glob(f"*{SEGMENT}")))
+
 
 StartProxy = Callable[..., AbstractAsyncContextManager[Proxy]]
 
@@ -130,6 +135,8 @@ def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
             await proxy.ask(1)
             if not is_full:
                 await eventually(lambda: proxy.recorded() >= Counter(proxy.asked))
+                # Room that is being allocated when the disk gets full would be given back.
+                await eventually(lambda: proxy.segments() == (workers or 1) + 1)
             yield proxy
 
     return start
