@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from contextlib import suppress
 from typing import Any, Final
 
 MAX_RECORD_BYTES: Final = 16_384  # of plain text (RFC 8446, section 5.1)
@@ -107,29 +108,21 @@ class Tls:
         if self._has_part:
             self._has_part = False
             size = MAX_RECORD_BYTES
-        plain = b""
-        pieces: list[bytes] | None = None
+        pieces: list[bytes] = []
         has_ended = False
         try:
-            while incoming.pending:
-                piece = read(size)
-                if not piece:
-                    has_ended = True
-                    break
-                if not plain:
-                    plain = piece
-                elif pieces is None:
-                    pieces = [plain, piece]
-                else:
+            while incoming.pending and not has_ended:
+                if piece := read(size):
                     pieces.append(piece)
+                else:
+                    has_ended = True
         except ssl.SSLWantReadError:
             self._has_part = True
         except ssl.SSLError as exc:
             self._failure = exc
-        if self._outgoing.pending:
-            self._flush()  # an answer to a change of keys
-        if plain:
-            self._connection.data_received(plain if pieces is None else b"".join(pieces))
+        self._flush()  # an answer to a change of keys
+        if pieces:
+            self._connection.data_received(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if self._failure is not None:
             self.abort()
         elif has_ended:
@@ -138,15 +131,11 @@ class Tls:
     def _end(self) -> None:
         """The peer has said that it sends no more (RFC 8446, section 6.1)."""
         self._connection.eof_received()
-        transport = self._transport
-        if transport is None:
-            return
-        try:
+        with suppress(ssl.SSLError):
             self._tls.unwrap()  # say so, too
-        except ssl.SSLError:
-            pass
         self._flush()
-        transport.close()
+        if self._transport is not None:
+            self._transport.close()
 
     def _flush(self) -> None:
         if self._outgoing.pending and self._transport is not None:
@@ -159,11 +148,8 @@ class Tls:
         if self._transport is None or self._failure is not None:
             return
         try:
-            if len(data) <= WRITE_BYTES:
-                self._tls.write(data)  # into memory that grows: all of it
-                self._flush()
-                return
             for start in range(0, len(data), WRITE_BYTES):
+                # Into memory that grows: all of it.
                 self._tls.write(data[start : start + WRITE_BYTES])
                 self._flush()
         except ssl.SSLError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import pytest
@@ -13,6 +14,8 @@ from hoberproxy.errors import Phase, UpstreamError
 
 from .conftest import WAIT
 from .scripted import ScriptedUpstream
+
+Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class Connection:
@@ -59,6 +62,18 @@ async def test_a_tls_connection_is_made_and_told_when_it_is_over() -> None:
     assert connection.told == ["made", "lost"]
 
 
+async def refused(answer: Handler, limit: float = WAIT) -> UpstreamError:
+    """How it fails to reach a server that does no more than `answer`; no connection is told of."""
+    connection = Connection()
+    server = await asyncio.start_server(answer, "127.0.0.1")
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UpstreamError) as caught:
+            await connector(port).connect(limit, cast(Any, lambda: connection))
+    assert "made" not in connection.told
+    return caught.value
+
+
 async def test_a_handshake_without_an_answer_is_given_up_and_its_socket_closed() -> None:
     hung_up = asyncio.Event()
 
@@ -71,15 +86,9 @@ async def test_a_handshake_without_an_answer_is_given_up_and_its_socket_closed()
         hung_up.set()
         writer.close()
 
-    connection = Connection()
-    server = await asyncio.start_server(listen_only, "127.0.0.1")
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(UpstreamError) as caught:
-            await connector(port).connect(0.2, cast(Any, lambda: connection))
-        await asyncio.wait_for(hung_up.wait(), WAIT)
-    assert (caught.value.phase, caught.value.status) == (Phase.CONNECT, 504)
-    assert "made" not in connection.told
+    error = await refused(listen_only, limit=0.2)
+    await asyncio.wait_for(hung_up.wait(), WAIT)
+    assert (error.phase, error.status) == (Phase.CONNECT, 504)
 
 
 async def test_a_hang_up_during_the_handshake_is_a_failure_to_connect() -> None:
@@ -87,11 +96,5 @@ async def test_a_hang_up_during_the_handshake_is_a_failure_to_connect() -> None:
         await reader.read(1)
         writer.close()
 
-    connection = Connection()
-    server = await asyncio.start_server(hang_up, "127.0.0.1")
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        with pytest.raises(UpstreamError) as caught:
-            await connector(port).connect(WAIT, cast(Any, lambda: connection))
-    assert (caught.value.phase, caught.value.status) == (Phase.CONNECT, 502)
-    assert "made" not in connection.told
+    error = await refused(hang_up)
+    assert (error.phase, error.status) == (Phase.CONNECT, 502)

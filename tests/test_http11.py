@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -35,6 +34,7 @@ from hoberproxy.http11 import (
 )
 
 from .conftest import pure_only
+from .cuts import cut_at
 
 SDK_HEAD = (
     b"POST /v1/chat/completions?trace=1 HTTP/1.1\r\n"
@@ -586,8 +586,7 @@ def read_response(raw: bytes, cuts: list[int]) -> tuple[bytes, bytes]:
     """Payload and leftover of a whole response, its bytes read up to each of the cuts."""
     end = find_head_end(raw)
     reader = body_reader(parse_response_head(raw[:end]))
-    edges = [end, *(end + cut for cut in cuts), len(raw)]
-    payload = read(reader, *(raw[a:b] for a, b in pairwise(edges)))
+    payload = read(reader, *cut_at(raw[end:], cuts))
     reader.feed_eof()
     assert reader.is_complete
     return payload, reader.leftover
@@ -847,11 +846,6 @@ EXTENSIONS = VALUES.map(lambda value: b" \t;" + value) | st.just(b"")
 CUTS = st.lists(st.integers(min_value=0, max_value=400), max_size=12)
 
 
-def cut(raw: bytes, cuts: list[int]) -> list[bytes]:
-    edges = [0, *sorted(min(at, len(raw)) for at in cuts), len(raw)]
-    return [raw[a:b] for a, b in pairwise(edges)]
-
-
 @given(
     chunks=st.lists(st.tuples(st.binary(min_size=1, max_size=60), EXTENSIONS), max_size=8),
     last=EXTENSIONS,
@@ -869,7 +863,7 @@ def test_any_chunking_and_any_cuts_give_the_payload_and_what_follows(
     body = b"".join([chunk(payload, extension) for payload, extension in chunks])
     end = b"0" + last + b"\r\n" + b"".join([b"%b:%b\r\n" % pair for pair in trailers]) + b"\r\n"
     reader = ChunkedBody()
-    assert read(reader, *cut(body + end + rest, cuts)) == b"".join(p for p, _ in chunks)
+    assert read(reader, *cut_at(body + end + rest, cuts)) == b"".join(p for p, _ in chunks)
     assert reader.is_complete
     assert reader.leftover == rest
     reader.feed_eof()
@@ -892,7 +886,7 @@ def test_any_bytes_are_judged_alike_however_cut(raw: bytes, cuts: list[int]) -> 
             return None
         return payload, reader.leftover
 
-    assert outcome([raw]) == outcome(cut(raw, cuts)) == outcome(cut(raw, list(range(len(raw)))))
+    assert outcome([raw]) == outcome(cut_at(raw, cuts)) == outcome(cut_at(raw, range(len(raw))))
 
 
 HEAD_SOUP = st.lists(

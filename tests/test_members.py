@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ from hoberproxy.members import (
     replace_member,
     scan_members,
 )
+
+from .cuts import cut_at
 
 SLUG = b'"vendor/slug-1"'
 
@@ -105,11 +106,6 @@ def feed_all(rewriter: MemberRewriter, pieces: Iterable[bytes]) -> bytes:
     return b"".join([rewriter.feed(piece) for piece in pieces]) + rewriter.feed_eof()
 
 
-def split(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    marks = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(marks)]
-
-
 def byte_by_byte(data: bytes) -> list[bytes]:
     return [data[i : i + 1] for i in range(len(data))]
 
@@ -185,7 +181,7 @@ def test_pieces_make_what_the_whole_document_makes(
     document: Document, cuts: list[int], prefix: bytes
 ) -> None:
     rewriter = MemberRewriter(b"model", SLUG, capture=b"usage")
-    made = feed_all(rewriter, split(prefix + document.data, cuts))
+    made = feed_all(rewriter, cut_at(prefix + document.data, cuts))
     assert made == prefix + document.replaced("model", SLUG)
     assert rewriter.original == document.raw("model", opening=b'"')
     assert rewriter.captured == document.raw("usage")
@@ -267,7 +263,7 @@ def test_a_value_over_4_kb_is_replaced_and_not_kept(length: int, step: int) -> N
     value = b'"' + b"v" * length + b'"'
     data = b'{"model":' + value + b',"n":1}'
     rewriter = MemberRewriter(b"model", SLUG)
-    assert feed_all(rewriter, split(data, range(0, len(data), step))) == data.replace(value, SLUG)
+    assert feed_all(rewriter, cut_at(data, range(0, len(data), step))) == data.replace(value, SLUG)
     assert rewriter.original == (value if len(value) <= 4096 else None)
 
 
@@ -278,7 +274,7 @@ def test_a_captured_value_is_kept_up_to_its_limit(limit: int, is_kept: bool, ste
     assert len(value) == 22
     data = b'{"usage":' + value + b',"b":1}'
     rewriter = MemberRewriter(b"model", SLUG, capture=b"usage", capture_limit_bytes=limit)
-    assert feed_all(rewriter, split(data, range(0, len(data), step))) == data
+    assert feed_all(rewriter, cut_at(data, range(0, len(data), step))) == data
     assert rewriter.captured == (value if is_kept else None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
 
@@ -14,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.tls import MAX_RECORD_BYTES, WRITE_BYTES, Tls
+
+from .cuts import cut_at
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 AUTHORITY = trustme.CA()
@@ -198,10 +199,9 @@ def test_what_is_said_arrives_however_it_is_cut(lengths: list[int], data: st.Dat
     with open_link() as link:
         said = [bytes([65 + number]) * length for number, length in enumerate(lengths)]
         wire = link.peer.say(*said)
-        cuts = data.draw(st.lists(st.integers(0, len(wire)), max_size=8).map(sorted))
-        for start, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
-            if start < end:
-                link.tls.data_received(wire[start:end])
+        for piece in cut_at(wire, data.draw(st.lists(st.integers(0, len(wire)), max_size=8))):
+            if piece:  # a socket brings no empty ones
+                link.tls.data_received(piece)
         assert link.connection.got == b"".join(said)
 
 
@@ -347,11 +347,6 @@ def test_tickets_that_come_with_an_answer_are_not_taken_for_it() -> None:
         tickets = link.peer.sent()
         assert tickets, "TLS 1.3 sends them after the handshake"
         both = tickets + link.peer.say(b"an answer")
-        for data in cut(both, len(tickets) - 3, len(tickets) + 3):
+        for data in cut_at(both, [len(tickets) - 3, len(tickets) + 3]):
             link.tls.data_received(data)
         assert link.connection.got == b"an answer"
-
-
-def cut(data: bytes, *places: int) -> Iterable[bytes]:
-    for start, end in zip((0, *places), (*places, len(data)), strict=True):
-        yield data[start:end]
