@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from .stencil import find_text
+from .stencil import Shape, find_text
 
 _BACKSLASH: Final = 0x5C
 _ZERO: Final = 0x30
@@ -43,8 +43,8 @@ class Form:
         "pattern",
         "raw_id",
         "replacement",
+        "shape",  # of further events, behind the values of a stream's own; None if that is not all
         "text_end",
-        "text_shift",  # from its place in the event to that in what the client sees
         "text_start",
     )
 
@@ -74,10 +74,12 @@ class Form:
         self._created_slot = kinds.index("created") if "created" in kinds else _NOWHERE
         self._text_slot = kinds.index("text") if "text" in kinds else _NOWHERE
         self.has_text = "text" in kinds
-        self.text_start = self.text_end = self.text_shift = 0
-        if self.has_text and pattern:
-            start = spans[self._text_slot][0]
-            self.text_shift = len(replacement) - len(pattern) if event.index(pattern) < start else 0
+        self.text_start = self.text_end = 0
+        self.shape: Shape | None = None
+        if self.has_text and kinds[-1] == "text":
+            head, tail = self._befores[-1], self._end
+            if not pattern or pattern in head or pattern in tail:
+                self.shape = self._make_shape(head, tail)
         self.raw_id = b""
 
     def is_like(self, event: bytes) -> bool:
@@ -107,6 +109,20 @@ class Form:
         if self._id_slot != _NOWHERE:
             self.raw_id = values[self._id_slot]
         return True
+
+    def shape_behind(self, event: bytes) -> tuple[bytes, Shape]:
+        """The lead of the event that was `like` it last, and the shape that stands behind it."""
+        if self.shape is not None:
+            return event[: self.text_start - self.shape.head_size], self.shape
+        return b"", self._make_shape(event[: self.text_start], event[self.text_end :])
+
+    def _make_shape(self, head: bytes, tail: bytes) -> Shape:
+        if not self.pattern:
+            return Shape(head, tail, head, tail)
+        pattern, replacement = self.pattern, self.replacement
+        return Shape(
+            head, tail, head.replace(pattern, replacement), tail.replace(pattern, replacement)
+        )
 
 
 class Opening:

@@ -53,6 +53,37 @@ def find_text(event: bytes, delta: dict[str, Any]) -> tuple[int, int]:
     return 0, 0
 
 
+class Shape:
+    """What like events have in common around their texts, as it comes and as it is passed on.
+
+    One for all streams of a model server where it can be (opening.py): else each would keep a
+    kilobyte of its own. Before the `head` stands what is a stream's alone.
+    """
+
+    __slots__ = (
+        "event_tail",
+        "growth",
+        "head",
+        "head_size",
+        "is_small",
+        "new_head",
+        "new_tail",
+        "tail",
+        "tail_size",
+    )
+
+    def __init__(self, head: bytes, tail: bytes, new_head: bytes, new_tail: bytes) -> None:
+        self.head, self.new_head, self.head_size = head, new_head, len(head)
+        # With the CR LF behind the chunk.
+        self.tail, self.new_tail, self.tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
+        self.event_tail = tail
+        self.growth = len(new_head) + len(new_tail) - len(head) - len(tail)
+        self.is_small = self.growth < _LARGEST
+
+
+_NO_SHAPE: Final = Shape(b"", b"", b"", b"")
+
+
 class Stencil:
     """One stream's. `events` counts what was passed, `framed_bytes` the payload of chunks.
 
@@ -60,17 +91,10 @@ class Stencil:
     """
 
     __slots__ = (
-        "_event_tail",
-        "_growth",
-        "_head",
-        "_head_size",
+        "_lead",
         "_lessons",
-        "_new_head",
-        "_new_joint",
-        "_new_tail",
         "_passed_before",
-        "_tail",
-        "_tail_size",
+        "_shape",
         "events",
         "framed_bytes",
         "is_learnt",
@@ -78,17 +102,15 @@ class Stencil:
     )
 
     def __init__(self) -> None:
+        # In this order, what an event touches stands side by side.
+        self._lead = b""  # this stream's own bytes before the shape's, passed on as they come
+        self._shape = _NO_SHAPE
         self.events = 0
         self.framed_bytes = 0
         self.rest = b""
         self.is_learnt = False
         self._lessons = 0
         self._passed_before = 0  # events, at the last lesson
-        self._head = self._tail = b""  # around the text, with the CR LF behind the chunk
-        self._new_head = self._new_tail = b""
-        self._head_size = self._tail_size = self._growth = 0
-        self._event_tail = b""  # without that CR LF
-        self._new_joint = b""  # from one text to the next, within a payload
 
     # Learning
 
@@ -111,17 +133,12 @@ class Stencil:
         start, end = find_text(event, delta)
         new_start, new_end = find_text(passed, delta)
         if end and new_end:
-            self.keep(event[:start], event[end:], passed[:new_start], passed[new_end:])
+            self.keep(b"", Shape(event[:start], event[end:], passed[:new_start], passed[new_end:]))
 
-    def keep(self, head: bytes, tail: bytes, new_head: bytes, new_tail: bytes) -> None:
-        """Keep what stands before and behind the text of an event, and what the client gets."""
-        growth = len(new_head) + len(new_tail) - len(head) - len(tail)
-        if growth >= _LARGEST:
-            return
-        self._head, self._new_head, self._head_size = head, new_head, len(head)
-        self._tail, self._new_tail, self._tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
-        self._event_tail, self._new_joint, self._growth = tail, new_tail + new_head, growth
-        self.is_learnt = True
+    def keep(self, lead: bytes, shape: Shape) -> None:
+        """Pass what begins with `lead` and has this shape."""
+        if shape.is_small:
+            self._lead, self._shape, self.is_learnt = lead, shape, True
 
     # Passing on
 
@@ -140,31 +157,33 @@ class Stencil:
         else:
             start = 0  # a longer or shorter size line, and not a whole chunk: left to `_pass_many`
         size = end - start
-        text, tail = start + self._head_size, end - self._tail_size
+        lead, shape = self._lead, self._shape
+        head = start + len(lead)
+        text, tail = head + shape.head_size, end - shape.tail_size
         if text > tail or size >= _LARGEST or data[:start] != SIZE_LINES[size]:
             return self._pass_many(data)
-        if data[start:text] != self._head or data[tail:] != self._tail:
+        if data[start:head] != lead or data[head:text] != shape.head or data[tail:] != shape.tail:
             return None
         inside = data[text:tail]
         if (_QUOTE in inside or _LF in inside or data[tail - 1] == _BACKSLASH) and not _is_text(
             inside
         ):
             return None
-        size += self._growth
+        size += shape.growth
         self.events += 1
         self.framed_bytes += size
-        return b"".join((SIZE_LINES[size], self._new_head, inside, self._new_tail))
+        return b"".join((SIZE_LINES[size], lead, shape.new_head, inside, shape.new_tail))
 
     def _pass_many(self, data: bytes) -> bytes | None:
         """The texts of as many chunks as are alike: one chunk for all of them."""
         texts: list[bytes] = []
         at = 0
-        before, before_size, behind, behind_size = (
-            self._head,
-            self._head_size,
-            self._tail,
-            self._tail_size,
+        before, behind, behind_size = (
+            self._lead + self._shape.head,
+            self._shape.tail,
+            self._shape.tail_size,
         )
+        before_size = len(before)
         while start := data.find(b"\n", at + 2, at + 8) + 1:
             text, end = start + before_size, start + _SIZES.get(data[at:start], 0)
             tail = end - behind_size
@@ -183,13 +202,12 @@ class Stencil:
         """Whole events of a payload, as far as they are alike; None if the first is not."""
         if not self.is_learnt:
             return None
+        before, behind = self._lead + self._shape.head, self._shape.event_tail
         texts: list[bytes] = []
         at = 0
-        while (end := data.find(b"\n\n", at + self._head_size) + 2) > 1:
-            text, tail = at + self._head_size, end - self._tail_size
-            if text > tail or not (
-                data.startswith(self._head, at) and data.startswith(self._event_tail, tail)
-            ):
+        while (end := data.find(b"\n\n", at + len(before)) + 2) > 1:
+            text, tail = at + len(before), end - len(behind)
+            if text > tail or not (data.startswith(before, at) and data.startswith(behind, tail)):
                 break
             texts.append(data[text:tail])
             at = end
@@ -200,7 +218,8 @@ class Stencil:
 
     def _join(self, texts: list[bytes]) -> bytes:
         self.events += len(texts)
-        return b"".join((self._new_head, self._new_joint.join(texts), self._new_tail[:-2]))
+        before, behind = self._lead + self._shape.new_head, self._shape.new_tail[:-2]
+        return b"".join((before, (behind + before).join(texts), behind))
 
 
 def _are_texts(texts: list[bytes]) -> bool:

@@ -274,9 +274,7 @@ class StreamScanner:
         if form.has_text:
             self.has_content = True
             self._content_events += 1
-            start, end, shift = form.text_start, form.text_end, form.text_shift
-            new_head, new_tail = passed[: start + shift], passed[end + shift :]
-            self.stencil.keep(event[:start], event[end:], new_head, new_tail)
+            self.stencil.keep(*form.shape_behind(event))
         return passed
 
     def _take_event(self, event: bytes, out: list[bytes]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
+from .deadlines import Wheel
 from .http11 import (
     MAX_RESPONSE_HEAD_BYTES,
     BodyReader,
@@ -89,9 +90,12 @@ class UpstreamConnection:
     An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
     """
 
-    receiver: Receiver | None
+    # First what a chunk touches: side by side, in two cache lines at the most.
+    _wheel: Wheel
+    heard_at: float  # loop time of the last bytes, as of the wheel's last turn
     _stencil: Stencil | None  # takes chunks before their framing is walked
     _write_chunks: Callable[[bytes], None]
+    receiver: Receiver | None
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -110,7 +114,7 @@ class UpstreamConnection:
         self._has_ended = False  # the peer sends no more
         self._sent_at = 0.0
         self._stencil = None
-        self.heard_at = 0.0  # loop time of the last bytes, as of the wheel's last turn
+        self.heard_at = 0.0
         self.idle_until = 0.0  # loop time; the pool's
 
     # What the attempt does

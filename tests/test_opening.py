@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from hoberproxy.opening import Form, Opening
 from hoberproxy.stream import StreamScanner
 
+from .cuts import cut_at
+from .scripted import chunk
 from .test_stream import DIALECTS, SLUG, Seen, all_dialects, scan
 
 UPSTREAM = "a-model-2025-01-01"
@@ -74,6 +75,41 @@ def test_the_next_stream_is_known_by_its_first_events(order: str, compact: bool)
     assert seen.upstream_model == UPSTREAM
     assert seen.output == b"".join(pieces).replace(UPSTREAM.encode(), SLUG.encode())
     assert seen.content_events == 2
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_follows_a_known_beginning_passes_if_it_is_of_the_same_stream(order: str) -> None:
+    opening = taught(role(order=order), content("Hi", order=order))
+    options: dict[str, Any] = {"order": order, "upstream_id": "c-another", "created": 77}
+    scanner = StreamScanner(SLUG, wants_usage=False, opening=opening)
+    scanner.feed(role(**options))
+    scanner.feed(content("Hi", **options))
+    assert scanner.is_ready_for_stencil
+
+    first, second = content("a", **options), content(" b", **options)
+    passed = [each.replace(UPSTREAM.encode(), SLUG.encode()) for each in (first, second)]
+    assert scanner.stencil.pass_chunks(chunk(first)) == chunk(passed[0])
+    assert scanner.stencil.pass_chunks(chunk(first) + chunk(second)) == chunk(b"".join(passed))
+    assert scanner.stencil.pass_events(first + second) == b"".join(passed)
+    assert scanner.stencil.events == 5
+    for changed in ({"upstream_id": "c-1"}, {"created": 78}, {"model": "another"}):
+        other = content("a", **options | changed)
+        assert scanner.stencil.pass_chunks(chunk(other)) is None
+        assert scanner.stencil.pass_chunks(chunk(other) + chunk(first)) is None
+        assert scanner.stencil.pass_events(other) is None
+
+
+@pytest.mark.parametrize("order", ["icmx", "cimx", "imx", "cx"])
+def test_streams_that_begin_alike_keep_what_is_alike_once(order: str) -> None:
+    opening = taught(role(order=order), content("Hi", order=order))
+    form = opening.find(1, content("a", order=order, upstream_id="c-2", created=5))
+    assert form is not None
+    pieces = [content(text, order=order, upstream_id="c-3", created=6) for text in ("a", "b")]
+    assert form.is_like(pieces[0])
+    lead, shape = form.shape_behind(pieces[0])
+    assert pieces[0].startswith(lead)
+    assert b"content" not in lead
+    assert shape is form.shape
 
 
 def test_nothing_is_released_before_content_of_a_known_stream_either() -> None:
@@ -263,8 +299,7 @@ def test_the_scanner_says_the_same_with_an_opening(
         read(opening, pieces)
     assert read(opening, later) == read(None, later)
     whole = b"".join(later)
-    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
-    cut_pieces = [whole[a:b] for a, b in pairwise(places)]
+    cut_pieces = cut_at(whole, cuts)
     assert read(opening, cut_pieces) == read(None, cut_pieces)
 
 

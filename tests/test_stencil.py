@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from hypothesis import strategies as st
 from hoberproxy.http11 import ChunkedBody
 from hoberproxy.stencil import FIRST_LESSONS, WORTH_A_LESSON, Stencil
 from hoberproxy.stream import StreamScanner
+
+from .cuts import cut_at
 
 SLUG = "vendor/a-model"
 UPSTREAM = "a-model-2025-01-01"
@@ -199,7 +200,6 @@ def test_the_scanner_says_the_same_with_a_stencil(
     events: list[bytes], cuts: list[int], wants_usage: bool
 ) -> None:
     whole = event("first") + b"".join(events)
-    places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
-    pieces = [whole[a:b] for a, b in pairwise(places)]
+    pieces = cut_at(whole, cuts)
     given_pieces = scan(pieces, wants_usage=wants_usage, with_stencil=True)
     assert given_pieces == scan(pieces, wants_usage=wants_usage, with_stencil=False)

@@ -23,6 +23,8 @@ from hoberproxy import stream as stream_module
 from hoberproxy.stream import StreamScanner
 from hoberproxy.usage import Usage
 
+from .cuts import cut_at
+
 SLUG = "vendor/catalog-name"
 DIALECTS = {path.stem: path.read_bytes() for path in (Path(__file__).parent / "data").glob("*.sse")}
 LINE_ENDS = {"LF": b"\n", "CRLF": b"\r\n", "CR": b"\r"}
@@ -77,11 +79,6 @@ def scan(pieces: Iterable[bytes], *, wants_usage: bool = False, scanner: Any = N
         upstream_model=scanner.upstream_model,
         upstream_id=scanner.upstream_id,
     )
-
-
-def split(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    marks = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
-    return [data[a:b] for a, b in itertools.pairwise(marks)]
 
 
 def byte_by_byte(data: bytes) -> list[bytes]:
@@ -278,7 +275,7 @@ def cut_streams(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
     near = st.sampled_from(boundaries).flatmap(lambda end: st.integers(end - 3, end + 3))
     anywhere = st.integers(0, len(data))
     cuts = draw(st.lists(st.sampled_from(boundaries) | near | anywhere, max_size=30))
-    return data, split(data, cuts)
+    return data, cut_at(data, cuts)
 
 
 # Nothing depends on where the bytes were cut
@@ -319,7 +316,7 @@ def test_any_two_cuts_change_nothing(line_end: bytes) -> None:
     whole = scan([data])
     assert whole.usage == Usage(prompt_tokens=1)
     for cuts in itertools.combinations(range(1, len(data)), 2):
-        assert scan(split(data, cuts)) == whole, cuts
+        assert scan(cut_at(data, cuts)) == whole, cuts
 
 
 @ends_of_lines
@@ -357,7 +354,7 @@ ENDS_OF_EVENTS = [
 def test_line_ends_may_differ_from_line_to_line(ends: list[bytes], cuts: list[int]) -> None:
     events = [text("a"), text("b"), ROLE, USAGE_EVENT, text("c"), STOP, DONE]
     data = b"".join(raw[:-2] + end for raw, end in zip(events, ends, strict=True))
-    seen = scan(split(data, cuts))
+    seen = scan(cut_at(data, cuts))
     agree(seen, read_slowly(data, wants_usage=False))
     assert seen == scan([data])
 
@@ -442,7 +439,7 @@ def test_a_name_that_changes_on_the_way_is_replaced_all_the_same() -> None:
         text(str(number), model=name) for number, name in enumerate(["m", "m", "m-2", "", "m", "n"])
     )
     expected = b"".join(text(str(number), model=SLUG) for number in range(6))
-    for pieces in ([data], byte_by_byte(data), split(data, range(0, 999, 7))):
+    for pieces in ([data], byte_by_byte(data), cut_at(data, range(0, 999, 7))):
         seen = scan(pieces)
         assert (seen.output, seen.upstream_model) == (expected, "m")
 
@@ -878,7 +875,7 @@ def test_cuts_do_not_matter_to_a_long_event_either(
 def test_a_stream_may_end_within_a_long_event(line_end: bytes) -> None:
     data = with_line_ends(text("a") + event(chunk({"content": "x" * 20_000})), line_end)
     for left_out in range(1, 40):
-        seen = scan(split(data[:-left_out], [500, 19_000]))
+        seen = scan(cut_at(data[:-left_out], [500, 19_000]))
         assert seen.output == renamed(data[:-left_out])
         assert not seen.is_finished
 
