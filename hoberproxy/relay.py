@@ -128,6 +128,7 @@ class StreamRelay(Relay):
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
+        self._unsent = b""  # of the last piece: it goes with the end
         self._shortcut: Shortcut | None = None
 
     @property
@@ -144,24 +145,25 @@ class StreamRelay(Relay):
         scanner = self._scanner
         out = scanner.feed(data)
         if out:
-            is_first = not self._is_open
-            if is_first:
-                self._open()
-            if scanner.is_done:
-                self._attempt.seal(len(out))
-            self._answer.write(out)
-            if is_first:
-                self._attempt.note_opened(is_stream=True)
+            self._write(out)
         if scanner.failure is not None:
             self._fail_stream()
             return None
         return self._shortcut if scanner.is_ready_for_stencil else None
+
+    def on_last(self, data: bytes) -> None:
+        self._unsent = self._scanner.feed(data)
+        if self._scanner.failure is not None:
+            self._write_unsent()
+            self._fail_stream()
 
     def on_end(self) -> None:
         scanner = self._scanner
         # The last event may lack its blank line. It passes if it ends the answer; else it may be
         # cut as well, and our error event behind it would be read as a part of it.
         out = scanner.feed_eof()
+        if not scanner.is_finished or scanner.failure is not None:
+            self._write_unsent()
         if scanner.failure is not None:
             self._fail_stream()
         elif not scanner.has_content or not (scanner.is_finished or self._is_open):
@@ -169,6 +171,7 @@ class StreamRelay(Relay):
         elif not scanner.is_finished:
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
+            out, self._unsent = self._unsent + out, b""
             is_first = not self._is_open
             if is_first:
                 self._open()
@@ -194,6 +197,21 @@ class StreamRelay(Relay):
             upstream_id=scanner.upstream_id,
             content_events=scanner.content_events,
         )
+
+    def _write_unsent(self) -> None:
+        out, self._unsent = self._unsent, b""
+        if out:
+            self._write(out)
+
+    def _write(self, out: bytes) -> None:
+        is_first = not self._is_open
+        if is_first:
+            self._open()
+        if self._scanner.is_done:
+            self._attempt.seal(len(out))
+        self._answer.write(out)
+        if is_first:
+            self._attempt.note_opened(is_stream=True)
 
     def _open(self) -> None:
         self._is_open = True

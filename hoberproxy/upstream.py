@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from .pool import Pool
 
 MAX_INTERIM_ANSWERS: Final = 16
-# Chunks at the front of a body that are handed on one by one: after them a stencil may take the
-# rest, and none of it needs to be walked.
+# Chunks at the front of a body that are handed on one by one, until a stencil may take the rest:
+# then none of it needs to be walked.
 OPENING_CHUNKS: Final = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
 STALE_WITHIN: Final = 5.0
@@ -70,13 +70,17 @@ class Receiver:
         """The next piece of the body; returns by which way chunks may go past from now on."""
         raise NotImplementedError
 
+    def on_last(self, data: bytes) -> None:
+        """The last piece of the body; unless it fails the attempt, `on_end` follows at once."""
+        self.on_body(data)
+
     def on_end(self) -> None:
         """The body is complete as far as its framing goes."""
         raise NotImplementedError
 
     def on_whole(self, data: bytes) -> None:
         """All of the body, which came with the head."""
-        self.on_body(data)
+        self.on_last(data)
         self.on_end()
 
     def on_lost(self, loss: Loss) -> None:
@@ -201,7 +205,11 @@ class UpstreamConnection:
             self._lose(Loss.MALFORMED)
             return
         if pieces:
-            self._hand_on(body, pieces[0] if len(pieces) == 1 else b"".join(pieces))
+            payload = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            if not body.is_complete:
+                self._hand_on(body, payload)
+            elif self.receiver is not None:
+                self.receiver.on_last(payload)
         if body.is_complete and self.state is _ACTIVE:
             self._end()
 
@@ -212,6 +220,7 @@ class UpstreamConnection:
         shortcut = receiver.on_body(payload)
         if shortcut is not None and body.is_between_chunks:
             self._stencil, self._write_chunks = shortcut
+            self._opening_chunks = 0
         else:
             self._stencil = None
 

@@ -1,0 +1,219 @@
+"""A stream on its way: what is written when, on a transport that only remembers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from hoberproxy.config import parse_config
+from hoberproxy.deadlines import Wheel
+from hoberproxy.errors import Phase, UpstreamError
+from hoberproxy.gateway import make_upstreams
+from hoberproxy.http11 import ChunkedBody, ResponseHead
+from hoberproxy.relay import Reporter, StreamRelay
+from hoberproxy.stream import StreamScanner
+from hoberproxy.upstream import Receiver, UpstreamConnection
+
+from .cuts import cut_at
+from .scripted import DONE, LAST_CHUNK, chunk, event, sse_head, stream_events
+from .test_downstream import SSE, FakeTransport, Sent
+
+SLUG = "vendor/a-model"
+CONFIG = """
+[providers.acme]
+base_url = "http://127.0.0.1:9/v1"
+[[models]]
+slug = "vendor/a-model"
+endpoints = [{ provider = "acme", model = "m" }]
+"""
+HEAD = sse_head().data
+
+
+class Attempt(Reporter):
+    """Keeps what it is told, and how many writes there were by then."""
+
+    def __init__(self, sent: Sent) -> None:
+        self._sent = sent
+        self.told: list[tuple[str, int]] = []
+        self.sealed: list[int] = []  # bytes that were to follow
+
+    def _tell(self, what: str) -> None:
+        self.told.append((what, len(self._sent.transport.writes)))
+
+    def open_answer(self, *, is_stream: bool) -> None:
+        assert is_stream
+        self._tell("open")
+        self._sent.answer.start(200, SSE)
+
+    def note_opened(self, *, is_stream: bool) -> None:
+        self._tell("opened")
+
+    def seal(self, following: int) -> None:
+        self._tell("seal")
+        self.sealed.append(following)
+
+    def finish(self) -> None:
+        self._tell("finish")
+
+    def fail(self, error: UpstreamError) -> None:
+        self._tell(f"fail: {error}")
+
+    def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
+        return UpstreamError(
+            message,
+            phase=Phase.CONTENT,
+            code="upstream_error",
+            upstream_status=200,
+            is_retryable=False,
+        )
+
+
+class Relayed:
+    """A relay, and both of its ends."""
+
+    def __init__(self) -> None:
+        self.sent = Sent()
+        self.attempt = Attempt(self.sent)
+        scanner = StreamScanner(SLUG, wants_usage=False)
+        self.relay = StreamRelay(self.attempt, self.sent.answer, scanner)
+
+    @property
+    def transport(self) -> FakeTransport:
+        return self.sent.transport
+
+    @property
+    def payload(self) -> bytes:
+        return b"".join(ChunkedBody().feed(self.sent.body))
+
+
+def as_seen(events: list[bytes]) -> bytes:
+    """What the client is to get of these."""
+    relayed = Relayed()
+    for each in events:
+        relayed.relay.on_body(each)
+    return relayed.payload
+
+
+OPENING = stream_events(2, done=False)[:2]  # the role, and a first content
+REST = stream_events(2)[2:]  # more content, a finish reason, [DONE]
+
+
+def test_the_last_piece_of_a_stream_and_its_end_are_one_write() -> None:
+    relayed = Relayed()
+    relayed.relay.on_body(b"".join(OPENING))
+    relayed.relay.on_last(b"".join(REST))
+    relayed.relay.on_end()
+    last = as_seen(OPENING + REST)[len(as_seen(OPENING)) :]
+    assert last.endswith(DONE)
+    assert relayed.transport.writes[1:] == [chunk(last) + LAST_CHUNK]
+    assert relayed.attempt.told == [("open", 0), ("opened", 1), ("seal", 1), ("finish", 2)]
+    assert relayed.attempt.sealed == [len(last)]
+    assert relayed.sent.client.ends == [True]
+
+
+def test_a_stream_that_comes_whole_leaves_whole() -> None:
+    relayed = Relayed()
+    relayed.relay.on_whole(b"".join(OPENING + REST))
+    assert len(relayed.transport.writes) == 1
+    assert relayed.payload == as_seen(OPENING + REST)
+    assert relayed.attempt.told == [("open", 0), ("seal", 0), ("opened", 1), ("finish", 1)]
+
+
+def test_wherever_the_last_piece_begins_the_client_gets_the_same() -> None:
+    whole = b"".join(OPENING + REST)
+    for cut in range(len(whole)):
+        relayed = Relayed()
+        first, last = cut_at(whole, [cut])
+        relayed.relay.on_body(first)
+        relayed.relay.on_last(last)
+        relayed.relay.on_end()
+        assert relayed.payload == as_seen(OPENING + REST), cut
+        assert relayed.attempt.told[-1][0] == "finish", cut
+        assert relayed.sent.body.endswith(LAST_CHUNK), cut
+
+
+def test_a_last_event_without_its_blank_line_goes_with_the_end_as_well() -> None:
+    relayed = Relayed()
+    relayed.relay.on_body(b"".join(OPENING))
+    relayed.relay.on_last(b"".join(REST)[:-1])
+    relayed.relay.on_end()
+    assert len(relayed.transport.writes) == 2
+    assert relayed.payload == as_seen(OPENING + REST)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (event({"error": {"message": "no", "code": 500}}), "the upstream sent an error event"),
+        (b"", "the stream ended in the middle of its answer"),
+        (b'data: {"cut', "the stream ended in the middle of its answer"),
+    ],
+    ids=["an error event", "nothing more", "half an event"],
+)
+def test_what_came_before_a_failure_in_the_last_piece_goes_out_first(last: bytes, why: str) -> None:
+    relayed = Relayed()
+    relayed.relay.on_body(b"".join(OPENING))
+    relayed.relay.on_last(REST[0] + last)
+    if not relayed.attempt.told[-1][0].startswith("fail"):
+        relayed.relay.on_end()
+    assert relayed.payload == as_seen([*OPENING, REST[0]])
+    assert relayed.attempt.told[2:] == [(f"fail: {why}", 2)]
+    assert not relayed.sent.answer.is_ended
+
+
+def test_a_stream_whose_only_piece_breaks_off_after_content_has_been_answered() -> None:
+    relayed = Relayed()
+    relayed.relay.on_last(b"".join(OPENING))
+    relayed.relay.on_end()
+    assert relayed.payload == as_seen(OPENING)
+    why = "fail: the stream ended in the middle of its answer"
+    assert relayed.attempt.told == [("open", 0), ("opened", 1), (why, 1)]
+
+
+class Chooser(Receiver):
+    """Puts a relay in its place once the head has come, as an attempt does."""
+
+    def __init__(self, connection: UpstreamConnection, relay: StreamRelay) -> None:
+        self._connection = connection
+        self._relay = relay
+
+    def on_head(self, head: ResponseHead) -> None:
+        self._connection.receiver = self._relay
+
+
+class FakeSocket(FakeTransport):
+    """A transport to a model server."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def is_reading(self) -> bool:
+        return True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+async def test_a_stream_read_in_three_goes_leaves_in_four_writes() -> None:
+    config = parse_config(CONFIG, environ={}, read_file=lambda path: "")
+    loop = asyncio.get_running_loop()
+    pool = make_upstreams(config, loop, Wheel(loop.time()))["acme"].pool
+    connection, relayed = UpstreamConnection(pool), Relayed()
+    connection.connection_made(cast(Any, FakeSocket()))
+    connection.send([b"a request"], Chooser(connection, relayed.relay))
+    events = stream_events(4)
+
+    connection.data_received(HEAD + b"".join(map(chunk, events[:2])))
+    connection.data_received(chunk(events[2]))
+    connection.data_received(b"".join(map(chunk, events[3:])) + LAST_CHUNK)
+
+    assert relayed.payload == as_seen(events)
+    opening, second, others, end = relayed.transport.writes
+    seen = [as_seen(events[:count]) for count in (2, 3, 5)]
+    assert opening.endswith(chunk(seen[0]))
+    assert second == chunk(seen[1][len(seen[0]) :])
+    assert others == chunk(seen[2][len(seen[1]) :])
+    assert end == chunk(as_seen(events)[len(seen[2]) :]) + LAST_CHUNK
+    assert pool.idle == 1
