@@ -128,7 +128,8 @@ class Phase:
         options = load.options
         self._load = load
         self._requests = requests
-        self._ends_at = None if duration is None else monotonic_ns() + round(duration * 1e9)
+        self.started = monotonic_ns()
+        self._ends_at = None if duration is None else self.started + round(duration * 1e9)
         self._rate: float | None = options.rate
         self._ramp: float = options.ramp
         self._connections = options.connections or 0
@@ -139,7 +140,6 @@ class Phase:
         self._open = 0
         self._ended = asyncio.Event()
         self.results = Results()
-        self.started = monotonic_ns()
         self.seconds = 0.0
 
     async def run(self) -> None:
@@ -165,7 +165,7 @@ class Phase:
     def on_end(self, client: Client | None) -> None:
         """A request has ended. In a closed loop the next begins at once, on its connection."""
         self._open -= 1
-        if self._rate is None and self._may_begin():
+        if self._rate is None and self._may_begin(monotonic_ns()):
             if client is None or client.is_closed:  # a server that refuses must not spin us
                 is_refused = self.results.failed > self.results.complete
                 self._load.loop.call_later(0.01 if is_refused else 0.0, self._begin_again)
@@ -179,7 +179,7 @@ class Phase:
 
     def _begin_again(self) -> None:
         self._open -= 1
-        if self._may_begin():
+        if self._may_begin(monotonic_ns()):
             self._begin(monotonic_ns(), None)
         self._end_if_over()
 
@@ -188,15 +188,15 @@ class Phase:
         self.results.sent += 1
         self._load.begin(self, due, client)
 
-    def _may_begin(self) -> bool:
+    def _may_begin(self, due: int) -> bool:
         if self._stopped or (self._requests is not None and self.results.sent >= self._requests):
             return False
-        return self._ends_at is None or monotonic_ns() < self._ends_at
+        return self._ends_at is None or due < self._ends_at
 
     def _arrive(self) -> None:
         """Begin what is due by the plan, and come again for the next."""
         while self._has_arrivals():
-            due = self.started + round(self._arrival(self._arrived) * 1e9)
+            due = self._due()
             wait = due - monotonic_ns()
             if wait > 0:
                 self._load.loop.call_later(max(wait / 1e9, 0.001), self._arrive)
@@ -206,7 +206,13 @@ class Phase:
         self._end_if_over()
 
     def _has_arrivals(self) -> bool:
-        return self._may_begin() and (bool(self._rate) or self._arrived < self._connections)
+        if self._rate:  # what was due in time is begun, however late we are
+            return self._may_begin(self._due())
+        return self._may_begin(monotonic_ns()) and self._arrived < self._connections
+
+    def _due(self) -> int:
+        """When the next arrival is due, by the monotonic clock (ns)."""
+        return self.started + round(self._arrival(self._arrived) * 1e9)
 
     def _arrival(self, number: int) -> float:
         """Seconds from the start until arrival `number` is due."""

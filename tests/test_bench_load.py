@@ -97,6 +97,12 @@ async def test_a_duration_bounds_what_is_begun(upstream: str) -> None:
     assert_whole(report, 20, 0)
 
 
+async def test_what_was_due_in_time_is_begun_however_late_the_generator_is(upstream: str) -> None:
+    asyncio.get_running_loop().call_later(0.05, time.sleep, 0.3)
+    report = await run_load(upstream, "--rate", "100", "--duration", "0.2")
+    assert_whole(report, 20, 0)
+
+
 async def test_an_unpaced_stream_is_counted_event_by_event(upstream: str) -> None:
     long = ["--stream", "--events", "1500", "--pace", "0", "--event-bytes", "300"]
     report = await run_load(upstream, "--connections", "2", "--requests", "4", *long)
