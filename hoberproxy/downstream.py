@@ -51,7 +51,7 @@ class Answer:
 
     status = 0  # sent status, 0 before
     is_ended = False
-    _pending_head = b""  # joined with the first bytes of the body: one write, one segment
+    _pending = b""  # the head, or what is held: goes with what is written next, in one segment
     _body_bytes = 0
     _stencil: Stencil | None = None  # whose chunks pass beside us
 
@@ -107,16 +107,16 @@ class Answer:
             framing = b""
             self._keep_alive = False
         start = begin_response_head(status, headers)
-        self._pending_head = b"".join((start, prepared, framing, self._connection(), b"\r\n"))
+        self._pending = b"".join((start, prepared, framing, self._connection(), b"\r\n"))
 
     def write(self, data: bytes) -> None:
         """A part of the body."""
         self._body_bytes += len(data)
         if self._is_chunked:
-            data = b"".join((self._pending_head, size_line(len(data)), data, b"\r\n"))
-        elif self._pending_head:
-            data = self._pending_head + data
-        self._pending_head = b""
+            data = b"".join((self._pending, size_line(len(data)), data, b"\r\n"))
+        elif self._pending:
+            data = self._pending + data
+        self._pending = b""
         self._transport.write(data)
 
     def open_shortcut(self, stencil: Stencil) -> Shortcut | None:
@@ -124,7 +124,17 @@ class Answer:
         if not self._is_chunked:
             return None
         self._stencil = stencil
-        return stencil, self._transport.write
+        return stencil, self._transport.write, self
+
+    def hold(self, chunks: bytes) -> None:
+        """Send these, framed already and counted by the stencil, before whatever comes next."""
+        self._pending += chunks
+
+    def flush(self) -> None:
+        """Send what is still held."""
+        if self._pending and not self.is_ended:
+            self._transport.write(self._pending)
+            self._pending = b""
 
     def finish(self, data: bytes = b"", *, close: bool = False) -> None:
         """The last part of the body, possibly empty, and its end."""
@@ -134,9 +144,9 @@ class Answer:
         if self._is_chunked:
             end = b"0\r\n\r\n"
             data = b"".join((size_line(len(data)), data, b"\r\n", end)) if data else end
-        if self._pending_head or data:
-            self._transport.write(self._pending_head + data)
-            self._pending_head = b""
+        if self._pending or data:
+            self._transport.write(self._pending + data)
+            self._pending = b""
         self._end()
 
     def abort(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from .http11 import SIZE_LINES, size_line
 
@@ -231,5 +231,15 @@ def _are_texts(texts: list[bytes]) -> bool:
     return all(map(_is_text, texts))
 
 
-Shortcut = tuple[Stencil, Callable[[bytes], None]]
-"""A stencil, and where the chunks go that it passes."""
+class Outlet(Protocol):
+    """Takes chunks that are framed already and go with what is written next, in one write."""
+
+    def hold(self, chunks: bytes) -> None:
+        """Send these before whatever comes next."""
+
+    def flush(self) -> None:
+        """Send what is still held."""
+
+
+Shortcut = tuple[Stencil, Callable[[bytes], None], Outlet]
+"""A stencil, and where the chunks go that it passes: at once, or where more has come with them."""

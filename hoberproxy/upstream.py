@@ -24,7 +24,7 @@ from .http11 import (
     find_head_end,
 )
 from .native import mypyc_attr
-from .stencil import Shortcut, Stencil
+from .stencil import Outlet, Shortcut, Stencil
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -99,6 +99,7 @@ class UpstreamConnection:
     heard_at: float  # loop time of the last bytes, as of the wheel's last turn
     _stencil: Stencil | None  # takes chunks before their framing is walked
     _write_chunks: Callable[[bytes], None]
+    _outlet: Outlet
     receiver: Receiver | None
 
     def __init__(self, pool: Pool) -> None:
@@ -175,10 +176,15 @@ class UpstreamConnection:
         if stencil is not None:
             passed = stencil.pass_chunks(data)
             if passed is not None:
-                self._write_chunks(passed)
                 if not stencil.rest:
+                    self._write_chunks(passed)
                     return
+                outlet = self._outlet
+                outlet.hold(passed)
                 data, stencil.rest = stencil.rest, b""
+                self._receive(data)
+                outlet.flush()
+                return
         self._receive(data)
 
     def _receive(self, data: bytes) -> None:
@@ -219,7 +225,7 @@ class UpstreamConnection:
             return
         shortcut = receiver.on_body(payload)
         if shortcut is not None and body.is_between_chunks:
-            self._stencil, self._write_chunks = shortcut
+            self._stencil, self._write_chunks, self._outlet = shortcut
             self._opening_chunks = 0
         else:
             self._stencil = None

@@ -199,3 +199,34 @@ def test_a_header_value_that_would_break_the_head_is_refused(value: bytes) -> No
     with pytest.raises(ValueError, match="x-upstream"):
         sent.answer.send(200, [(b"x-upstream", value)], b"")
     assert sent.transport.writes == []
+
+
+def test_what_is_held_goes_with_what_is_written_next() -> None:
+    sent = Sent()
+    sent.answer.start(200, SSE)
+    sent.answer.write(b"a")
+    sent.answer.hold(b"1\r\nb\r\n")
+    sent.answer.write(b"c")
+    sent.answer.hold(b"1\r\nd\r\n")
+    sent.answer.finish()
+    assert sent.transport.writes[1:] == [b"1\r\nb\r\n1\r\nc\r\n", b"1\r\nd\r\n0\r\n\r\n"]
+
+
+def test_what_is_held_goes_alone_if_nothing_follows_and_once() -> None:
+    sent = Sent()
+    sent.answer.start(200, SSE)
+    sent.answer.write(b"a")
+    sent.answer.hold(b"1\r\nb\r\n")
+    sent.answer.flush()
+    sent.answer.flush()
+    assert sent.transport.writes[1:] == [b"1\r\nb\r\n"]
+
+
+def test_nothing_held_goes_out_after_an_answer_was_cut() -> None:
+    sent = Sent()
+    sent.answer.start(200, SSE)
+    sent.answer.write(b"a")
+    sent.answer.hold(b"1\r\nb\r\n")
+    sent.answer.abort()
+    sent.answer.flush()
+    assert len(sent.transport.writes) == 1

@@ -12,6 +12,7 @@ from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import Phase, UpstreamError
 from hoberproxy.gateway import make_upstreams
 from hoberproxy.http11 import ChunkedBody, ResponseHead
+from hoberproxy.pool import Pool
 from hoberproxy.relay import Reporter, StreamRelay
 from hoberproxy.stream import StreamScanner
 from hoberproxy.upstream import Receiver, UpstreamConnection
@@ -196,13 +197,20 @@ class FakeSocket(FakeTransport):
         return 0
 
 
-async def test_a_stream_read_in_three_goes_leaves_in_four_writes() -> None:
+def connected(relay: StreamRelay) -> tuple[UpstreamConnection, Pool]:
+    """A connection whose next answer is the relay's."""
     config = parse_config(CONFIG, environ={}, read_file=lambda path: "")
     loop = asyncio.get_running_loop()
     pool = make_upstreams(config, loop, Wheel(loop.time()))["acme"].pool
-    connection, relayed = UpstreamConnection(pool), Relayed()
+    connection = UpstreamConnection(pool)
     connection.connection_made(cast(Any, FakeSocket()))
-    connection.send([b"a request"], Chooser(connection, relayed.relay))
+    connection.send([b"a request"], Chooser(connection, relay))
+    return connection, pool
+
+
+async def test_what_is_read_at_once_is_written_at_once() -> None:
+    relayed = Relayed()
+    connection, pool = connected(relayed.relay)
     events = stream_events(4)
 
     connection.data_received(HEAD + b"".join(map(chunk, events[:2])))
@@ -210,10 +218,36 @@ async def test_a_stream_read_in_three_goes_leaves_in_four_writes() -> None:
     connection.data_received(b"".join(map(chunk, events[3:])) + LAST_CHUNK)
 
     assert relayed.payload == as_seen(events)
-    opening, second, others, end = relayed.transport.writes
+    opening, second, rest = relayed.transport.writes
     seen = [as_seen(events[:count]) for count in (2, 3, 5)]
     assert opening.endswith(chunk(seen[0]))
     assert second == chunk(seen[1][len(seen[0]) :])
-    assert others == chunk(seen[2][len(seen[1]) :])
-    assert end == chunk(as_seen(events)[len(seen[2]) :]) + LAST_CHUNK
+    texts, end = seen[2][len(seen[1]) :], as_seen(events)[len(seen[2]) :]
+    assert rest == chunk(texts) + chunk(end) + LAST_CHUNK
     assert pool.idle == 1
+
+
+async def test_whole_events_do_not_wait_for_the_rest_of_the_next_one() -> None:
+    events = stream_events(4)
+    body = b"".join(map(chunk, events)) + LAST_CHUNK
+    start, end = len(b"".join(map(chunk, events[:2]))), len(b"".join(map(chunk, events[:4])))
+    for cut in range(end, end + len(chunk(events[4]))):
+        relayed = Relayed()
+        connection, pool = connected(relayed.relay)
+        connection.data_received(HEAD + body[:start])
+        connection.data_received(body[start:cut])
+        assert relayed.payload.startswith(as_seen(events[:4])), cut
+        connection.data_received(body[cut:])
+        assert relayed.payload == as_seen(events), cut
+        assert pool.idle == 1
+
+
+async def test_what_is_held_goes_before_a_failure_that_was_read_with_it() -> None:
+    relayed = Relayed()
+    connection, pool = connected(relayed.relay)
+    events = stream_events(4)
+    connection.data_received(HEAD + b"".join(map(chunk, events[:2])))
+    connection.data_received(b"".join(map(chunk, events[2:4])) + b"no chunk\r\n")
+    assert relayed.payload == as_seen(events[:4])
+    assert relayed.attempt.told[-1][0].startswith("fail")
+    assert pool.idle == 0
