@@ -172,13 +172,7 @@ class StreamRelay(Relay):
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
             out, self._unsent = self._unsent + out, b""
-            is_first = not self._is_open
-            if is_first:
-                self._open()
-            self._attempt.seal(len(out))
-            self._answer.finish(out)
-            if is_first:
-                self._attempt.note_opened(is_stream=True)
+            self._write(out, is_end=True)
             self._attempt.finish()
 
     def give_up(self, error: UpstreamError) -> None:
@@ -203,13 +197,16 @@ class StreamRelay(Relay):
         if out:
             self._write(out)
 
-    def _write(self, out: bytes) -> None:
+    def _write(self, out: bytes, *, is_end: bool = False) -> None:
         is_first = not self._is_open
         if is_first:
             self._open()
-        if self._scanner.is_done:
+        if is_end or self._scanner.is_done:
             self._attempt.seal(len(out))
-        self._answer.write(out)
+        if is_end:
+            self._answer.finish(out)
+        else:
+            self._answer.write(out)
         if is_first:
             self._attempt.note_opened(is_stream=True)
 
