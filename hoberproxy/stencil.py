@@ -61,11 +61,9 @@ class Shape:
     """
 
     __slots__ = (
-        "event_tail",
         "growth",
         "head",
         "head_size",
-        "is_small",
         "new_head",
         "new_tail",
         "tail",
@@ -76,9 +74,7 @@ class Shape:
         self.head, self.new_head, self.head_size = head, new_head, len(head)
         # With the CR LF behind the chunk.
         self.tail, self.new_tail, self.tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
-        self.event_tail = tail
         self.growth = len(new_head) + len(new_tail) - len(head) - len(tail)
-        self.is_small = self.growth < _LARGEST
 
 
 _NO_SHAPE: Final = Shape(b"", b"", b"", b"")
@@ -137,7 +133,7 @@ class Stencil:
 
     def keep(self, lead: bytes, shape: Shape) -> None:
         """Pass what begins with `lead` and has this shape."""
-        if shape.is_small:
+        if shape.growth < _LARGEST:
             self._lead, self._shape, self.is_learnt = lead, shape, True
 
     # Passing on
@@ -178,12 +174,8 @@ class Stencil:
         """The texts of as many chunks as are alike: one chunk for all of them."""
         texts: list[bytes] = []
         at = 0
-        before, behind, behind_size = (
-            self._lead + self._shape.head,
-            self._shape.tail,
-            self._shape.tail_size,
-        )
-        before_size = len(before)
+        before, behind = self._lead + self._shape.head, self._shape.tail
+        before_size, behind_size = len(before), self._shape.tail_size
         while start := data.find(b"\n", at + 2, at + 8) + 1:
             text, end = start + before_size, start + _SIZES.get(data[at:start], 0)
             tail = end - behind_size
@@ -202,7 +194,7 @@ class Stencil:
         """Whole events of a payload, as far as they are alike; None if the first is not."""
         if not self.is_learnt:
             return None
-        before, behind = self._lead + self._shape.head, self._shape.event_tail
+        before, behind = self._lead + self._shape.head, self._shape.tail[:-2]
         texts: list[bytes] = []
         at = 0
         while (end := data.find(b"\n\n", at + len(before)) + 2) > 1:
