@@ -201,11 +201,17 @@ def test_a_header_value_that_would_break_the_head_is_refused(value: bytes) -> No
     assert sent.transport.writes == []
 
 
-def test_what_is_held_goes_with_what_is_written_next() -> None:
+def holding() -> Sent:
+    """An answer that has begun, and holds a chunk."""
     sent = Sent()
     sent.answer.start(200, SSE)
     sent.answer.write(b"a")
     sent.answer.hold(b"1\r\nb\r\n")
+    return sent
+
+
+def test_what_is_held_goes_with_what_is_written_next() -> None:
+    sent = holding()
     sent.answer.write(b"c")
     sent.answer.hold(b"1\r\nd\r\n")
     sent.answer.finish()
@@ -213,20 +219,14 @@ def test_what_is_held_goes_with_what_is_written_next() -> None:
 
 
 def test_what_is_held_goes_alone_if_nothing_follows_and_once() -> None:
-    sent = Sent()
-    sent.answer.start(200, SSE)
-    sent.answer.write(b"a")
-    sent.answer.hold(b"1\r\nb\r\n")
+    sent = holding()
     sent.answer.flush()
     sent.answer.flush()
     assert sent.transport.writes[1:] == [b"1\r\nb\r\n"]
 
 
 def test_nothing_held_goes_out_after_an_answer_was_cut() -> None:
-    sent = Sent()
-    sent.answer.start(200, SSE)
-    sent.answer.write(b"a")
-    sent.answer.hold(b"1\r\nb\r\n")
+    sent = holding()
     sent.answer.abort()
     sent.answer.flush()
     assert len(sent.transport.writes) == 1

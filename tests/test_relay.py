@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import pytest
 
+from bench.micro.path import NullTransport
 from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import Phase, UpstreamError
 from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ChunkedBody, ResponseHead
+from hoberproxy.http11 import ResponseHead
 from hoberproxy.pool import Pool
 from hoberproxy.relay import Reporter, StreamRelay
 from hoberproxy.stream import StreamScanner
@@ -20,6 +21,7 @@ from hoberproxy.upstream import Receiver, UpstreamConnection
 from .cuts import cut_at
 from .scripted import DONE, LAST_CHUNK, chunk, event, sse_head, stream_events
 from .test_downstream import SSE, FakeTransport, Sent
+from .test_stencil import unframed
 
 SLUG = "vendor/a-model"
 CONFIG = """
@@ -86,7 +88,7 @@ class Relayed:
 
     @property
     def payload(self) -> bytes:
-        return b"".join(ChunkedBody().feed(self.sent.body))
+        return unframed(self.sent.body)
 
 
 def as_seen(events: list[bytes]) -> bytes:
@@ -184,26 +186,13 @@ class Chooser(Receiver):
         self._connection.receiver = self._relay
 
 
-class FakeSocket(FakeTransport):
-    """A transport to a model server."""
-
-    def is_closing(self) -> bool:
-        return False
-
-    def is_reading(self) -> bool:
-        return True
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
 def connected(relay: StreamRelay) -> tuple[UpstreamConnection, Pool]:
     """A connection whose next answer is the relay's."""
     config = parse_config(CONFIG, environ={}, read_file=lambda path: "")
     loop = asyncio.get_running_loop()
     pool = make_upstreams(config, loop, Wheel(loop.time()))["acme"].pool
     connection = UpstreamConnection(pool)
-    connection.connection_made(cast(Any, FakeSocket()))
+    connection.connection_made(cast(Any, NullTransport()))
     connection.send([b"a request"], Chooser(connection, relay))
     return connection, pool
 

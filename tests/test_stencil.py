@@ -14,6 +14,7 @@ from hoberproxy.stencil import FIRST_LESSONS, WORTH_A_LESSON, Stencil
 from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at
+from .scripted import chunk
 
 SLUG = "vendor/a-model"
 UPSTREAM = "a-model-2025-01-01"
@@ -25,10 +26,6 @@ def event(text: str, *, model: str = UPSTREAM, compact: bool = True, **members: 
     document = {"id": "c-1", "model": model, "choices": [choice], **members}
     separators = (",", ":") if compact else None
     return b"data: %b\n\n" % json.dumps(document, separators=separators).encode()
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def taught(**options: Any) -> Stencil:

@@ -61,7 +61,7 @@ def _read_nothing(path: str) -> str:
     raise AssertionError("the config names no file")
 
 
-class _Transport:
+class NullTransport:
     """Takes everything, sends nothing."""
 
     def write(self, data: bytes) -> None:
@@ -69,6 +69,9 @@ class _Transport:
 
     def get_extra_info(self, name: str) -> None:
         """Nothing is known of it."""
+
+    def abort(self) -> None:
+        """Nothing is left to cut."""
 
     def is_closing(self) -> bool:
         return False
@@ -108,7 +111,7 @@ class _Path:
         )
         handlers: Any = None
         self.client = DownstreamConnection(gateway, handlers, set())
-        transport: Any = _Transport()
+        transport: Any = NullTransport()
         self.client.connection_made(transport)
         pool = gateway.upstreams["upstream"].pool
         self.upstream = UpstreamConnection(pool)
