@@ -15,6 +15,7 @@ from .http11_body import (
     UntilEofBody,
     body_reader,
     size_line,
+    whole_chunk,
 )
 from .http11_head import (
     CONTINUE,
@@ -71,4 +72,5 @@ __all__ = [
     "serialize_response_head",
     "size_line",
     "skip_empty_line",
+    "whole_chunk",
 ]

@@ -26,10 +26,13 @@ MAX_KEPT_LINE_BYTES: Final = 128  # longer lines are read anew each time
 MAX_KEPT_LINES: Final = 1024
 MAX_KEPT_VALUES: Final = 64  # of one header's name
 MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one is no pattern for the next
+MAX_PATTERNS: Final = 4  # of one server's heads: of streams, of bodies
 
 _END: Final = b"\r\n\r\n"  # of a head
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
+_SPACE: Final = 0x20
+_TILDE: Final = 0x7E
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: names of people in `X-Title` are seen.
@@ -38,9 +41,10 @@ VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
 _TARGET: Final = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
 
 _TOKEN_ONLY: Final = re.compile(TOKEN)
-_match_value: Final = re.compile(VALUE).fullmatch
-# What else than its length settles how a response is framed, and whether its connection goes on.
-_FRAMING_NAMES: Final = frozenset((b"transfer-encoding", b"connection", b"keep-alive"))
+# What else than its length settles how a response is read, and whether its connection goes on.
+_TELLING_NAMES: Final = frozenset(
+    (b"transfer-encoding", b"connection", b"keep-alive", b"content-type", b"content-encoding")
+)
 _REQUEST_LINE: Final = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
@@ -85,20 +89,8 @@ _UNTIL_EOF: Final = FramingKind.UNTIL_EOF
 # Heads
 
 
-class _Fields:
-    """What both heads know of their fields."""
-
-    __slots__ = ()
-    headers: Headers
-    _first: dict[bytes, bytes]
-
-    def get(self, name: bytes) -> bytes | None:
-        """The first value of the header, `name` in lower case."""
-        return self._first.get(name)
-
-
 @dataclass(frozen=True, slots=True)
-class RequestHead(_Fields):
+class RequestHead:
     """What a client asked, framing settled. Headers stay out of `repr`: they hold the key.
 
     `target` is as sent. `path` and `query` are cut from it, still percent-encoded; an absolute-form
@@ -122,12 +114,16 @@ class RequestHead(_Fields):
         """The media type in lower case without parameters, b"" when none was sent."""
         return _media_type(self._first)
 
+    def get(self, name: bytes) -> bytes | None:
+        """The first value of the header, `name` in lower case."""
+        return self._first.get(name)
+
     def __post_init__(self) -> None:
         if not self._first:
             object.__setattr__(self, "_first", dict(reversed(self.headers)))
 
 
-class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobody changes one
+class ResponseHead:  # no dataclass, whose making is not compiled; nobody changes one
     """What a model server answered to a POST, framing settled.
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
@@ -138,9 +134,11 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
 
     __slots__ = (
         "_first",
+        "_headers",
+        "_values",
+        "_varied",
         "content_encoding",
         "content_type",
-        "headers",
         "keep_alive",
         "keepalive_hint",
         "kind",
@@ -161,7 +159,7 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
         content_encoding: bytes,
     ) -> None:
         self.status = status
-        self.headers = headers
+        self._headers = headers
         self.kind = kind
         self.length = length
         self.keep_alive = keep_alive
@@ -169,6 +167,39 @@ class ResponseHead(_Fields):  # no dataclass, whose making is not compiled; nobo
         self._first = first
         self.content_type = content_type
         self.content_encoding = content_encoding
+        self._varied: list[bytes] = []  # names of fields of which `headers` has another value
+        self._values: list[bytes] = []  # … than these
+
+    def varied(self, names: list[bytes], values: list[bytes], length: int | None) -> ResponseHead:
+        """The same head with other values of some fields, of which only `length` is settled."""
+        head = ResponseHead(
+            self.status,
+            self._headers,
+            self.kind,
+            length,
+            self.keep_alive,
+            self.keepalive_hint,
+            self._first,
+            self.content_type,
+            self.content_encoding,
+        )
+        head._varied, head._values = names, values
+        return head
+
+    @property
+    def headers(self) -> Headers:
+        """All of them in order."""
+        if not self._varied:
+            return self._headers
+        values = dict(zip(self._varied, self._values, strict=True))
+        return [(name, values.get(name, value)) for name, value in self._headers]
+
+    def get(self, name: bytes) -> bytes | None:
+        """The first value of the header, `name` in lower case."""
+        for place in range(len(self._varied)):
+            if self._varied[place] == name:
+                return self._values[place]
+        return self._first.get(name)
 
 
 class RepeatedHead:
@@ -296,78 +327,118 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
     )
 
 
-class ResponseHeads:
-    """Heads of one model server: the next one says what the last one said, but for a line or two.
+class _Pattern:
+    """A head but for the values of some fields, whose lines are at `_places` among its lines."""
 
-    Only lines that differ are read: 2 µs instead of 5.
+    __slots__ = ("_names", "_places", "_texts", "found", "known", "lines")
+
+    def __init__(self, head: ResponseHead, lines: list[bytes], places: list[int]) -> None:
+        self.known = self.found = head
+        self.lines = lines  # as they are in `head`
+        self._places = places
+        self._names = [head.headers[place - 1][0] for place in places]
+        self._texts: list[bytes] = []  # before and behind the values
+        text = b""
+        for place, line in enumerate(lines):
+            if place in places:
+                value = head.headers[place - 1][1]
+                start = line.index(value, line.index(b":") + 1)
+                self._texts.append(text + line[:start])
+                text = line[start + len(value) :] + b"\r\n"
+            else:
+                text += line + b"\r\n"
+        self._texts.append(text + b"\r\n")
+
+    def find(self, data: bytes) -> int:
+        """The end of such a head at the beginning of `data`, 0 without one; it is in `found`."""
+        texts, names, known, size = self._texts, self._names, self.known, len(data)
+        values: list[bytes] = []
+        length = known.length
+        at = 0
+        for slot in range(len(texts)):
+            text = texts[slot]
+            start = at + len(text)
+            if data[at:start] != text:
+                return 0
+            at = start
+            if slot == len(names):
+                break
+            # By hand: it is compiled, and an expression's engine is in no cache when a head comes.
+            while at < size and _SPACE <= data[at] <= _TILDE:
+                at += 1
+            if at == start or at == size or data[start] == _SPACE or data[at - 1] == _SPACE:
+                return 0
+            value = data[start:at]
+            if names[slot] == b"content-length":
+                if not value.isdigit() or len(value) > MAX_PLAIN_DIGITS:
+                    return 0
+                length = int(value)
+            values.append(value)
+        if at > MAX_KEPT_HEAD_BYTES:
+            return 0
+        self.found = known.varied(names, values, length) if values else known
+        return at
+
+    def widened(self, head: ResponseHead, lines: list[bytes]) -> _Pattern | None:
+        """The pattern of this one's heads and of another; None if that says another thing."""
+        if len(lines) != len(self.lines) or lines[0] != self.lines[0]:
+            return None
+        places = []
+        for place in range(1, len(lines)):
+            name = head.headers[place - 1][0]
+            if name != self.known.headers[place - 1][0]:
+                return None
+            if place in self._places:
+                places.append(place)
+            elif lines[place] != self.lines[place]:
+                if name in _TELLING_NAMES:
+                    return None
+                places.append(place)
+        return _Pattern(head, lines, places)
+
+
+class ResponseHeads:
+    """Heads of one model server: the next one says what one before said, but for some values.
+
+    Compared as bytes and not read anew: 1 µs instead of 5.
     """
 
-    __slots__ = ("_head", "_lines", "_names")
+    __slots__ = ("_next", "_patterns", "head")
 
     def __init__(self) -> None:
-        self._head: ResponseHead | None = None  # the last one that may serve as a pattern
-        self._lines: list[bytes] = []  # as they were
-        self._names: list[bytes] = []  # of the fields, with their colons, as they are written
+        self._patterns: list[_Pattern] = []
+        self._next = 0  # where one more is kept
+        self.head: ResponseHead | None = None  # found last
+
+    def find(self, data: bytes) -> int:
+        """Offset past a known head at the beginning of `data`, 0 if it is not there, or not all."""
+        for pattern in self._patterns:
+            end = pattern.find(data)
+            if end:
+                self.head = pattern.found
+                return end
+        return 0
 
     def parse(self, raw: bytes) -> ResponseHead:
-        """As `parse_response_head`."""
-        known = self._head
-        if known is not None and len(raw) <= MAX_KEPT_HEAD_BYTES and raw.endswith(_END):
-            head = self._compare(_split_lines(raw), known)
-            if head is not None:
-                return head
-        return self._read(raw)
-
-    def _compare(self, lines: list[bytes], known: ResponseHead) -> ResponseHead | None:
-        """The head if it is `known` but for values that say nothing of its framing, else None."""
-        old = self._lines
-        if lines == old:
-            return known
-        if len(lines) != len(old) or lines[0] != old[0]:
-            return None
-        headers, first, length = known.headers.copy(), known._first.copy(), known.length
-        content_type, coding = known.content_type, known.content_encoding
-        for place in range(1, len(lines)):
-            line = lines[place]
-            if line == old[place]:
-                continue
-            start = self._names[place - 1]
-            name = headers[place - 1][0]
-            if name in _FRAMING_NAMES or not line.startswith(start):
-                return None
-            value = line[len(start) :].strip(b" \t")
-            if name == b"content-length":
-                if not value.isdigit() or len(value) > MAX_PLAIN_DIGITS:
-                    return None
-                length = int(value)
-            elif not _match_value(value):
-                return None
-            headers[place - 1] = name, value
-            first[name] = value
-            if name == b"content-type":
-                content_type = _media_type(first)
-            elif name == b"content-encoding":  # in no other line: a pattern has each name once
-                coding = value.lower() or b"identity"
-        return ResponseHead(
-            known.status,
-            headers,
-            known.kind,
-            length,
-            known.keep_alive,
-            known.keepalive_hint,
-            first,
-            content_type,
-            coding,
-        )
-
-    def _read(self, raw: bytes) -> ResponseHead:
+        """As `parse_response_head`, and have the next one like it known."""
         head = parse_response_head(raw)
-        is_pattern = head.status == 200 and len(head._first) == len(head.headers)
-        if is_pattern and len(raw) <= MAX_KEPT_HEAD_BYTES:
-            self._head = head
-            self._lines = _split_lines(raw)
-            self._names = [line[: line.index(b":") + 1] for line in self._lines[1:]]
+        # Each name once, or it would not be sure whose value is whose.
+        is_plain = head.status == 200 and len(head._first) == len(head.headers)
+        if is_plain and len(raw) <= MAX_KEPT_HEAD_BYTES:
+            self._learn(head, _split_lines(raw))
         return head
+
+    def _learn(self, head: ResponseHead, lines: list[bytes]) -> None:
+        patterns = self._patterns
+        for place, pattern in enumerate(patterns):
+            if (wider := pattern.widened(head, lines)) is not None:
+                patterns[place] = wider
+                return
+        if len(patterns) < MAX_PATTERNS:
+            patterns.append(_Pattern(head, lines, []))
+        else:
+            patterns[self._next] = _Pattern(head, lines, [])
+            self._next = (self._next + 1) % MAX_PATTERNS
 
 
 # Lines of a head

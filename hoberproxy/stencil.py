@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from .http11 import SIZE_LINES, size_line
+from .http11 import SIZE_LINES, size_line, whole_chunk
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
@@ -29,7 +29,6 @@ _MARKS: Final = tuple(
 _is_text: Final = re.compile(rb'[^"\\\r\n]*+(?>(?:\\[^\r\n][^"\\\r\n]*+)*)').fullmatch
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
-_SIZES: Final = {line: size for size, line in enumerate(SIZE_LINES[1:_LARGEST], 1)}
 
 # A server whose events change all the time is not asked again and again: learning costs a parse.
 FIRST_LESSONS: Final = 2
@@ -176,9 +175,9 @@ class Stencil:
         at = 0
         before, behind = self._lead + self._shape.head, self._shape.tail
         before_size, behind_size = len(before), self._shape.tail_size
-        while start := data.find(b"\n", at + 2, at + 8) + 1:
-            text, end = start + before_size, start + _SIZES.get(data[at:start], 0)
-            tail = end - behind_size
+        while True:
+            start, end = whole_chunk(data, at)
+            text, tail = start + before_size, end - behind_size
             if text > tail or data[start:text] != before or data[tail : end + 2] != behind:
                 break
             texts.append(data[text:tail])
@@ -216,6 +215,10 @@ class Stencil:
 
 def _are_texts(texts: list[bytes]) -> bool:
     """Whether each is the inside of a JSON string. Most have no backslash: two looks at all."""
+    text = texts[0]
+    if len(texts) == 1 and _QUOTE not in text and _LF not in text:
+        if not text or text[-1] != _BACKSLASH:  # the usual end of a stream: one more text
+            return True
     joined = b"\n".join(texts)
     is_plain = _QUOTE not in joined and joined.count(b"\n") == len(texts) - 1
     if is_plain and joined.find(b"\\\n") < 0 and not joined.endswith(b"\\"):

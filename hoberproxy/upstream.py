@@ -15,13 +15,13 @@ from .deadlines import Wheel
 from .http11 import (
     MAX_RESPONSE_HEAD_BYTES,
     BodyReader,
-    ChunkedBody,
     FramingError,
     HeadError,
     Parts,
     ResponseHead,
     body_reader,
     find_head_end,
+    whole_chunk,
 )
 from .native import mypyc_attr
 from .stencil import Outlet, Shortcut, Stencil
@@ -195,7 +195,7 @@ class UpstreamConnection:
             return
         if self._opening_chunks and body.is_between_chunks:
             self._opening_chunks -= 1
-            start, end = ChunkedBody.first_chunk(data)
+            start, end = whole_chunk(data, 0)
             if end:
                 self._hand_on(body, data[start:end])
                 end += 2
@@ -272,8 +272,13 @@ class UpstreamConnection:
             self._close()  # nobody asked: the peer is out of step, nothing on it can be trusted
             return
         self._has_answered = True
+        heads = self._pool.heads
         if self._head:
             data, self._head = self._head + data, b""
+        elif end := heads.find(data):
+            assert heads.head is not None
+            self._take_head(heads.head, data[end:])
+            return
         while True:
             end = find_head_end(data, self._head_searched)
             if end < 0:
@@ -283,7 +288,7 @@ class UpstreamConnection:
                 return
             self._head_searched = 0
             try:
-                head = self._pool.heads.parse(data[:end])
+                head = heads.parse(data[:end])
             except HeadError:
                 self._lose(Loss.MALFORMED)
                 return
