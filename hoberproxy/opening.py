@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from .ending import Ending, read_number
 from .stencil import Shape, find_text
 
 _BACKSLASH: Final = 0x5C
-_ZERO: Final = 0x30
-_NINE: Final = 0x39
+_QUOTE: Final = 0x22
+_SPACE: Final = 0x20
+_TILDE: Final = 0x7E
 _KEPT: Final = 4  # events of a stream: filters of the prompt, the role, the first content
 _MAX_EVENT_BYTES: Final = 4096
-_MAX_DIGITS: Final = 18
 _NOWHERE: Final = -1
 # A server whose openings are always unlike is not learnt from each time.
 _FIRST_LESSONS: Final = 8
@@ -36,7 +37,9 @@ class Form:
         "_created_slot",
         "_end",
         "_id_slot",
-        "_stops",
+        "_name_at",
+        "_name_slot",
+        "_named",
         "_text_slot",
         "has_text",
         "model",
@@ -61,15 +64,18 @@ class Form:
         self.pattern = pattern  # the member that names it, b"" if the event has none
         self.replacement = replacement
         self._befores: list[bytes] = []
-        self._stops: list[int] = []  # the byte behind each value
         kinds: list[str] = []
         at = 0
         for start, end, kind in spans:
             self._befores.append(event[at:start])
-            self._stops.append(event[end])
             kinds.append(kind)
             at = end
         self._end = event[at:]
+        # Where the model is named, and what the client gets in place of that.
+        self._name_slot, self._name_at, self._named = _NOWHERE, 0, b""
+        for slot, text in enumerate((*self._befores, self._end)):
+            if pattern and pattern in text:
+                self._name_slot, self._named = slot, text.replace(pattern, replacement)
         self._id_slot = kinds.index("id") if "id" in kinds else _NOWHERE
         self._created_slot = kinds.index("created") if "created" in kinds else _NOWHERE
         self._text_slot = kinds.index("text") if "text" in kinds else _NOWHERE
@@ -80,35 +86,54 @@ class Form:
             head, tail = self._befores[-1], self._end
             if not pattern or pattern in head or pattern in tail:
                 self.shape = self._make_shape(head, tail)
+                self.shape.ending = Ending()
         self.raw_id = b""
 
     def is_like(self, event: bytes) -> bool:
         """Whether an event has the same bytes around other values of the same kind."""
-        befores, stops, text_slot = self._befores, self._stops, self._text_slot
-        values: list[bytes] = []
+        befores, size = self._befores, len(event)
+        unusual: list[bytes] = []
         at = 0
         for slot in range(len(befores)):
             before = befores[slot]
             start = at + len(before)
             if event[at:start] != before:
                 return False
-            at = event.find(stops[slot], start)
-            if at < start:
+            if slot == self._name_slot:
+                self._name_at = at
+            at = start
+            if slot == self._created_slot:
+                at = read_number(event, start)[1]
+            else:
+                is_usual = True
+                # By hand: it is compiled, and methods of bytes are in no cache when it is needed.
+                while at < size and (byte := event[at]) != _QUOTE:
+                    if byte < _SPACE or byte == _BACKSLASH:
+                        return False
+                    if byte > _TILDE:
+                        is_usual = False
+                    at += 1
+                if not is_usual:
+                    unusual.append(event[start:at])
+            if slot == self._id_slot:
+                self.raw_id = event[start:at]
+            elif at == start:
                 return False
-            values.append(event[start:at])
-            if slot == text_slot:
-                if at == start:
-                    return False
+            elif slot == self._text_slot:
                 self.text_start, self.text_end = start, at
         if event[at:] != self._end:
             return False
-        if not _are_inside_strings(values):
-            return False
-        if self._created_slot != _NOWHERE and not _is_number(values[self._created_slot]):
-            return False
-        if self._id_slot != _NOWHERE:
-            self.raw_id = values[self._id_slot]
-        return True
+        if len(befores) == self._name_slot:
+            self._name_at = at
+        return not unusual or _are_inside_strings(unusual)
+
+    def passed(self, event: bytes) -> bytes:
+        """What the client sees of the event that was `like` it last."""
+        if self._name_slot == _NOWHERE:
+            return event
+        at, slot = self._name_at, self._name_slot
+        text = self._befores[slot] if slot < len(self._befores) else self._end
+        return b"".join((event[:at], self._named, event[at + len(text) :]))
 
     def shape_behind(self, event: bytes) -> tuple[bytes, Shape]:
         """The lead of the event that was `like` it last, and the shape that stands behind it."""
@@ -168,7 +193,8 @@ class Opening:
         if spans is None:
             return
         form = Form(event, spans, model, pattern, replacement)
-        if form.is_like(event):  # nothing is taken for granted
+        # Nothing is taken for granted.
+        if form.is_like(event) and form.passed(event) == event.replace(pattern, replacement):
             self._forms[place] = form
 
 
@@ -188,18 +214,6 @@ def _are_inside_strings(values: list[bytes]) -> bool:
 def _has_logprobs(document: dict[str, Any]) -> bool:
     """Whether the text stands there once more, as a token: no other event is like it."""
     return any(choice.get("logprobs") for choice in document["choices"])
-
-
-def _is_number(digits: bytes) -> bool:
-    """Whether it is a number as JSON writes it, without sign or fraction, and not 0."""
-    size = len(digits)
-    if not 0 < size <= _MAX_DIGITS or digits[0] == _ZERO:
-        return False
-    # By hand: it is compiled, and `isdigit` would be looked up by name.
-    for place in range(size):
-        if not _ZERO <= digits[place] <= _NINE:
-            return False
-    return True
 
 
 def _find_values(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from .ending import Ending
 from .http11 import SIZE_LINES, size_line, whole_chunk
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
@@ -56,10 +57,12 @@ class Shape:
     """What like events have in common around their texts, as it comes and as it is passed on.
 
     One for all streams of a model server where it can be (opening.py): else each would keep a
-    kilobyte of its own. Before the `head` stands what is a stream's alone.
+    kilobyte of its own. Before the `head` stands what is a stream's alone; then it has an `ending`,
+    which tells how such streams end.
     """
 
     __slots__ = (
+        "ending",
         "growth",
         "head",
         "head_size",
@@ -74,6 +77,7 @@ class Shape:
         # With the CR LF behind the chunk.
         self.tail, self.new_tail, self.tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
         self.growth = len(new_head) + len(new_tail) - len(head) - len(tail)
+        self.ending: Ending | None = None
 
 
 _NO_SHAPE: Final = Shape(b"", b"", b"", b"")
@@ -86,19 +90,19 @@ class Stencil:
     """
 
     __slots__ = (
-        "_lead",
         "_lessons",
         "_passed_before",
         "_shape",
         "events",
         "framed_bytes",
         "is_learnt",
+        "lead",
         "rest",
     )
 
     def __init__(self) -> None:
         # In this order, what an event touches stands side by side.
-        self._lead = b""  # this stream's own bytes before the shape's, passed on as they come
+        self.lead = b""  # this stream's own bytes before the shape's, passed on as they come
         self._shape = _NO_SHAPE
         self.events = 0
         self.framed_bytes = 0
@@ -108,6 +112,11 @@ class Stencil:
         self._passed_before = 0  # events, at the last lesson
 
     # Learning
+
+    @property
+    def ending(self) -> Ending | None:
+        """How streams of this shape end; what is this stream's own in it is the `lead`."""
+        return self._shape.ending
 
     @property
     def wants_lesson(self) -> bool:
@@ -133,7 +142,7 @@ class Stencil:
     def keep(self, lead: bytes, shape: Shape) -> None:
         """Pass what begins with `lead` and has this shape."""
         if shape.growth < _LARGEST:
-            self._lead, self._shape, self.is_learnt = lead, shape, True
+            self.lead, self._shape, self.is_learnt = lead, shape, True
 
     # Passing on
 
@@ -152,7 +161,7 @@ class Stencil:
         else:
             start = 0  # a longer or shorter size line, and not a whole chunk: left to `_pass_many`
         size = end - start
-        lead, shape = self._lead, self._shape
+        lead, shape = self.lead, self._shape
         head = start + len(lead)
         text, tail = head + shape.head_size, end - shape.tail_size
         if text > tail or size >= _LARGEST or data[:start] != SIZE_LINES[size]:
@@ -173,7 +182,7 @@ class Stencil:
         """The texts of as many chunks as are alike: one chunk for all of them."""
         texts: list[bytes] = []
         at = 0
-        before, behind = self._lead + self._shape.head, self._shape.tail
+        before, behind = self.lead + self._shape.head, self._shape.tail
         before_size, behind_size = len(before), self._shape.tail_size
         while True:
             start, end = whole_chunk(data, at)
@@ -193,7 +202,7 @@ class Stencil:
         """Whole events of a payload, as far as they are alike; None if the first is not."""
         if not self.is_learnt:
             return None
-        before, behind = self._lead + self._shape.head, self._shape.tail[:-2]
+        before, behind = self.lead + self._shape.head, self._shape.tail[:-2]
         texts: list[bytes] = []
         at = 0
         while (end := data.find(b"\n\n", at + len(before)) + 2) > 1:
@@ -209,7 +218,7 @@ class Stencil:
 
     def _join(self, texts: list[bytes]) -> bytes:
         self.events += len(texts)
-        before, behind = self._lead + self._shape.new_head, self._shape.new_tail[:-2]
+        before, behind = self.lead + self._shape.new_head, self._shape.new_tail[:-2]
         return b"".join((before, (behind + before).join(texts), behind))
 
 

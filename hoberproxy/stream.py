@@ -8,15 +8,18 @@ Theory of operation. Until the first content everything is held back, so that an
 still be tried, and every event is parsed that is not as in the last stream (opening.py). After it
 bytes flow: events that differ from one before in their text alone pass by comparison (stencil.py,
 which the connection asks even before framing is walked), other whole events in which nothing is
-unusual pass together (`_pass_whole`, a handful of C calls for however many), the rest one by one
-(`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer one cannot be a
-usage event and flows through a MemberRewriter in flat memory.
+unusual pass together (`_pass_whole`, a handful of C calls for however many), the last ones if they
+are as in another stream (ending.py), the rest one by one (`_pass_event`). Only an unfinished event
+is held, up to HOLD_LIMIT_BYTES; a longer one cannot be a usage event and flows through a
+MemberRewriter in flat memory.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from .chunks import content_of, is_usage_event, only_delta
+from .ending import Ending
 from .events import BLANK_LINE, DONE, Data, blank_line_end, is_one_event, parse_event
 from .lenient import load_json
 from .members import Member, MemberRewriter, find_member, model_member
@@ -29,6 +32,7 @@ OPENING_LIMIT_BYTES: Final = 64 * 1024
 _CR: Final = 0x0D
 _BACKSLASH: Final = 0x5C
 _LF_LF: Final = b"\n\n"
+_DONE_EVENT: Final = b"data: [DONE]\n\n"
 _VALUE_AT: Final = len(b'"model":')
 
 
@@ -118,6 +122,10 @@ class StreamScanner:
             if (passed := self.stencil.pass_events(data)) is not None:
                 data, self.stencil.rest = self.stencil.rest, b""
                 return passed + self.feed(data) if data else passed
+            if (ending := self.stencil.ending) is not None:
+                passed, end = self._pass_ending(data, ending)
+                if end:
+                    return passed + self.feed(data[end:]) if end < len(data) else passed
             if self.stencil.wants_lesson:
                 return self._feed_events(data)
             end = data.rfind(_LF_LF) + 2  # 1 if no event ends here
@@ -265,17 +273,41 @@ class StreamScanner:
         self._place += 1
         if not self._raw_id:
             self._raw_id = form.raw_id
-        passed = event
         if form.pattern:
             if not self.upstream_model:
                 self.upstream_model = form.model
             self._pattern, self._replacement = form.pattern, form.replacement
-            passed = event.replace(form.pattern, form.replacement)
+        passed = form.passed(event)
         if form.has_text:
             self.has_content = True
             self._content_events += 1
             self.stencil.keep(*form.shape_behind(event))
         return passed
+
+    def _pass_ending(self, data: bytes, ending: Ending) -> tuple[bytes, int]:
+        """The last events of a stream as far as they are as in other ones, and where they end."""
+        lead = self.stencil.lead
+        lead_size = len(lead)
+        passed, at = b"", 0
+        while at < len(data):
+            if data[at:] == _DONE_EVENT:
+                self.is_done = True
+                return passed + _DONE_EVENT, len(data)
+            start = at + lead_size
+            if data[at:start] != lead:
+                break
+            for last in ending.events:
+                end = last.find(data, start)
+                if end:
+                    break
+            else:
+                break
+            self.usage = read_usage(last.document) or self.usage
+            self.finish_reason = last.finish_reason or self.finish_reason
+            if self._wants_usage or not last.is_usage:
+                passed += lead + last.new_start + data[start + last.start_size : end]
+            at = end
+        return passed, at
 
     def _take_event(self, event: bytes, out: list[bytes]) -> None:
         try:
@@ -304,7 +336,9 @@ class StreamScanner:
         if not self.has_content or _wants_parsing(payload):
             document = _parse_chunk(payload)
             self._learn(document)
-            if _is_usage_event(document) and not self._wants_usage:
+            if not is_opening and _is_plain(event, data):
+                self._tell_ending(event, document)
+            if is_usage_event(document) and not self._wants_usage:
                 return None
         else:
             self._content_events += 1
@@ -312,7 +346,7 @@ class StreamScanner:
                 document = _load(payload)
         passed = self._rename(event, data, document)
         if isinstance(document, dict) and self.stencil.wants_lesson and _is_plain(event, data):
-            delta = _only_delta(document)
+            delta = only_delta(document)
             if delta is not None:
                 self.stencil.learn(event, passed, delta)
                 if is_opening:
@@ -337,13 +371,19 @@ class StreamScanner:
         if self._opening is not None:
             self._opening.learn(place, event, document, text_of, model, pattern, replacement)
 
+    def _tell_ending(self, event: bytes, document: dict[str, Any]) -> None:
+        """Have the next stream know an event like this one."""
+        ending, lead = self.stencil.ending, self.stencil.lead
+        if ending is not None and event.startswith(lead):
+            ending.learn(event, document, lead, self._pattern, self._replacement)
+
     def _learn(self, document: dict[str, Any]) -> None:
         if document.get("error"):
             raise _error_event(document)
         self.usage = read_usage(document) or self.usage
         if not self._raw_id and isinstance(upstream_id := document.get("id"), str):
             self._raw_id = upstream_id.encode("utf-8", "replace")
-        finish_reason, has_delta = _content(document)
+        finish_reason, has_delta = content_of(document)
         self.finish_reason = finish_reason or self.finish_reason
         self._content_events += has_delta
         if has_delta or finish_reason:
@@ -437,56 +477,6 @@ def _parse_chunk(payload: bytes) -> dict[str, Any]:
 def _is_plain(event: bytes, data: Data) -> bool:
     """One `data: ` line and an empty one, both ended by LF."""
     return data.starts == (6,) and len(data.payload) == len(event) - 8 and event[-2:] == _LF_LF
-
-
-def _only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
-    """The delta of an event that has nothing else to say; None for any other."""
-    choices = document.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return None
-    delta = choices[0].get("delta")
-    if choices[0].get("finish_reason") or not isinstance(delta, dict):
-        return None
-    has_usage = document.get("usage") is not None or read_usage(document) is not None
-    return None if has_usage else delta
-
-
-def _is_usage_event(document: dict[str, Any]) -> bool:
-    """The event that `include_usage` adds: no choices, and a usage object."""
-    return document.get("choices") == [] and isinstance(document.get("usage"), dict)
-
-
-_CONTENT_MEMBERS: Final = (
-    "content",
-    "reasoning_content",  # DeepSeek, vLLM, llama.cpp
-    "reasoning",  # OpenRouter, Groq
-    "tool_calls",
-    "refusal",
-    "audio",
-    "function_call",
-)
-
-
-def _content(document: dict[str, Any]) -> tuple[str, bool]:
-    """The finish reason of an event, and whether a delta holds content as the contract has it."""
-    finish_reason = ""
-    has_delta = False
-    choices = document.get("choices")
-    if not isinstance(choices, list):
-        return "", False
-    for choice in choices:
-        if not isinstance(choice, dict):
-            continue
-        reason = choice.get("finish_reason")
-        if isinstance(reason, str):
-            finish_reason = reason
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            for name in _CONTENT_MEMBERS:
-                if delta.get(name):
-                    has_delta = True
-                    break
-    return finish_reason, has_delta
 
 
 def _error_event(document: object) -> StreamFailure:
