@@ -50,8 +50,11 @@ class Accounts:
         wish, lease = call.terms.max_output, None
         if (limits := caller.limits) is not None:
             answer = usual if wish is None else wish
-            cost = (0, 0) if limits.budget is None else self._most(plan, prompt, answer)
-            demand = Demand(prompt, answer, wish is not None, *cost)
+            of_prompt = of_answer = 0
+            if limits.budget is not None:
+                of_prompt, of_answer = self._most(plan, prompt, answer)
+            # Named one by one, or it would be made by interpreted code.
+            demand = Demand(prompt, answer, wish is not None, of_prompt, of_answer)
             lease = self._limiter.admit(caller, now, demand)
         if wish is not None and wish < usual:
             usual = wish

@@ -17,7 +17,7 @@ import logging
 import mmap
 import os
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from .access import Caller
 from .errors import UnavailableError
@@ -35,6 +35,7 @@ from .limits import (
     spent_in,
 )
 from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
+from .native import mypyc_attr
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -61,23 +62,29 @@ _TABLE_LOCK: Final = 0  # the byte whose lock guards the giving out of slots
 _WORKER_LOCKS: Final = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
 
 
-class Limiter(Protocol):
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Limiter:
     """What the path asks of whoever keeps the limits."""
 
     def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
+        raise NotImplementedError
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""
+        raise NotImplementedError
 
     def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """A call that was settled used so much more, or less if negative."""
+        raise NotImplementedError
 
     def lines(self, caller: Caller, now: float) -> bytes:
         """The x-ratelimit-* lines in the head of an answer to this caller, ready to be sent."""
+        raise NotImplementedError
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """A copy of the key's counters as of `now`, by their places in limits.py."""
+        raise NotImplementedError
 
 
 class _Slot:
@@ -93,7 +100,7 @@ class _Slot:
         self.history: History | None = None  # the one that was looked at last
 
 
-class Tallies:
+class Tallies(Limiter):
     """The limits file of one process. To be used on one thread; `close` frees what it holds."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -228,6 +228,16 @@ def test_lines_come_by_themselves_and_in_order(pipe: tuple[int, int]) -> None:
     assert log.close() == 0
 
 
+def test_a_record_that_makes_no_line_costs_that_line_alone(pipe: tuple[int, int]) -> None:
+    log = AccessLog(pipe[1], "json", flush_interval=0.001)
+    log.write(record(total=float("nan")))
+    log.write(record(id="req_2"))
+    wait_until(lambda: log.depth == 0 and log.lost == 1)
+    lines = [json.loads(line) for line in read_lines(pipe[0], 2)]
+    assert sorted(line.get("id", "") or str(line["lost_lines"]) for line in lines) == ["1", "req_2"]
+    assert log.close() == 0
+
+
 def test_closing_writes_what_is_left(tmp_path: Path) -> None:
     with (tmp_path / "access.log").open("w") as sink:
         log = AccessLog(sink, "human", flush_interval=PATIENCE)
