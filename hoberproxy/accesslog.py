@@ -27,7 +27,7 @@ from .errors import FailedAttempt
 from .record import Record
 
 CAPACITY = 10_000  # lines; about 700 bytes each
-FLUSH_INTERVAL = 0.1
+FLUSH_INTERVAL = 0.2
 SLICE = 16  # lines that are made in one go, in less than 0.1 ms
 PAUSE = 0.0005  # seconds for the loop behind that
 MAX_TEXT = 128  # characters of one value
