@@ -33,6 +33,7 @@ _ZERO: Final = 0x30
 _NINE: Final = 0x39
 _SPACE: Final = 0x20
 _TILDE: Final = 0x7E
+_NOTHING: Final[list[bytes]] = []
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: names of people in `X-Title` are seen.
@@ -167,8 +168,8 @@ class ResponseHead:  # no dataclass, whose making is not compiled; nobody change
         self._first = first
         self.content_type = content_type
         self.content_encoding = content_encoding
-        self._varied: list[bytes] = []  # names of fields of which `headers` has another value
-        self._values: list[bytes] = []  # … than these
+        self._varied = _NOTHING  # names of fields of which `_headers` has another value
+        self._values = _NOTHING  # … than these
 
     def varied(self, names: list[bytes], values: list[bytes], length: int | None) -> ResponseHead:
         """The same head with other values of some fields, of which only `length` is settled."""

@@ -354,12 +354,13 @@ class Tallies(Limiter):
     def _count_running(self, slot: _Slot, limit: int) -> int:
         """Calls under way; dead workers are looked for only when it matters."""
         view, start, running = self._view, slot.base + _RUNNING, 0
-        places = range(start, start + view[_NUMBERS_USED])
-        for place in places:
-            running += view[place]
+        workers: int = view[_NUMBERS_USED]
+        for worker in range(workers):
+            running += view[start + worker]
         if running < limit:
             return running
-        for worker, place in enumerate(places):
+        for worker in range(workers):
+            place = start + worker
             if view[place] and not self._is_alive(worker):
                 running -= view[place]
                 view[place] = 0
