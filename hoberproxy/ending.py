@@ -20,9 +20,8 @@ _BACKSLASH: Final = 0x5C
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
 _KEPT: Final = 4  # events: of the usual finish reasons, with tools and without, and of the usage
-_MAX_EVENT_BYTES: Final = 4096
+MAX_EVENT_BYTES: Final = 4096
 _MAX_DIGITS: Final = 15
-# A server whose last events are always unlike is not learnt from each time.
 _FIRST_LESSONS: Final = 8
 _UNLIKE_A_LESSON: Final = 64
 # Whole numbers that are a value each; in a text they may look so too, which the lesson finds out.
@@ -31,11 +30,19 @@ _OTHER_NUMBER: Final = 700_000_001  # and the next ones, in place of those that 
 _PAYLOAD_AT: Final = len(b"data: ")
 
 
+def is_lesson(unlike: int) -> bool:
+    """Whether to learn from an event that had to be parsed, being so many in number.
+
+    A server whose events are always unlike is not learnt from each time.
+    """
+    return unlike <= _FIRST_LESSONS or unlike % _UNLIKE_A_LESSON == 0
+
+
 def read_number(data: bytes, start: int) -> tuple[int, int]:
     """The number at this place, whole and without sign as JSON has it; its end, `start` if none."""
-    number, at, size = 0, start, len(data)
+    number, at, last = 0, start, min(len(data), start + _MAX_DIGITS + 1)
     # By hand: it is compiled, and `isdigit` would be looked up by name.
-    while at < size and _ZERO <= (digit := data[at]) <= _NINE:
+    while at < last and _ZERO <= (digit := data[at]) <= _NINE:
         number = 10 * number + digit - _ZERO
         at += 1
     digits = at - start
@@ -119,9 +126,9 @@ class Ending:
         `new` is in place of `pattern`, if that stands in it once, and else in nothing.
         """
         self._unlike += 1
-        if self._unlike > _FIRST_LESSONS and self._unlike % _UNLIKE_A_LESSON:
+        if not is_lesson(self._unlike):
             return
-        if _BACKSLASH in event or len(event) > _MAX_EVENT_BYTES:
+        if _BACKSLASH in event or len(event) > MAX_EVENT_BYTES:
             return
         if content_of(document)[1]:  # an answer's text is nothing to be kept, and never alike
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from .ending import Ending, read_number
+from .ending import MAX_EVENT_BYTES, Ending, is_lesson, read_number
 from .stencil import Shape, find_text
 
 _BACKSLASH: Final = 0x5C
@@ -19,11 +19,7 @@ _QUOTE: Final = 0x22
 _SPACE: Final = 0x20
 _TILDE: Final = 0x7E
 _KEPT: Final = 4  # events of a stream: filters of the prompt, the role, the first content
-_MAX_EVENT_BYTES: Final = 4096
 _NOWHERE: Final = -1
-# A server whose openings are always unlike is not learnt from each time.
-_FIRST_LESSONS: Final = 8
-_UNLIKE_A_LESSON: Final = 64
 
 
 class Form:
@@ -185,9 +181,9 @@ class Opening:
         the only one, which names the `model`; or in nothing, if they are empty.
         """
         self._unlike += 1
-        if self._unlike > _FIRST_LESSONS and self._unlike % _UNLIKE_A_LESSON:
+        if not is_lesson(self._unlike):
             return
-        if place >= _KEPT or len(event) > _MAX_EVENT_BYTES or _has_logprobs(document):
+        if place >= _KEPT or len(event) > MAX_EVENT_BYTES or _has_logprobs(document):
             return
         spans = _find_values(event, document, text_of)
         if spans is None:
