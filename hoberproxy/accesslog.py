@@ -2,8 +2,8 @@
 
 Lines are made and written by a thread: a blocked sink loses lines, never time. It makes a few at a
 time, since the loop cannot run meanwhile, but not each when its request ends: what a line takes
-would be in no cache then, and cost three times as much. What goes into the record is left to the
-path; no control character gets from a record into the log.
+would be in no cache then. What goes into the record is left to the path; no control character gets
+from a record into the log.
 """
 
 from __future__ import annotations

@@ -109,11 +109,10 @@ class LastEvent:
 class Ending:
     """Of one model server's streams under one slug that have their shape in common."""
 
-    __slots__ = ("_next", "_unlike", "events")
+    __slots__ = ("_unlike", "events")
 
     def __init__(self) -> None:
-        self.events: list[LastEvent] = []
-        self._next = 0  # where one more is kept
+        self.events: list[LastEvent] = []  # the oldest first
         self._unlike = 0  # events that were parsed
 
     def learn(
@@ -133,15 +132,9 @@ class Ending:
         if content_of(document)[1]:  # an answer's text is nothing to be kept, and never alike
             return
         last = _make_last_event(event, document, len(lead), pattern, new)
-        if last is None or last.find(event, len(lead)) != len(
-            event
-        ):  # nothing is taken for granted
-            return
-        if len(self.events) < _KEPT:
-            self.events.append(last)
-        else:
-            self.events[self._next] = last
-        self._next = (self._next + 1) % _KEPT
+        # Nothing is taken for granted.
+        if last is not None and last.find(event, len(lead)) == len(event):
+            self.events = [*self.events[1 - _KEPT :], last]
 
 
 def _make_last_event(
@@ -149,10 +142,10 @@ def _make_last_event(
 ) -> LastEvent | None:
     """The form of an event; None if it is not sure what stands where."""
     spans = _find_numbers(event, document)
-    copy = _renumbered(event, spans)
-    if copy is None:
+    renumbered = _renumbered(event, spans)
+    if renumbered is None:
         return None
-    numbers = _find_others(copy.get("usage"))
+    numbers = _find_others(renumbered.get("usage"))
     if [container[place] for container, place in numbers] != list(_others(len(spans))):
         return None
     for (container, place), (start, end) in zip(numbers, spans, strict=True):
@@ -164,7 +157,7 @@ def _make_last_event(
     if names > 1 or event.count(b'"model"') != names:
         return None
     new_start = texts[0].replace(pattern, new) if names else texts[0]
-    return LastEvent(texts, numbers, copy, new_start)
+    return LastEvent(texts, numbers, renumbered, new_start)
 
 
 def _find_numbers(event: bytes, document: dict[str, Any]) -> list[tuple[int, int]]:

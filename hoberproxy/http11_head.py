@@ -401,14 +401,13 @@ class _Pattern:
 class ResponseHeads:
     """Heads of one model server: the next one says what one before said, but for some values.
 
-    Compared as bytes and not read anew: 1 µs instead of 5.
+    Compared as bytes and not read anew: 0.2 µs instead of 1, though its lines be known.
     """
 
-    __slots__ = ("_next", "_patterns", "head")
+    __slots__ = ("_patterns", "head")
 
     def __init__(self) -> None:
-        self._patterns: list[_Pattern] = []
-        self._next = 0  # where one more is kept
+        self._patterns: list[_Pattern] = []  # the oldest first
         self.head: ResponseHead | None = None  # found last
 
     def find(self, data: bytes) -> int:
@@ -435,11 +434,7 @@ class ResponseHeads:
             if (wider := pattern.widened(head, lines)) is not None:
                 patterns[place] = wider
                 return
-        if len(patterns) < MAX_PATTERNS:
-            patterns.append(_Pattern(head, lines, []))
-        else:
-            patterns[self._next] = _Pattern(head, lines, [])
-            self._next = (self._next + 1) % MAX_PATTERNS
+        self._patterns = [*patterns[1 - MAX_PATTERNS :], _Pattern(head, lines, [])]
 
 
 # Lines of a head
