@@ -18,7 +18,8 @@ import orjson
 
 from .downstream import Answer
 from .events import BLANK_LINE, DONE, parse_event
-from .stencil import Shortcut, Stencil
+from .sink import Shortcut
+from .stencil import Stencil
 
 logger = logging.getLogger("hoberproxy.ledger")
 

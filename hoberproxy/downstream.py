@@ -6,20 +6,12 @@ chunks, HTTP/1.0 a body until close (RFC 9112, 6.3).
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from .admission import NO_GROUP
 from .deadlines import Timed
 from .http11 import Headers, begin_response_head, size_line
 from .native import mypyc_attr
-from .stencil import Shortcut, Stencil
-
-
-class Transport(Protocol):
-    """The part of a transport that an answer needs."""
-
-    def write(self, data: bytes) -> None: ...
-    def abort(self) -> None: ...
+from .sink import Shortcut, Sink
+from .stencil import Stencil
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -55,10 +47,8 @@ class Answer:
     _body_bytes = 0
     _stencil: Stencil | None = None  # whose chunks pass beside us
 
-    def __init__(
-        self, transport: Transport, client: Client, *, version_minor: int, keep_alive: bool
-    ) -> None:
-        self._transport = transport
+    def __init__(self, sink: Sink, client: Client, *, version_minor: int, keep_alive: bool) -> None:
+        self._sink = sink
         self._client = client
         self._is_chunked = version_minor >= 1
         self._keep_alive = keep_alive
@@ -92,7 +82,7 @@ class Answer:
         start = begin_response_head(status, headers)
         length = b"%d\r\n" % len(body)
         ending = self._connection()
-        self._transport.write(
+        self._sink.write(
             b"".join((start, prepared, b"content-length: ", length, ending, b"\r\n", body))
         )
         self._end()
@@ -117,14 +107,14 @@ class Answer:
         elif self._pending:
             data = self._pending + data
         self._pending = b""
-        self._transport.write(data)
+        self._sink.write(data)
 
     def open_shortcut(self, stencil: Stencil) -> Shortcut | None:
         """The way by which chunks that `stencil` has framed pass beside us; None without chunks."""
         if not self._is_chunked:
             return None
         self._stencil = stencil
-        return stencil, self._transport.write, self
+        return stencil, self._sink, self
 
     def hold(self, chunks: bytes) -> None:
         """Send these, framed already and counted by the stencil, before whatever comes next."""
@@ -133,7 +123,7 @@ class Answer:
     def flush(self) -> None:
         """Send what is still held."""
         if self._pending and not self.is_ended:
-            self._transport.write(self._pending)
+            self._sink.write(self._pending)
             self._pending = b""
 
     def finish(self, data: bytes = b"", *, close: bool = False) -> None:
@@ -145,7 +135,7 @@ class Answer:
             end = b"0\r\n\r\n"
             data = b"".join((size_line(len(data)), data, b"\r\n", end)) if data else end
         if self._pending or data:
-            self._transport.write(self._pending + data)
+            self._sink.write(self._pending + data)
             self._pending = b""
         self._end()
 
@@ -153,7 +143,7 @@ class Answer:
         """Cut the connection: the client must see that the answer is not complete."""
         if not self.is_ended:
             self.is_ended = True
-            self._transport.abort()
+            self._sink.abort()
 
     def _end(self) -> None:
         self.is_ended = True

@@ -27,6 +27,7 @@ from .http11 import ResponseHead
 from .listing import list_models
 from .request import parse_call
 from .routing import Step
+from .sink import Sink
 from .upstream_body import make_upstream_body
 
 SHORTEST_MEASURED = 0.05  # seconds of writing; below, tokens per second are noise of a few packets
@@ -213,7 +214,7 @@ class _Question(Owner):
         )
         request = upstream.serialize_request(adapted, [], stream=call.terms.stream)
         nobody = _Nobody()
-        answer = Answer(nobody, nobody, version_minor=1, keep_alive=True)
+        answer = Answer(Sink(nobody), nobody, version_minor=1, keep_alive=True)
         self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     async def ask(self) -> _Question:
@@ -269,4 +270,7 @@ class _Nobody(Client):
 
     def write(self, data: bytes) -> None: ...
     def abort(self) -> None: ...
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def on_answer_end(self, *, keep_alive: bool) -> None: ...

@@ -19,7 +19,7 @@ from .lenient import load_json
 from .members import MemberRewriter
 from .native import mypyc_attr
 from .refusal import MAX_BODY_BYTES
-from .stencil import Shortcut
+from .sink import Shortcut
 from .stream import StreamScanner, decode_string
 from .upstream import Loss, Receiver
 from .usage import Usage, parse_usage

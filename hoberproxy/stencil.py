@@ -10,8 +10,7 @@ nothing else can have changed. Whatever differs in any other way goes the long w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from .ending import Ending
 from .http11 import SIZE_LINES, size_line, whole_chunk
@@ -233,17 +232,3 @@ def _are_texts(texts: list[bytes]) -> bool:
     if is_plain and joined.find(b"\\\n") < 0 and not joined.endswith(b"\\"):
         return True
     return all(map(_is_text, texts))
-
-
-class Outlet(Protocol):
-    """Takes chunks that are framed already and go with what is written next, in one write."""
-
-    def hold(self, chunks: bytes) -> None:
-        """Send these before whatever comes next."""
-
-    def flush(self) -> None:
-        """Send what is still held."""
-
-
-Shortcut = tuple[Stencil, Callable[[bytes], None], Outlet]
-"""A stencil, and where the chunks go that it passes: at once, or where more has come with them."""

@@ -7,7 +7,6 @@ pool's (pool.py). A chunk passes socket → `data_received` → receiver with no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +23,8 @@ from .http11 import (
     whole_chunk,
 )
 from .native import mypyc_attr
-from .stencil import Outlet, Shortcut, Stencil
+from .sink import Outlet, Shortcut, Sink
+from .stencil import Stencil
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -98,7 +98,7 @@ class UpstreamConnection:
     _wheel: Wheel
     heard_at: float  # loop time of the last bytes, as of the wheel's last turn
     _stencil: Stencil | None  # takes chunks before their framing is walked
-    _write_chunks: Callable[[bytes], None]
+    _sink: Sink
     _outlet: Outlet
     receiver: Receiver | None
 
@@ -177,7 +177,7 @@ class UpstreamConnection:
             passed = stencil.pass_chunks(data)
             if passed is not None:
                 if not stencil.rest:
-                    self._write_chunks(passed)
+                    self._sink.write(passed)
                     return
                 outlet = self._outlet
                 outlet.hold(passed)
@@ -225,7 +225,7 @@ class UpstreamConnection:
             return
         shortcut = receiver.on_body(payload)
         if shortcut is not None and body.is_between_chunks:
-            self._stencil, self._write_chunks, self._outlet = shortcut
+            self._stencil, self._sink, self._outlet = shortcut
             self._opening_chunks = 0
         else:
             self._stencil = None

@@ -36,6 +36,7 @@ from .http11 import (
     repeated_head,
     skip_empty_line,
 )
+from .sink import Sink
 
 CHAT_PATHS: Final = frozenset(
     (b"/v1/chat/completions", b"/chat/completions", b"/api/v1/chat/completions")
@@ -94,6 +95,7 @@ class DownstreamConnection(Client):
         self._handlers = handlers
         self._connections = connections
         self._transport: asyncio.Transport | None = None
+        self._sink: Sink | None = None
         self._state = _HEAD
         self._buffer = b""  # bytes that belong to a request not yet begun
         self._searched = 0
@@ -111,7 +113,10 @@ class DownstreamConnection(Client):
     # What the loop does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+        ours: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+        socket = transport.get_extra_info("socket")
+        self._transport = ours
+        self._sink = Sink(ours, -1 if socket is None else socket.fileno())
         self._connections.add(self)
         try:
             peer = transport.get_extra_info("peername")
@@ -158,6 +163,9 @@ class DownstreamConnection(Client):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _CLOSED
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            sink.shut()
         self._transport = None
         self._connections.discard(self)
         self._gateway.admission.leave(self.address_group)
@@ -275,17 +283,17 @@ class DownstreamConnection(Client):
         )
 
     def _answer(self, *, version_minor: int, keep_alive: bool) -> Answer:
-        assert self._transport is not None
-        return Answer(self._transport, self, version_minor=version_minor, keep_alive=keep_alive)
+        assert self._sink is not None
+        return Answer(self._sink, self, version_minor=version_minor, keep_alive=keep_alive)
 
     # The chat door
 
     def _begin_chat(self, head: RequestHead, length: int | None, rest: bytes) -> None:
         """A chat request's head has come, with `length` (None: chunked, or without a body)."""
         gateway = self._gateway
-        assert self._transport is not None
+        assert self._sink is not None
         answer = Answer(
-            self._transport,
+            self._sink,
             self,
             version_minor=head.version_minor,
             keep_alive=head.keep_alive and not gateway.is_draining,
@@ -325,8 +333,8 @@ class DownstreamConnection(Client):
             self._wait()
 
     def _write_continue(self) -> None:
-        assert self._transport is not None
-        self._transport.write(CONTINUE)
+        assert self._sink is not None
+        self._sink.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
         body, exchange = self._body, self._exchange
@@ -431,6 +439,11 @@ class DownstreamConnection(Client):
     def transport(self) -> asyncio.Transport | None:
         """The socket's, None once it is lost."""
         return self._transport
+
+    @property
+    def sink(self) -> Sink | None:
+        """Where answers go, None once the socket is lost."""
+        return self._sink
 
     @property
     def unread_bytes(self) -> int:
@@ -586,9 +599,9 @@ class _Handler(asyncio.Transport):
     # What aiohttp asks of a transport
 
     def write(self, data: Any) -> None:
-        if not self._is_ended and (transport := self._connection.transport) is not None:
+        if not self._is_ended and (sink := self._connection.sink) is not None:
             self.is_answering = True
-            transport.write(data)
+            sink.write_aside(data)
 
     def close(self) -> None:
         if self._is_ended:

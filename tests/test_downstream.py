@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from hoberproxy.downstream import Answer, Client
+from hoberproxy.sink import Sink
 
 JSON = [(b"content-type", b"application/json")]
 SSE = [(b"content-type", b"text/event-stream")]
@@ -24,6 +25,9 @@ class FakeTransport:
 
     def abort(self) -> None:
         self.is_aborted = True
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
 
 class FakeClient(Client):
@@ -43,7 +47,7 @@ class Sent:
         self.transport = FakeTransport()
         self.client = FakeClient()
         self.answer = Answer(
-            self.transport, self.client, version_minor=version_minor, keep_alive=keep_alive
+            Sink(self.transport), self.client, version_minor=version_minor, keep_alive=keep_alive
         )
 
     @property

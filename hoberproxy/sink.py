@@ -1,0 +1,78 @@
+"""Bytes for a client: straight to its socket, past the transport, while that has nothing waiting.
+
+uvloop's own write reaches the socket too, by a hundred cache lines more (bench/README). Who reads
+slowly is left to the transport, which queues, pauses and tells of a broken connection; until its
+queue is empty again everything goes through it, so that nothing overtakes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final, Protocol
+
+from .stencil import Stencil
+
+_write: Final = os.write
+
+
+class Transport(Protocol):
+    """The part of a transport that an answer needs."""
+
+    def write(self, data: bytes) -> None: ...
+    def abort(self) -> None: ...
+    def get_write_buffer_size(self) -> int: ...
+
+
+class Sink:
+    """One connection's. `fd` is its socket's, which does not block; -1: the transport's alone.
+
+    Duty of the owner: `shut` it in `connection_lost`. Until then the socket is open, by the
+    contract of asyncio's transports; after that its number may be another connection's.
+    """
+
+    __slots__ = ("_fd", "_is_clear", "_transport")
+
+    def __init__(self, transport: Transport, fd: int = -1) -> None:
+        self._transport = transport
+        self._fd = fd
+        self._is_clear = fd >= 0  # nothing waits in the transport
+
+    def write(self, data: bytes) -> None:
+        """Send it, behind all that was written before."""
+        if self._is_clear:
+            try:
+                sent = _write(self._fd, data)
+            except OSError:  # no room; or broken, of which the transport tells the owner
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self.write_aside(data)
+
+    def write_aside(self, data: bytes) -> None:
+        """The same by the transport, which takes any buffer."""
+        self._transport.write(data)
+        self._is_clear = self._fd >= 0 and not self._transport.get_write_buffer_size()
+
+    def shut(self) -> None:
+        """Leave the socket alone from now on."""
+        self._fd = -1
+        self._is_clear = False
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        self._transport.abort()
+
+
+class Outlet(Protocol):
+    """Takes chunks that are framed already and go with what is written next, in one write."""
+
+    def hold(self, chunks: bytes) -> None:
+        """Send these before whatever comes next."""
+
+    def flush(self) -> None:
+        """Send what is still held."""
+
+
+Shortcut = tuple[Stencil, Sink, Outlet]
+"""A stencil, and where the chunks go that it passes: at once, or where more has come with them."""
