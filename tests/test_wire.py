@@ -974,3 +974,41 @@ async def test_nothing_of_a_request_shows_in_the_log_at_its_finest(
     assert proxy.key not in caplog.text
     assert "secret" not in caplog.text
     assert "ssss" not in caplog.text
+
+
+class SocketTransport:
+    """As much of a transport as a connection asks for; what is written to it goes nowhere."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._extra = {"socket": sock, "peername": ("127.0.0.1", 1)}
+        self.writes: list[bytes] = []
+
+    def get_extra_info(self, name: str) -> Any:
+        return self._extra[name]
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write(self, data: bytes) -> None:
+        self.writes.append(data)
+
+
+async def test_nothing_is_written_to_a_lost_connections_socket_whose_number_may_be_anothers(
+    proxy: Proxy,
+) -> None:
+    await proxy.connect()
+    await wait_until(lambda: len(proxy.server._connections) == 1)
+    other = connection_of(proxy)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport: Any = SocketTransport(ours)
+        connection = DownstreamConnection(other._gateway, other._handlers, set())
+        connection.connection_made(transport)
+        sink = connection.sink
+        assert sink is not None
+        sink.write(b"in time")
+        assert theirs.recv(100) == b"in time"
+        connection.connection_lost(None)
+        sink.write(b"late")
+        assert transport.writes == [b"late"]
+        assert connection.sink is None
