@@ -1,8 +1,8 @@
 """Bytes for a client: straight to its socket, past the transport, while that has nothing waiting.
 
 uvloop's own write reaches the socket too, by a hundred cache lines more (bench/README). Who reads
-slowly is left to the transport, which queues, pauses and tells of a broken connection; until its
-queue is empty again everything goes through it, so that nothing overtakes.
+slowly is left to the transport, which queues, pauses and tells of a broken connection; until a
+write by it leaves its queue empty everything goes that way, so that nothing overtakes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ class Transport(Protocol):
 class Sink:
     """One connection's. `fd` is its socket's, which does not block; -1: the transport's alone.
 
-    Duty of the owner: `shut` it in `connection_lost`. Until then the socket is open, by the
-    contract of asyncio's transports; after that its number may be another connection's.
+    The socket takes the bytes as they are: a transport that encrypts has none for us.
+
+    Duty of the owner: `shut` it in `connection_lost`, and before it closes the transport itself.
+    uvloop and asyncio close the socket only after `connection_lost` (a loop that is closed does at
+    once, but then nothing writes any more); later its number may be another connection's.
     """
 
     __slots__ = ("_fd", "_is_clear", "_transport")
@@ -51,6 +54,7 @@ class Sink:
 
     def write_aside(self, data: bytes) -> None:
         """The same by the transport, which takes any buffer."""
+        self._is_clear = False
         self._transport.write(data)
         self._is_clear = self._fd >= 0 and not self._transport.get_write_buffer_size()
 
@@ -61,6 +65,7 @@ class Sink:
 
     def abort(self) -> None:
         """Cut the connection."""
+        self.shut()
         self._transport.abort()
 
 

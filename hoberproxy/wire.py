@@ -163,10 +163,8 @@ class DownstreamConnection(Client):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = _CLOSED
-        sink, self._sink = self._sink, None
-        if sink is not None:
-            sink.shut()
-        self._transport = None
+        self._shut()
+        self._transport = self._sink = None
         self._connections.discard(self)
         self._gateway.admission.leave(self.address_group)
         self._gateway.wheel.cancel(self)
@@ -473,12 +471,19 @@ class DownstreamConnection(Client):
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.abandon()
+        self._shut()
         if self._transport is not None:
             self._transport.abort()
+
+    def _shut(self) -> None:
+        """Nothing goes past the transport any more: it drops what comes after its end."""
+        if self._sink is not None:
+            self._sink.shut()
 
     def _close(self) -> None:
         """Flush what is written and close; who does not read it in time is cut."""
         self._state = _CLOSED
+        self._shut()
         if self._transport is not None:
             self._transport.close()
             self._wait()
@@ -488,6 +493,7 @@ class DownstreamConnection(Client):
         self._state = _LINGERING
         self._buffer = b""
         self._discarded_bytes = 0
+        self._shut()
         if self._transport is not None and self._transport.can_write_eof():
             self._transport.write_eof()
         self._wait()

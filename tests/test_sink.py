@@ -133,6 +133,33 @@ def test_a_number_that_is_another_sockets_now_gets_nothing() -> None:
         assert len(transport.writes) == 2
 
 
+def test_nothing_goes_past_a_transport_that_failed_to_write() -> None:
+    """Behind a part of what was to be sent, it would be taken for the rest."""
+
+    class Failing(SlowTransport):
+        def write(self, data: bytes) -> None:
+            raise MemoryError
+
+    with pair() as (ours, theirs):
+        fill(ours)
+        sink = Sink(Failing(), ours.fileno())
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                sink.write(b"lost")
+            drain(theirs)
+
+
+def test_nothing_goes_past_a_transport_that_was_aborted() -> None:
+    with pair() as (ours, theirs):
+        transport = SlowTransport()
+        sink = Sink(transport, ours.fileno())
+        sink.abort()
+        sink.write(b"late")
+        assert transport.is_aborted
+        assert transport.writes == [b"late"]
+        assert drain(theirs) == b""
+
+
 def test_without_a_socket_all_goes_by_the_transport() -> None:
     transport = SlowTransport()
     sink = Sink(transport)
