@@ -112,8 +112,17 @@ class Service:
             found = re.search(r"hb_live_\w+", made)
             assert found, made
             self._key = found[0]
-            self.wait_until(lambda: self.ask() == 200, "taking the new key")
+            self.wait_until(self._takes_key, "taking the new key")
         return self._key
+
+    def _takes_key(self) -> bool:
+        """For a whole second, in which the other workers read it, too."""
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            if self.ask() != 200:
+                return False
+            time.sleep(0.05)
+        return True
 
     def get(self, path: str, port: int = PORT) -> tuple[int, str]:
         """Status and body."""
