@@ -471,9 +471,8 @@ class DownstreamConnection(Client):
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.abandon()
-        self._shut()
-        if self._transport is not None:
-            self._transport.abort()
+        if self._sink is not None:
+            self._sink.abort()
 
     def _shut(self) -> None:
         """Nothing goes past the transport any more: it drops what comes after its end."""

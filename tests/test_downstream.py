@@ -14,10 +14,11 @@ SSE = [(b"content-type", b"text/event-stream")]
 
 
 class FakeTransport:
-    """Keeps what is written, one entry a write."""
+    """Keeps what is written, one entry a write; says that it waits for as long as `waits`."""
 
     def __init__(self) -> None:
         self.writes: list[bytes] = []
+        self.waits = False
         self.is_aborted = False
 
     def write(self, data: bytes) -> None:
@@ -27,7 +28,7 @@ class FakeTransport:
         self.is_aborted = True
 
     def get_write_buffer_size(self) -> int:
-        return 0
+        return len(self.writes) if self.waits else 0
 
 
 class FakeClient(Client):

@@ -6,29 +6,13 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from hoberproxy.sink import Sink
 
-
-class SlowTransport:
-    """Keeps what it is given, and says that it waits for as long as `waits`."""
-
-    def __init__(self) -> None:
-        self.writes: list[bytes] = []
-        self.waits = False
-        self.is_aborted = False
-
-    def write(self, data: bytes) -> None:
-        self.writes.append(data)
-
-    def abort(self) -> None:
-        self.is_aborted = True
-
-    def get_write_buffer_size(self) -> int:
-        return len(self.writes) if self.waits else 0
+from .test_downstream import FakeTransport
 
 
 @contextmanager
@@ -40,29 +24,24 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield ours, theirs
 
 
-def fill(ours: socket.socket) -> int:
-    """Leave no room in it; how many bytes that took."""
-    sent = 0
-    try:
+def fill(ours: socket.socket) -> None:
+    """Leave no room in it."""
+    with suppress(BlockingIOError):
         while True:
-            sent += ours.send(b"x" * 65536)
-    except BlockingIOError:
-        return sent
+            ours.send(b"x" * 65536)
 
 
 def drain(theirs: socket.socket) -> bytes:
     read = b""
-    try:
+    with suppress(BlockingIOError):
         while data := theirs.recv(1 << 20):
             read += data
-    except BlockingIOError:
-        pass
     return read
 
 
 def test_bytes_go_to_the_socket_at_once() -> None:
     with pair() as (ours, theirs):
-        transport = SlowTransport()
+        transport = FakeTransport()
         sink = Sink(transport, ours.fileno())
         sink.write(b"one ")
         sink.write(b"two")
@@ -72,7 +51,7 @@ def test_bytes_go_to_the_socket_at_once() -> None:
 
 def test_what_the_socket_has_no_room_for_goes_by_the_transport_with_all_that_follows() -> None:
     with pair() as (ours, theirs):
-        transport = SlowTransport()
+        transport = FakeTransport()
         transport.waits = True
         sink = Sink(transport, ours.fileno())
         data = b"0123456789" * 1_000_000
@@ -88,7 +67,7 @@ def test_what_the_socket_has_no_room_for_goes_by_the_transport_with_all_that_fol
 def test_once_the_transport_has_sent_all_bytes_go_past_it_again() -> None:
     with pair() as (ours, theirs):
         fill(ours)
-        transport = SlowTransport()
+        transport = FakeTransport()
         transport.waits = True
         sink = Sink(transport, ours.fileno())
         sink.write(b"waits")
@@ -103,7 +82,7 @@ def test_once_the_transport_has_sent_all_bytes_go_past_it_again() -> None:
 
 def test_nothing_overtakes_what_was_written_to_the_transport_on_purpose() -> None:
     with pair() as (ours, theirs):
-        transport = SlowTransport()
+        transport = FakeTransport()
         transport.waits = True
         sink = Sink(transport, ours.fileno())
         sink.write_aside(b"first")
@@ -115,7 +94,7 @@ def test_nothing_overtakes_what_was_written_to_the_transport_on_purpose() -> Non
 def test_a_broken_socket_is_the_transports_to_find() -> None:
     with pair() as (ours, theirs):
         theirs.close()
-        transport = SlowTransport()
+        transport = FakeTransport()
         sink = Sink(transport, ours.fileno())
         sink.write(b"lost")
         assert transport.writes == [b"lost"]
@@ -123,7 +102,7 @@ def test_a_broken_socket_is_the_transports_to_find() -> None:
 
 def test_a_number_that_is_another_sockets_now_gets_nothing() -> None:
     with pair() as (ours, _), pair() as (others, reader):
-        transport = SlowTransport()
+        transport = FakeTransport()
         sink = Sink(transport, ours.fileno())
         sink.shut()  # as in connection_lost
         os.dup2(others.fileno(), ours.fileno())
@@ -136,7 +115,7 @@ def test_a_number_that_is_another_sockets_now_gets_nothing() -> None:
 def test_nothing_goes_past_a_transport_that_failed_to_write() -> None:
     """Behind a part of what was to be sent, it would be taken for the rest."""
 
-    class Failing(SlowTransport):
+    class Failing(FakeTransport):
         def write(self, data: bytes) -> None:
             raise MemoryError
 
@@ -151,7 +130,7 @@ def test_nothing_goes_past_a_transport_that_failed_to_write() -> None:
 
 def test_nothing_goes_past_a_transport_that_was_aborted() -> None:
     with pair() as (ours, theirs):
-        transport = SlowTransport()
+        transport = FakeTransport()
         sink = Sink(transport, ours.fileno())
         sink.abort()
         sink.write(b"late")
@@ -161,7 +140,7 @@ def test_nothing_goes_past_a_transport_that_was_aborted() -> None:
 
 
 def test_without_a_socket_all_goes_by_the_transport() -> None:
-    transport = SlowTransport()
+    transport = FakeTransport()
     sink = Sink(transport)
     sink.write(b"a")
     sink.write(b"b")
@@ -187,10 +166,8 @@ async def test_a_slow_reader_of_a_real_transport_gets_all_in_order(size: int) ->
             (sink.write_aside if number % 7 == 3 else sink.write)(data)
             if number % 5 == 0:
                 await asyncio.sleep(0)  # the transport may send on
-                try:
+                with suppress(BlockingIOError):
                     read += theirs.recv(size * 3)
-                except BlockingIOError:
-                    pass
         transport.close()
         async with asyncio.timeout(20):
             while data := await loop.sock_recv(theirs, 1 << 20):

@@ -32,6 +32,7 @@ from .scripted import (
     sse_head,
     stream_events,
 )
+from .test_downstream import FakeTransport
 
 both_loops = pytest.mark.asyncio(loop_factories=["uvloop", "asyncio"])
 
@@ -976,21 +977,15 @@ async def test_nothing_of_a_request_shows_in_the_log_at_its_finest(
     assert "ssss" not in caplog.text
 
 
-class SocketTransport:
+class SocketTransport(FakeTransport):
     """As much of a transport as a connection asks for; what is written to it goes nowhere."""
 
     def __init__(self, sock: socket.socket) -> None:
+        super().__init__()
         self._extra = {"socket": sock, "peername": ("127.0.0.1", 1)}
-        self.writes: list[bytes] = []
 
     def get_extra_info(self, name: str) -> Any:
         return self._extra[name]
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def write(self, data: bytes) -> None:
-        self.writes.append(data)
 
 
 async def test_nothing_is_written_to_a_lost_connections_socket_whose_number_may_be_anothers(
