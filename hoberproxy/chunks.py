@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from .usage import read_usage
 
+_LEVELS: Final = 6  # of a value that are looked through for one that isn't empty
+
 
 def only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
     """The delta of an event that has nothing else to say; None for any other."""
@@ -55,3 +57,14 @@ def content_of(document: dict[str, Any]) -> tuple[str, bool]:
                     has_delta = True
                     break
     return finish_reason, has_delta
+
+
+def is_empty(value: object, levels: int = _LEVELS) -> bool:
+    """Whether there is nothing in it: null, "", or objects and arrays of such alone."""
+    if value is None or value == "":
+        return True
+    if levels and isinstance(value, dict):
+        return all([is_empty(each, levels - 1) for each in value.values()])
+    if levels and isinstance(value, list):
+        return all([is_empty(each, levels - 1) for each in value])
+    return False

@@ -12,20 +12,28 @@ from typing import Final
 BLANK_LINE: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 _CR: Final = 0x0D  # `in` takes a number at a tenth of the cost of bytes
-_BOM: Final = b"\xef\xbb\xbf"
+BOM: Final = b"\xef\xbb\xbf"
 
 DONE: Final = b"[DONE]"
+_BARE_ERROR: Final = b'{"error"'  # the beginning of a line that lacks its `data:`
 
 
 class Data:
-    """The data of an event: its lines, joined by LF."""
+    """The data of an event: its lines, joined by LF; none if the event tells an error without."""
 
-    __slots__ = ("is_error", "payload", "starts")
+    __slots__ = ("error_line", "is_error", "payload", "starts")
 
-    def __init__(self, payload: bytes, starts: tuple[int, ...], is_error: bool) -> None:
+    def __init__(
+        self,
+        payload: bytes,
+        starts: tuple[int, ...],
+        is_error: bool = False,
+        error_line: bytes = b"",
+    ) -> None:
         self.payload = payload
         self.starts = starts  # where each line of it stands in the event's bytes
         self.is_error = is_error  # the event has the line `event: error`
+        self.error_line = error_line  # what its line `error: …` says, or a line of bare JSON
 
     def place_of(self, offset: int) -> int:
         """Where in the event's bytes that stands which is at `offset` in the payload."""
@@ -48,18 +56,21 @@ def blank_line_end(data: bytes, start: int, *, has_cr: bool) -> int:
 
 
 def parse_event(event: bytes) -> Data | None:
-    """The data of one whole event; None if it has none (comments, `retry:`, blank lines)."""
+    """The data of one whole event, and whether it is an error.
+
+    None if it has neither (comments, `retry:`, blank lines).
+    """
     # Nearly every event of a model server is one `data: ` line and two LF.
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and _CR not in event:
-        return Data(event[6:-2], (6,), False)
+        return Data(event[6:-2], (6,))
     return _parse_lines(event)
 
 
 def _parse_lines(event: bytes) -> Data | None:
     parts: list[bytes] = []
     starts: list[int] = []
-    is_error = False
-    position = len(_BOM) if event.startswith(_BOM) else 0
+    is_error, error_line = False, b""
+    position = len(BOM) if event.startswith(BOM) else 0
     while position < len(event):
         end_of_line = _LINE_END.search(event, position)
         end, following = end_of_line.span() if end_of_line else (len(event), len(event))
@@ -73,10 +84,14 @@ def _parse_lines(event: bytes) -> Data | None:
             parts.append(value)
         elif name == b"event" and value == b"error":
             is_error = True
+        elif name == b"error":  # of llama.cpp, no field of the standard
+            error_line = value
+        elif name == _BARE_ERROR:
+            error_line = event[position:end]
         position = following
-    if not parts:
+    if not parts and not is_error and not error_line:
         return None
-    return Data(b"\n".join(parts), tuple(starts), is_error)
+    return Data(b"\n".join(parts), tuple(starts), is_error, error_line)
 
 
 def serialize_event(payload: bytes) -> bytes:

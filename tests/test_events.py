@@ -111,3 +111,28 @@ def test_a_serialized_event_parses_to_its_payload(payload: bytes) -> None:
     assert found is not None
     assert found.payload == payload
     assert [match.end() for match in BLANK_LINE.finditer(event)] == [len(event)]
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (b"error: no\n\n", b"no"),
+        (b'error:{"code":500}\r\ndata: x\r\n\r\n', b'{"code":500}'),
+        (b'{"error":"no"}\n\n', b'{"error":"no"}'),
+        (b'data: {\n{"error": 1}\n\n', b'{"error": 1}'),
+        (b": error: no\n\n", None),
+        (b'data: {"error":"no"}\n\n', None),
+        (b"errors: no\n\n", None),
+    ],
+)
+def test_a_line_that_tells_an_error_is_no_data(event: bytes, told: bytes | None) -> None:
+    found = parse_event(event)
+    assert ((found and found.error_line) or None) == told
+    if found is not None and b"data" not in event:
+        assert (found.payload, found.starts) == (b"", ())
+
+
+def test_an_event_of_that_name_is_an_error_without_data_too() -> None:
+    found = parse_event(b"event: error\n\n")
+    assert found is not None
+    assert (found.is_error, found.payload) == (True, b"")
