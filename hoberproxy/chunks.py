@@ -6,6 +6,8 @@ from typing import Any, Final
 
 from .usage import read_usage
 
+# Members of a delta that say of what it is a part, and no more. All others hold content.
+_NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
 _LEVELS: Final = 6  # of a value that are looked through for one that isn't empty
 
 
@@ -22,41 +24,12 @@ def only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_usage_event(document: dict[str, Any]) -> bool:
-    """The event that `include_usage` adds: no choices, and a usage object."""
-    return document.get("choices") == [] and isinstance(document.get("usage"), dict)
+    """Whether it is the event that `include_usage` adds: no choices, and a usage object.
 
-
-_CONTENT_MEMBERS: Final = (
-    "content",
-    "reasoning_content",  # DeepSeek, vLLM, llama.cpp
-    "reasoning",  # OpenRouter, Groq
-    "tool_calls",
-    "refusal",
-    "audio",
-    "function_call",
-)
-
-
-def content_of(document: dict[str, Any]) -> tuple[str, bool]:
-    """The finish reason of an event, and whether a delta holds content as the contract has it."""
-    finish_reason = ""
-    has_delta = False
+    OpenAI has an empty array there, ModelScope null, and ROCm's ATOM leaves it out.
+    """
     choices = document.get("choices")
-    if not isinstance(choices, list):
-        return "", False
-    for choice in choices:
-        if not isinstance(choice, dict):
-            continue
-        reason = choice.get("finish_reason")
-        if isinstance(reason, str):
-            finish_reason = reason
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            for name in _CONTENT_MEMBERS:
-                if delta.get(name):
-                    has_delta = True
-                    break
-    return finish_reason, has_delta
+    return (choices is None or choices == []) and isinstance(document.get("usage"), dict)
 
 
 def is_empty(value: object, levels: int = _LEVELS) -> bool:
@@ -68,3 +41,40 @@ def is_empty(value: object, levels: int = _LEVELS) -> bool:
     if levels and isinstance(value, list):
         return all([is_empty(each, levels - 1) for each in value])
     return False
+
+
+def content_of(document: dict[str, Any]) -> tuple[str, bool]:
+    """The finish reason of an event, and whether a choice holds content as the contract has it."""
+    finish_reason = ""
+    has_content = False
+    choices = document.get("choices")
+    if not isinstance(choices, list):
+        return "", False
+    for choice in choices:
+        if not isinstance(choice, dict):
+            continue
+        reason = choice.get("finish_reason")
+        if isinstance(reason, str) and reason:
+            finish_reason = reason
+        has_content = has_content or _has_content(choice)
+    return finish_reason, has_content
+
+
+def _has_content(choice: dict[str, Any]) -> bool:
+    """Whether its delta, or what some servers have in its place, holds any content.
+
+    MiniMax ends with the whole `message`; servers of plain completions send `text`.
+    """
+    for name in ("delta", "message"):
+        delta = choice.get(name)
+        if isinstance(delta, dict):
+            for member, value in delta.items():
+                if value and member not in _NO_CONTENT and _is_content(value):
+                    return True
+    text = choice.get("text")
+    return isinstance(text, str) and text != ""
+
+
+def _is_content(value: object) -> bool:
+    """Whether a member of a delta is text, or an object or array with anything in it."""
+    return isinstance(value, str) or (isinstance(value, dict | list) and not is_empty(value))

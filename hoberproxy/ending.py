@@ -13,6 +13,7 @@ import re
 from typing import Any, Final
 
 from .chunks import content_of, is_usage_event
+from .edits import Edit, apply_edits
 from .lenient import load_json
 from .members import find_member
 
@@ -115,14 +116,11 @@ class Ending:
         self.events: list[LastEvent] = []  # the oldest first
         self._unlike = 0  # events that were parsed
 
-    def learn(
-        self, event: bytes, document: dict[str, Any], lead: bytes, pattern: bytes, new: bytes
-    ) -> None:
+    def learn(self, event: bytes, document: dict[str, Any], lead: bytes, edits: list[Edit]) -> None:
         """Keep the form of an event behind the content that was parsed to `document`.
 
         Duty of the caller: it is one `data:` line and an empty one, both ended by LF, and begins
-        with `lead`, the bytes of its stream alone. What the client sees of it differs in that
-        `new` is in place of `pattern`, if that stands in it once, and else in nothing.
+        with `lead`, the bytes of its stream alone. What the client sees of it differs by `edits`.
         """
         self._unlike += 1
         if not is_lesson(self._unlike):
@@ -131,14 +129,14 @@ class Ending:
             return
         if content_of(document)[1]:  # an answer's text is nothing to be kept, and never alike
             return
-        last = _make_last_event(event, document, len(lead), pattern, new)
+        last = _make_last_event(event, document, len(lead), edits)
         # Nothing is taken for granted.
         if last is not None and last.find(event, len(lead)) == len(event):
             self.events = [*self.events[1 - _KEPT :], last]
 
 
 def _make_last_event(
-    event: bytes, document: dict[str, Any], lead_size: int, pattern: bytes, new: bytes
+    event: bytes, document: dict[str, Any], lead_size: int, edits: list[Edit]
 ) -> LastEvent | None:
     """The form of an event; None if it is not sure what stands where."""
     spans = _find_numbers(event, document)
@@ -153,10 +151,12 @@ def _make_last_event(
     stops = [lead_size, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), len(event)]
     texts = [event[stop:start] for stop, start in zip(stops, starts, strict=True)]
-    names = texts[0].count(pattern) if pattern else 0
-    if names > 1 or event.count(b'"model"') != names:
+    if event.count(b'"model"') != len([new for _, _, new in edits if new]):
         return None
-    new_start = texts[0].replace(pattern, new) if names else texts[0]
+    for start, end, _ in edits:
+        if start < lead_size or end > lead_size + len(texts[0]):
+            return None
+    new_start = apply_edits(event[: lead_size + len(texts[0])], edits)[lead_size:]
     return LastEvent(texts, numbers, renumbered, new_start)
 
 

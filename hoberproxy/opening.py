@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from .edits import Edit, apply_edits
 from .ending import MAX_EVENT_BYTES, Ending, is_lesson, read_number
 from .stencil import Shape, find_text
 
@@ -22,81 +23,91 @@ _KEPT: Final = 4  # events of a stream: filters of the prompt, the role, the fir
 _NOWHERE: Final = -1
 
 
+class Known:
+    """What a stream knows of an event of its own, to be kept for others.
+
+    `model` is the upstream's name and `pattern` the member that gives it, with the name at
+    `value_at`; empty if the event has none. `edits` are what the client sees otherwise, which
+    depends on whether it asked for usage.
+    """
+
+    __slots__ = ("edits", "model", "pattern", "value_at", "wants_usage")
+
+    def __init__(
+        self, model: str, pattern: bytes, value_at: int, edits: list[Edit], wants_usage: bool
+    ) -> None:
+        self.model = model
+        self.pattern = pattern
+        self.value_at = value_at
+        self.edits = edits
+        self.wants_usage = wants_usage
+
+
 class Form:
-    """An event but for its values. `befores` stand before each, `end` behind the last one.
+    """An event but for its values. `befores` stand before each, the last one behind all.
 
     `raw_id` and the place of the text are those of the event that was `like` it last.
     """
 
     __slots__ = (
-        "_befores",
+        "_ats",
         "_created_slot",
-        "_end",
+        "_edited",
+        "_growth",
         "_id_slot",
-        "_name_at",
-        "_name_slot",
-        "_named",
+        "_news",
         "_text_slot",
+        "_texts",
         "has_text",
         "model",
         "pattern",
         "raw_id",
-        "replacement",
         "shape",  # of further events, behind the values of a stream's own; None if that is not all
         "text_end",
         "text_start",
+        "value_at",
     )
 
     def __init__(
-        self,
-        event: bytes,
-        spans: list[tuple[int, int, str]],
-        model: str,
-        pattern: bytes,
-        replacement: bytes,
+        self, texts: list[bytes], news: list[bytes], kinds: list[str], known: Known
     ) -> None:
-        """`spans` are those of the values in order, with what each is: id, created, text."""
-        self.model = model  # the upstream's name for it, "" if the event has none
-        self.pattern = pattern  # the member that names it, b"" if the event has none
-        self.replacement = replacement
-        self._befores: list[bytes] = []
-        kinds: list[str] = []
-        at = 0
-        for start, end, kind in spans:
-            self._befores.append(event[at:start])
-            kinds.append(kind)
-            at = end
-        self._end = event[at:]
-        # Where the model is named, and what the client gets in place of that.
-        self._name_slot, self._name_at, self._named = _NOWHERE, 0, b""
-        for slot, text in enumerate((*self._befores, self._end)):
-            if pattern and pattern in text:
-                self._name_slot, self._named = slot, text.replace(pattern, replacement)
+        """`texts` stand around the values, which are of these `kinds`: id, created, text.
+
+        `news` are what the client gets in place of the texts.
+        """
+        self.model = known.model
+        self.pattern = known.pattern
+        self.value_at = known.value_at
+        self._texts, self._news = texts, news
+        self._edited = [slot for slot in range(len(texts)) if news[slot] != texts[slot]]
+        self._ats = [0] * len(texts)  # where each stands in the event that was `like` it last
         self._id_slot = kinds.index("id") if "id" in kinds else _NOWHERE
         self._created_slot = kinds.index("created") if "created" in kinds else _NOWHERE
         self._text_slot = kinds.index("text") if "text" in kinds else _NOWHERE
         self.has_text = "text" in kinds
         self.text_start = self.text_end = 0
+        self._growth = sum(  # of what stands before the text
+            len(news[slot]) - len(texts[slot]) for slot in range(self._text_slot + 1)
+        )
         self.shape: Shape | None = None
         if self.has_text and kinds[-1] == "text":
-            head, tail = self._befores[-1], self._end
-            if not pattern or pattern in head or pattern in tail:
-                self.shape = self._make_shape(head, tail)
+            if all(slot >= len(kinds) - 1 for slot in self._edited):
+                self.shape = Shape(texts[-2], texts[-1], news[-2], news[-1])
                 self.shape.ending = Ending()
         self.raw_id = b""
 
     def is_like(self, event: bytes) -> bool:
         """Whether an event has the same bytes around other values of the same kind."""
-        befores, size = self._befores, len(event)
+        texts, ats, size = self._texts, self._ats, len(event)
+        last = len(texts) - 1
         unusual: list[bytes] = []
         at = 0
-        for slot in range(len(befores)):
-            before = befores[slot]
+        for slot in range(last):
+            before = texts[slot]
             start = at + len(before)
             if event[at:start] != before:
                 return False
-            if slot == self._name_slot:
-                self._name_at = at
+            ats[slot] = at
             at = start
             if slot == self._created_slot:
                 at = read_number(event, start)[1]
@@ -117,47 +128,53 @@ class Form:
                 return False
             elif slot == self._text_slot:
                 self.text_start, self.text_end = start, at
-        if event[at:] != self._end:
+        if event[at:] != texts[last]:
             return False
-        if len(befores) == self._name_slot:
-            self._name_at = at
+        ats[last] = at
         return not unusual or _are_inside_strings(unusual)
 
     def passed(self, event: bytes) -> bytes:
         """What the client sees of the event that was `like` it last."""
-        if self._name_slot == _NOWHERE:
+        if not self._edited:
             return event
-        at, slot = self._name_at, self._name_slot
-        text = self._befores[slot] if slot < len(self._befores) else self._end
-        return b"".join((event[:at], self._named, event[at + len(text) :]))
+        parts: list[bytes] = []
+        end = 0
+        for slot in self._edited:
+            at = self._ats[slot]
+            parts += (event[end:at], self._news[slot])
+            end = at + len(self._texts[slot])
+        parts.append(event[end:])
+        return b"".join(parts)
 
     def shape_behind(self, event: bytes) -> tuple[bytes, Shape]:
         """The lead of the event that was `like` it last, and the shape that stands behind it."""
         if self.shape is not None:
             return event[: self.text_start - self.shape.head_size], self.shape
-        return b"", self._make_shape(event[: self.text_start], event[self.text_end :])
-
-    def _make_shape(self, head: bytes, tail: bytes) -> Shape:
-        if not self.pattern:
-            return Shape(head, tail, head, tail)
-        pattern, replacement = self.pattern, self.replacement
-        return Shape(
-            head, tail, head.replace(pattern, replacement), tail.replace(pattern, replacement)
+        passed = self.passed(event)
+        new_start, new_end = self.text_start + self._growth, self.text_end + self._growth
+        return b"", Shape(
+            event[: self.text_start], event[self.text_end :], passed[:new_start], passed[new_end:]
         )
 
 
 class Opening:
-    """Of one model server's streams under one slug."""
+    """Of one model server's streams under one slug.
+
+    What the client sees of an event depends on whether it asked for usage, so there are two forms.
+    """
 
     __slots__ = ("_forms", "_unlike")
 
     def __init__(self) -> None:
-        self._forms: list[Form | None] = [None] * _KEPT  # by the event's place in its stream
+        # By the event's place in its stream; behind them those for who asked for usage.
+        self._forms: list[Form | None] = [None] * (2 * _KEPT)
         self._unlike = 0  # events in a row that were parsed
 
-    def find(self, place: int, event: bytes) -> Form | None:
+    def find(self, place: int, event: bytes, *, wants_usage: bool = False) -> Form | None:
         """The form of the event at this place of a stream, if it is as in an earlier one."""
-        form = self._forms[place] if place < _KEPT else None
+        if place >= _KEPT:
+            return None
+        form = self._forms[place + _KEPT if wants_usage else place]
         if form is None or not form.is_like(event):
             return None
         self._unlike = 0
@@ -169,16 +186,13 @@ class Opening:
         event: bytes,
         document: dict[str, Any],
         text_of: dict[str, Any] | None,
-        model: str,
-        pattern: bytes,
-        replacement: bytes,
+        known: Known,
     ) -> None:
         """Keep the form of an event that was parsed to `document`.
 
         Duty of the caller: the event is one `data:` line and an empty one, both ended by LF, and no
         event before it had content; if it has, it is that of the delta `text_of`, else this is
-        None. What the client sees of it differs in that `replacement` is in place of `pattern`,
-        the only one, which names the `model`; or in nothing, if they are empty.
+        None. What the client sees of it differs by the edits of `known`, and by nothing else.
         """
         self._unlike += 1
         if not is_lesson(self._unlike):
@@ -186,12 +200,31 @@ class Opening:
         if place >= _KEPT or len(event) > MAX_EVENT_BYTES or _has_logprobs(document):
             return
         spans = _find_values(event, document, text_of)
-        if spans is None:
-            return
-        form = Form(event, spans, model, pattern, replacement)
+        form = _make_form(event, spans, known) if spans is not None else None
         # Nothing is taken for granted.
-        if form.is_like(event) and form.passed(event) == event.replace(pattern, replacement):
-            self._forms[place] = form
+        if form is not None and form.is_like(event):
+            if form.passed(event) == apply_edits(event, known.edits):
+                self._forms[place + _KEPT if known.wants_usage else place] = form
+
+
+def _make_form(event: bytes, spans: list[tuple[int, int, str]], known: Known) -> Form | None:
+    """The form of an event with values at `spans`; None if an edit goes over one of them."""
+    texts: list[bytes] = []
+    news: list[bytes] = []
+    at = edited = 0
+    for start, end, _ in [*spans, (len(event), len(event), "")]:
+        edits = [
+            (first - at, last - at, new)
+            for first, last, new in known.edits
+            if at <= first and last <= start
+        ]
+        edited += len(edits)
+        texts.append(event[at:start])
+        news.append(apply_edits(event[at:start], edits))
+        at = end
+    if edited != len(known.edits):
+        return None
+    return Form(texts, news, [kind for _, _, kind in spans], known)
 
 
 def _are_inside_strings(values: list[bytes]) -> bool:

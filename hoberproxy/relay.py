@@ -13,6 +13,7 @@ import orjson
 
 from .completion import Completion, CompletionError, parse_completion, serialize_as_stream
 from .downstream import Answer
+from .editor import decode_string
 from .errors import UpstreamError
 from .http11 import ResponseHead
 from .lenient import load_json
@@ -20,7 +21,7 @@ from .members import MemberRewriter
 from .native import mypyc_attr
 from .refusal import MAX_BODY_BYTES
 from .sink import Shortcut
-from .stream import StreamScanner, decode_string
+from .stream import StreamScanner
 from .upstream import Loss, Receiver
 from .usage import Usage, parse_usage
 

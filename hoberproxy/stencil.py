@@ -85,13 +85,15 @@ _NO_SHAPE: Final = Shape(b"", b"", b"", b"")
 class Stencil:
     """One stream's. `events` counts what was passed, `framed_bytes` the payload of chunks.
 
-    What follows the last event passed is in `rest`: the caller takes it and leaves b"".
+    What follows the last chunk passed is in `rest`: the caller takes it and leaves b"". Where the
+    last event passed ends, if they were passed as such, is in `end`.
     """
 
     __slots__ = (
         "_lessons",
         "_passed_before",
         "_shape",
+        "end",
         "events",
         "framed_bytes",
         "is_learnt",
@@ -106,6 +108,7 @@ class Stencil:
         self.events = 0
         self.framed_bytes = 0
         self.rest = b""
+        self.end = 0
         self.is_learnt = False
         self._lessons = 0
         self._passed_before = 0  # events, at the last lesson
@@ -197,13 +200,12 @@ class Stencil:
         self.framed_bytes += len(passed)
         return b"".join((size_line(len(passed)), passed, b"\r\n"))
 
-    def pass_events(self, data: bytes) -> bytes | None:
-        """Whole events of a payload, as far as they are alike; None if the first is not."""
+    def pass_events(self, data: bytes, at: int) -> bytes | None:
+        """Whole events of a payload from `at` on, as far as they are alike; None without one."""
         if not self.is_learnt:
             return None
         before, behind = self.lead + self._shape.head, self._shape.tail[:-2]
         texts: list[bytes] = []
-        at = 0
         while (end := data.find(b"\n\n", at + len(before)) + 2) > 1:
             text, tail = at + len(before), end - len(behind)
             if text > tail or not (data.startswith(before, at) and data.startswith(behind, tail)):
@@ -212,7 +214,7 @@ class Stencil:
             at = end
         if not texts or not _are_texts(texts):
             return None
-        self.rest = data[at:]
+        self.end = at
         return self._join(texts)
 
     def _join(self, texts: list[bytes]) -> bytes:

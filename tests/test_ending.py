@@ -49,28 +49,32 @@ def read(opening: Opening | None, pieces: list[bytes], *, wants_usage: bool = Fa
 
 
 def taught(*streams: list[bytes]) -> Opening:
-    """By these; before them by one that has made their beginning known."""
+    """By these; before them by one that has made their beginning known.
+
+    Whoever asked for usage learns by itself, since it sees other bytes.
+    """
     opening = Opening()
-    for pieces in (streams[0], *streams):
-        read(opening, pieces)
+    for wants_usage in (True, False):
+        for pieces in (streams[0], *streams):
+            read(opening, pieces, wants_usage=wants_usage)
     return opening
 
 
-def known(opening: Opening, pieces: list[bytes], last: bytes) -> bytes:
+def known(opening: Opening, pieces: list[bytes], last: bytes, *, wants_usage: bool = True) -> bytes:
     """As much of `last` as is known behind these pieces."""
-    scanner = StreamScanner(SLUG, wants_usage=True, opening=opening)
+    scanner = StreamScanner(SLUG, wants_usage=wants_usage, opening=opening)
     for piece in pieces:
         scanner.feed(piece)
-    ending = scanner.stencil.ending
-    assert ending is not None
-    return last[: scanner._pass_ending(last, ending)[1]]
+    assert scanner.stencil.ending is not None
+    return last[: scanner._pass_ending(last, 0, [])]
 
 
 def usual(number: int, **options: Any) -> list[bytes]:
     """A stream, all that differs from one to the next taken from `number`."""
     options |= {"upstream_id": f"c-{number}", "created": 1_709_000_000 + number}
     details = {"prompt_tokens_details": {"cached_tokens": number % 3}}
-    last = counted(10 + number, 3 * number, of_usage=details, **options)
+    counting = {name: value for name, value in options.items() if name != "usage"}
+    last = counted(10 + number, 3 * number, of_usage=details, **counting)
     return [*stream(**options), finish(**options), last, DONE]
 
 
@@ -93,16 +97,21 @@ def test_the_next_stream_is_known_by_its_last_events(
     assert UPSTREAM.encode() not in seen.output
 
 
-def test_who_asked_for_usage_and_who_did_not_learn_from_one_another() -> None:
+@pytest.mark.parametrize("null", [True, False], ids=["usage null before", "no usage before"])
+def test_who_asked_for_usage_and_who_did_not_see_what_each_is_to_see(null: bool) -> None:
+    more: dict[str, Any] = {"usage": None} if null else {}
     for first, second in ((True, False), (False, True)):
         opening = Opening()
-        for number in (1, 2):
-            read(opening, usual(number), wants_usage=first)
-        pieces = usual(3)
-        assert known(opening, pieces[:3], b"".join(pieces[3:])) == b"".join(pieces[3:])
-        expected = read(None, pieces, wants_usage=second)
-        assert read(opening, pieces, wants_usage=second) == expected
-        assert (b"usage" in expected.output) is second
+        for number in range(1, 4):
+            read(opening, usual(number, **more), wants_usage=first)
+        for number in range(4, 8):
+            pieces = usual(number, **more)
+            expected = read(None, pieces, wants_usage=second)
+            assert read(opening, pieces, wants_usage=second) == expected
+            assert (b"usage" in expected.output) is second
+        last = b"".join(pieces[3:])
+        for each in (first, second):
+            assert known(opening, pieces[:3], last, wants_usage=each) == last
 
 
 def test_usage_may_come_with_the_finish_reason() -> None:
@@ -159,7 +168,6 @@ UNLIKE = {
     "a part": LAST[:-1],
     "other line ends": LAST.replace(b"\n", b"\r\n"),
     "no JSON": b"data: no JSON\n\n",
-    "more behind the end": DONE + b": a comment\n\n",
     "the end without its line": DONE[:-1],
     "nothing": b"",
 }
@@ -213,7 +221,7 @@ def test_an_ending_belongs_to_its_beginning() -> None:
     opening = taught(usual(1))
     options: dict[str, Any] = {"order": "cimx"}
     for _ in range(2):
-        read(opening, stream(**options))
+        read(opening, stream(**options), wants_usage=True)
     pieces = [*stream(**options), finish()]
     assert known(opening, pieces[:3], pieces[3]) == b""
     assert read(opening, pieces) == read(None, pieces)
@@ -225,7 +233,7 @@ def test_endings_that_always_differ_are_learnt_from_now_and_then() -> None:
         more: dict[str, Any] = {f"member_{number}": number}
         last = finish(order="icx", **more)
         before = list(ending.events)
-        ending.learn(last, json.loads(last[6:]), b"data: ", b"", b"")
+        ending.learn(last, json.loads(last[6:]), b"data: ", [])
         learnt += ending.events != before
     assert len(ending.events) == 4
     assert learnt == 8 + 400 // 64

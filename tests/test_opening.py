@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hoberproxy.opening import Form, Opening
+from hoberproxy.opening import Form, Known, Opening
 from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at
@@ -90,13 +90,13 @@ def test_what_follows_a_known_beginning_passes_if_it_is_of_the_same_stream(order
     passed = [each.replace(UPSTREAM.encode(), SLUG.encode()) for each in (first, second)]
     assert scanner.stencil.pass_chunks(chunk(first)) == chunk(passed[0])
     assert scanner.stencil.pass_chunks(chunk(first) + chunk(second)) == chunk(b"".join(passed))
-    assert scanner.stencil.pass_events(first + second) == b"".join(passed)
+    assert scanner.stencil.pass_events(first + second, 0) == b"".join(passed)
     assert scanner.stencil.events == 5
     for changed in ({"upstream_id": "c-1"}, {"created": 78}, {"model": "another"}):
         other = content("a", **options | changed)
         assert scanner.stencil.pass_chunks(chunk(other)) is None
         assert scanner.stencil.pass_chunks(chunk(other) + chunk(first)) is None
-        assert scanner.stencil.pass_events(other) is None
+        assert scanner.stencil.pass_events(other, 0) is None
 
 
 @pytest.mark.parametrize("order", ["icmx", "cimx", "imx", "cx"])
@@ -306,7 +306,8 @@ def test_the_scanner_says_the_same_with_an_opening(
 def test_a_form_says_where_the_text_is_of_the_event_it_saw_last() -> None:
     data = content("Hi")
     start = data.index(b"Hi")
-    form = Form(data, [(start, start + 2, "text")], "", b"", b"")
+    texts = [data[:start], data[start + 2 :]]
+    form = Form(texts, texts, ["text"], Known("", b"", 0, [], False))
     longer = content("a longer one")
     assert form.is_like(longer)
     assert longer[form.text_start : form.text_end] == b"a longer one"

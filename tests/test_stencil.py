@@ -97,25 +97,27 @@ def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None
     odd = event("@").replace(b"@", text)
     assert taught().pass_chunks(chunk(odd)) is None
     assert taught().pass_chunks(chunk(event("a")) + chunk(odd)) is None
-    assert taught().pass_events(odd) is None
+    assert taught().pass_events(odd, 0) is None
     stencil = taught()
-    passed = stencil.pass_events(event("a") + odd + event("b"))
-    assert passed is None or stencil.rest.startswith(odd)
+    data = event("a") + odd + event("b")
+    passed = stencil.pass_events(data, 0)
+    assert passed is None or data[stencil.end :].startswith(odd)
 
 
 def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
     stencil = taught()
     last = event("x", usage={"prompt_tokens": 1})
-    passed = stencil.pass_events(b"".join(map(event, TEXTS)) + last)
+    data = last + b"".join(map(event, TEXTS)) + last
+    passed = stencil.pass_events(data, len(last))
     assert passed == b"".join(event(text, model=SLUG) for text in TEXTS)
-    assert stencil.rest == last
+    assert data[stencil.end :] == last
 
 
 def test_an_unfinished_event_is_left_over() -> None:
     whole, stencil = event("a") + event("b"), taught()
     for cut in range(len(event("a")), len(whole)):
-        assert stencil.pass_events(whole[:cut]) == event("a", model=SLUG)
-        assert stencil.rest == whole[len(event("a")) : cut]
+        assert stencil.pass_events(whole[:cut], 0) == event("a", model=SLUG)
+        assert stencil.end == len(event("a"))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 import tracemalloc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy import stream as stream_module
-from hoberproxy.stream import StreamScanner
+from hoberproxy.opening import Opening
+from hoberproxy.stream import OPENING_LIMIT_BYTES, StreamScanner
 from hoberproxy.usage import Usage
 
+from .conftest import pure_only
 from .cuts import cut_at
+from .plain_reader import Reading, read_plainly
+from .scripted import chunk as chunked
 
 SLUG = "vendor/catalog-name"
 DIALECTS = {path.stem: path.read_bytes() for path in (Path(__file__).parent / "data").glob("*.sse")}
@@ -85,110 +90,18 @@ def byte_by_byte(data: bytes) -> list[bytes]:
     return [data[i : i + 1] for i in range(len(data))]
 
 
-# The slow reading: lines, json, spans put together anew
-
-_decode_json = json.JSONDecoder(strict=False).raw_decode
-
-
-def split_events(data: bytes) -> Iterator[list[bytes]]:
-    """Events as lists of lines, each with its line end; a blank line ends an event."""
-    lines: list[bytes] = []
-    for line in re.findall(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$", data):
-        is_blank = line in (b"\r\n", b"\r", b"\n")
-        lines.append(line)
-        if is_blank and len(lines) > 1:
-            yield lines
-            lines = []
-    if lines:
-        yield lines
+def read_slowly(data: bytes, *, wants_usage: bool) -> Reading:
+    return read_plainly(data, slug=SLUG, wants_usage=wants_usage)
 
 
-def data_bytes(lines: list[bytes]) -> list[tuple[int, int]] | None:
-    """The data of an event as pairs: a byte, and its place in the event (-1 for a joint)."""
-    pairs: list[tuple[int, int]] = []
-    found, offset = False, 0
-    for line in lines:
-        text = line.rstrip(b"\r\n")
-        start = 3 if offset == 0 and text.startswith(b"\xef\xbb\xbf") else 0
-        if text[start:].startswith(b"data:"):
-            if found:
-                pairs.append((ord("\n"), -1))
-            found = True
-            start += 6 if text[start + 5 : start + 6] == b" " else 5
-            pairs += [(text[place], offset + place) for place in range(start, len(text))]
-        offset += len(line)
-    return pairs if found else None
-
-
-def top_level(text: str) -> Iterator[tuple[str, int, int]]:
-    """Names of the top-level members and the spans of their values."""
-    position = text.index("{") + 1
-    while match := re.compile(r'[\s,]*(?=")').match(text, position):
-        name, position = _decode_json(text, match.end())
-        position = re.compile(r"[\s:]*").match(text, position).end()  # type: ignore[union-attr]
-        start = position
-        _, position = _decode_json(text, position)
-        yield name, start, position
-
-
-@dataclass
-class Expected:
-    output: bytes = b""
-    is_done: bool = False
-    counts: tuple[int, int] | None = None
-    finish_reason: str = ""
-    upstream_model: str = ""
-    upstream_id: str = ""
-
-
-def read_slowly(data: bytes, *, wants_usage: bool) -> Expected:
-    expected = Expected()
-    for lines in split_events(data):
-        expected.output += _read_event(b"".join(lines), data_bytes(lines), expected, wants_usage)
-    return expected
-
-
-def _read_event(
-    event: bytes, pairs: list[tuple[int, int]] | None, expected: Expected, wants_usage: bool
-) -> bytes:
-    payload = bytes(byte for byte, _ in pairs or ())
-    if payload == b"[DONE]":
-        expected.is_done = True
-    if pairs is None or not payload.startswith(b"{"):
-        return event
-    document = json.loads(payload)
-    usage = document.get("usage") or document.get("x_groq", {}).get("usage")
-    if usage:
-        expected.counts = (usage["prompt_tokens"], usage["completion_tokens"])
-    for choice in document["choices"]:
-        expected.finish_reason = choice.get("finish_reason") or expected.finish_reason
-    expected.upstream_id = expected.upstream_id or document.get("id", "")
-    if document["choices"] == [] and isinstance(document.get("usage"), dict) and not wants_usage:
-        return b""
-    return _rename(event, payload, pairs, expected)
-
-
-def _rename(
-    event: bytes, payload: bytes, pairs: list[tuple[int, int]], expected: Expected
-) -> bytes:
-    for name, start, end in top_level(payload.decode("latin-1")):  # one character a byte
-        if name == "model" and payload[start : start + 1] == b'"':
-            original = json.loads(payload[start:end])
-            expected.upstream_model = expected.upstream_model or original
-            first, last = pairs[start][1], pairs[end - 1][1]
-            return event[:first] + orjson.dumps(SLUG) + event[last + 1 :]
-    return event
-
-
-def agree(seen: Seen, expected: Expected) -> None:
+def agree(seen: Seen, expected: Reading) -> None:
     assert seen.output == expected.output
     assert seen.failure is None
     assert seen.is_done is expected.is_done
     assert seen.finish_reason == expected.finish_reason
-    assert seen.upstream_model == expected.upstream_model
+    assert seen.upstream_model == expected.model
     assert seen.upstream_id == expected.upstream_id
-    counts = seen.usage and (seen.usage.prompt_tokens, seen.usage.completion_tokens)
-    assert counts == expected.counts
+    assert seen.usage == expected.usage
 
 
 # Variants of a stream
@@ -220,6 +133,10 @@ STOP = event(chunk(finish_reason="stop"))
 
 def renamed(data: bytes) -> bytes:
     return data.replace(b'"model":"upstream-name"', b'"model":"%b"' % SLUG.encode())
+
+
+def without_null(data: bytes) -> bytes:
+    return re.sub(rb', ?"usage": ?null(?=[,}])', b"", data)
 
 
 def in_several_lines(payload: bytes) -> bytes:
@@ -291,7 +208,7 @@ def test_every_dialect_reads_as_the_slow_reading_has_it(
     expected = read_slowly(data, wants_usage=wants_usage)
     agree(scan([data], wants_usage=wants_usage), expected)
     assert SLUG.encode() in expected.output
-    assert expected.upstream_model
+    assert expected.model
     assert expected.finish_reason
 
 
@@ -444,6 +361,34 @@ def test_a_name_that_changes_on_the_way_is_replaced_all_the_same() -> None:
         assert (seen.output, seen.upstream_model) == (expected, "m")
 
 
+NESTED = {
+    "in a member before it": {"meta": {"model": "upstream-name"}, "model": "upstream-name"},
+    "in a member behind it": {"model": "upstream-name", "meta": {"model": "upstream-name"}},
+    "alone": {"meta": {"model": "upstream-name"}},
+    "beside one that is null": {"meta": {"model": "upstream-name"}, "model": None},
+    "beside another one": {"meta": {"model": "upstream-name"}, "model": "changed"},
+    "in an array": {"route": [{"model": "upstream-name"}]},
+    "on top, behind a bracket in a text": {"note": "{[", "model": "upstream-name"},
+    "on top, with a bracket in a text behind it": {"model": "upstream-name", "note": "]}"},
+}
+
+
+@pytest.mark.parametrize("members", NESTED.values(), ids=NESTED.keys())
+@pytest.mark.parametrize("is_last", [False, True], ids=["before the choices", "behind them"])
+def test_a_name_on_another_level_is_never_replaced_and_one_on_top_always(
+    members: dict[str, Any], is_last: bool
+) -> None:
+    """Also where the name on top was known from events before, or is missing, or another one."""
+    choices = {"choices": [{"index": 0, "delta": {"content": "a"}}]}
+    document = choices | members if is_last else members | choices
+    expected = event(document | ({"model": SLUG} if document.get("model") else {}))
+    pieces = [text("first"), *3 * [event(document)], text("b"), event(document)]
+    wanted = renamed(text("first")) + 3 * expected + renamed(text("b")) + expected
+    data = b"".join(pieces)
+    for cut in (pieces, [data], [pieces[0], data[len(pieces[0]) :]], byte_by_byte(data)):
+        assert scan(cut).output == wanted
+
+
 def test_the_catalogs_own_name_passes_as_it_is() -> None:
     data = text("a", model=SLUG) + text("b", model=SLUG) + DONE
     assert scan([data]).output == data
@@ -492,12 +437,12 @@ def test_what_is_no_json_passes_unharmed_after_content(payload: bytes) -> None:
 
 
 @all_dialects
-def test_only_the_usage_event_depends_on_who_asked(dialect: str) -> None:
-    asked, not_asked = (scan([DIALECTS[dialect]], wants_usage=wants) for wants in (True, False))
+def test_only_what_is_there_for_usage_depends_on_who_asked(dialect: str) -> None:
+    data = DIALECTS[dialect]
+    asked, not_asked = (scan([data], wants_usage=wants) for wants in (True, False))
     assert replace(asked, output=b"") == replace(not_asked, output=b"")
-    has_event = re.search(rb'data: [^\n]*"choices":\[\][^\n]*"usage":\{', DIALECTS[dialect])
-    assert (asked.output != not_asked.output) is (has_event is not None)
-    assert asked.output.count(b"\n\n") - not_asked.output.count(b"\n\n") == bool(has_event)
+    left = re.sub(rb'data: [^\n]*"choices":\[\][^\n]*"usage":\{[^\n]*\n\n', b"", asked.output)
+    assert not_asked.output == without_null(left)
 
 
 @pytest.mark.parametrize(
@@ -561,7 +506,7 @@ def test_usage_beside_a_null_of_that_name_is_found() -> None:
         pytest.param(chunk(choices=[]), id="no usage"),
         pytest.param(chunk(choices=[], prompt_filter_results=[]), id="content filter results"),
         pytest.param(chunk({"content": ""}, usage=USAGE), id="usage beside a choice"),
-        pytest.param(chunk(choices=None, usage=USAGE), id="choices is null"),
+        pytest.param({"usage": [1]}, id="usage of another form"),
     ],
 )
 @pytest.mark.parametrize("place", ["before content", "after content"])
@@ -569,7 +514,94 @@ def test_no_other_event_is_left_out(document: dict[str, Any], place: str) -> Non
     parts = (
         [event(document), text("a")] if place == "before content" else [text("a"), event(document)]
     )
-    assert scan([b"".join(parts)]).output == renamed(b"".join(parts))
+    assert scan([b"".join(parts)]).output == without_null(renamed(b"".join(parts)))
+    assert scan(parts, wants_usage=True).output == renamed(b"".join(parts))
+
+
+# ModelScope (pydantic/pydantic-ai#5165), ROCm/ATOM#1711: https://github.com/ROCm/ATOM/issues/1711
+USAGE_EVENTS = {
+    "choices are empty": USAGE_EVENT,
+    "choices are null": event(chunk(choices=None, usage=USAGE)),
+    "choices are absent": event({"id": "c-1", "model": "upstream-name", "usage": USAGE}),
+}
+
+
+@pytest.mark.parametrize("counted", USAGE_EVENTS.values(), ids=USAGE_EVENTS.keys())
+@pytest.mark.parametrize("place", ["first", "before content", "last"])
+def test_the_usage_event_is_left_out_for_who_did_not_ask(counted: bytes, place: str) -> None:
+    events = [ROLE, text("a"), text("b"), STOP, DONE]
+    events.insert({"first": 0, "before content": 1, "last": 4}[place], counted)
+    data = b"".join(events)
+    for pieces in ([data], events, byte_by_byte(data)):
+        seen = scan(pieces)
+        assert seen.output == renamed(data.replace(counted, b""))
+        assert seen.usage == Usage(3, 5)
+        assert scan(pieces, wants_usage=True).output == renamed(data)
+
+
+NULLS = {
+    "the last": ('{"model":"m","choices":[%s],"usage":null}', '{"model":"m","choices":[%s]}'),
+    "spaced": ('{"model": "m", "choices": [%s], "usage": null}', '{"model": "m", "choices": [%s]}'),
+    "spaced otherwise": (
+        '{ "model" : "m" , "choices" : [%s] ,\t"usage" : null }',
+        '{ "model" : "m" , "choices" : [%s]  }',
+    ),
+    "the first": ('{"usage":null,"choices":[%s]}', '{"choices":[%s]}'),
+    "the first, spaced": ('{ "usage": null , "choices":[%s]}', '{   "choices":[%s]}'),
+    "before the choices": ('{"x":1,"usage":null,"choices":[%s]}', '{"x":1,"choices":[%s]}'),
+    "escaped": ('{"choices":[%s],"\\u0075sage":null}', '{"choices":[%s]}'),
+    "twice": ('{"usage":null,"choices":[%s],"usage":null}', '{"choices":[%s]}'),
+    "behind a bracket in a text": (
+        '{"usage":null,"x":"]}","choices":[%s]}',
+        '{"x":"]}","choices":[%s]}',
+    ),
+    "one more, within an object": (
+        '{"x":{"usage":null},"choices":[%s],"usage":null}',
+        '{"x":{"usage":null},"choices":[%s]}',
+    ),
+    "within an object alone": (
+        '{"x":{"usage":null},"choices":[%s]}',
+        '{"x":{"usage":null},"choices":[%s]}',
+    ),
+    "in the choice": (
+        '{"choices":[{"usage":null,"delta":{}},%s],"usage":null}',
+        '{"choices":[{"usage":null,"delta":{}},%s]}',
+    ),
+}
+
+
+@pytest.mark.parametrize(("given_", "left"), NULLS.values(), ids=NULLS.keys())
+@pytest.mark.parametrize("size", [1, 20_000, 70_000], ids=["short", "long", "very long"])
+def test_a_usage_of_null_is_taken_out_for_who_did_not_ask(
+    given_: str, left: str, size: int
+) -> None:
+    choice = '{"index":0,"delta":{"content":"%s"},"finish_reason":null}'
+
+    def events(form: str) -> list[bytes]:
+        texts = ["", "a", "b" * size, '\\"usage\\":null', "c"]
+        made = ["data: %s\n\n" % (form % (choice % text_)) for text_ in texts]
+        return [each.encode().replace(b'"m"', b'"%b"' % SLUG.encode()) for each in made]
+
+    pieces = events(given_)
+    data, expected = b"".join(pieces), b"".join(events(left))
+    for cut in (pieces, [data], cut_at(data, range(0, len(data), 1400))):
+        assert scan(cut).output == expected
+        assert scan(cut, wants_usage=True).output == data
+
+
+def test_a_usage_of_null_is_taken_out_on_the_fast_way_too() -> None:
+    scanner = StreamScanner(SLUG, wants_usage=False)
+    scanner.feed(ROLE + text("first", usage=None))
+    assert scanner.is_ready_for_stencil
+    data = text("a", usage=None)
+    assert scanner.stencil.pass_chunks(chunked(data)) == chunked(without_null(renamed(data)))
+
+
+def test_a_usage_of_null_in_several_lines_is_taken_out() -> None:
+    data = b'data: {"choices":[{"delta":{"content":"a"}}]\ndata: ,"usage"\ndata: :null\ndata: }\n\n'
+    expected = b'data: {"choices":[{"delta":{"content":"a"}}]\ndata: \ndata: \ndata: }\n\n'
+    assert scan([data]).output == expected
+    assert scan(byte_by_byte(text("x") + data)).output == renamed(text("x")) + expected
 
 
 def test_an_empty_answer_loses_its_usage_event_too() -> None:
@@ -601,8 +633,9 @@ def test_words_of_the_protocol_in_an_answer_are_only_words(words: list[str], asc
     )
     seen = scan([data])
     assert seen == scan(byte_by_byte(data))
-    assert seen.output == data.replace(b'"model":"upstream-name"', b'"model":"%b"' % SLUG.encode())
+    assert seen.output == without_null(renamed(data))
     assert (seen.failure, seen.is_finished, seen.usage) == (None, False, None)
+    assert scan([data], wants_usage=True).output == renamed(data)
 
 
 def _has_surrogate(document: dict[str, Any]) -> bool:
@@ -614,22 +647,28 @@ def _has_surrogate(document: dict[str, Any]) -> bool:
 
 CALLS = [{"index": 0, "function": {"name": "f"}}]
 
+# What is no text is there for what comes, whoever the model is of: `images` of OpenRouter,
+# `reasoning_details` of MiniMax (https://platform.minimax.io/docs/api-reference/text-openai-api),
+# `extra_content` of Gemini (https://ai.google.dev/gemini-api/docs/openai).
+DELTAS: list[dict[str, Any]] = [
+    {"content": "a"},
+    {"content": " "},
+    {"reasoning_content": "a"},
+    {"reasoning": "a"},
+    {"refusal": "a"},
+    {"tool_calls": CALLS},
+    {"function_call": {"name": "f"}},
+    {"audio": {"id": "a"}},
+    {"role": "assistant", "content": None, "reasoning": "a"},
+    {"content": "", "reasoning_details": [{"type": "reasoning.text", "text": "a"}]},
+    {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}]},
+    {"images": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBO"}}]},
+    {"extra_content": {"google": {"thought_signature": "a"}}},
+    {"role": "assistant", "content": "", "a_member_of_tomorrow": "a"},
+]
 
-@pytest.mark.parametrize(
-    "delta",
-    [
-        {"content": "a"},
-        {"content": " "},
-        {"reasoning_content": "a"},
-        {"reasoning": "a"},
-        {"refusal": "a"},
-        {"tool_calls": CALLS},
-        {"function_call": {"name": "f"}},
-        {"audio": {"id": "a"}},
-        {"role": "assistant", "content": None, "reasoning": "a"},
-    ],
-    ids=lambda delta: ", ".join(delta),
-)
+
+@pytest.mark.parametrize("delta", DELTAS, ids=lambda delta: ", ".join(delta))
 def test_a_delta_with_any_of_these_is_content(delta: dict[str, Any]) -> None:
     scanner = StreamScanner(SLUG, wants_usage=False)
     assert scanner.feed(ROLE) == b""
@@ -639,26 +678,78 @@ def test_a_delta_with_any_of_these_is_content(delta: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    "member", [{"message": {"role": "assistant", "content": "a"}}, {"text": "a"}], ids=str
+)
+def test_what_servers_have_in_place_of_a_delta_is_content(member: dict[str, Any]) -> None:
+    seen = scan([ROLE, event(chunk(choices=[{"index": 0} | member]))])
+    assert (seen.has_content, seen.content_events) == (True, 1)
+
+
+@pytest.mark.parametrize(
     "document",
     [
         pytest.param(chunk({"role": "assistant"}), id="role only"),
         pytest.param(chunk({"role": "assistant", "content": None}), id="null"),
         pytest.param(chunk({"content": "", "refusal": "", "reasoning": ""}), id="empty strings"),
         pytest.param(chunk({"tool_calls": [], "audio": {}}), id="empty containers"),
+        pytest.param(
+            chunk({"role": "assistant", "content": "", "reasoning_details": [], "annotations": []}),
+            id="OpenRouter's first",
+        ),
+        pytest.param(
+            chunk(
+                {
+                    "provider_specific_fields": {"citations": None, "thinking_blocks": [{}]},
+                    "function_call": None,
+                    "audio": None,
+                }
+            ),
+            id="LiteLLM's first",
+        ),
+        pytest.param(
+            chunk({"role": "assistant", "name": "MiniMax AI", "content": "", "audio_content": ""}),
+            id="MiniMax' first",
+        ),
+        pytest.param(
+            chunk({"id": "m-1", "index": 0, "type": "message"}), id="what it is a part of"
+        ),
+        pytest.param(chunk(choices=[{"message": {"content": ""}}, {"text": ""}]), id="other forms"),
         pytest.param(chunk(finish_reason=""), id="an empty finish reason"),
         pytest.param(chunk(choices=[], prompt_filter_results=[{}]), id="filter results"),
         pytest.param(chunk(choices=[], usage=USAGE), id="usage"),
         pytest.param(chunk(choices=None), id="no choices"),
         pytest.param(chunk(choices=["a", None, {"delta": "text"}]), id="choices of no known form"),
         pytest.param({}, id="an empty object"),
+        pytest.param({"type": "ping"}, id="a ping"),
+        pytest.param({"status": "processing", "message": "place 3"}, id="a place in a queue"),
+        *(pytest.param(odd, id=repr(odd)) for odd in ("ping", None, [], [1], 7, True)),
     ],
 )
-def test_nothing_is_released_before_content(document: dict[str, Any]) -> None:
+def test_nothing_is_released_before_content(document: Any) -> None:
     scanner = StreamScanner(SLUG, wants_usage=True)
     held = b": hello\n\nretry: 5\n\n" + event(document)
     assert scanner.feed(held) == b""
     assert (scanner.has_content, scanner.content_events) == (False, 0)
     assert scanner.feed(text("a")) == renamed(held + text("a"))
+
+
+ODD = [b"ping", b"ok", b"null", b"[]", b'"text"', b"<html>", b'{"choices":[', b"[1]"]
+
+
+@pytest.mark.parametrize("payload", ODD)
+def test_data_that_is_no_object_is_held_like_any_other(payload: bytes) -> None:
+    odd = b"data: %b\n\n" % payload
+    for pieces in ([odd + ROLE + text("a") + odd + DONE], [odd, ROLE, text("a"), odd, DONE]):
+        seen = scan(pieces)
+        assert seen.output == renamed(odd + ROLE + text("a") + odd + DONE)
+        assert (seen.failure, seen.is_done) == (None, True)
+
+
+@pytest.mark.parametrize("payload", ODD)
+@pytest.mark.parametrize("end", [b"", DONE, ROLE + DONE], ids=["no end", "[DONE]", "a role"])
+def test_a_stream_of_nothing_else_is_a_broken_one(payload: bytes, end: bytes) -> None:
+    seen = scan([b"data: %b\n\n" % payload + end])
+    assert (seen.output, seen.failure, seen.has_content) == (b"", (False, None), False)
 
 
 def test_a_finish_reason_alone_is_content() -> None:
@@ -749,7 +840,56 @@ FAILURES = {
         (True, None),
     ),
     "an error beside content": (text("b", error={"code": 500}), (True, 500)),
+    "spaced otherwise": (b'data: { "error" : { "code" : 500 } }\n\n', (True, 500)),
+    "a name with escapes": (b'data: {"\\u0065rror":{"code":500}}\n\n', (True, 500)),
+    "a status as a string": (event({"error": {"message": "secret", "code": "429"}}), (True, 429)),
+    "a status beside the error": (event({"error": "secret", "status": 503}), (True, 503)),
+    "a field of that name": (b"error: secret\n\n", (True, None)),
+    # llama.cpp before https://github.com/ggml-org/llama.cpp/pull/16104
+    "llama.cpp's field": (b'error: {"code":500,"message":"secret"}\n\n', (True, 500)),
+    "a field without a space": (b'error:{"code":500}\ndata: {}\n\n', (True, 500)),
+    "an event of that name without data": (b"event: error\n\n", (True, None)),
+    "JSON that lacks its field": (b'{"error":{"code":502,"message":"secret"}}\n\n', (True, 502)),
+    # https://github.com/vllm-project/vllm/blob/main/vllm/entrypoints/openai/protocol.py
+    "vLLM's object": (event({"object": "error", "message": "secret", "code": 400}), (True, 400)),
+    "Anthropic's object": (
+        event({"type": "error", "error": {"type": "overloaded_error", "message": "secret"}}),
+        (True, None),
+    ),
+    "a type alone": (event({"type": "error", "message": "secret"}), (True, None)),
+    "an error in a choice": (
+        event(chunk(choices=[{"index": 0, "delta": {}, "error": {"code": 502}}])),
+        (True, 502),
+    ),
+    "an error in a later choice": (
+        event(chunk(choices=[{"delta": {"content": "x"}}, {"error": {"message": "secret"}}])),
+        (True, None),
+    ),
+    "an error in a delta": (event(chunk({"error": "secret"})), (True, None)),
+    "a finish reason": (event(chunk({"content": "x"}, "error")), (True, None)),
+    "a finish reason, spaced": (
+        event(chunk({}, "error")).replace(b'reason":"', b'reason" : "'),
+        (True, None),
+    ),
+    "Zhipu's finish reason": (event(chunk({}, "network_error")), (True, None)),
+    "FastAPI's": (event({"detail": "secret"}), (True, None)),
+    "FastAPI's list": (event({"detail": [{"msg": "secret"}], "status": 422}), (True, 422)),
+    "DashScope's": (
+        event({"code": "InvalidParameter", "message": "secret", "request_id": "r"}),
+        (True, None),
+    ),
+    "a code and a message": (event({"code": 503, "msg": "secret", "data": None}), (True, 503)),
+    "a status and a message": (event({"statusCode": 500, "message": "secret"}), (True, 500)),
+    "no success": (event({"success": False, "message": "secret"}), (True, None)),
+    # https://platform.minimax.io/docs/api-reference/errorcode
+    "MiniMax'": (
+        event({"choices": None, "base_resp": {"status_code": 1002, "status_msg": "secret"}}),
+        (True, 429),
+    ),
+    "Gemini's array": (event([{"error": {"code": 503, "message": "secret"}}]), (True, 503)),
+    "an error that is no JSON": (b'data: {"error": "say "secret" twice"}\n\n', (True, None)),
 }
+ERROR = FAILURES["an error object"][0]
 failures = pytest.mark.parametrize(
     ("failing", "failure"), [pytest.param(*case, id=name) for name, case in FAILURES.items()]
 )
@@ -798,29 +938,100 @@ def test_what_is_told_of_an_error_has_no_text_of_the_upstream(
 
 
 def test_an_error_behind_a_long_opening_releases_nothing() -> None:
-    seen = scan([ROLE * 1000 + FAILURES["an error object"][0]])
+    seen = scan([ROLE * (OPENING_LIMIT_BYTES // len(renamed(ROLE)) - 10) + ERROR])
     assert (seen.output, seen.failure) == (b"", (True, 502))
 
 
-@pytest.mark.parametrize("nothing", [None, {}, "", []], ids=repr)
+def test_where_the_opening_is_too_long_to_be_held_depends_on_no_cut() -> None:
+    data = ROLE * 1000 + ERROR
+    whole = scan([data])
+    assert whole.output == renamed(ROLE * 1000)
+    assert (whole.failure, whole.has_content) == ((True, 502), True)
+    for size in (1, 100, 5000, 65_536, 66_000):
+        assert scan(cut_at(data, range(0, len(data), size))) == whole, size
+
+
+@failures
+def test_what_follows_an_error_makes_it_no_success(
+    failing: bytes, failure: tuple[bool, int | None]
+) -> None:
+    following = STOP + USAGE_EVENT + DONE
+    for before in (b"", ROLE, text("a"), text("a") + STOP):
+        for pieces in ([before + failing + following], [before, failing, following]):
+            seen = scan(pieces)
+            assert seen.failure == failure
+            assert not seen.is_done
+            assert seen.usage is None
+
+
+@failures
+@pytest.mark.parametrize("before", [b"", text("a")], ids=["before content", "after content"])
+def test_a_failure_holds_what_the_upstream_sent(
+    failing: bytes, failure: tuple[bool, int | None], before: bytes
+) -> None:
+    scanner = StreamScanner(SLUG, wants_usage=False)
+    scanner.feed(before + failing)
+    assert scanner.failure is not None
+    assert "secret" not in str(scanner.failure)
+    held = json.dumps(scanner.failure.document)
+    assert ("secret" in held) is (b"secret" in failing)
+
+
+@pytest.mark.parametrize("nothing", [None, {}, "", [], {"message": None}], ids=repr)
 def test_an_empty_error_is_none(nothing: Any) -> None:
     data = text("a", error=nothing) + text("b", error=nothing) + DONE
-    seen = scan([data])
-    assert (seen.output, seen.failure) == (renamed(data), None)
+    for pieces in ([data], byte_by_byte(data)):
+        seen = scan(pieces)
+        assert (seen.output, seen.failure) == (renamed(data), None)
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(b"data: <html>\n\n", id="HTML"),
-        pytest.param(b"data: [1]\n\n", id="an array"),
-        pytest.param(b'data: "text"\n\n', id="a string"),
-        pytest.param(b'data: {"choices":[\n\n', id="a part of an object"),
+        pytest.param(b"error:\n\n", id="an empty field"),
+        pytest.param(b"error: null\n\n", id="a field that is null"),
+        pytest.param(b": error: no\n\n", id="a comment"),
+        pytest.param(b"event: errors\ndata: {}\n\n", id="an event of another name"),
+        pytest.param(event({"status": "ok", "message": "fine"}), id="a status that is fine"),
+        pytest.param(event({"code": 0, "message": "fine"}), id="a code that is fine"),
+        pytest.param(event(chunk(base_resp={"status_code": 0, "status_msg": ""})), id="MiniMax'"),
+        pytest.param(event(chunk({"content": "error"})), id="a text of that word"),
+        pytest.param(event(chunk({"tool_calls": [{"error": "x"}]})), id="a name in a tool call"),
     ],
 )
-def test_what_opens_as_no_completion_chunk_is_a_failure(data: bytes) -> None:
-    seen = scan([ROLE + data])
-    assert (seen.output, seen.failure) == (b"", (False, None))
+def test_what_looks_like_an_error_is_none(data: bytes) -> None:
+    for before in (ROLE, text("a")):
+        seen = scan([before, data, text("b"), DONE])
+        assert seen.failure is None
+        assert seen.output == renamed(before + data + text("b") + DONE)
+
+
+def test_an_error_of_null_on_every_event_costs_no_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [{"index": 0, "function": {"arguments": "x"}}]  # known to no stencil
+    data = event(chunk({"tool_calls": calls}, error=None, usage=None)) * 100
+    first = ROLE + text("a", error=None) * 3
+    parsed = 0
+
+    def count(raw: bytes) -> Any:
+        nonlocal parsed
+        parsed += 1
+        return json.loads(raw)
+
+    scanner = StreamScanner(SLUG, wants_usage=False)
+    scanner.feed(first)
+    monkeypatch.setattr(orjson, "loads", count)
+    for piece in (data, *[data[:-1], data[-1:]] * 3):
+        scanner.feed(piece)
+    assert scanner.content_events >= 400
+    assert parsed <= 8
+
+
+@pytest.mark.parametrize(
+    "payload", [b'{"usage":{', b'{"choices":[{"finish_reason":"st', b'["usage"]']
+)
+def test_a_usage_or_finish_reason_that_can_not_be_read_is_a_failure(payload: bytes) -> None:
+    seen = scan([text("a"), b"data: %b\n\n" % payload, DONE])
+    assert (seen.output, seen.failure) == (renamed(text("a")), (False, None))
 
 
 def test_a_body_that_is_no_stream_at_all_has_no_content() -> None:
@@ -869,6 +1080,146 @@ def test_cuts_do_not_matter_to_a_long_event_either(
     for cut in range(len(data) + 1):
         assert scan([data[:cut], data[cut:]]) == whole, cut
     assert scan(byte_by_byte(data)) == whole
+
+
+# What long events say
+
+FILLING = "word " * 5000
+LONG = {
+    # https://platform.minimax.io/docs/api-reference/text-post: the last event holds all of it
+    "MiniMax' last event": chunk(
+        choices=[
+            {
+                "finish_reason": "stop",
+                "index": 0,
+                "message": {"content": FILLING, "role": "assistant", "name": "MiniMax AI"},
+            }
+        ],
+        usage={"total_tokens": 8, "total_characters": 0, **USAGE},
+        base_resp={"status_code": 0, "status_msg": ""},
+    ),
+    "Mistral's tool call": chunk(
+        {
+            "content": "",
+            "tool_calls": [
+                {"id": "D681PevKs", "function": {"name": "f", "arguments": f'{{"x":"{FILLING}"}}'}}
+            ],
+        },
+        "tool_calls",
+        usage=USAGE,
+    ),
+    "an image": chunk(
+        {"images": [{"image_url": {"url": "data:image/png;base64," + "iVBO" * 30_000}}]},
+        "stop",
+        usage=USAGE,
+    ),
+    "usage before the text": {"usage": USAGE, **chunk({"content": FILLING}, "length")},
+    "usage of Groq": chunk({"content": FILLING}, "stop", x_groq={"id": "r", "usage": USAGE}),
+    "many small values": chunk(
+        {"content": "x"}, "stop", logprobs=[{"a": [1, None, {}]}] * 900, usage=USAGE
+    ),
+    "many members": chunk(
+        {"content": "x"}, "stop", **{f"m{n}": n for n in range(1500)}, usage=USAGE
+    ),
+    "many choices": chunk(
+        choices=[{"index": n, "delta": {"content": "word"}} for n in range(100)]
+        + [{"finish_reason": "stop", "delta": {"content": FILLING}}],
+        usage=USAGE,
+    ),
+    "deep nesting": chunk(
+        {"content": "x"}, "stop", x=json.loads("[" * 300 + "]" * 300), y=FILLING, usage=USAGE
+    ),
+}
+
+
+@pytest.mark.parametrize("document", LONG.values(), ids=LONG.keys())
+@pytest.mark.parametrize("style", ["plain", "several data lines", "no space"])
+@pytest.mark.parametrize("before", [ROLE, text("a")], ids=["first", "later"])
+def test_what_a_long_event_says_is_read(
+    document: dict[str, Any], style: str, before: bytes
+) -> None:
+    long = decorate(event(document), style)
+    data = before + long
+    whole = scan([data])
+    assert whole == replace(scan([data], wants_usage=True), output=whole.output)
+    expected = read_slowly(data, wants_usage=False)
+    agree(whole, expected)
+    assert whole.usage == Usage(3, 5)
+    assert whole.finish_reason == document["choices"][-1]["finish_reason"]
+    assert whole.is_finished
+    for size in (7, 1400, 16_384, 60_000):
+        assert scan(cut_at(data, range(0, len(data), size))) == whole
+
+
+@pytest.mark.parametrize(
+    ("document", "status"),
+    [
+        pytest.param({"error": {"message": "secret" * 4000, "code": 502}}, 502, id="first"),
+        pytest.param(chunk({"content": FILLING}, error={"code": 503}), 503, id="last"),
+        pytest.param(chunk({"content": FILLING}, "error"), None, id="finish reason"),
+        pytest.param(
+            chunk(choices=[{"delta": {"content": FILLING}, "error": {"code": 500}}]),
+            500,
+            id="inside",
+        ),
+        pytest.param({"detail": "secret" * 4000}, None, id="FastAPI's"),
+    ],
+)
+def test_an_error_in_a_long_event_is_a_failure(
+    document: dict[str, Any], status: int | None
+) -> None:
+    data = text("a") + event(document) + STOP + DONE
+    for size in (700, 5000, 100_000):
+        scanner = StreamScanner(SLUG, wants_usage=False)
+        seen = scan(cut_at(data, range(0, len(data), size)), scanner=scanner)
+        assert (seen.failure, seen.is_done, seen.finish_reason) == ((True, status), False, "")
+        passed = seen.output.removeprefix(renamed(text("a")))
+        assert renamed(event(document)).startswith(passed)
+        assert len(passed) < len(event(document))
+        assert scanner.is_at_boundary is not passed
+        if "error" in document and status == 502:
+            assert b"secret" not in seen.output  # it was known before any of it was passed
+
+
+def test_an_error_of_other_lines_of_a_long_event_is_a_failure() -> None:
+    for lines in (b"event: error\n%b", b"error: no\n%b", b"%berror: no\n\n"):
+        long = text(FILLING)
+        data = text("a") + lines % (long[:-1] if lines.startswith(b"%b") else long)
+        for size in (700, 100_000):
+            assert scan(cut_at(data, range(0, len(data), size))).failure == (True, None)
+
+
+def test_an_error_of_null_in_a_long_event_is_none() -> None:
+    data = text("a") + text(FILLING, error=None) + text(FILLING, error={"message": ""}) + DONE
+    for size in (700, 100_000):
+        seen = scan(cut_at(data, range(0, len(data), size)))
+        assert (seen.failure, seen.output) == (None, renamed(data))
+
+
+def test_a_usage_event_longer_than_we_hold_is_not_left_out() -> None:
+    """Its beginning is with the client before its end is here."""
+    data = text("a") + event(chunk(choices=[], usage=USAGE, note=FILLING)) + DONE
+    for size in (700, 100_000):
+        seen = scan(cut_at(data, range(0, len(data), size)))
+        assert (seen.output, seen.usage) == (renamed(data), Usage(3, 5))
+    held = event(chunk(choices=[], usage=USAGE, note="x" * 16_000))
+    assert scan([text("a") + held + DONE]).output == renamed(text("a") + DONE)
+
+
+def test_done_among_long_comments_is_the_end() -> None:
+    data = text("a") + b": %b\n" % FILLING.encode() + DONE + text("never")
+    for size in (700, 100_000):
+        seen = scan(cut_at(data, range(0, len(data), size)))
+        assert seen.is_done
+        assert b"never" not in seen.output
+
+
+def test_what_comes_behind_done_is_dropped() -> None:
+    data = text("a") + DONE
+    for behind in (text("b"), b": comment\n\n", ERROR, b"\n\n", b"x"):
+        for pieces in ([data + behind], [data, behind], byte_by_byte(data + behind)):
+            seen = scan(pieces)
+            assert (seen.output, seen.failure, seen.is_done) == (renamed(data), None, True)
 
 
 @ends_of_lines
@@ -936,3 +1287,81 @@ def test_an_open_stream_holds_little_memory() -> None:
     finally:
         tracemalloc.stop()
     assert (end - start) / len(scanners) < 2500
+
+
+# Work
+
+
+def knowing() -> StreamScanner:
+    """A scanner in mid-stream that knows texts, and how such a stream ends."""
+    opening = Opening()
+    for _ in range(4):
+        scanner = StreamScanner(SLUG, wants_usage=False, opening=opening)
+        for piece in (ROLE, text("a"), text("b"), STOP, USAGE_EVENT):
+            scanner.feed(piece)
+    scanner = StreamScanner(SLUG, wants_usage=False, opening=opening)
+    scanner.feed(ROLE)
+    scanner.feed(text("a"))
+    assert scanner.stencil.ending is not None
+    return scanner
+
+
+OTHERS = {
+    "the usage event": USAGE_EVENT,
+    "usage beside a choice": text("b", usage=USAGE),
+    "a tool call": event(chunk({"tool_calls": CALLS})),
+}
+others = pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+
+
+@others
+def test_texts_and_others_in_turn_are_read_in_one_piece(other: bytes) -> None:
+    pair = text("a") + other
+    scanner = knowing()
+    passed = scanner.feed(pair * 5000)
+    assert scanner.failure is None
+    assert passed == renamed(pair.replace(USAGE_EVENT, b"")) * 5000
+    assert scanner.content_events == 1 + 5000 * (1 + (other != USAGE_EVENT))
+
+
+@pure_only
+@others
+def test_the_work_grows_with_the_bytes_and_no_faster(other: bytes) -> None:
+    def calls(pairs: int) -> int:
+        counted = 0
+
+        def count(frame: Any, kind: str, argument: Any) -> None:
+            nonlocal counted
+            counted += kind in ("call", "c_call")
+
+        scanner = knowing()
+        sys.setprofile(count)
+        try:
+            scanner.feed((text("a") + other) * pairs)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    assert calls(400) < 8.5 * calls(50)
+
+
+@pure_only
+@others
+def test_what_is_copied_grows_with_the_bytes_and_no_faster(other: bytes) -> None:
+    copied = 0
+
+    class Counted(bytes):
+        """Counts what is sliced off, and stays countable in the longer slices."""
+
+        def __getitem__(self, key: Any) -> Any:
+            nonlocal copied
+            found = super().__getitem__(key)
+            if not isinstance(found, bytes):
+                return found
+            copied += len(found)
+            return Counted(found) if len(found) > 1000 else found
+
+    data = Counted((text("a") + other) * 200)
+    scanner = knowing()
+    scanner.feed(data)
+    assert copied < 10 * len(data)

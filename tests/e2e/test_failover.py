@@ -397,6 +397,17 @@ BREAKS: dict[str, tuple[Script, str]] = {
         [Send(chunk(event({"error": {"message": THEIRS}}) + b"".join(EVENTS[2:])) + LAST_CHUNK)],
         "upstream_error",
     ),
+    "an error as a field of the event": (
+        [Send(chunk(b"error: %b\n\n" % THEIRS.encode() + b"".join(EVENTS[2:])) + LAST_CHUNK)],
+        "upstream_error",
+    ),
+    "an error in a choice": (
+        [
+            Send(chunk(event({"choices": [{"delta": {}, "error": {"message": THEIRS}}]}))),
+            Send(chunk(b"".join(EVENTS[2:])) + LAST_CHUNK),
+        ],
+        "upstream_error",
+    ),
     "no JSON in a usage event": (
         [Send(chunk(b'data: {"usage":{\n\n') + LAST_CHUNK)],
         "upstream_invalid_response",

@@ -173,6 +173,34 @@ async def test_a_stream_without_done_ends_in_order_after_its_finish_reason(
     assert (record.code, record.status) == ("", 200)
 
 
+@pytest.mark.parametrize("size", [20_000, 90_000], ids=["20 KB", "90 KB"])
+async def test_a_stream_may_end_by_one_event_too_long_to_be_held(
+    proxy_to: ProxyTo, size: int
+) -> None:
+    """As of MiniMax, whose last event holds all of the text, and which need not say [DONE]."""
+    usage = {"prompt_tokens": 7, "completion_tokens": 5000, "total_tokens": 5007}
+    message = {"index": 0, "finish_reason": "stop", "message": {"content": "x" * size}}
+    last = event({"id": "c", "model": UPSTREAM_MODEL, "choices": [message], "usage": usage})
+    pieces = [last[at : at + 1400] for at in range(0, len(last), 1400)]
+    script = sse(*EVENTS[:2], *pieces)
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream) as proxy:
+        reply = await proxy.post(chat(stream=True))
+        record = await proxy.wait_for_record()
+    assert (reply.body, reply.is_complete) == (as_client_sees([*EVENTS[:2], last]), True)
+    assert (record.prompt_tokens, record.completion_tokens) == (7, 5000)
+    assert (record.finish_reason, record.estimated, record.code) == ("stop", False, "")
+
+
+async def test_a_usage_of_null_is_for_who_asked_for_usage(proxy_to: ProxyTo) -> None:
+    null = [each.replace(b"}\n\n", b',"usage":null}\n\n') for each in EVENTS[:-2]]
+    stream = [*null, *EVENTS[-2:]]
+    async with ScriptedUpstream(default=sse(*stream)) as upstream, proxy_to(upstream) as proxy:
+        plain = await proxy.post(chat(stream=True))
+        asked = await proxy.post(chat(stream=True, stream_options={"include_usage": True}))
+    assert plain.body == as_client_sees(EVENTS)
+    assert asked.body == as_client_sees(stream, usage=True)
+
+
 async def test_events_pass_as_they_come(proxy_to: ProxyTo) -> None:
     head, *rest = sse(*EVENTS)
     steps = [head, *rest[:2], AwaitRelease("more"), *rest[2:]]
