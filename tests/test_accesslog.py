@@ -18,7 +18,9 @@ from hoberproxy.accesslog import AccessLog, format_human, format_json
 from hoberproxy.errors import FailedAttempt
 from hoberproxy.record import Record
 
-PATIENCE = 30.0
+from .patience import WAIT
+
+PATIENCE = WAIT
 PIPE_BYTES = 1 << 20  # more than a pipe holds
 
 

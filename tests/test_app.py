@@ -17,6 +17,7 @@ from hoberproxy.app import make_app, make_metrics_app
 from hoberproxy.gateway import Gateway
 
 from .conftest import Proxy, StartProxy, chat, pure_only
+from .patience import WAIT
 
 Client = TestClient[web.Request, web.Application]
 PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
@@ -286,7 +287,7 @@ async def test_the_server_listens_for_metrics_where_the_config_says(
     port = runner.addresses[0][1]
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-    text = await asyncio.wait_for(reader.read(), 10)
+    text = await asyncio.wait_for(reader.read(), WAIT)
     writer.close()
     assert b"hoberproxy_requests_open 0.0" in text
     assert not dataclasses.replace(with_metrics.gateway.config.server).cors_origins

@@ -28,7 +28,9 @@ from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
-PATIENCE = 20.0  # seconds; only a failing test waits so long
+from .patience import WAIT
+
+PATIENCE = WAIT
 COMMAND = [str(Path(sys.executable).with_name("hoberproxy"))]
 MODULE = [sys.executable, "-W", "error", "-m", "hoberproxy"]
 DAY = 1_790_000_000.0  # 21 September 2026, 14:13 UTC

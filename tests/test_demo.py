@@ -25,6 +25,8 @@ from hoberproxy.demo import (
 )
 from hoberproxy.errors import RequestError
 
+from .patience import WAIT
+
 WEATHER = {
     "type": "function",
     "function": {
@@ -413,7 +415,7 @@ async def test_a_client_that_hangs_up_ends_the_generation() -> None:
         await response.content.readline()
         assert demo.streaming == 1
         response.close()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(WAIT):
             while demo.streaming:  # noqa: ASYNC110  # a plain counter has no event to wait for
                 await asyncio.sleep(0.01)
     await demo.aclose()

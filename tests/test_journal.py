@@ -25,7 +25,7 @@ from hoberproxy.journal import (
 )
 from hoberproxy.journals import UNFINISHED_FOR, Journals, Remains
 
-WAIT = 30.0
+from .patience import WAIT
 
 
 @pytest.fixture

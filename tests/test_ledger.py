@@ -26,7 +26,9 @@ from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 from hoberproxy.writer import BUSY_TIMEOUT, Writer
 
-PATIENCE = 30.0  # seconds; only a failing test waits so long
+from .patience import WAIT
+
+PATIENCE = WAIT
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 
 from hoberproxy import memory
 
+from .patience import WAIT
+
 # As a prompt of 1 MB does: pieces, the whole, what goes upstream, all freed after the answer.
 REQUESTS = """
 import resource, sys
@@ -38,7 +40,7 @@ def run(how: str, code: str = REQUESTS, **variables: str) -> subprocess.Complete
         [sys.executable, "-c", code, how],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT,
         env=environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1])} | variables,
     )
 

@@ -26,6 +26,7 @@ from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
 
+from .patience import WAIT
 from .scripted import (
     AwaitRelease,
     Close,
@@ -380,7 +381,7 @@ async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_the_limits_of_the_config_hold_where_they_are_shorter() -> None:
     limits = TimeLimits(first_content=0.1)
     async with ScriptedUpstream([Stall()]) as upstream:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT):
             report = await report_of(upstream, limit=600.0, limits=limits)
     assert report.reachable == "no (time limit)"
 
@@ -479,7 +480,7 @@ async def run_check(folder: Path, config: str, *options: str) -> tuple[int | Non
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    out, err = await asyncio.wait_for(process.communicate(), WAIT)
     return process.returncode, out.decode(), err.decode()
 
 

@@ -32,15 +32,16 @@ from hoberproxy.config import (
 )
 from hoberproxy.record import Record
 from hoberproxy.server import Server
-from tests.scripted import WAIT, ScriptedUpstream
+from tests.patience import WAIT, patient
+from tests.scripted import ScriptedUpstream
 
 SLUG = "test/model"
 OTHER_SLUG = "test/other"
 UPSTREAM_MODEL = "upstream-model"
 UPSTREAM_KEY = "sk-upstream-secret"
-LIMITS = TimeLimits(connect=1.0, first_content=5.0, idle=5.0, total=10.0)
+LIMITS = TimeLimits(connect=WAIT, first_content=WAIT, idle=WAIT, total=2 * WAIT)
 # For what is to run out; long enough for a busy machine to do what is to come before.
-SOON = TimeLimits(connect=1.0, first_content=0.2, idle=0.2, total=0.5)
+SOON = TimeLimits(connect=WAIT, first_content=patient(0.5), idle=patient(0.5), total=patient(1.0))
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "hi"}]
 

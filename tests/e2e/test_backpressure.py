@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hoberproxy.config import TimeLimits
+from tests.patience import WAIT, patient
 from tests.scripted import (
     LAST_CHUNK,
     Script,
@@ -25,6 +26,7 @@ from tests.scripted import (
 
 from .conftest import ProxyTo
 from .harness import (
+    LIMITS,
     Client,
     Program,
     as_client_sees,
@@ -61,7 +63,7 @@ class Counted:
 async def is_standing_still(counted: Counted) -> None:
     """Wait until the upstream cannot send any more."""
     before = -1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT):
         while counted.sent != before:
             before = counted.sent
             await asyncio.sleep(0.1)
@@ -132,7 +134,7 @@ async def test_a_client_that_catches_up_gets_all_of_it(proxy_to: ProxyTo) -> Non
 async def test_the_idle_limit_stands_still_while_the_client_is_the_slower_one(
     proxy_to: ProxyTo,
 ) -> None:
-    limits = TimeLimits(connect=1.0, first_content=5.0, idle=0.1, total=60.0)
+    limits = replace(LIMITS, idle=patient(0.1))
     script = [sse_head(), SendMany(Counted(20 * MB)), *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream:
         limited = provider_for(upstream, limits=limits)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import TimeLimits
+from tests.patience import patient
 from tests.scripted import (
     LAST_CHUNK,
     AwaitRelease,
@@ -447,7 +447,7 @@ async def test_a_stream_is_finished_once_done_has_passed(proxy_to: ProxyTo, end:
 
 
 async def test_bytes_keep_a_stream_alive_beyond_the_idle_limit(proxy_to: ProxyTo) -> None:
-    limits = TimeLimits(connect=1.0, first_content=1.0, idle=0.2, total=10.0)
+    limits = replace(LIMITS, idle=patient(0.5))
     script = [sse_head(), *[Send(chunk(FIRST)), Pause(0.06)] * 8, *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
         reply = await proxy.post(chat(stream=True))
