@@ -526,7 +526,8 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
 # Texts to values; the rules of providers and models are in catalog.py
 
 _PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\[\]:-]+")
+# Of web pages, and of desktop apps and extensions, whose schemes are their own.
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")

@@ -134,7 +134,7 @@ def test_server_settings_are_read() -> None:
     write_timeout = 4
     drain_timeout = 0
     comment_after = 0
-    cors_origins = ["https://Chat.example.com", "*"]
+    cors_origins = ["https://Chat.example.com", "app://notes.example", "*"]
     [keys]
     required = false
     [records]
@@ -158,7 +158,7 @@ def test_server_settings_are_read() -> None:
         write_timeout=4.0,
         drain_timeout=0.0,
         comment_after=0.0,
-        cors_origins=("https://chat.example.com", "*"),
+        cors_origins=("https://chat.example.com", "app://notes.example", "*"),
     )
     assert type(config.server.head_timeout) is type(config.server.body_timeout) is float
     assert (config.keys, config.records) == (KeySettings(False), RecordSettings("/var/lib/r.db"))
