@@ -104,7 +104,6 @@ class Exchange(Owner):
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
             self._paused_since, self._unread_bytes = self.now, client.unread_bytes
-        gateway.exchanges.add(self)
 
     @property
     def content_events(self) -> int:
@@ -116,13 +115,12 @@ class Exchange(Owner):
     def admit(self, known: Admitted | None = None) -> Admitted | None:
         """Who may go on to the body; if None, `run` tells the client why not.
 
-        `known` is what an exchange with the same head was told.
+        `known` is what an exchange with the same head was told. A request counts, as one of
+        `max_streams` and for its address, from the moment it is known to be a caller's: others
+        would take the callers' room.
         """
         gateway, record = self._gateway, self.record
         try:
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges), self._client.address_group
-            )
             if (
                 known is None
                 or known.keyring_version != gateway.keyring.version
@@ -131,22 +129,16 @@ class Exchange(Owner):
                 or gateway.is_stopping
             ):
                 known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+            self._caller = caller = known.caller
+            record.key_id, record.key_label = caller.key_id, caller.label
+            self._group = gateway.admission.admit(
+                self._head, len(gateway.exchanges) + 1, self._client.address_group
+            )
         except ProxyError as error:
             self._refusal = error
             return None
-        self._caller = caller = known.caller
-        record.key_id, record.key_label = caller.key_id, caller.label
+        gateway.exchanges.add(self)
         return known
-
-    @property
-    def is_admitted(self) -> bool:
-        """The body is worth keeping."""
-        return self._refusal is None
-
-    @property
-    def has_no_room(self) -> bool:
-        """The proxy is full: to be refused at once."""
-        return self._refusal is not None and self._refusal.code == "overloaded"
 
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
@@ -157,7 +149,7 @@ class Exchange(Owner):
                 retry_after=RETRY_AFTER_DRAIN,
             )
         if gateway.config.keys.required:
-            caller = gateway.keyring.authenticate(head.get(b"authorization"), self.record.started)
+            caller = gateway.keyring.authenticate_head(head, self.record.started)
         else:
             check_local_request(head)
             caller = ANONYMOUS

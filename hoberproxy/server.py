@@ -41,7 +41,7 @@ from .notify import Notifier
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
-from .wire import DownstreamConnection
+from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -173,6 +173,8 @@ class Server(Timed):
             # The check in front of aiohttp has its own limits; here only it must not be stricter.
             max_line_size=MAX_REQUEST_HEAD_BYTES,
             max_field_size=MAX_REQUEST_HEAD_BYTES,
+            # Seconds for the rest of a body that nobody needs; after these ours begin.
+            lingering_time=LINGER,
         )
         await runner.setup()
         self._runners.append(runner)

@@ -11,7 +11,7 @@ from hoberproxy.config import ServerSettings
 from hoberproxy.errors import UnavailableError
 from hoberproxy.tally import Tally, new_tally_memory
 
-from .conftest import StartProxy, chat, get, wait_until
+from .conftest import QUESTION, StartProxy, chat, get, wait_until
 from .scripted import ScriptedUpstream, Stall
 
 KEY = bytes(16)
@@ -124,6 +124,58 @@ async def test_over_the_maximum_a_request_is_refused_while_what_runs_goes_on(
     assert (await late.read_answer()).status == 200
 
 
+async def test_strangers_take_no_room_of_callers(
+    start_proxy: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start_proxy(max_streams=2, trusted_proxies=("127.0.0.1/32",))
+    upstream.add([Stall()])
+    running, caller = await proxy.connect(), await proxy.connect()
+    running.send(chat(proxy.key))
+    await upstream.wait_for_requests(1)
+    strangers = [await proxy.connect() for _ in range(20)]
+    for number, stranger in enumerate(strangers):
+        key = proxy.key[:-1] + "!" if number % 2 else "none"
+        stranger.send(chat(key, b"", framing="content-length: 1000000"))
+    for stranger in strangers:
+        assert (await stranger.read_answer()).status == 401
+    for _ in range(3):
+        caller.send(chat(proxy.key))
+        assert (await caller.read_answer()).status == 200
+    assert len(proxy.gateway.exchanges) == 1
+    assert [record.status for record in proxy.records].count(401) == 20
+
+
+async def test_strangers_do_not_count_for_an_address(
+    start_proxy: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    proxy = await start_proxy(max_connections_per_address=1, trusted_proxies=("127.0.0.1/32",))
+    behind = "x-forwarded-for: 192.0.2.7"
+    for _ in range(3):
+        stranger = await proxy.connect()
+        stranger.send(chat("none", b"", behind, framing="content-length: 1000000"))
+        assert (await stranger.read_answer()).status == 401
+    caller = await proxy.connect()
+    caller.send(chat(proxy.key, QUESTION, behind))
+    assert (await caller.read_answer()).status == 200
+
+
+async def test_who_finds_no_room_is_named_in_the_record(
+    start_proxy: StartProxy, upstream: ScriptedUpstream
+) -> None:
+    upstream.add([Stall()])
+    proxy = await start_proxy(max_streams=1)
+    running, late = await proxy.connect(), await proxy.connect()
+    running.send(chat(proxy.key))
+    await upstream.wait_for_requests(1)
+    for _ in range(2):  # the second time it is known who sends this head
+        late.send(chat(proxy.key))
+        assert (await late.read_answer()).status == 503
+    assert [(record.code, record.key_label) for record in proxy.records] == [
+        ("overloaded", "test"),
+        ("overloaded", "test"),
+    ]
+
+
 async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
     start_proxy: StartProxy,
 ) -> None:
@@ -132,7 +184,7 @@ async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
     answer = await second.read_answer()
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["connection"] == "close"
-    assert answer.headers["retry-after"] == "1"
+    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("1", "1000")
     assert proxy.gateway.metrics.refused_connections == 1
     first.send(get())
     assert (await first.read_answer()).status == 200
