@@ -89,6 +89,7 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
         journal_lost=gateway.ledger.journal_lost,
         log_lines_lost=log.lost if log is not None else 0,
         resident_bytes=resident_bytes(),
+        body_bytes=gateway.bodies.held,
     )
 
 

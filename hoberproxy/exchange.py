@@ -77,6 +77,7 @@ class Exchange(Owner):
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
     _kept_body = b""
+    _held_bytes = 0  # of the body, counted with those of all others
     _run_start = 0.0
     _call: Call | None = None
     _prompt_bytes = 0
@@ -158,12 +159,22 @@ class Exchange(Owner):
 
     # Parse, route
 
+    def hold_body(self, size: int) -> None:
+        """So many bytes of the body are here. Raises UnavailableError where all are too many."""
+        self._gateway.bodies.hold(size - self._held_bytes)
+        self._held_bytes = size
+
+    def _release_body(self) -> None:
+        self._gateway.bodies.release(self._held_bytes)
+        self._held_bytes = 0
+
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
         try:
             if self._refusal is not None:
                 raise self._refusal
+            self.hold_body(len(body))
             self._call = call = self._gateway.frames.read(body, self._caller.key_id)
             terms = call.terms
             self.record.streamed = terms.stream
@@ -287,6 +298,8 @@ class Exchange(Owner):
     def note_opened(self, *, is_stream: bool) -> None:
         """Content was written: the body is not needed any more, nor another endpoint."""
         self._call = None
+        if self._kept is None:
+            self._release_body()
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
@@ -569,6 +582,7 @@ class Exchange(Owner):
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.exchanges.discard(self)
+        self._release_body()
         gateway.admission.note_streams(len(gateway.exchanges))
         gateway.admission.leave(self._group)
         self.seal(status)

@@ -46,6 +46,7 @@ CHAT_PATHS: Final = frozenset(
 # Bytes of following requests that are kept while one is answered. Reading never pauses, or the
 # client's leaving would go unseen; whoever sends more is closed after the answer.
 MAX_PIPELINED_BYTES: Final = 64 * 1024
+PIECE_BYTES: Final = 64  # of memory, for each read beside its bytes
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # aiohttp's parser refuses other methods in a form of its own.
@@ -363,6 +364,12 @@ class DownstreamConnection(Client):
         # One object a read: chunks of a byte or two would cost twenty times their size.
         pieces = pieces if len(pieces) < 2 else [b"".join(pieces)]
         self._pieces += pieces
+        try:
+            exchange.hold_body(self._body_bytes + PIECE_BYTES * len(self._pieces))
+        except UnavailableError as error:
+            self._answer_early()
+            exchange.refuse(error, close=True)
+            return
         if body.is_complete:
             whole = pieces[0] if len(self._pieces) == 1 == len(pieces) else b"".join(self._pieces)
             self._pieces = []
