@@ -1,4 +1,4 @@
-"""Whether there is room: streams in all, and connections or requests of one address.
+"""Whether there is room: streams in all, bytes of bodies, connections or requests of one address.
 
 A connection counts for the address it comes from. One of a trusted proxy counts for nobody; each
 chat request on it counts, while it runs, for the address that the proxy names.
@@ -15,6 +15,40 @@ from .tally import Tally
 
 RETRY_AFTER: Final = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
 NO_GROUP: Final = -1
+MEMORY_SHARE: Final = 4  # one part of so many of the machine's memory is for bodies
+DEFAULT_BODY_MEMORY: Final = 512 * 1024 * 1024  # where the machine does not say how much it has
+
+
+class BodyMemory:
+    """What one process holds of request bodies, at most `limit` bytes of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def hold(self, more: int) -> None:
+        """So many bytes more. Raises UnavailableError where they are too many, and holds none."""
+        held = self.held + more
+        if more > 0 and held > self.limit:
+            raise UnavailableError(
+                "this proxy holds as many bytes of request bodies as it may; try again",
+                code="overloaded",
+                retry_after=RETRY_AFTER,
+            )
+        self.held = held
+
+    def release(self, count: int) -> None:
+        """So many bytes less."""
+        self.held -= count
+
+
+def body_memory_limit(settings: ServerSettings, memory: int, workers: int) -> int:
+    """Bytes of bodies for one of `workers` processes on a machine with `memory` bytes (0: unknown).
+
+    Never less than one body may have.
+    """
+    all_workers = settings.max_body_memory or memory // MEMORY_SHARE or DEFAULT_BODY_MEMORY
+    return max(all_workers // workers, settings.max_body_bytes)
 
 
 class Head(Protocol):

@@ -95,6 +95,7 @@ class ServerSettings:
     metrics_listen: Address | None = Address("127.0.0.1", 9464)
     admin_socket: str = ""  # a path; empty: beside the records file; "off"
     max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
+    max_body_memory: int = 0  # of all bodies under way; 0: a quarter of the machine's memory
     head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
     body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
     keepalive_timeout: float = 75.0  # over the 60 s of common balancers: they close first, safely
@@ -215,11 +216,21 @@ def _read_server(table: Table) -> ServerSettings:
     if metrics is not None and metrics.port and metrics in listen:
         problem = Refusal("an address of its own", "one of server.listen", "change its port")
         table.note("metrics_listen", problem)
+    max_body_bytes = table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30)
+    max_body_memory = table.integer("max_body_memory", default.max_body_memory, 0, 2**50)
+    if 0 < max_body_memory < max_body_bytes:
+        problem = Refusal(
+            f"at least server.max_body_bytes ({max_body_bytes})",
+            str(max_body_memory),
+            "raise it, or lower max_body_bytes",
+        )
+        table.note("max_body_memory", problem)
     return ServerSettings(
         listen=listen,
         metrics_listen=metrics,
         admin_socket=table.parse("admin_socket", default.admin_socket, str),
-        max_body_bytes=table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30),
+        max_body_bytes=max_body_bytes,
+        max_body_memory=max_body_memory,
         head_timeout=table.seconds("head_timeout", default.head_timeout),
         body_timeout=table.seconds("body_timeout", default.body_timeout),
         keepalive_timeout=table.seconds("keepalive_timeout", default.keepalive_timeout),
@@ -526,7 +537,8 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
 # Texts to values; the rules of providers and models are in catalog.py
 
 _PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\[\]:-]+")
+# Of web pages, and of desktop apps and extensions, whose schemes are their own.
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")

@@ -14,6 +14,8 @@ EXAMPLE = """\
 # for `hoberproxy status`; "" is beside the records file
 #admin_socket = ""
 #max_body_bytes = 33554432
+# bytes of all bodies under way; 0 is a quarter of the machine's memory
+#max_body_memory = 0
 # seconds
 #head_timeout = 10
 #body_timeout = 60

@@ -77,6 +77,7 @@ class Exchange(Owner):
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
     _kept_body = b""
+    _held_bytes = 0  # of the body, counted with those of all others
     _run_start = 0.0
     _call: Call | None = None
     _prompt_bytes = 0
@@ -104,7 +105,6 @@ class Exchange(Owner):
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
             self._paused_since, self._unread_bytes = self.now, client.unread_bytes
-        gateway.exchanges.add(self)
 
     @property
     def content_events(self) -> int:
@@ -116,13 +116,12 @@ class Exchange(Owner):
     def admit(self, known: Admitted | None = None) -> Admitted | None:
         """Who may go on to the body; if None, `run` tells the client why not.
 
-        `known` is what an exchange with the same head was told.
+        `known` is what an exchange with the same head was told. A request counts, as one of
+        `max_streams` and for its address, from the moment it is known to be a caller's: others
+        would take the callers' room.
         """
         gateway, record = self._gateway, self.record
         try:
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges), self._client.address_group
-            )
             if (
                 known is None
                 or known.keyring_version != gateway.keyring.version
@@ -131,22 +130,16 @@ class Exchange(Owner):
                 or gateway.is_stopping
             ):
                 known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+            self._caller = caller = known.caller
+            record.key_id, record.key_label = caller.key_id, caller.label
+            self._group = gateway.admission.admit(
+                self._head, len(gateway.exchanges) + 1, self._client.address_group
+            )
         except ProxyError as error:
             self._refusal = error
             return None
-        self._caller = caller = known.caller
-        record.key_id, record.key_label = caller.key_id, caller.label
+        gateway.exchanges.add(self)
         return known
-
-    @property
-    def is_admitted(self) -> bool:
-        """The body is worth keeping."""
-        return self._refusal is None
-
-    @property
-    def has_no_room(self) -> bool:
-        """The proxy is full: to be refused at once."""
-        return self._refusal is not None and self._refusal.code == "overloaded"
 
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
@@ -157,7 +150,7 @@ class Exchange(Owner):
                 retry_after=RETRY_AFTER_DRAIN,
             )
         if gateway.config.keys.required:
-            caller = gateway.keyring.authenticate(head.get(b"authorization"), self.record.started)
+            caller = gateway.keyring.authenticate_head(head, self.record.started)
         else:
             check_local_request(head)
             caller = ANONYMOUS
@@ -166,12 +159,22 @@ class Exchange(Owner):
 
     # Parse, route
 
+    def hold_body(self, size: int) -> None:
+        """So many bytes of the body are here. Raises UnavailableError where all are too many."""
+        self._gateway.bodies.hold(size - self._held_bytes)
+        self._held_bytes = size
+
+    def _release_body(self) -> None:
+        self._gateway.bodies.release(self._held_bytes)
+        self._held_bytes = 0
+
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
         try:
             if self._refusal is not None:
                 raise self._refusal
+            self.hold_body(len(body))
             self._call = call = self._gateway.frames.read(body, self._caller.key_id)
             terms = call.terms
             self.record.streamed = terms.stream
@@ -295,6 +298,8 @@ class Exchange(Owner):
     def note_opened(self, *, is_stream: bool) -> None:
         """Content was written: the body is not needed any more, nor another endpoint."""
         self._call = None
+        if self._kept is None:
+            self._release_body()
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
@@ -577,6 +582,7 @@ class Exchange(Owner):
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.exchanges.discard(self)
+        self._release_body()
         gateway.admission.note_streams(len(gateway.exchanges))
         gateway.admission.leave(self._group)
         self.seal(status)

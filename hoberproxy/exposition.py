@@ -109,6 +109,7 @@ FAMILIES = (
     Family("reloads", "counter", "Reloads and upgrades, by how they went.", ("result",)),
     Family("requests_open", "gauge", "Chat requests under way."),
     Family("connections_open", "gauge", "Connections of clients."),
+    Family("body_bytes", "gauge", "Bytes of request bodies that are held."),
     Family("records_queued", "gauge", "Records on their way."),
     Family("upstream_connections", "gauge", "Connections to providers.", ("provider", "state")),
     Family("workers", "gauge", "Worker processes, by what they do.", ("state",)),

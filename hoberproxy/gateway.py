@@ -20,7 +20,7 @@ from . import __version__
 from .access import Caller, Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
-from .admission import Admission
+from .admission import Admission, BodyMemory
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
@@ -36,6 +36,7 @@ from .record import Record
 if TYPE_CHECKING:
     from .exchange import Exchange
 
+UNBOUNDED: Final = 2**62  # bytes, of a process that has not been told its part
 MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
 _time: Final = time.time
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
@@ -124,6 +125,7 @@ class Gateway:
     metrics: Metrics
     upstreams: dict[str, Upstream]
     admission: Admission
+    bodies: BodyMemory = field(default_factory=lambda: BodyMemory(UNBOUNDED))
     health: Health = field(default_factory=Health)
     frames: Frames = field(default_factory=Frames)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here

@@ -54,6 +54,10 @@ _SECRET_NAME: Final = re.compile(rb"auth|cookie|key|secret|session|token")
 _BLOCK_OUT: Final = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
 _REQUEST_LINE_OUT: Final = re.compile(rb"%b %b HTTP/1\.1\r\n" % (TOKEN, _TARGET))
 _ABSOLUTE_FORM: Final = re.compile(rb"(?i:https?)://([^/?]++)([^?]*+)(?:\?(.*+))?")
+# Of -._~, digits and letters (RFC 3986, 2.3). What an escape makes is not read again: %2541 is %41.
+_ESCAPED_UNRESERVED: Final = re.compile(
+    rb"(?i:%(2[de]|3[0-9]|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9ae]))"
+)
 # Narrower than reg-name (RFC 3986 3.2.2): no sub-delims, which no real host name has.
 _AUTHORITY: Final = re.compile(rb"(?:[0-9A-Za-z._~%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _KEEPALIVE_TIMEOUT: Final = re.compile(rb"(?i:(?:^|[,; \t])timeout=\"?([0-9]{1,9})(?![0-9]))")
@@ -95,7 +99,9 @@ class RequestHead:
     """What a client asked, framing settled. Headers stay out of `repr`: they hold the key.
 
     `target` is as sent. `path` and `query` are cut from it, still percent-encoded; an absolute-form
-    target is reduced to them. `length` is in bytes, None unless `kind` is LENGTH.
+    target is reduced to them. `path` is in one form: letters, digits and -._~ are never escaped
+    (RFC 3986, 6.2.2.2), and of doubled slashes and one at the end, which come of base URLs, none
+    is left. `length` is in bytes, None unless `kind` is LENGTH.
     """
 
     method: bytes
@@ -510,13 +516,21 @@ def _split_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
     """Path and query of the target's form (RFC 9112 3.2)."""
     if target.startswith(b"/"):
         path, _, query = target.partition(b"?")
-        return path, query
+        return _normalize_path(path), query
     if target == b"*" and method == b"OPTIONS":
         return target, b""
     match = _ABSOLUTE_FORM.fullmatch(target)
     if match is None or not _AUTHORITY.fullmatch(match[1]):
         raise HeadError("expected a request target that begins with '/' or 'http://host/'")
-    return match[2] or b"/", match[3] or b""
+    return _normalize_path(match[2]), match[3] or b""
+
+
+def _normalize_path(path: bytes) -> bytes:
+    if b"%" in path:
+        path = _ESCAPED_UNRESERVED.sub(lambda match: bytes((int(match[1], 16),)), path)
+    if b"//" in path or path.endswith(b"/"):
+        path = b"/" + b"/".join([part for part in path.split(b"/") if part])
+    return path or b"/"
 
 
 def _parse_status_line(line: bytes) -> tuple[int, int]:

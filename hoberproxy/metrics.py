@@ -44,6 +44,7 @@ class Gauges:
     journal_lost: int
     log_lines_lost: int
     resident_bytes: int = 0
+    body_bytes: int = 0
 
 
 class _Histogram:
@@ -204,6 +205,7 @@ class Metrics:
             "log_lines_lost": [[[], gauges.log_lines_lost]],
             "requests_open": [[[], gauges.streams_open]],
             "connections_open": [[[], gauges.connections_open]],
+            "body_bytes": [[[], gauges.body_bytes]],
             "records_queued": [[[], gauges.records_queued]],
             "resident_bytes": [[[], gauges.resident_bytes]],
             "upstream_connections": [

@@ -24,7 +24,7 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission
+from .admission import Admission, BodyMemory, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
@@ -35,13 +35,13 @@ from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
 from .listeners import BACKLOG, Listeners, StartError, flat
-from .memory import collect_rarely, keep_freed_memory, resident_bytes
+from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
 from .notify import Notifier
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
-from .wire import DownstreamConnection
+from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -65,7 +65,9 @@ class Server(Timed):
         notifier: Notifier | None = None,
         tally: Tally | None = None,
         has_writer: bool = True,
+        workers: int = 1,
     ) -> None:
+        self._workers = workers  # this one among them: they share the machine
         self._has_writer = has_writer  # of records; else another process has to be one
         self._tally = tally
         self._config = config
@@ -158,7 +160,11 @@ class Server(Timed):
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
             admission=self._make_admission(config),
+            bodies=BodyMemory(self._body_memory_limit(config)),
         )
+
+    def _body_memory_limit(self, config: Config) -> int:
+        return body_memory_limit(config.server, machine_memory(), self._workers)
 
     def _make_admission(self, config: Config) -> Admission:
         if self._tally is None and config.server.max_connections_per_address:
@@ -173,6 +179,8 @@ class Server(Timed):
             # The check in front of aiohttp has its own limits; here only it must not be stricter.
             max_line_size=MAX_REQUEST_HEAD_BYTES,
             max_field_size=MAX_REQUEST_HEAD_BYTES,
+            # Seconds for the rest of a body that nobody needs; after these ours begin.
+            lingering_time=LINGER,
         )
         await runner.setup()
         self._runners.append(runner)
@@ -240,6 +248,7 @@ class Server(Timed):
         self._config = gateway.config = config
         gateway.ledger.keep_days = config.records.keep_days
         gateway.admission = self._make_admission(config)
+        gateway.bodies.limit = self._body_memory_limit(config)
         if gateway.access_log is not None:
             gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)

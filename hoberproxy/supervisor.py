@@ -234,6 +234,7 @@ class Supervisor:
             sockets=listening,
             tally=self._tally_file,
             slot=slot,
+            workers=self._count,
         )
         return child
 

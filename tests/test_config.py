@@ -128,13 +128,14 @@ def test_server_settings_are_read() -> None:
     listen = ["127.0.0.1:0", "[::1]:8080"]
     metrics_listen = "off"
     max_body_bytes = 1024
+    max_body_memory = 4096
     head_timeout = 1
     body_timeout = 2.5
     keepalive_timeout = 3
     write_timeout = 4
     drain_timeout = 0
     comment_after = 0
-    cors_origins = ["https://Chat.example.com", "*"]
+    cors_origins = ["https://Chat.example.com", "app://notes.example", "*"]
     [keys]
     required = false
     [records]
@@ -152,13 +153,14 @@ def test_server_settings_are_read() -> None:
         listen=(Address("127.0.0.1", 0), Address("::1", 8080)),
         metrics_listen=None,
         max_body_bytes=1024,
+        max_body_memory=4096,
         head_timeout=1.0,
         body_timeout=2.5,
         keepalive_timeout=3.0,
         write_timeout=4.0,
         drain_timeout=0.0,
         comment_after=0.0,
-        cors_origins=("https://chat.example.com", "*"),
+        cors_origins=("https://chat.example.com", "app://notes.example", "*"),
     )
     assert type(config.server.head_timeout) is type(config.server.body_timeout) is float
     assert (config.keys, config.records) == (KeySettings(False), RecordSettings("/var/lib/r.db"))
@@ -532,6 +534,12 @@ REFUSED = [
     case("server.head_timeout", server("head_timeout = inf"), "Infinity", id="time-inf"),
     case("server.head_timeout", server('head_timeout = "10s"'), "unit", id="time-as-string"),
     case("server.head_timeout", server("head_timeout = 10:00:00"), "a date or", id="time-of-day"),
+    case(
+        "server.max_body_memory",
+        server("max_body_memory = 5000"),
+        "at least server.max_body_bytes (33554432)",
+        id="memory-for-no-body",
+    ),
     case("server.cors_origins", server('cors_origins = "*"'), "an array", id="origin-no-array"),
     case("server.cors_origins[0]", server('cors_origins = ["https://h/"]'), id="origin-path"),
     case("keys.required", "[keys]\nrequired = 0\n" + PROVIDER + MODEL, id="int-is-no-bool"),
