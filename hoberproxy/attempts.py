@@ -259,6 +259,11 @@ class Attempt(Reporter):
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
 
     @property
+    def may_insert_line(self) -> bool:
+        """Whether a comment line may follow what the client has got so far."""
+        return not isinstance(self._relay, StreamRelay) or self._relay.may_insert_line
+
+    @property
     def is_answer_out(self) -> bool:
         """The client has been sent the whole stream; at most the end of the framing is missing."""
         return isinstance(self._relay, StreamRelay) and self._relay.is_done

@@ -137,6 +137,11 @@ class StreamRelay(Relay):
         return self._scanner.is_at_boundary
 
     @property
+    def may_insert_line(self) -> bool:
+        """The client has whole events only, and no half of a line end either."""
+        return self._scanner.is_at_boundary and not self._scanner.may_end_line
+
+    @property
     def is_done(self) -> bool:
         """[DONE] has gone out: only the end of the framing is missing."""
         return self._scanner.is_done and self._is_open
