@@ -80,6 +80,21 @@ EITHER_WAY: dict[str, Case] = {
         None,
     ),
     **{
+        f"{name}, then silence": (
+            [Send(head), Stall()],
+            502,
+            "upstream_invalid_response",
+            "head",
+            None,
+        )
+        for name, head in {
+            "a head whose lines end in LF": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+            "a head whose last line ends in LF": b"HTTP/1.1 200 OK\r\nA: b\r\n\n",
+            "a banner of another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+            "an interim head and a bad one": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200\n",
+        }.items()
+    },
+    **{
         f"status {status}": (refusal(status), 502, "upstream_error", "head", status)
         for status in (401, 402, 403, 404, 408, 500, 501, 502, 503, 504, 529)
     },
