@@ -271,7 +271,8 @@ class BodyRelay(Relay):
         if self._bytes > COLLECT_LIMIT_BYTES:
             self._collected.append(data)
             self._pass_on()
-            self.on_end()
+            if self._rewriter is not None:
+                self._end_large(self._rewriter)
         else:
             self._send(data)
 
@@ -321,11 +322,15 @@ class BodyRelay(Relay):
                 )
             )
             return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        if body.lstrip()[:1] != b"{":
+            message = "expected a JSON object as the body, got something else"
+            self._attempt.fail(self._attempt.broken(message, is_invalid=True))
+            return
         self._rewriter = rewriter = MemberRewriter(
             b"model", orjson.dumps(self._slug), capture=b"usage"
         )
-        body = b"".join(self._collected)
-        self._collected.clear()
         self._attempt.open_answer(is_stream=False)
         self._write(rewriter.feed(body))
         self._attempt.note_opened(is_stream=False)
