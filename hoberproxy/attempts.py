@@ -20,6 +20,7 @@ from .refusal import parse_refusal
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
 from .routing import Step
+from .sink import Shortcut
 from .stream import StreamScanner
 from .upstream import Loss, UpstreamConnection
 from .upstream_body import named_option
@@ -30,6 +31,13 @@ logger = logging.getLogger("hoberproxy.upstream")
 _STREAM_TYPES: Final = frozenset(
     (b"text/event-stream", b"", b"text/plain", b"application/octet-stream")
 )
+_JSON_TYPE: Final = b"application/json"
+# What a body is its first byte tells, whatever its label: that of a line of an event (`data`, `id`,
+# `event`, `error`, `retry`, a comment) begins no JSON document, nor the other way round.
+_EVENT_BYTES: Final = frozenset(b"deir:")
+_JSON_BYTES: Final = frozenset(b"{[")
+_WHITE: Final = b" \t\r\n"
+_BOM: Final = b"\xef\xbb\xbf"
 # As globals: a look-up on the enum class costs as much as a small function.
 _CONNECT: Final = Phase.CONNECT
 _HEAD: Final = Phase.HEAD
@@ -83,6 +91,7 @@ class Attempt(Reporter):
     _connecting: asyncio.Task[UpstreamConnection] | None = None
     _head: ResponseHead | None = None
     _relay: Relay | None = None
+    _begun = b""  # a part of a byte order mark at the beginning of a body
 
     def __init__(
         self,
@@ -154,46 +163,98 @@ class Attempt(Reporter):
         assert self._connection is not None
         self._head = head
         self._request = []
-        relay = self._choose_relay(head)
-        if relay is not None:
-            self._relay = self._connection.receiver = relay
-
-    def _choose_relay(self, head: ResponseHead) -> Relay | None:
         if head.status != 200:
-            return RefusalReader(self, self._answer)
-        if head.content_encoding not in (b"", b"identity"):
+            self._take_over(RefusalReader(self, self._answer))
+        elif head.content_encoding not in (b"", b"identity"):
             self._reject("a content encoding we did not ask for")
-            return None
-        slug, content_type = self.step.slug, head.content_type
-        if content_type == b"application/json":
-            self.phase = _OPENING if self._is_stream else _BODY
-            return BodyRelay(
-                self,
-                self._answer,
-                slug,
-                as_stream=self._is_stream,
-                wants_usage=self._wants_usage,
-            )
-        if self._is_stream and content_type in _STREAM_TYPES:
-            self.phase = _OPENING
-            opening = self._pool.opening(slug)
-            scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
-            return StreamRelay(self, self._answer, scanner)
-        self._reject("something else")
-        return None
+        elif self._is_stream:
+            self.phase = _OPENING  # and the first byte decides
+        else:
+            self.phase = _BODY
+            if head.content_type == _JSON_TYPE:
+                self._take_over(self._body_relay())
 
-    def _reject(self, got: str) -> None:
-        expected = "a stream" if self._is_stream else "a JSON body"
-        self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
+    def _take_over(self, relay: Relay) -> None:
+        """Let `relay` have what comes; nothing comes any more if all of it has been read."""
+        self._relay = relay
+        connection = self._connection
+        if connection is not None and connection.receiver is self:
+            connection.receiver = relay
+
+    def on_body(self, data: bytes) -> Shortcut | None:
+        relay, data = self._choose_relay(data)
+        return relay.on_body(data) if relay is not None else None
+
+    def on_last(self, data: bytes) -> None:
+        relay, data = self._choose_relay(data)
+        if relay is not None:
+            relay.on_last(data)
 
     def on_whole(self, data: bytes) -> None:
-        raise AssertionError("the head has chosen a relay")
-
-    def on_body(self, data: bytes) -> None:
-        raise AssertionError("the head has chosen a relay")
+        relay, data = self._choose_relay(data)
+        if relay is not None:
+            relay.on_whole(data)
+        else:
+            self.on_end()
 
     def on_end(self) -> None:
-        raise AssertionError("the head has chosen a relay")
+        """The body was empty, or white space; or its first byte was wrong, and all is over."""
+        assert self._head is not None
+        if self._is_stream:
+            is_invalid = self._head.content_type == _JSON_TYPE
+            self.fail(self.broken("the body ended before any content", is_invalid=is_invalid))
+        else:
+            self._reject("an empty body")
+
+    def _choose_relay(self, data: bytes) -> tuple[Relay | None, bytes]:
+        """The relay for what `data` begins, and its bytes; None where there is none, or not yet.
+
+        White space and a byte order mark in front are dropped: within a stream, behind a comment
+        of ours, a mark would be a part of the first event's first name.
+        """
+        data = (self._begun + data).lstrip(_WHITE)
+        if data[:3] == _BOM:
+            data = data[3:].lstrip(_WHITE)
+        self._begun = data if _BOM.startswith(data) else b""
+        if self._begun or not data:
+            return None, b""
+        relay = self._relay_for(data[0])
+        if relay is not None:
+            self._take_over(relay)
+        return relay, data
+
+    def _relay_for(self, first: int) -> Relay | None:
+        assert self._head is not None
+        content_type = self._head.content_type
+        if first in _JSON_BYTES:
+            return self._body_relay()
+        if self._is_stream:
+            if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
+                slug = self.step.slug
+                opening = self._pool.opening(slug)
+                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
+                return StreamRelay(self, self._answer, scanner)
+            if content_type == _JSON_TYPE:
+                return self._body_relay()
+        self._reject("a stream of events" if first in _EVENT_BYTES else "something else")
+        return None
+
+    def _body_relay(self) -> BodyRelay:
+        return BodyRelay(
+            self,
+            self._answer,
+            self.step.slug,
+            as_stream=self._is_stream,
+            wants_usage=self._wants_usage,
+        )
+
+    def _reject(self, got: str) -> None:
+        """Fail over an answer of another kind, on whose connection nothing more is sent."""
+        expected = "a stream" if self._is_stream else "a JSON body"
+        self.phase = _HEAD
+        if self._connection is not None:
+            self._connection.abort()
+        self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
         """The connection went before any head came."""
@@ -257,6 +318,11 @@ class Attempt(Reporter):
     def is_at_boundary(self) -> bool:
         """The client has whole events only: one of our own may follow."""
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
+
+    @property
+    def may_insert_line(self) -> bool:
+        """Whether a comment line may follow what the client has got so far."""
+        return not isinstance(self._relay, StreamRelay) or self._relay.may_insert_line
 
     @property
     def is_answer_out(self) -> bool:

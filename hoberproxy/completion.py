@@ -78,11 +78,13 @@ def parse_completion(body: bytes, slug: str) -> Completion:
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:
     """The same answer as a stream of one chunk, and the usage event if it was asked for."""
     chunk = {
-        name: value for name, value in completion.document.items() if name not in ("usage", "model")
+        name: value
+        for name, value in completion.document.items()
+        if name not in ("usage", "model", "error")  # of which the last is null
     }
     chunk["object"] = "chat.completion.chunk"
     chunk["model"] = slug
-    chunk["choices"] = [_delta_choice(choice) for choice in completion.document["choices"]]
+    chunk["choices"] = _delta_choices(completion.document["choices"])
     events = [serialize_event(dump_json(chunk))]
     if wants_usage and isinstance(completion.document.get("usage"), dict):
         usage = chunk | {"choices": [], "usage": completion.document["usage"]}
@@ -91,19 +93,47 @@ def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool)
     return b"".join(events)
 
 
-def _delta_choice(choice: Any) -> Any:
-    if not isinstance(choice, dict):
-        return choice
-    delta = choice.get("message")
-    if isinstance(delta, dict) and isinstance(delta.get("tool_calls"), list):
-        # Deltas of a stream are told apart by their index; messages have none.
-        calls = [
-            {"index": index} | call if isinstance(call, dict) else call
-            for index, call in enumerate(delta["tool_calls"])
+def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
+    """The choices of a chunk for those of a completion, numbered where the server's do not tell."""
+    objects: list[dict[str, Any]] = list(filter(_is_object, choices))
+    indexes = [choice.get("index") for choice in objects]
+    numbers = {index for index in indexes if type(index) is int}
+    if len(numbers) < len(objects):
+        indexes = list(range(len(objects)))
+    return [
+        {
+            "index": index,
+            **{name: choice[name] for name in choice if name not in ("message", "index")},
+            "delta": _delta(choice),
+        }
+        for index, choice in zip(indexes, objects, strict=True)
+    ]
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any]:
+    """The message of a choice as a delta: clients put a stream's answer together by indexes."""
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return {}
+    # Deltas of OpenAI have null for these two alone, and some clients refuse it elsewhere.
+    delta = {
+        name: value
+        for name, value in message.items()
+        if value is not None or name in ("content", "refusal")
+    }
+    delta.setdefault("role", "assistant")
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list):
+        # Servers that number the calls of a message have null in each, or the same number.
+        delta["tool_calls"] = [
+            {"index": index, **{name: call[name] for name in call if name != "index"}}
+            for index, call in enumerate(filter(_is_object, calls))
         ]
-        delta = delta | {"tool_calls": calls}
-    rest = {name: value for name, value in choice.items() if name != "message"}
-    return rest | {"delta": delta if delta is not None else {}}
+    return delta
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _rename(body: bytes, model: str, slug: str) -> bytes:

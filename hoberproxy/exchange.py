@@ -42,7 +42,9 @@ from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
 
-COMMENT: Final = b": HOBER PROCESSING\n\n"
+# No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
+# does openai-python once an upstream has sent an `id:`.
+COMMENT: Final = b": HOBER PROCESSING\n"
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
@@ -563,7 +565,7 @@ class Exchange(Owner):
         if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
-            if not attempt.is_at_boundary:
+            if not attempt.may_insert_line:
                 return math.inf
             return max(self._quiet_since, attempt.idle_since) + after
         return self._quiet_since + after

@@ -49,6 +49,9 @@ _TELLING_NAMES: Final = frozenset(
 _REQUEST_LINE: Final = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
+_STATUS_BEGUN: Final = b"HTTP/1."
+# What a line of a head never holds; a CR at the very end may have its LF still to come.
+_BARE: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 FIELD_LINE: Final = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 _SECRET_NAME: Final = re.compile(rb"auth|cookie|key|secret|session|token")
 _BLOCK_OUT: Final = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
@@ -264,6 +267,30 @@ def find_head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """Offset past the head's empty line, or -1; `start` is where the last search ended."""
     end = buffer.find(_END, max(0, start - 3))
     return end + 4 if end >= 0 else -1
+
+
+def check_response_head(part: bytes, start: int = 0) -> None:
+    """Raise HeadError if no more bytes can make a response's head of `part`, which lacks its end.
+
+    What stands before `start` has passed an earlier check. So a peer that ends its lines with LF
+    alone, or speaks another protocol, fails at once and not by a time limit.
+    """
+    line_start = part.rfind(b"\r\n", 0, start) + 2
+    if line_start < 2:  # still in the status line
+        line_start = 0
+        if not (_STATUS_BEGUN.startswith(part[:7]) or part.startswith(_STATUS_BEGUN)):
+            raise HeadError("expected 'HTTP/1.' at the start of a head, got something else", 502)
+    if _BARE.search(part, max(0, start - 1)):
+        raise HeadError("expected head lines that end in CR LF, got a bare CR, LF or control", 502)
+    lines = part[line_start:].split(b"\r\n")
+    for line in lines[:-1]:
+        if line_start:
+            match = FIELD_LINE.fullmatch(line)
+        else:
+            match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise HeadError("expected a status line and 'name: value' lines, got another one", 502)
+        line_start += len(line) + 2
 
 
 def parse_request_head(raw: bytes) -> RequestHead:

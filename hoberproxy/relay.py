@@ -137,6 +137,11 @@ class StreamRelay(Relay):
         return self._scanner.is_at_boundary
 
     @property
+    def may_insert_line(self) -> bool:
+        """The client has whole events only, and no half of a line end either."""
+        return self._scanner.is_at_boundary and not self._scanner.may_end_line
+
+    @property
     def is_done(self) -> bool:
         """[DONE] has gone out: only the end of the framing is missing."""
         return self._scanner.is_done and self._is_open
@@ -266,7 +271,8 @@ class BodyRelay(Relay):
         if self._bytes > COLLECT_LIMIT_BYTES:
             self._collected.append(data)
             self._pass_on()
-            self.on_end()
+            if self._rewriter is not None:
+                self._end_large(self._rewriter)
         else:
             self._send(data)
 
@@ -316,11 +322,15 @@ class BodyRelay(Relay):
                 )
             )
             return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        if body.lstrip()[:1] != b"{":
+            message = "expected a JSON object as the body, got something else"
+            self._attempt.fail(self._attempt.broken(message, is_invalid=True))
+            return
         self._rewriter = rewriter = MemberRewriter(
             b"model", orjson.dumps(self._slug), capture=b"usage"
         )
-        body = b"".join(self._collected)
-        self._collected.clear()
         self._attempt.open_answer(is_stream=False)
         self._write(rewriter.feed(body))
         self._attempt.note_opened(is_stream=False)

@@ -93,6 +93,11 @@ class StreamScanner:
         return self._long is None
 
     @property
+    def may_end_line(self) -> bool:
+        """The CR that was passed on last may be half of a line end: an LF may follow."""
+        return self._ended_in_cr
+
+    @property
     def is_finished(self) -> bool:
         """The stream said that its answer is complete, in one way or the other."""
         return self.is_done or bool(self.finish_reason)

@@ -19,6 +19,7 @@ from .http11 import (
     Parts,
     ResponseHead,
     body_reader,
+    check_response_head,
     find_head_end,
     whole_chunk,
 )
@@ -282,9 +283,7 @@ class UpstreamConnection:
         while True:
             end = find_head_end(data, self._head_searched)
             if end < 0:
-                self._head, self._head_searched = data, max(0, len(data) - 3)
-                if len(data) > MAX_RESPONSE_HEAD_BYTES:
-                    self._lose(Loss.MALFORMED)
+                self._keep_head(data)
                 return
             self._head_searched = 0
             try:
@@ -301,6 +300,17 @@ class UpstreamConnection:
             if self._interim_answers > MAX_INTERIM_ANSWERS:
                 self._lose(Loss.MALFORMED)
                 return
+
+    def _keep_head(self, part: bytes) -> None:
+        """Wait for the rest of a head, if there can be one."""
+        try:
+            check_response_head(part, self._head_searched)
+        except HeadError:
+            self._lose(Loss.MALFORMED)
+            return
+        self._head, self._head_searched = part, max(0, len(part) - 3)
+        if len(part) > MAX_RESPONSE_HEAD_BYTES:
+            self._lose(Loss.MALFORMED)
 
     def _take_head(self, head: ResponseHead, rest: bytes) -> None:
         self._response = head

@@ -116,7 +116,11 @@ def test_a_null_error_is_none() -> None:
 @pytest.mark.parametrize("choice", [None, "text", [], {"finish_reason": None}, {}], ids=repr)
 def test_a_strange_choice_has_no_finish_reason(choice: Any) -> None:
     assert parse_completion(body(choices=[choice]), SLUG).finish_reason == ""
-    assert as_stream(choices=[choice])[0]["choices"]
+    chunk = as_stream(choices=[choice])[0]
+    if isinstance(choice, dict):
+        assert chunk["choices"][0]["delta"] == {}
+    else:
+        assert chunk["choices"] == [], "no client reads anything but objects there"
 
 
 # As a stream
@@ -151,16 +155,50 @@ def test_usage_that_is_not_there_is_not_invented() -> None:
     assert len(as_stream(wants_usage=True, usage=None)) == 1
 
 
-def test_tool_calls_get_the_index_that_deltas_have() -> None:
-    calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b"}, {"id": "c", "index": 7}, None]
+# What servers say in `index` of a whole answer's calls: sgl-project/sglang#13143 and #6715.
+@pytest.mark.parametrize(
+    "said", [{}, {"index": None}, {"index": 0}, {"index": 7}, {"index": "1"}], ids=repr
+)
+def test_tool_calls_are_numbered_whatever_the_server_says(said: dict[str, Any]) -> None:
+    calls = [{"id": "a", "function": {"name": "f"}} | said, {"id": "b"} | said, None, said]
     message = {"role": "assistant", "content": None, "tool_calls": calls}
     (chunk,) = as_stream(choices=[{"index": 0, "message": message, "finish_reason": "tool_calls"}])
-    assert chunk["choices"][0]["delta"]["tool_calls"] == [
-        {"index": 0, "id": "a", "function": {"name": "f"}},
-        {"index": 1, "id": "b"},
-        {"index": 7, "id": "c"},
-        None,
-    ]
+    delta = chunk["choices"][0]["delta"]
+    assert delta == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"index": 0, "id": "a", "function": {"name": "f"}},
+            {"index": 1, "id": "b"},
+            {"index": 2},
+        ],
+    }
+    assert type(delta["tool_calls"][0]["index"]) is int
+
+
+def test_members_that_clients_refuse_as_null_are_left_out_of_a_delta() -> None:
+    nulls = ("tool_calls", "function_call", "audio", "reasoning_content", "annotations")
+    message = {"content": "x", "refusal": None, **dict.fromkeys(nulls)}
+    (chunk,) = as_stream(choices=[{"index": 0, "message": message}], error=None)
+    assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": "x", "refusal": None}
+    assert "error" not in chunk and "usage" not in chunk
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([1, 0], [1, 0]),
+        ([0, 0], [0, 1]),
+        ([None, None], [0, 1]),
+        ([True, 1], [0, 1]),
+    ],
+)
+def test_choices_are_numbered_where_the_servers_numbers_do_not_tell_them_apart(
+    said: list[Any], expected: list[int]
+) -> None:
+    choices = [{"index": index, "message": {"content": "x"}} for index in said]
+    (chunk,) = as_stream(choices=choices)
+    assert [choice["index"] for choice in chunk["choices"]] == expected
 
 
 @pytest.mark.parametrize("wants_usage", [True, False])

@@ -25,6 +25,7 @@ from hoberproxy.http11 import (
     ResponseHeads,
     UntilEofBody,
     body_reader,
+    check_response_head,
     find_head_end,
     parse_request_head,
     parse_response_head,
@@ -545,6 +546,58 @@ def test_chunked_from_an_http_1_0_server_is_refused() -> None:
 def test_a_response_head_too_large_is_a_502() -> None:
     with pytest.raises(HeadError, match="at most 65536 bytes") as caught:
         parse_response_head(response(b"A: " + b"b" * MAX_RESPONSE_HEAD_BYTES))
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        LLAMA_HEAD,
+        response(b"A:", b"Server:\tnginx/1.2 (\xe9)", b"Content-Length: 0"),
+        response(start=b"HTTP/1.0 404"),
+        response(start=b"HTTP/1.1 103 Early Hints"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_every_beginning_of_a_good_head_may_go_on(head: bytes, size: int) -> None:
+    searched = 0
+    for end in range(size, len(head), size):
+        check_response_head(head[:end], searched)
+        searched = max(0, end - 3)
+
+
+# Each with the bytes at which no others can mend it.
+HOPELESS = {
+    "a status line ended by LF": (b"HTTP/1.1 200 OK\n", 16),
+    "a later line ended by LF": (b"HTTP/1.1 200 OK\r\nA: b\nC: d\n\n", 22),
+    "the empty line of LF alone": (b"HTTP/1.1 200 OK\r\nA: b\r\n\n", 24),
+    "a line ended by CR": (b"HTTP/1.1 200 OK\rA", 17),
+    "NUL": (b"HTTP/1.1 200 OK\r\nA: \0", 21),
+    "a banner of SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", 1),
+    "frames of HTTP/2": (b"\0\0\x12\4\0\0\0\0\0", 1),
+    "an alert of TLS": (b"\x15\3\1\0\2\2\x50", 1),
+    "a body without a head": (b'{"error": "no"}', 1),
+    "another version": (b"HTTP/2 200", 6),
+    "an empty line first": (b"\r\n", 1),
+    "a status of letters": (b"HTTP/1.1 OK\r\n", 13),
+    "a line without a colon": (b"HTTP/1.1 200 OK\r\nno colon\r\n", 27),
+    "a line that goes on": (b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n", 27),
+    "a name with a space": (b"HTTP/1.1 200 OK\r\nA : b\r\n", 24),
+}
+
+
+@pytest.mark.parametrize(("head", "enough"), HOPELESS.values(), ids=HOPELESS)
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_a_head_that_no_bytes_can_mend_fails_as_soon_as_it_shows(
+    head: bytes, enough: int, size: int
+) -> None:
+    searched = end = 0
+    while end < enough - (enough % size or size):
+        end += size
+        check_response_head(head[:end], searched)
+        searched = max(0, end - 3)
+    with pytest.raises(HeadError) as caught:
+        check_response_head(head[: end + size], searched)
     assert caught.value.status == 502
 
 

@@ -70,7 +70,9 @@ def is_usage_event(event: bytes) -> bool:
 
 def error_event_of(body: bytes) -> dict[str, Any]:
     """The one error event a broken stream ends with; asserts that it is the last and the only."""
-    *before, last, rest = body.split(b"\n\n")
+    *before, last, rest = b"\n".join(
+        line for line in body.split(b"\n") if not line.startswith(b":")
+    ).split(b"\n\n")
     assert rest == b"", "the stream must end with a whole event"
     assert b"[DONE]" not in body
     assert not any(event.startswith(b'data: {"error"') for event in before)

@@ -54,7 +54,7 @@ ROLE, FIRST = EVENTS[0], EVENTS[1]
 WHOLE = completion("hello")
 GOOD: dict[bool, Script] = {True: sse(*EVENTS), False: json_response(200, WHOLE)}
 THEIRS = "words of theirs with sk-upstr...cret"
-COMMENT = b": HOBER PROCESSING\n\n"
+COMMENT = b": HOBER PROCESSING\n"
 
 
 def refusal(status: int, *headers: tuple[str, str]) -> Script:
@@ -79,6 +79,21 @@ EITHER_WAY: dict[str, Case] = {
         "head",
         None,
     ),
+    **{
+        f"{name}, then silence": (
+            [Send(head), Stall()],
+            502,
+            "upstream_invalid_response",
+            "head",
+            None,
+        )
+        for name, head in {
+            "a head whose lines end in LF": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+            "a head whose last line ends in LF": b"HTTP/1.1 200 OK\r\nA: b\r\n\n",
+            "a banner of another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+            "an interim head and a bad one": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200\n",
+        }.items()
+    },
     **{
         f"status {status}": (refusal(status), 502, "upstream_error", "head", status)
         for status in (401, 402, 403, 404, 408, 500, 501, 502, 503, 504, 529)
@@ -545,6 +560,63 @@ async def test_no_comment_cuts_an_event_too_long_to_be_held(proxy_to: ProxyTo) -
     ):
         reply = await proxy.post(chat(stream=True))
     assert reply.body == as_client_sees([ROLE, FIRST, long, *EVENTS[2:]])
+
+
+async def test_a_comment_follows_whole_events_of_crlf_lines_and_changes_none(
+    proxy_to: ProxyTo,
+) -> None:
+    events = [each.replace(b"\n", b"\r\n") for each in EVENTS]
+    script = [*sse(*events[:2])[:-1], AwaitRelease("go"), *sse(*events[2:])[1:]]
+    async with (
+        ScriptedUpstream(script) as upstream,
+        proxy_to(upstream, server=COMMENTING) as proxy,
+        proxy.connect() as client,
+    ):
+        await client.ask(chat(stream=True))
+        await client.read_head()
+        begin = await client.read_until(COMMENT)
+        upstream.release("go")
+        rest = await client.read_until(b"[DONE]\r\n\r\n")
+    assert begin == as_client_sees(EVENTS[:2]).replace(b"\n", b"\r\n") + COMMENT
+    assert rest.replace(COMMENT, b"") == as_client_sees(EVENTS[2:]).replace(b"\n", b"\r\n")
+
+
+async def test_no_comment_comes_between_the_cr_and_the_lf_of_an_empty_line(
+    proxy_to: ProxyTo,
+) -> None:
+    # The LF behind the comment would be an empty line of its own.
+    body = b"".join(each.replace(b"\n", b"\r\n") for each in EVENTS)
+    cut = len(b"".join(EVENTS[:2])) + 4 - 1  # each of the two events has two LF
+    script = [
+        sse_head(),
+        Send(chunk(body[:cut])),
+        Pause(0.35),
+        Send(chunk(body[cut:]) + LAST_CHUNK),
+    ]
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, server=COMMENTING) as proxy:
+        reply = await proxy.post(chat(stream=True))
+    assert reply.body == as_client_sees(EVENTS).replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize("fields", [b"", b"id: 7\n", b"event: message\nid: 7\n", b"retry: 9\n"])
+async def test_a_comment_makes_no_client_dispatch_an_event(
+    proxy_to: ProxyTo, fields: bytes
+) -> None:
+    # openai/openai-python#2722 (after an `id:`), openai/openai-go#651 (always, before 3.43).
+    events = [fields + each for each in EVENTS]
+    script = [*sse(*events[:2])[:-1], AwaitRelease("go"), *sse(*events[2:])[1:]]
+    async with (
+        ScriptedUpstream(script) as upstream,
+        proxy_to(upstream, server=COMMENTING) as proxy,
+        proxy.connect() as client,
+    ):
+        await client.ask(chat(stream=True))
+        await client.read_head()
+        body = await client.read_until(COMMENT)
+        upstream.release("go")
+        body += await client.read_until(b"[DONE]\n\n")
+    for block in body.removesuffix(b"\n\n").split(b"\n\n"):
+        assert b"\ndata: " in b"\n" + block, "an empty line stands behind data alone"
 
 
 async def test_a_body_gets_no_comments(proxy_to: ProxyTo) -> None:
