@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.patience import patient
+from tests.patience import WAIT, patient
 from tests.scripted import (
     LAST_CHUNK,
     AwaitRelease,
@@ -470,8 +470,8 @@ async def test_bytes_keep_a_stream_alive_beyond_the_idle_limit(proxy_to: ProxyTo
 
 
 async def test_a_late_beginning_is_no_failure_within_the_limit(proxy_to: ProxyTo) -> None:
-    limits = replace(LIMITS, idle=0.1, first_content=5.0)  # idle counts from the first content on
-    script = [sse_head(), Pause(0.4), *sse(*EVENTS)[1:]]
+    limits = replace(LIMITS, idle=patient(0.5))  # idle counts from the first content on
+    script = [sse_head(), Pause(2 * limits.idle), *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
         reply = await proxy.post(chat(stream=True))
     assert reply.body == as_client_sees(EVENTS)
@@ -627,7 +627,7 @@ async def test_a_body_gets_no_comments(proxy_to: ProxyTo) -> None:
 
 
 async def test_after_a_comment_falling_over_goes_on_unseen(proxy_to: ProxyTo) -> None:
-    limits = replace(SOON, first_content=0.3, total=5.0)
+    limits = replace(SOON, total=WAIT)
     async with ScriptedUpstream([Stall()]) as first, ScriptedUpstream(GOOD[True]) as second:
         limited = provider_for(first, "a", limits=limits)
         async with proxy_to(limited, provider_for(second, "b"), server=COMMENTING) as proxy:
@@ -652,7 +652,7 @@ async def test_after_a_comment_falling_over_goes_on_unseen(proxy_to: ProxyTo) ->
 async def test_a_failure_after_a_comment_is_told_in_the_stream(
     proxy_to: ProxyTo, script: Script, code: str
 ) -> None:
-    limits = replace(LIMITS, first_content=0.5)
+    limits = replace(LIMITS, first_content=patient(1.5))
     async with (
         ScriptedUpstream(script) as upstream,
         proxy_to(upstream, limits=limits, server=COMMENTING) as proxy,

@@ -125,7 +125,9 @@ async def test_a_request_behind_unread_answers_is_sent_when_they_are_read(
         asked = await ask_without_reading(proxy, client)
         upstream.add(sse(*EVENTS))
         await client.ask(chat(stream=True))
-        await asyncio.sleep(0.4)  # beyond the upstream's limit, which has not been asked yet
+        await asyncio.sleep(
+            2 * limits.first_content
+        )  # beyond the upstream's limit, which has not been asked yet
         client.writer.transport.resume_reading()
         for _ in range(asked):
             await client.read_reply()
