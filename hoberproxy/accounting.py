@@ -121,6 +121,7 @@ class Accounts:
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.cached_tokens
+        record.cache_write_tokens = usage.cache_write_tokens
         record.reasoning_tokens = usage.reasoning_tokens
         record.estimated = usage.is_estimated
         if prices is not None:

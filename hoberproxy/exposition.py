@@ -50,7 +50,7 @@ FAMILIES = (
     Family(
         "tokens",
         "counter",
-        "Tokens counted; cached are part of prompt, reasoning of completion.",
+        "Tokens counted; cached and cache_write are part of prompt, reasoning of completion.",
         (*_ENDPOINT, "kind"),
     ),
     Family("cost_dollars", "counter", "What requests cost, where prices are known.", _ENDPOINT),

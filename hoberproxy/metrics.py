@@ -27,7 +27,7 @@ from .record import CLIENT_CLOSED, Record
 
 __all__: Final = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
-TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning")
+TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
 _place: Final = bisect_left
 
@@ -77,6 +77,7 @@ class _Series:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self.cache_write_tokens = 0
         self.cost = 0  # in PICO
         self.request = _Histogram(REQUEST_BUCKETS)
         self.first_content: _Histogram | None = None  # with the first content
@@ -97,6 +98,7 @@ class _Series:
             self.completion_tokens,
             self.cached_tokens,
             self.reasoning_tokens,
+            self.cache_write_tokens,
         )
 
 
@@ -136,6 +138,7 @@ class Metrics:
             series.completion_tokens += record.completion_tokens
             series.cached_tokens += record.cached_tokens
             series.reasoning_tokens += record.reasoning_tokens
+            series.cache_write_tokens += record.cache_write_tokens
         self._estimated += record.estimated
         self.events += record.events
         if (cost := record.cost) is not None:

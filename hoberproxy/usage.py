@@ -15,9 +15,13 @@ MAX_TOKENS: Final = 1 << 40
 
 
 class Usage:  # made for every request: no dataclass, whose making is not compiled
-    """Token counts of one request. `cached` are part of `prompt`, `reasoning` of `completion`."""
+    """Token counts of one request.
+
+    `cached` and `cache_write` are parts of `prompt`, `reasoning` is one of `completion`.
+    """
 
     __slots__ = (
+        "cache_write_tokens",
         "cached_tokens",
         "completion_tokens",
         "is_estimated",
@@ -31,12 +35,14 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
         completion_tokens: int = 0,
         cached_tokens: int = 0,
         reasoning_tokens: int = 0,
+        cache_write_tokens: int = 0,
         is_estimated: bool = False,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.completion_tokens = completion_tokens
         self.cached_tokens = cached_tokens
         self.reasoning_tokens = reasoning_tokens
+        self.cache_write_tokens = cache_write_tokens
         self.is_estimated = is_estimated
 
     def __eq__(self, other: object) -> bool:
@@ -48,12 +54,13 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
     def __repr__(self) -> str:
         return f"Usage{self._values()}"
 
-    def _values(self) -> tuple[int, int, int, int, bool]:
+    def _values(self) -> tuple[int, int, int, int, int, bool]:
         return (
             self.prompt_tokens,
             self.completion_tokens,
             self.cached_tokens,
             self.reasoning_tokens,
+            self.cache_write_tokens,
             self.is_estimated,
         )
 
@@ -77,13 +84,14 @@ def parse_usage(usage: dict[str, Any]) -> Usage | None:
     if prompt is None and completion is None:
         return None
     # `prompt_cache_hit_tokens` is DeepSeek's older name for the same number.
-    cached = reasoning = None
+    cached = written = reasoning = None
     if isinstance(details := get("prompt_tokens_details"), dict):
         cached = _count(details.get("cached_tokens"))
+        written = _count(details.get("cache_write_tokens"))
     if isinstance(details := get("completion_tokens_details"), dict):
         reasoning = _count(details.get("reasoning_tokens"))
     cached = cached or _count(get("prompt_cache_hit_tokens"))
-    return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0)
+    return Usage(prompt or 0, completion or 0, cached or 0, reasoning or 0, written or 0)
 
 
 def _count(value: object) -> int | None:

@@ -105,13 +105,25 @@ def test_a_request_is_counted_by_how_it_ended(values: dict[str, Any], status: st
 
 
 def test_tokens_add_up_by_kind() -> None:
-    counted = record(prompt_tokens=10, completion_tokens=5, cached_tokens=4, reasoning_tokens=3)
+    counted = record(
+        prompt_tokens=10,
+        completion_tokens=5,
+        cached_tokens=4,
+        reasoning_tokens=3,
+        cache_write_tokens=2,
+    )
     samples = scrape(metrics_of(counted, counted, record(estimated=True, prompt_tokens=1)))
     tokens = {
         kind: samples[of("hoberproxy_tokens_total", model="a/b", provider="east", kind=kind)]
-        for kind in ("prompt", "completion", "cached", "reasoning")
+        for kind in ("prompt", "completion", "cached", "reasoning", "cache_write")
     }
-    assert tokens == {"prompt": 21, "completion": 10, "cached": 8, "reasoning": 6}
+    assert tokens == {
+        "prompt": 21,
+        "completion": 10,
+        "cached": 8,
+        "reasoning": 6,
+        "cache_write": 4,
+    }
     assert samples[of("hoberproxy_estimated_requests_total")] == 1
 
 
