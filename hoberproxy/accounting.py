@@ -100,20 +100,21 @@ class Accounts:
 
         `body_bytes` are of an answer that was no stream.
         """
-        key, prices = endpoint.key, endpoint.prices
-        if usage is not None:
-            record.has_usage = True
-            if record.status == 200 and not record.code:
+        key, prices, events = endpoint.key, endpoint.prices, record.events
+        is_whole = record.status == 200 and not record.code
+        record.has_usage = usage is not None and not usage.has_gaps(events)
+        if usage is not None and record.has_usage:
+            if is_whole and usage:
                 self._estimates.learn(
-                    key,
-                    usage,
-                    prompt_bytes=prompt_bytes,
-                    events=record.events,
-                    body_bytes=body_bytes,
+                    key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
                 )
+        elif usage is not None:
+            usage = self._estimates.fill_gaps(
+                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+            )
         elif is_answered:
             usage = self._estimates.usage(
-                key, prompt_bytes=prompt_bytes, events=record.events, body_bytes=body_bytes
+                key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
             record.cost = 0  # no upstream answered, none asks for money

@@ -232,3 +232,38 @@ def test_answers_that_broke_teach_nothing(accounts: Accounts) -> None:
     one = record(status=CLIENT_CLOSED, events=30)
     fill(accounts, one, None)
     assert one.completion_tokens == 30
+
+
+@pytest.mark.parametrize(
+    ("told", "counted"),
+    [
+        pytest.param(Usage(0, 0), (100, 30), id="nothing but zeros"),
+        pytest.param(Usage(80, 0, 64, 0, 8), (80, 30), id="no tokens of a text"),
+        pytest.param(Usage(0, 12), (100, 12), id="no tokens of a prompt"),
+    ],
+)
+def test_a_count_that_cannot_be_is_estimated_and_the_other_kept(
+    accounts: Accounts, told: Usage, counted: tuple[int, int]
+) -> None:
+    one = record(status=200, events=30)
+    fill(accounts, one, told)
+    assert (one.prompt_tokens, one.completion_tokens) == counted
+    assert (one.has_usage, one.estimated) == (False, True)
+    assert (one.cached_tokens, one.cache_write_tokens) == (
+        told.cached_tokens,
+        told.cache_write_tokens,
+    )
+    assert one.cost == (counted[0] + 2 * counted[1]) * 10**6
+
+
+def test_zeros_of_an_answer_without_text_are_believed(accounts: Accounts) -> None:
+    one = record(status=200)
+    fill(accounts, one, Usage(0, 0))
+    assert (one.has_usage, one.estimated, one.cost) == (True, False, 0)
+
+
+def test_counts_with_gaps_teach_nothing(accounts: Accounts) -> None:
+    fill(accounts, record(status=200, events=1), Usage(0, 5000))
+    one = record(status=200, events=30)
+    fill(accounts, one, None)
+    assert one.completion_tokens == 30
