@@ -8,6 +8,7 @@ of the answer goes out, and `close` at the end, however it came.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 from .access import Caller
@@ -15,6 +16,7 @@ from .catalog import Endpoint
 from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
+from .health import Key
 from .ledger import Ledger
 from .limits import Demand, Lease
 from .prices import Prices
@@ -24,7 +26,10 @@ from .routing import Plan
 from .tallies import Limiter
 from .usage import Usage
 
+logger = logging.getLogger("hoberproxy.upstream")
+
 MAX_PLANS = 256  # whose prices are remembered
+MAX_SILENT = 256  # endpoints that the log names: behind wildcards, clients name them
 
 
 class Accounts:
@@ -37,6 +42,7 @@ class Accounts:
         self._estimates = Estimates()
         self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
         self._counter: TokenCounter | None = None  # with the first request to be counted
+        self._silent: set[Key] = set()  # endpoints that the log has named for want of usage
 
     def open(
         self, record: Record, caller: Caller, call: Call, plan: Plan, now: float
@@ -119,6 +125,8 @@ class Accounts:
         else:
             record.cost = 0  # no upstream answered, none asks for money
             return
+        if is_whole and usage.is_estimated and usage.completion_tokens:
+            self._note_silent(endpoint)
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.cached_tokens
@@ -128,6 +136,20 @@ class Accounts:
         if prices is not None:
             record.price = prices.text
             record.cost = prices.cost(usage)
+
+    def _note_silent(self, endpoint: Endpoint) -> None:
+        """Say once of an endpoint that a whole answer of its came without usage."""
+        silent, key = self._silent, endpoint.key
+        if endpoint.usage == "count" or key in silent or len(silent) >= MAX_SILENT:
+            return
+        silent.add(key)
+        logger.warning(
+            "provider %s, model %s: expected usage with an answer, got none that can be read; its "
+            "tokens are estimated. Let the server report them (stream_options = true of the "
+            'provider, where it knows that option), or set usage = "count" for the endpoint',
+            endpoint.provider,
+            endpoint.upstream_model[:128],
+        )
 
     def seal(self, record: Record) -> None:
         """The record is as it will be stored: tell the journal."""

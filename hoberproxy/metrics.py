@@ -78,6 +78,7 @@ class _Series:
         self.cached_tokens = 0
         self.reasoning_tokens = 0
         self.cache_write_tokens = 0
+        self.without_usage = 0  # whole answers
         self.cost = 0  # in PICO
         self.request = _Histogram(REQUEST_BUCKETS)
         self.first_content: _Histogram | None = None  # with the first content
@@ -127,6 +128,8 @@ class Metrics:
             series = self._series[key] = _Series()
         if record.status == 200 and not record.code:
             series.succeeded += 1
+            if record.estimated and record.completion_tokens:
+                series.without_usage += 1
         else:
             self._observe_failure(record, series)
         self._attempts += record.attempts
@@ -201,6 +204,11 @@ class Metrics:
             "loop_lag_seconds": [[[], self._lag.values]],
             "bad_heads": [[[], self.bad_heads]],
             "refused_connections": [[[], self.refused_connections]],
+            "usage_missing": [
+                [list(key), series.without_usage]
+                for key, series in self._series.items()
+                if series.without_usage
+            ],
             "estimated_requests": [[[], self._estimated]],
             "records_lost": [[[], gauges.records_lost]],
             "journal_entries_lost": [[[], gauges.journal_lost]],

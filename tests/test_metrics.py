@@ -127,6 +127,19 @@ def test_tokens_add_up_by_kind() -> None:
     assert samples[of("hoberproxy_estimated_requests_total")] == 1
 
 
+def test_whole_answers_without_usage_are_counted_and_no_others() -> None:
+    guessed: dict[str, Any] = {"estimated": True, "prompt_tokens": 9, "completion_tokens": 5}
+    left = record(**guessed, status=CLIENT_CLOSED, code="client_closed")
+    broken = record(**guessed, code="upstream_error")
+    empty = record(**guessed | {"completion_tokens": 0})
+    told = record(prompt_tokens=9, completion_tokens=5, has_usage=True)
+    samples = scrape(metrics_of(left, broken, empty, told))
+    assert not named(samples, "hoberproxy_usage_missing_total")
+    samples = scrape(metrics_of(left, broken, empty, told, record(**guessed), record(**guessed)))
+    missing = of("hoberproxy_usage_missing_total", model="a/b", provider="east")
+    assert samples[missing] == 2
+
+
 def test_failed_attempts_are_counted_by_provider_and_phase() -> None:
     failures = (
         FailedAttempt("west", 503, "upstream_error", "head", 12),

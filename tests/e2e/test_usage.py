@@ -1,4 +1,4 @@
-"""How servers tell usage, from their bytes to the record and its cost."""
+"""How servers tell usage, from their bytes to the record, its cost, the metrics and the log."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from hoberproxy.app import gauges_of
 from hoberproxy.config import Endpoint, Model
 from hoberproxy.limits import format_dollars
-from hoberproxy.record import Record
+from hoberproxy.record import CLIENT_CLOSED, Record
 from tests.scripted import (
+    AwaitRelease,
     Script,
     ScriptedUpstream,
     completion,
@@ -22,7 +24,7 @@ from tests.scripted import (
 from tests.usage_forms import FORMS, PRICES, Document, Form, in_a_choice, on_top
 
 from .conftest import ProxyTo
-from .harness import SLUG, UPSTREAM_MODEL, chat
+from .harness import SLUG, UPSTREAM_MODEL, Proxy, chat
 
 PRICED = Model(SLUG, (Endpoint("a", UPSTREAM_MODEL, prices=PRICES),))
 ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -58,6 +60,11 @@ def counts_of(record: Record) -> tuple[int, ...]:
     )
 
 
+def usage_missing(proxy: Proxy) -> list[Any]:
+    snapshot = proxy.gateway.metrics.snapshot(gauges_of(proxy.gateway, 0))
+    return snapshot["usage_missing"]
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 async def test_every_form_of_usage_is_recorded_and_priced(proxy_to: ProxyTo, form: Form) -> None:
     scripts = stream_with(told=form.told, place=form.place), body_with(form.told, form.place)
@@ -66,6 +73,7 @@ async def test_every_form_of_usage_is_recorded_and_priced(proxy_to: ProxyTo, for
             reply = await proxy.post(chat(stream=stream))
             assert (reply.status, reply.is_complete) == (200, True)
         await proxy.wait_for_record(2)
+        assert not usage_missing(proxy)
     for record in proxy.records:
         assert counts_of(record) == form.counts
         assert (record.has_usage, record.estimated) == (True, False)
@@ -101,8 +109,8 @@ async def test_zeros_beside_numbers_change_nothing(
         pytest.param(USAGE | {"completion_tokens": 0, "total_tokens": 70}, id="none of the text"),
     ],
 )
-async def test_usage_that_cannot_be_is_estimated(
-    proxy_to: ProxyTo, told: Document | None, stream: bool
+async def test_usage_that_cannot_be_is_estimated_counted_and_said_once(
+    proxy_to: ProxyTo, caplog: pytest.LogCaptureFixture, told: Document | None, stream: bool
 ) -> None:
     script = stream_with(told=told) if stream else body_with(told)
     async with (
@@ -115,6 +123,26 @@ async def test_usage_that_cannot_be_is_estimated(
             assert (record.has_usage, record.estimated) == (False, True)
             assert record.prompt_tokens > 0 and record.completion_tokens > 0
             assert record.cost is not None and record.cost > 0
+        assert usage_missing(proxy) == [[[SLUG, "a"], 2]]
+    said = [each.getMessage() for each in caplog.records if "expected usage" in each.getMessage()]
+    assert len(said) == 1 and 'usage = "count"' in said[0]
+
+
+async def test_a_client_that_left_early_is_no_answer_without_usage(
+    proxy_to: ProxyTo, caplog: pytest.LogCaptureFixture
+) -> None:
+    script: Script = [*sse(*stream_events(3))[:3], AwaitRelease("never")]
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
+        async with proxy.connect() as client:
+            await client.ask(chat(stream=True))
+            await client.read_head()
+            await client.read_until(b"word0")
+            client.abort()
+            record = await proxy.wait_for_record()
+        assert not usage_missing(proxy)
+        upstream.failures.clear()
+    assert (record.status, record.estimated) == (CLIENT_CLOSED, True)
+    assert "expected usage" not in caplog.text
 
 
 async def test_zeros_of_an_answer_without_text_are_its_usage(proxy_to: ProxyTo) -> None:
@@ -129,5 +157,6 @@ async def test_zeros_of_an_answer_without_text_are_its_usage(proxy_to: ProxyTo) 
         for stream in (True, False):
             await proxy.post(chat(stream=stream))
         await proxy.wait_for_record(2)
+        assert not usage_missing(proxy)
     for record in proxy.records:
         assert (record.has_usage, record.estimated, record.cost) == (True, False, 0)
