@@ -163,6 +163,7 @@ def generation_document(record: Record) -> dict[str, Any]:
         "native_tokens_completion": record.completion_tokens,
         "native_tokens_reasoning": record.reasoning_tokens,
         "native_tokens_cached": record.cached_tokens,
+        "native_tokens_cache_write": record.cache_write_tokens,
         "estimated": record.estimated,
         # OpenRouter's clients expect a number here; the exact amount is in `cost`.
         "total_cost": record.cost / PICO if record.cost is not None else 0,

@@ -8,6 +8,7 @@ of the answer goes out, and `close` at the end, however it came.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
 
 from .access import Caller
@@ -15,6 +16,7 @@ from .catalog import Endpoint
 from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
+from .health import Key
 from .ledger import Ledger
 from .limits import Demand, Lease
 from .prices import Prices
@@ -24,7 +26,10 @@ from .routing import Plan
 from .tallies import Limiter
 from .usage import Usage
 
+logger = logging.getLogger("hoberproxy.upstream")
+
 MAX_PLANS = 256  # whose prices are remembered
+MAX_SILENT = 256  # endpoints that the log names: behind wildcards, clients name them
 
 
 class Accounts:
@@ -37,6 +42,7 @@ class Accounts:
         self._estimates = Estimates()
         self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
         self._counter: TokenCounter | None = None  # with the first request to be counted
+        self._silent: set[Key] = set()  # endpoints that the log has named for want of usage
 
     def open(
         self, record: Record, caller: Caller, call: Call, plan: Plan, now: float
@@ -100,32 +106,50 @@ class Accounts:
 
         `body_bytes` are of an answer that was no stream.
         """
-        key, prices = endpoint.key, endpoint.prices
-        if usage is not None:
-            record.has_usage = True
-            if record.status == 200 and not record.code:
+        key, prices, events = endpoint.key, endpoint.prices, record.events
+        is_whole = record.status == 200 and not record.code
+        record.has_usage = usage is not None and not usage.has_gaps(events)
+        if usage is not None and record.has_usage:
+            if is_whole and usage:
                 self._estimates.learn(
-                    key,
-                    usage,
-                    prompt_bytes=prompt_bytes,
-                    events=record.events,
-                    body_bytes=body_bytes,
+                    key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
                 )
+        elif usage is not None:
+            usage = self._estimates.fill_gaps(
+                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+            )
         elif is_answered:
             usage = self._estimates.usage(
-                key, prompt_bytes=prompt_bytes, events=record.events, body_bytes=body_bytes
+                key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
             record.cost = 0  # no upstream answered, none asks for money
             return
+        if is_whole and usage.is_estimated and usage.completion_tokens:
+            self._note_silent(endpoint)
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.cached_tokens
+        record.cache_write_tokens = usage.cache_write_tokens
         record.reasoning_tokens = usage.reasoning_tokens
         record.estimated = usage.is_estimated
         if prices is not None:
             record.price = prices.text
             record.cost = prices.cost(usage)
+
+    def _note_silent(self, endpoint: Endpoint) -> None:
+        """Say once of an endpoint that a whole answer of its came without usage."""
+        silent, key = self._silent, endpoint.key
+        if endpoint.usage == "count" or key in silent or len(silent) >= MAX_SILENT:
+            return
+        silent.add(key)
+        logger.warning(
+            "provider %s, model %s: expected usage with an answer, got none that can be read; its "
+            "tokens are estimated. Let the server report them (stream_options = true of the "
+            'provider, where it knows that option), or set usage = "count" for the endpoint',
+            endpoint.provider,
+            endpoint.upstream_model[:128],
+        )
 
     def seal(self, record: Record) -> None:
         """The record is as it will be stored: tell the journal."""

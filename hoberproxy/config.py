@@ -516,6 +516,7 @@ def _read_prices(table: Table) -> Prices | None:
         cached=_read_price(below, "cached"),
         reasoning=_read_price(below, "reasoning"),
         request=_read_price(below, "request", "USD per request") or Decimal(0),
+        cache_write=_read_price(below, "cache_write"),
     )
     return prices if "price" in table.values else None
 

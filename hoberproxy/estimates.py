@@ -52,6 +52,22 @@ class Estimates:
             is_estimated=True,
         )
 
+    def fill_gaps(
+        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
+    ) -> Usage:
+        """`usage` with a guess in place of each count of zero, for an answer that has a text."""
+        guess = self.usage(
+            endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+        )
+        return Usage(
+            usage.prompt_tokens or guess.prompt_tokens,
+            usage.completion_tokens or guess.completion_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.cache_write_tokens,
+            is_estimated=True,
+        )
+
     def learn(
         self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
     ) -> None:

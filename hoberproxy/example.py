@@ -88,7 +88,7 @@ context_length = 131072
 provider = "deepseek"
 model = "deepseek-chat"
 max_output = 8192
-# USD per million tokens; also cached, reasoning, and request (USD each)
+# USD per million tokens; also cached, cache_write, reasoning, and request (USD each)
 price = { prompt = "0.14", completion = "0.28" }
 
 [[models.endpoints]]

@@ -50,7 +50,7 @@ FAMILIES = (
     Family(
         "tokens",
         "counter",
-        "Tokens counted; cached are part of prompt, reasoning of completion.",
+        "Tokens counted; cached and cache_write are part of prompt, reasoning of completion.",
         (*_ENDPOINT, "kind"),
     ),
     Family("cost_dollars", "counter", "What requests cost, where prices are known.", _ENDPOINT),
@@ -97,6 +97,12 @@ FAMILIES = (
     ),
     Family("bad_heads", "counter", "Requests refused before they were one."),
     Family("refused_connections", "counter", "Connections over the limit of their address."),
+    Family(
+        "usage_missing",
+        "counter",
+        "Whole answers whose upstream told no usage that can be read.",
+        _ENDPOINT,
+    ),
     Family("estimated_requests", "counter", "Requests counted by estimate."),
     Family("records_lost", "counter", "Records that could not be kept."),
     Family(

@@ -27,7 +27,7 @@ from .record import CLIENT_CLOSED, Record
 
 __all__: Final = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
-TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning")
+TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
 _place: Final = bisect_left
 
@@ -78,6 +78,8 @@ class _Series:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self.cache_write_tokens = 0
+        self.without_usage = 0  # whole answers
         self.cost = 0  # in PICO
         self.request = _Histogram(REQUEST_BUCKETS)
         self.first_content: _Histogram | None = None  # with the first content
@@ -98,6 +100,7 @@ class _Series:
             self.completion_tokens,
             self.cached_tokens,
             self.reasoning_tokens,
+            self.cache_write_tokens,
         )
 
 
@@ -126,6 +129,8 @@ class Metrics:
             series = self._series[key] = _Series()
         if record.status == 200 and not record.code:
             series.succeeded += 1
+            if record.estimated and record.completion_tokens:
+                series.without_usage += 1
         else:
             self._observe_failure(record, series)
         self._attempts += record.attempts
@@ -137,6 +142,7 @@ class Metrics:
             series.completion_tokens += record.completion_tokens
             series.cached_tokens += record.cached_tokens
             series.reasoning_tokens += record.reasoning_tokens
+            series.cache_write_tokens += record.cache_write_tokens
         self._estimated += record.estimated
         self.events += record.events
         if (cost := record.cost) is not None:
@@ -199,6 +205,11 @@ class Metrics:
             "loop_lag_seconds": [[[], self._lag.values]],
             "bad_heads": [[[], self.bad_heads]],
             "refused_connections": [[[], self.refused_connections]],
+            "usage_missing": [
+                [list(key), series.without_usage]
+                for key, series in self._series.items()
+                if series.without_usage
+            ],
             "estimated_requests": [[[], self._estimated]],
             "records_lost": [[[], gauges.records_lost]],
             "journal_entries_lost": [[[], gauges.journal_lost]],

@@ -374,4 +374,7 @@ def _parse_captured_usage(raw: bytes | None) -> Usage | None:
         usage = load_json(raw or b"null")
     except ValueError:
         return None
-    return parse_usage(usage) if isinstance(usage, dict) else None
+    found = parse_usage(usage) if isinstance(usage, dict) else None
+    if found is not None:
+        found.is_beside_text = True
+    return found

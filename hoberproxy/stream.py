@@ -25,7 +25,7 @@ from .lenient import load_json
 from .members import Member, MemberRewriter, find_member, model_member
 from .opening import Opening
 from .stencil import Stencil
-from .usage import Usage, read_usage
+from .usage import Usage, newest_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES: Final = 64 * 1024
@@ -307,7 +307,7 @@ class StreamScanner:
                     break
             else:
                 break
-            self.usage = read_usage(last.document) or self.usage
+            self.usage = newest_usage(self.usage, last.document)
             self.finish_reason = last.finish_reason or self.finish_reason
             if self._wants_usage or not last.is_usage:
                 passed += lead + last.new_start + data[start + last.start_size : end]
@@ -385,7 +385,7 @@ class StreamScanner:
     def _learn(self, document: dict[str, Any]) -> None:
         if document.get("error"):
             raise _error_event(document)
-        self.usage = read_usage(document) or self.usage
+        self.usage = newest_usage(self.usage, document)
         if not self._raw_id and isinstance(upstream_id := document.get("id"), str):
             self._raw_id = upstream_id.encode("utf-8", "replace")
         finish_reason, has_delta = content_of(document)

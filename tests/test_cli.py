@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -349,6 +349,21 @@ def test_usage_shows_numbers_and_marks_estimates(
     assert main(["usage", "--by", "provider"]) == 0
     _, line, _ = capsys.readouterr().out.splitlines()
     assert re.split(r" {2,}", line) == ["one", "3", "1", "~3,000", "~150", "0", "250 ms"]
+
+
+def test_what_was_written_to_caches_has_a_column_where_there_is_any(
+    records: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["usage", "--by", "provider"]) == 0
+    assert "cache write" not in capsys.readouterr().out
+    with closing(Store("records.db")) as store:
+        store.insert_records(
+            [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
+        )
+    assert main(["usage", "--by", "provider"]) == 0
+    head, line, _ = capsys.readouterr().out.splitlines()
+    assert re.split(r" {2,}", head)[5:7] == ["cached", "cache write"]
+    assert re.split(r" {2,}", line)[5:7] == ["0", "1,200"]
 
 
 @pytest.mark.parametrize(

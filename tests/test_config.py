@@ -423,6 +423,22 @@ def test_a_wildcard_fills_in_the_whole_rest_by_default() -> None:
     assert endpoints[0].upstream_model == "*"
 
 
+def test_every_part_of_usage_can_have_a_price() -> None:
+    price = (
+        'price = { prompt = 1, completion = "2", cached = "0.1", cache_write = "1.25", '
+        "reasoning = 3, request = 0.01 }"
+    )
+    (endpoint,) = model(f'slug = "m"\nendpoints = [{{ provider = "p", {price} }}]').endpoints
+    assert endpoint.prices == Prices(
+        prompt=Decimal(1),
+        completion=Decimal(2),
+        cached=Decimal("0.1"),
+        reasoning=Decimal(3),
+        request=Decimal("0.01"),
+        cache_write=Decimal("1.25"),
+    )
+
+
 def test_a_price_is_free_only_when_said() -> None:
     free = model('slug = "m"\nendpoints = [{ provider = "p", price = {} }]').endpoints[0].prices
     assert free is not None
