@@ -69,6 +69,21 @@ def judge_document(
         _judge(error, provider, status, found, dump_json(document), secrets)
 
 
+def choose_told(errors: Sequence[UpstreamError]) -> UpstreamError:
+    """Which of the `errors` of all attempts, in order, the client is told.
+
+    The last, as a rule. But that one model refuses the request says more than that others failed:
+    the first refusal is told, or a rate limit reached after it, for that passes.
+    """
+    told: UpstreamError | None = None
+    for error in errors:
+        if told is None:
+            told = error if error.is_refusal and error.status in _SHOWN_STATUSES else None
+        elif error.status == 429:
+            told = error
+    return told or errors[-1]
+
+
 def parse_retry_after(get_header: Callable[[bytes], bytes | None], now: float) -> float | None:
     """Seconds to wait as `retry-after-ms` or `retry-after` has them (RFC 9110, 10.2.3)."""
     for name, unit in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):

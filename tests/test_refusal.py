@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hoberproxy.error_document import MAX_MESSAGE_LENGTH
 from hoberproxy.errors import Phase, UpstreamError, serialize_error
-from hoberproxy.refusal import judge_document, parse_refusal, parse_retry_after
+from hoberproxy.refusal import choose_told, judge_document, parse_refusal, parse_retry_after
 
 NOW = 1_700_000_000.0
 
@@ -344,6 +344,49 @@ def test_a_prompt_that_is_too_long_has_the_code_by_which_clients_compact(
 def test_a_rate_limit_is_no_prompt_that_is_too_long() -> None:
     error = refuse(429, b'{"error":{"message":"prompt is too long","code":"rate_limit_exceeded"}}')
     assert (error.status, error.code) == (429, "rate_limit_exceeded")
+
+
+# Of several errors
+
+
+def of_status(status: int, name: str = "") -> UpstreamError:
+    error = refuse(status)
+    error.message = name
+    return error
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [
+        ([400], 0),
+        ([503], 0),
+        ([503, 500], 1),
+        ([400, 503], 0),
+        ([400, 401], 0),
+        ([400, 404, 500], 0),
+        ([500, 400, 503], 1),
+        ([400, 422], 0),
+        ([451, 413, 503], 1),
+        ([503, 451], 1),
+        ([400, 429], 1),
+        ([429, 400], 1),
+        ([429, 503], 1),
+        ([400, 429, 503], 1),
+        ([429, 400, 503], 1),
+        ([400, 429, 400], 1),
+    ],
+    ids=str,
+)
+def test_which_of_several_errors_is_told(statuses: list[int], told: int) -> None:
+    errors = [of_status(status) for status in statuses]
+    assert choose_told(errors) is errors[told]
+
+
+def test_our_own_troubles_with_a_400_are_told_last() -> None:
+    ours = parse_refusal("east", 400, headers(), json.dumps(GEMINI).encode(), NOW, (KEY,))
+    theirs, down = of_status(400), of_status(503)
+    assert choose_told([ours, theirs, down]) is theirs
+    assert choose_told([ours, down]) is down
 
 
 JSON = st.recursive(

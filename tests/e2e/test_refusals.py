@@ -319,6 +319,44 @@ async def test_a_key_in_a_header_of_the_config_is_ours_too(proxy_to: ProxyTo) ->
     assert b"0123456789" not in reply.body
 
 
+# Of several models
+
+
+@EITHER
+async def test_the_first_refusal_is_told_if_the_other_models_failed(
+    proxy_to: ProxyTo, stream: bool
+) -> None:
+    models = [model_at(SLUG, "a"), model_at(OTHER_SLUG, "b")]
+    async with (
+        ScriptedUpstream(json_response(400, failing(400))) as first,
+        ScriptedUpstream(json_response(503, failing(503, "down"))) as second,
+        proxy_to(first, second, models=models) as proxy,
+    ):
+        reply = await proxy.post(chat(stream=stream, models=[OTHER_SLUG]))
+        record = await proxy.wait_for_record()
+    assert (reply.status, reply.error["message"]) == (400, WHY)
+    assert reply.headers["x-should-retry"] == "false"
+    metadata = reply.error["metadata"]
+    assert metadata["provider"] == "a"
+    previous = [(each["provider"], each["status"]) for each in metadata["previous_errors"]]
+    assert previous == [("a", 400), ("b", 503)]
+    assert (record.status, record.attempts) == (400, 2)
+
+
+async def test_a_stream_that_breaks_is_told_itself_whatever_came_before(proxy_to: ProxyTo) -> None:
+    models = [model_at(SLUG, "a"), model_at(OTHER_SLUG, "b")]
+    breaking = [sse_head(), Send(chunk(ROLE)), Send(chunk(FIRST)), Close()]
+    async with (
+        ScriptedUpstream(json_response(400, failing(400))) as first,
+        ScriptedUpstream(breaking) as second,
+        proxy_to(first, second, models=models) as proxy,
+    ):
+        reply = await proxy.post(chat(stream=True, models=[OTHER_SLUG]))
+    error = error_event_of(reply.body)
+    assert (error["code"], error["metadata"]["provider"]) == ("upstream_error", "b")
+    assert WHY not in error["message"]
+
+
 @EITHER
 async def test_a_prompt_that_is_too_long_upstream_has_the_code_that_clients_know(
     proxy_to: ProxyTo, stream: bool
