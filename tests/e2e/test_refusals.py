@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -370,3 +371,17 @@ async def test_a_prompt_that_is_too_long_upstream_has_the_code_that_clients_know
             assert reply.status == 400
             assert reply.error["code"] == record.code == "context_length_exceeded"
             assert (reply.error["param"], reply.error["message"]) == ("messages", "n_ctx")
+
+
+@EITHER
+async def test_a_prompt_that_is_too_long_for_the_config_is_told_before_any_upstream_is_called(
+    proxy_to: ProxyTo, stream: bool
+) -> None:
+    models = [replace(model_at(SLUG, "a"), context_length=100)]
+    async with ScriptedUpstream() as upstream, proxy_to(upstream, models=models) as proxy:
+        reply = await proxy.post(chat(stream=stream, max_tokens=200))
+        assert not upstream.requests
+    assert (reply.status, reply.error["code"]) == (400, "context_length_exceeded")
+    assert (reply.error["type"], reply.error["param"]) == ("invalid_request_error", "messages")
+    assert "maximum context length is 100 tokens" in reply.error["message"]
+    assert reply.headers["x-should-retry"] == "false"
