@@ -11,12 +11,14 @@ import time
 from typing import Final
 
 from .catalog import TimeLimits
+from .credentials import secrets_of
 from .downstream import Answer
 from .errors import Phase, UpstreamError
 from .http11 import Parts, ResponseHead
+from .lenient import dump_json
 from .native import mypyc_attr
 from .pool import Pool
-from .refusal import parse_refusal
+from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
 from .routing import Step
@@ -283,11 +285,27 @@ class Attempt(Reporter):
     def refuse(self, body: bytes) -> None:
         head = self._head
         assert head is not None
-        name = self._pool.provider.name
-        error = parse_refusal(name, head.status, head.get, body, time.time())
-        if self._injected and head.status in (400, 422):
-            error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
+        provider = self._pool.provider
+        error = parse_refusal(
+            provider.name, head.status, head.get, body, time.time(), secrets_of(provider)
+        )
+        self._note_option(error, body)
         self.fail(error)
+
+    def reported(self, message: str, document: object) -> UpstreamError:
+        head, provider = self._head, self._pool.provider
+        error = self.broken(message)
+        judge_document(error, provider.name, document, secrets_of(provider))
+        if self.phase is not _CONTENT and document is not None:
+            self._note_option(error, dump_json(document))
+            if error.upstream_status in (429, 503) and head is not None:
+                error.retry_after = parse_retry_after(head.get, time.time())
+        return error
+
+    def _note_option(self, error: UpstreamError, body: bytes) -> None:
+        """Note which member that we have put in the upstream refuses, if any."""
+        if self._injected and error.upstream_status in (400, 422):
+            error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
 
     def seal(self, following: int) -> None:
         if not self._is_ended:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import orjson
 
+from .error_document import describes_error
 from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
 from .members import find_member, model_member, replace_member
@@ -18,11 +19,17 @@ _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
 class CompletionError(Exception):
-    """A 200 whose body is no completion. `is_error_body` says that it is an upstream's error."""
+    """A 200 whose body is no completion.
 
-    def __init__(self, message: str, *, is_error_body: bool = False) -> None:
+    `is_error_body` says that it is an upstream's error, `document` what it says of it.
+    """
+
+    def __init__(
+        self, message: str, *, is_error_body: bool = False, document: object = None
+    ) -> None:
         super().__init__(message)
         self.is_error_body = is_error_body
+        self.document = document
 
 
 class Completion:
@@ -57,14 +64,16 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     except ValueError:
         raise CompletionError("expected a JSON body, got something else or a part of one") from None
     if not isinstance(document, dict):
-        raise CompletionError("expected a JSON object as the body")
+        raise _no_completion(document, "expected a JSON object as the body")
     get = document.get
     if get("error"):
-        raise CompletionError("the upstream sent an error with status 200", is_error_body=True)
+        raise _error_body(document)
     choices = get("choices")
     if not isinstance(choices, list) or not choices:
-        raise CompletionError("expected `choices` in the body, got none")
+        raise _no_completion(document, "expected `choices` in the body, got none")
     choice, model = choices[0], get("model")
+    if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") == "error"):
+        raise _error_body(choice)
     return Completion(
         _rename(body, model, slug) if isinstance(model, str) else body,
         document,
@@ -73,6 +82,16 @@ def parse_completion(body: bytes, slug: str) -> Completion:
         _text(model),
         _text(get("id")),
     )
+
+
+def _error_body(document: object) -> CompletionError:
+    message = "the upstream sent an error with status 200"
+    return CompletionError(message, is_error_body=True, document=document)
+
+
+def _no_completion(document: object, expected: str) -> CompletionError:
+    """The error for a body without choices: the upstream's own, if it describes one."""
+    return _error_body(document) if describes_error(document) else CompletionError(expected)
 
 
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:

@@ -36,6 +36,7 @@ from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .refusal import choose_told
 from .request import Call
 from .routing import Plan, make_plan
 from .upstream_body import make_upstream_body
@@ -88,6 +89,7 @@ class Exchange(Owner):
     _attempt: Attempt | None = None
     _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
     _failures: tuple[FailedAttempt, ...] = ()
+    _errors: tuple[UpstreamError, ...] = ()  # of these failures
     _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
     _quiet_since = 0.0
     _paused_since = 0.0
@@ -368,7 +370,7 @@ class Exchange(Owner):
         self._note_failure(attempt, error)
         following = self._following_step(error)
         if following is None:
-            self._fail(attempt, error)
+            self._fail(error)
             return
         self._begin_step(following)
 
@@ -404,6 +406,8 @@ class Exchange(Owner):
                 was_answering=error.phase is Phase.CONTENT,
                 draw=self._gateway.draw,
             )
+        error.metadata["provider"] = attempt.step.endpoint.provider
+        self._errors += (error,)
         self._failures += (
             FailedAttempt(
                 provider=attempt.step.endpoint.provider,
@@ -414,19 +418,21 @@ class Exchange(Owner):
             ),
         )
 
-    def _fail(self, attempt: Attempt, error: UpstreamError) -> None:
-        """The last attempt failed: tell it, and what was tried before it."""
-        self.record.phase = error.phase.value
-        earlier = self._failures[:-1]
-        if self._call is not None and error.status in (502, 504) and self._is_all_cooling():
+    def _fail(self, error: UpstreamError) -> None:
+        """The last attempt failed: tell it, or what says more, and what was tried beside it."""
+        told = error
+        if self._call is not None:  # else the client has a part of this very answer
+            told = choose_told(self._errors)
+        self.record.phase = told.phase.value
+        others = self._failures[:-1] if told is error else self._failures
+        if self._call is not None and told.status in (502, 504) and self._is_all_cooling():
             # All had been failing before this request came: say when it is worth coming back.
-            earlier = self._failures
-            error.status, error.code = 503, "no_healthy_upstream"
-            error.retry_after = self._next_trial()
-        error.metadata["provider"] = attempt.step.endpoint.provider
-        if earlier:
-            error.metadata["previous_errors"] = [asdict(failure) for failure in earlier]
-        self.refuse(error)
+            others = self._failures
+            told.status, told.code = 503, "no_healthy_upstream"
+            told.retry_after = self._next_trial()
+        if others:
+            told.metadata["previous_errors"] = [asdict(failure) for failure in others]
+        self.refuse(told)
 
     def _is_all_cooling(self) -> bool:
         return self._plan is not None and all(

@@ -98,6 +98,10 @@ class Reporter(Receiver):
         """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
         raise NotImplementedError
 
+    def reported(self, message: str, document: object) -> UpstreamError:
+        """An error for this attempt that the upstream itself reports in `document`, with a 200."""
+        raise NotImplementedError
+
 
 class Relay(Receiver):
     """One attempt, one answer: a Receiver that has its head already."""
@@ -223,8 +227,10 @@ class StreamRelay(Relay):
     def _fail_stream(self) -> None:
         failure = self._scanner.failure
         assert failure is not None
-        error = self._attempt.broken(str(failure), is_invalid=not failure.is_error_event)
-        error.upstream_status = failure.upstream_status or error.upstream_status
+        if failure.is_error_event:
+            error = self._attempt.reported(str(failure), failure.document)
+        else:
+            error = self._attempt.broken(str(failure), is_invalid=True)
         self._attempt.fail(error)
 
 
@@ -281,7 +287,10 @@ class BodyRelay(Relay):
         try:
             completion = parse_completion(body, self._slug)
         except CompletionError as exc:
-            error = self._attempt.broken(str(exc), is_invalid=not exc.is_error_body)
+            if exc.is_error_body:
+                error = self._attempt.reported(str(exc), exc.document)
+            else:
+                error = self._attempt.broken(str(exc), is_invalid=True)
             self._attempt.fail(error)
             return
         self._completion = completion

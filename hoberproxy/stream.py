@@ -40,13 +40,22 @@ class StreamFailure(Exception):
     """The stream itself says that it failed, or is no stream of completion chunks.
 
     `is_error_event` tells an upstream's own error from bytes that are not what they should be;
-    `upstream_status` is the HTTP status an error event names, if it names one.
+    `upstream_status` is the HTTP status an error event names, if it names one, and `document` the
+    value of its data.
     """
 
-    def __init__(self, message: str, *, is_error_event: bool, upstream_status: int | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        is_error_event: bool,
+        upstream_status: int | None = None,
+        document: object = None,
+    ):
         super().__init__(message)
         self.is_error_event = is_error_event
         self.upstream_status = upstream_status
+        self.document = document
 
 
 class StreamScanner:
@@ -491,6 +500,7 @@ def _error_event(document: object) -> StreamFailure:
         "the upstream sent an error event",
         is_error_event=True,
         upstream_status=_status_of(error or document),
+        document=document,
     )
 
 

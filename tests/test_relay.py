@@ -72,6 +72,9 @@ class Attempt(Reporter):
             is_retryable=False,
         )
 
+    def reported(self, message: str, document: object) -> UpstreamError:
+        return self.broken(message)
+
 
 class Relayed:
     """A relay, and both of its ends."""

@@ -242,8 +242,74 @@ def test_what_cannot_serve_the_call_is_removed_with_its_reason(
     with pytest.raises(RouteError) as caught:
         make_plan(call("m", **sent), catalog(no))
     error = caught.value
-    assert (error.status, error.code, error.param) == (404, "no_endpoint", param)
-    assert f"no of 'm' ({plan.removed[0].words})" in error.message
+    if filter == "context_length":
+        assert (error.status, error.code) == (400, "context_length_exceeded")
+    else:
+        assert (error.status, error.code) == (404, "no_endpoint")
+        assert f"no of 'm' ({plan.removed[0].words})" in error.message
+    assert error.param == param
+
+
+LONG = [{"role": "user", "content": "a" * 6000}]
+
+
+def short_of(sent: Call, models: Catalog) -> tuple[int, str, str | None]:
+    """Status, code and param of the error that there is no endpoint."""
+    with pytest.raises(RouteError) as caught:
+        make_plan(sent, models)
+    return caught.value.status, caught.value.code, caught.value.param
+
+
+def test_a_prompt_too_long_for_all_endpoints_is_told_in_the_words_that_clients_know() -> None:
+    models = catalog(endpoint("a", context_length=900), endpoint("b"), context_length=1000)
+    with pytest.raises(RouteError) as caught:
+        make_plan(call("m", messages=LONG, max_tokens=70), models)
+    error = caught.value
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert (error.code, error.param) == ("context_length_exceeded", "messages")
+    assert error.message == (
+        "This model's maximum context length is 1000 tokens. However, you requested about "
+        "1075 tokens (1005 in the messages, 70 in the completion)."
+    )
+
+
+TOO_LONG = (400, "context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("slug", ["hober/auto", "hober/auto:cost", "hober/auto:fast:floor"])
+def test_for_a_virtual_model_those_do_not_count_that_cannot_serve_the_call(slug: str) -> None:
+    unable = endpoint("b", abilities=Abilities(tools=False))
+    models = catalog(endpoint("a", context_length=1000), unable)
+    assert short_of(call(slug, messages=LONG, tools=TOOLS), models) == TOO_LONG
+    assert short_of(call("hober/auto", tools=TOOLS), catalog(unable))[:2] == (404, "no_endpoint")
+
+
+def test_of_several_models_the_longest_context_is_told() -> None:
+    models = Catalog(
+        [
+            Model("x", (endpoint("a", "x", context_length=900),)),
+            Model("y", (endpoint("a", "y", context_length=1000),)),
+        ]
+    )
+    assert short_of(call("x", "y", "?", messages=LONG), models) == TOO_LONG
+    with pytest.raises(RouteError, match="length is 1000 tokens"):
+        make_plan(call("x", "y", messages=LONG), models)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"provider": {"ignore": ["b"]}},
+        {"provider": {"only": ["a"]}},
+        {"tools": TOOLS},
+        {"max_tokens": 20},
+    ],
+    ids=["ignored", "not named", "no tools", "long output"],
+)
+def test_where_another_filter_has_a_part_in_it_no_endpoint_is_told(sent: dict[str, Any]) -> None:
+    other = endpoint("b", abilities=Abilities(tools=False), max_output=10)
+    models = catalog(endpoint("a", context_length=1000), other)
+    assert short_of(call("m", messages=LONG, **sent), models)[:2] == (404, "no_endpoint")
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ async def test_a_refusal_of_the_request_goes_to_the_next_model(
 ) -> None:
     models = [model_at(SLUG, "a", "b"), model_at(OTHER_SLUG, "c")]
     async with (
-        ScriptedUpstream(refusal(status)) as first,
+        ScriptedUpstream(json_response(status, {"error": {"message": "no"}})) as first,
         ScriptedUpstream() as second,
         ScriptedUpstream(GOOD[True]) as third,
         proxy_to(first, second, third, models=models) as proxy,
