@@ -21,11 +21,13 @@ from .errors import ProxyError, RequestError, RouteError, UnavailableError, seri
 from .gateway import Gateway
 from .memory import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
+from .model_lists import ModelsPage
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
 
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
+MODELS_PAGE: web.AppKey[ModelsPage] = web.AppKey("models_page", ModelsPage)
 PREFIXES = ("/v1", "", "/api/v1")
 _NOT_SERVED = frozenset(
     ("/responses", "/completions", "/embeddings", "/messages", "/audio", "/images", "/moderations")
@@ -48,6 +50,7 @@ def make_app(gateway: Gateway) -> web.Application:
     """The application behind the door of every request that is no chat POST."""
     app = web.Application(middlewares=[_in_the_contracts_form])
     app[GATEWAY] = gateway
+    app[MODELS_PAGE] = ModelsPage(gateway)
     app.on_response_prepare.append(_finish_head)
     pages = AccountPages(gateway)
     app.on_cleanup.append(pages.aclose)
@@ -97,7 +100,8 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
 
 
 async def _list_models(request: web.Request) -> web.Response:
-    return _json({"object": "list", "data": request.app[GATEWAY].catalog.listing()})
+    body = request.app[MODELS_PAGE].body()
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _show_model(request: web.Request) -> web.Response:

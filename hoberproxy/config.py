@@ -105,6 +105,7 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
     max_connections_per_address: int = 0  # 0 is no limit
+    models_refresh: float = 600.0  # between looks at what providers behind wildcards have; 0: none
     trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
@@ -242,6 +243,7 @@ def _read_server(table: Table) -> ServerSettings:
         max_connections_per_address=table.integer(
             "max_connections_per_address", default.max_connections_per_address, 0, 10**6
         ),
+        models_refresh=table.seconds("models_refresh", default.models_refresh, low="0"),
         trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
 

@@ -29,6 +29,8 @@ EXAMPLE = """\
 #max_streams = 10000
 #max_connections_per_address = 0
 #trusted_proxies = []
+# providers behind wildcards are asked for their models so often; 0 is never
+#models_refresh = 600
 
 [keys]
 # make one with: hoberproxy keys create --label NAME

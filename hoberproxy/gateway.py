@@ -132,6 +132,7 @@ class Gateway:
     exchanges: set[Exchange] = field(default_factory=set)
     is_draining: bool = False  # every connection ends with its next answer
     is_stopping: bool = False  # and nobody takes over: further requests are refused
+    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # provider → its models
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""

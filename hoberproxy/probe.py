@@ -100,7 +100,7 @@ class _Prober:
     def __init__(self, upstreams: Mapping[str, Upstream], limit: float) -> None:
         self._upstreams = upstreams
         self._limit = limit
-        self._listings: dict[str, asyncio.Task[list[str]]] = {}  # one for each provider
+        self._listings: dict[str, asyncio.Task[list[str] | None]] = {}  # one for each provider
 
     async def ask(self, model: Model, endpoint: Endpoint) -> Report:
         upstream = self._upstreams[endpoint.provider]
@@ -134,7 +134,7 @@ class _Prober:
         if name not in self._listings:
             self._listings[name] = asyncio.create_task(list_models(upstream, limits))
         before, _, after = pattern.partition("*")
-        for model in await self._listings[name]:
+        for model in await self._listings[name] or ():
             is_longer = len(model) > len(before) + len(after)
             if is_longer and model.startswith(before) and model.endswith(after):
                 return model

@@ -37,6 +37,7 @@ from .ledger import Ledger
 from .listeners import BACKLOG, Listeners, StartError, flat
 from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
+from .model_lists import ModelLists
 from .notify import Notifier
 from .status import combine
 from .tallies import Tallies
@@ -88,6 +89,7 @@ class Server(Timed):
         self._gateway: Gateway | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
+        self._model_lists: ModelLists | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
         self.addresses: list[Address] = []  # where it really listens
@@ -116,6 +118,8 @@ class Server(Timed):
         await self._listen_for_metrics(gateway, given.metrics if given else [])
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
+        self._model_lists = ModelLists(gateway)
+        self._model_lists.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -257,6 +261,8 @@ class Server(Timed):
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
+        if self._model_lists is not None:
+            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
@@ -441,6 +447,8 @@ class Server(Timed):
         gateway = self._gateway
         if gateway is None:
             return
+        if self._model_lists is not None:
+            await self._model_lists.aclose()
         await self._flush_connections(gateway)
         for runner in self._runners:
             await runner.cleanup()

@@ -327,7 +327,14 @@ def make_config(
     wildcard = Endpoint(provider.name, "*")
     return Config(
         server=ServerSettings(
-            **({"listen": (Address("127.0.0.1", 0),), "metrics_listen": None} | settings)
+            **(
+                {
+                    "listen": (Address("127.0.0.1", 0),),
+                    "metrics_listen": None,
+                    "models_refresh": 0.0,  # or a script would meet a request that no test has made
+                }
+                | settings
+            )
         ),
         keys=KeySettings(keys_required),
         records=RecordSettings(str(records_file)),

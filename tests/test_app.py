@@ -62,7 +62,7 @@ async def test_models_are_listed_as_openai_does(client: Client, prefix: str) -> 
     listing = await response.json()
     assert response.headers["Content-Type"].startswith("application/json")
     assert listing["object"] == "list"
-    assert [entry["id"] for entry in listing["data"]] == ["test/model", "any/*"]
+    assert [entry["id"] for entry in listing["data"]] == ["test/model"]
     assert listing["data"][0]["object"] == "model"
 
 
@@ -83,7 +83,9 @@ async def test_a_model_that_a_wildcard_serves_is_shown_under_its_own_name(client
     assert (response.status, (await response.json())["id"]) == (200, "any/thing-4.1")
 
 
-@pytest.mark.parametrize("slug", ["unknown", "test", "test/model/more", "test/model:", "x" * 5000])
+@pytest.mark.parametrize(
+    "slug", ["unknown", "any/*", "any/%2A", "test", "test/model/more", "test/model:", "x" * 5000]
+)
 async def test_an_unknown_model_is_not_found(client: Client, slug: str) -> None:
     response = await client.get(f"/v1/models/{slug}")
     error = await error_of(response)
