@@ -27,6 +27,8 @@ from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
 
 from .scripted import (
+    DONE,
+    LAST_CHUNK,
     AwaitRelease,
     Close,
     Script,
@@ -34,6 +36,7 @@ from .scripted import (
     SeenRequest,
     Send,
     Stall,
+    chunk,
     completion,
     json_response,
     refused_port,
@@ -44,7 +47,8 @@ from .scripted import (
 
 KEY = "sk-secret-of-the-provider"
 TEXT = "words of the upstream"  # in every refusal here, with the key: neither may be told
-STREAM = sse(*stream_events(4), pace=0.02)
+# [DONE] and the end of the framing in one write, so that the connection is free for what is next.
+STREAM = [*sse(*stream_events(4), pace=0.02)[:-3], Send(chunk(DONE) + LAST_CHUNK)]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
 
 
