@@ -313,6 +313,9 @@ class Attempt(Reporter):
 
     def finish(self) -> None:
         if not self._is_ended:
+            connection = self._connection
+            if connection is not None and connection.receiver is self._relay:
+                connection.await_end()  # [DONE] came before the end of the framing
             self._close()
             self._owner.attempt_finished(self)
 
@@ -341,11 +344,6 @@ class Attempt(Reporter):
     def may_insert_line(self) -> bool:
         """Whether a comment line may follow what the client has got so far."""
         return not isinstance(self._relay, StreamRelay) or self._relay.may_insert_line
-
-    @property
-    def is_answer_out(self) -> bool:
-        """The client has been sent the whole stream; at most the end of the framing is missing."""
-        return isinstance(self._relay, StreamRelay) and self._relay.is_done
 
     @property
     def idle_since(self) -> float:

@@ -502,17 +502,11 @@ class Exchange(Owner):
         """The client went away: its upstream goes in this very turn of the loop."""
         if self._is_closed:
             return
-        is_answered = False
         if self._attempt is not None:
-            # Many clients leave at [DONE], before the framing's end: they have got all they wanted.
-            is_answered = self._attempt.is_answer_out and not self._client.is_paused
             self._attempt.abort()
             self._gateway.health.abandon(self._attempt.step.endpoint.key)
-        if is_answered:
-            self._account(self._answer.status)
-        else:
-            self.record.code = "client_closed"
-            self._account(CLIENT_CLOSED)
+        self.record.code = "client_closed"
+        self._account(CLIENT_CLOSED)
 
     # Flow control and deadlines
 

@@ -145,14 +145,12 @@ class StreamRelay(Relay):
         """The client has whole events only, and no half of a line end either."""
         return self._scanner.is_at_boundary and not self._scanner.may_end_line
 
-    @property
-    def is_done(self) -> bool:
-        """[DONE] has gone out: only the end of the framing is missing."""
-        return self._scanner.is_done and self._is_open
-
     def on_body(self, data: bytes) -> Shortcut | None:
         scanner = self._scanner
         out = scanner.feed(data)
+        if scanner.is_done:
+            self._finish(out)  # whenever the framing ends
+            return None
         if out:
             self._write(out)
         if scanner.failure is not None:
@@ -175,19 +173,15 @@ class StreamRelay(Relay):
             self._write_unsent()
         if scanner.failure is not None:
             self._fail_stream()
-        elif not scanner.has_content or not (scanner.is_finished or self._is_open):
-            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
-        elif not scanner.is_finished:
+        elif scanner.has_content and not scanner.is_finished and self._is_open:
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
             out, self._unsent = self._unsent + out, b""
-            self._write(out, is_end=True)
-            self._attempt.finish()
+            self._finish(out)
 
     def give_up(self, error: UpstreamError) -> None:
-        if self.is_done:
-            self._answer.finish()
-            self._attempt.finish()
+        if self._scanner.holds_done:
+            self._finish(self._scanner.feed_eof())
         else:
             super().give_up(error)
 
@@ -201,6 +195,14 @@ class StreamRelay(Relay):
             content_events=scanner.content_events,
         )
 
+    def _finish(self, out: bytes) -> None:
+        """The answer ends with `out`, if it had any content."""
+        if not self._scanner.has_content or not (self._scanner.is_finished or self._is_open):
+            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
+        else:
+            self._write(out, is_end=True)
+            self._attempt.finish()
+
     def _write_unsent(self) -> None:
         out, self._unsent = self._unsent, b""
         if out:
@@ -210,9 +212,8 @@ class StreamRelay(Relay):
         is_first = not self._is_open
         if is_first:
             self._open()
-        if is_end or self._scanner.is_done:
-            self._attempt.seal(len(out))
         if is_end:
+            self._attempt.seal(len(out))
             self._answer.finish(out)
         else:
             self._answer.write(out)

@@ -107,6 +107,11 @@ class StreamScanner:
         return self._ended_in_cr
 
     @property
+    def holds_done(self) -> bool:
+        """What is held is [DONE], without the empty line that ends an event."""
+        return self._tail.rstrip() == b"data: [DONE]"
+
+    @property
     def is_finished(self) -> bool:
         """The stream said that its answer is complete, in one way or the other."""
         return self.is_done or bool(self.finish_reason)
@@ -128,7 +133,9 @@ class StreamScanner:
         )
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next piece; returns what can be sent now."""
+        """Take the next piece; returns what can be sent now. Nothing is, behind [DONE]."""
+        if self.is_done:
+            return b""
         if self.has_content and self._long is None and not self._ended_in_cr:
             if self._tail:
                 data = self._tail + data
@@ -208,6 +215,9 @@ class StreamScanner:
             self._take_event(buffer[start:end], out)
             if self.failure is not None:
                 return
+            if self.is_done:
+                self._end_in_done(buffer[start:end], out)
+                return
             start = end
             if shortcuts and self.has_content and self.stencil.is_learnt:
                 shortcuts -= 1
@@ -219,6 +229,12 @@ class StreamScanner:
         self._tail = buffer[start:]
         if len(self._tail) > HOLD_LIMIT_BYTES:
             self._start_long(out)
+
+    def _end_in_done(self, event: bytes, out: list[bytes]) -> None:
+        """Drop what stands behind the event."""
+        self._tail = b""
+        if event[-1] == _CR:  # an LF may be cut off; behind a CR it changes nothing
+            out.append(b"\n")
 
     def _take_late_lf(self, data: bytes, out: list[bytes]) -> bytes:
         """An event ended in CR; an LF right behind it is part of that line end, not a new line."""

@@ -28,6 +28,8 @@ from hoberproxy.probe import probe
 
 from .patience import WAIT
 from .scripted import (
+    DONE,
+    LAST_CHUNK,
     AwaitRelease,
     Close,
     Script,
@@ -35,6 +37,7 @@ from .scripted import (
     SeenRequest,
     Send,
     Stall,
+    chunk,
     completion,
     json_response,
     refused_port,
@@ -45,7 +48,8 @@ from .scripted import (
 
 KEY = "sk-secret-of-the-provider"
 TEXT = "words of the upstream"  # in every refusal here, with the key: neither may be told
-STREAM = sse(*stream_events(4), pace=0.02)
+# [DONE] and the end of the framing in one write, so that the connection is free for what is next.
+STREAM = [*sse(*stream_events(4), pace=0.02)[:-3], Send(chunk(DONE) + LAST_CHUNK)]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
 
 
