@@ -90,6 +90,7 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
         records_queued=gateway.ledger.depth,
         records_lost=gateway.ledger.lost,
         journal_lost=gateway.ledger.journal_lost,
+        journals_unreadable=gateway.ledger.unreadable,
         log_lines_lost=log.lost if log is not None else 0,
         resident_bytes=resident_bytes(),
         body_bytes=gateway.bodies.held,

@@ -110,6 +110,11 @@ FAMILIES = (
         "counter",
         "Entries the journal had no room for: a crash would lose them.",
     ),
+    Family(
+        "journals_unreadable",
+        "counter",
+        "Files kept for what could not be read of dead processes' journals.",
+    ),
     Family("log_lines_lost", "counter", "Log lines dropped."),
     Family("worker_restarts", "counter", "Workers that died and were replaced."),
     Family("reloads", "counter", "Reloads and upgrades, by how they went.", ("result",)),

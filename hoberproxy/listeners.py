@@ -6,16 +6,29 @@ supervisor's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
-from collections.abc import Iterable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .config import Address
 
+logger = logging.getLogger("hoberproxy.server")
+Listening = TypeVar("Listening")
+
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
 FIRST_PASSED = 3  # systemd's first descriptor (sd_listen_fds(3))
+# Seconds for processes of an earlier run to let go of an address: after a kill they notice it, and
+# close their copies of its sockets, as soon as they come to it.
+FREE_WITHIN = 10.0
+FREE_AT_ONCE = 1.0  # seconds for the same if none of them seems to live: one is just ending
+TRY_INTERVAL = 0.1
 METRICS_NAME = "metrics"  # FileDescriptorName= of a socket that is not for clients
 
 
@@ -83,6 +96,69 @@ def bind(address: Address) -> list[socket.socket]:
             listener.close()
         raise StartError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
     return bound
+
+
+async def listen_when_free(
+    listen: Callable[[], Awaitable[Listening]], has_predecessor: Callable[[], bool]
+) -> Listening:
+    """Return what `listen` returns, once nobody listens on its address any more.
+
+    Waits for FREE_WITHIN seconds while `has_predecessor` says that processes of an earlier run are
+    still there; an address that is another program's is an error. Raises what `listen` does.
+    """
+    begun = time.monotonic()
+    is_told = False
+    while True:
+        try:
+            return await listen()
+        except (OSError, StartError) as exc:
+            waited = time.monotonic() - begun
+            if not _is_in_use(exc) or waited >= FREE_WITHIN:
+                raise
+            is_ending = has_predecessor()
+            if not is_ending and waited >= FREE_AT_ONCE:
+                raise
+            if is_ending and not is_told:
+                logger.warning(
+                    "%s: processes of an earlier run are ending; trying for %g s", exc, FREE_WITHIN
+                )
+                is_told = True
+        await asyncio.sleep(TRY_INTERVAL)
+
+
+async def listen_for_clients(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    """`bind` for clients, once the address is free. Raises StartError."""
+
+    async def listen() -> list[socket.socket]:
+        return bind(address)
+
+    try:
+        return await listen_when_free(listen, has_predecessor)
+    except StartError as error:
+        raise StartError(f"{error}; choose another with --listen") from error
+
+
+async def listen_for_metrics(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    """`bind` for scrapers, once the address is free. Raises StartError."""
+
+    async def listen() -> list[socket.socket]:
+        return bind(address)
+
+    try:
+        return await listen_when_free(listen, has_predecessor)
+    except StartError as error:
+        advice = 'choose another, or "off", as server.metrics_listen'
+        raise StartError(f"metrics: {error}; {advice}") from error
+
+
+def _is_in_use(error: BaseException | None) -> bool:
+    if isinstance(error, StartError):
+        return _is_in_use(error.__cause__)
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:

@@ -45,6 +45,7 @@ class Gauges:
     log_lines_lost: int
     resident_bytes: int = 0
     body_bytes: int = 0
+    journals_unreadable: int = 0
 
 
 class _Histogram:
@@ -213,6 +214,7 @@ class Metrics:
             "estimated_requests": [[[], self._estimated]],
             "records_lost": [[[], gauges.records_lost]],
             "journal_entries_lost": [[[], gauges.journal_lost]],
+            "journals_unreadable": [[[], gauges.journals_unreadable]],
             "log_lines_lost": [[[], gauges.log_lines_lost]],
             "requests_open": [[[], gauges.streams_open]],
             "connections_open": [[[], gauges.connections_open]],

@@ -31,10 +31,12 @@ from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .folder import count_living
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
+from .joining import release_signals
 from .ledger import Ledger
-from .listeners import BACKLOG, Listeners, StartError, flat
+from .listeners import BACKLOG, Listeners, StartError, flat, listen_for_metrics, listen_when_free
 from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
 from .model_lists import ModelLists
@@ -196,8 +198,11 @@ class Server(Timed):
     ) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.create_server(
-                protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
+            return await listen_when_free(
+                lambda: loop.create_server(
+                    protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
+                ),
+                self._has_predecessor,
             )
         except OSError as exc:
             advice = "choose another with --listen"
@@ -215,11 +220,12 @@ class Server(Timed):
             await web.SockSite(runner, each).start()
         if given or address is None:
             return
-        try:
-            await web.TCPSite(runner, address.host, address.port).start()
-        except OSError as exc:
-            advice = 'choose another, or "off", as server.metrics_listen'
-            raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
+        for each in await listen_for_metrics(address, self._has_predecessor):
+            await web.SockSite(runner, each).start()
+
+    def _has_predecessor(self) -> bool:
+        """Whether other processes still serve with our records file, as after a kill."""
+        return count_living(self._config.records.file) > 1
 
     def announce(self) -> None:
         """Tell systemd that clients are served, and go on to tell it that the loop turns."""
@@ -365,6 +371,7 @@ class Server(Timed):
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, begin)
+        release_signals()
 
     async def _reload(self, load: Callable[[], Config]) -> None:
         while self._is_reload_due:
