@@ -113,6 +113,7 @@ _LENGTH: Final = re.compile(
     re.I,
 )
 # These have to do with how many tokens pass in a minute, not with how long one prompt is.
+_RATE_LIMIT: Final = re.compile(r"\brate.?limit|\btoo many requests\b", re.I)
 _RATE: Final = re.compile(
     r"per (?:second|minute|hour|day)|rate.?limit|\b[rt]p[md]\b|please wait", re.I
 )
@@ -172,9 +173,10 @@ def read_error(document: Any) -> ErrorDocument:
     layers = list(islice(_layers(document, _MOST_LEVELS), _MOST_LAYERS))
     objects = [layer for layer in layers if isinstance(layer, dict)]
     words = [word for layer in objects for word in _words(layer)]
+    message = _one_line(document)
     return ErrorDocument(
-        status=_find_status(objects, words),
-        message=_one_line(document),
+        status=_find_status(objects, words, message),
+        message=message,
         param=clean_text(_find_param(document), MAX_PARAM_LENGTH),
         code=_find_code(objects),
         words=frozenset(words),
@@ -252,7 +254,7 @@ def _layers(value: Any, levels: int) -> Iterator[Any]:
                 yield from _layers(value[name], levels - 1)
 
 
-def _find_status(layers: Iterable[JsonObject], words: Iterable[str]) -> int | None:
+def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: str) -> int | None:
     """The HTTP status that an error names as a number, else what its words stand for."""
     for layer in layers:
         for name in _STATUS_NAMES:
@@ -261,7 +263,9 @@ def _find_status(layers: Iterable[JsonObject], words: Iterable[str]) -> int | No
     for word in words:
         if (known := _STATUS_OF.get(word)) is not None:
             return known
-    return 422 if any(_is_validation(layer) for layer in layers) else None
+    if any(_is_validation(layer) for layer in layers):
+        return 422
+    return 429 if _RATE_LIMIT.search(message) else None
 
 
 def _as_status(value: Any) -> int | None:

@@ -311,6 +311,8 @@ STATUSES: list[tuple[Any, int | None]] = [
     ({"error": {"type": "ThrottlingException"}}, 429),
     ({"error": {"type": "engine_overloaded_error"}}, 429),
     ({"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}, 422),
+    ({"error": {"message": "Rate limit exceeded: free-models-per-min."}}, 429),
+    ({"error": "Too Many Requests"}, 429),
     ({"error": {"code": True}}, None),
     ({"error": {"code": 200}}, None),
     ({"error": {"code": 4000}}, None),
