@@ -131,6 +131,51 @@ FORMS: dict[str, tuple[Any, str]] = {
         {"error": {"code": "1210", "message": WHY}},
         "https://github.com/zeroclaw-labs/zeroclaw/issues/4124",
     ),
+    "Groq": (
+        {
+            "request_id": "req_1",
+            "error": {
+                "message": WHY,
+                "type": "invalid_request_error",
+                "param": "",
+                "code": "tool_use_failed",
+                "failed_generation": "<tool-use>",
+            },
+        },
+        "https://github.com/groq/groq-typescript/issues/103",
+    ),
+    "Cerebras": (
+        {
+            "message": WHY,
+            "type": "invalid_request_error",
+            "param": "validation_error",
+            "code": "wrong_api_format",
+        },
+        "https://github.com/egoist/chatwise-releases/issues/1442",
+    ),
+    "Together": (
+        {"id": "o1", "error": {"message": WHY, "type": "invalid_request_error", "param": None}},
+        "https://github.com/mozilla-ai/any-llm/issues/714",
+    ),
+    "Fireworks": (
+        {
+            "error": {"object": "error", "type": "invalid_request_error", "message": WHY},
+            "raw_output": None,
+        },
+        "https://github.com/TabbyML/tabby/pull/3676",
+    ),
+    "DeepInfra": (
+        {"error": {"message": WHY, "type": "invalid_request_error", "param": None, "code": None}},
+        "https://github.com/xtekky/gpt4free/issues/3446",
+    ),
+    "SambaNova": (
+        {"error": {"code": None, "message": WHY, "param": None, "type": "invalid_request_error"}},
+        "https://github.com/musistudio/claude-code-router/issues/965",
+    ),
+    "a gateway's own JSON within a text": (
+        {"error": {"message": WHY, "type": "api_error", "code": "provider_response_error"}},
+        "https://github.com/musistudio/claude-code-router/issues/965",
+    ),
     "Moonshot": (
         {"error": {"message": WHY, "type": "invalid_request_error"}},
         "https://github.com/MoonshotAI/kimi-cli/issues/2011",
@@ -228,7 +273,7 @@ def test_every_field_at_fault_is_told_of_a_few() -> None:
     assert (found.param, found.status) == ("a", 422)
 
 
-RUST = (  # https://github.com/dgrijalva's serde; seen in ai-goofish-monitor#57
+RUST = (  # serde's words of a body; github.com/Usagi-org/ai-goofish-monitor/issues/57
     "Failed to deserialize the JSON body into the target type: messages[0]: data did not match any "
     "variant of untagged enum ChatCompletionRequestContent at line 1 column 1301180"
 )
