@@ -20,6 +20,7 @@ JsonObject = dict[str, Any]
 
 MAX_MESSAGE_LENGTH: Final = 2000
 MAX_PARAM_LENGTH: Final = 128
+MAX_CODE_LENGTH: Final = 64
 _MOST_LAYERS: Final = 8
 _MOST_LEVELS: Final = 10
 _MOST_MESSAGES: Final = 8  # of a list; FastAPI names every field at fault
@@ -41,7 +42,6 @@ _MARKUP: Final = re.compile(r"<(?:!doctype|\?xml|html|head|body|title|h[1-6]|cen
 # The first whole text in JSON that was cut: it stands before what the server quotes of a prompt.
 _WHOLE_TEXT: Final = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*("(?:[^"\\]|\\.)+")')
 _STATUS_TEXT: Final = re.compile(r"\s*(?:http[\s_/:-]*)?([45][0-9]{2})(?![0-9])", re.I)
-_CODE: Final = re.compile(r"[A-Za-z][\w.:/-]*")
 _WORD_STARTS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NO_WORD: Final = re.compile(r"[^a-z0-9]+")
 
@@ -298,11 +298,12 @@ def _as_word(text: str) -> str:
 
 
 def _find_code(layers: list[JsonObject]) -> str:
-    """The innermost code that is a word: what lies around it is a gateway's, and says less."""
+    """The innermost code that is no status: what lies around it is a gateway's, and says less."""
     for layer in reversed(layers):
         code = layer.get("code")
-        if isinstance(code, str) and _CODE.fullmatch(code):
-            return code[:64]
+        if isinstance(code, str) and _as_status(code) is None:
+            if cleaned := clean_text(code, MAX_CODE_LENGTH):
+                return cleaned
     return ""
 
 

@@ -273,7 +273,7 @@ def test_every_field_at_fault_is_told_of_a_few() -> None:
     assert (found.param, found.status) == ("a", 422)
 
 
-RUST = (  # serde's words of a body; github.com/Usagi-org/ai-goofish-monitor/issues/57
+RUST = (  # serde's words of a body; seen in ai-goofish-monitor#57
     "Failed to deserialize the JSON body into the target type: messages[0]: data did not match any "
     "variant of untagged enum ChatCompletionRequestContent at line 1 column 1301180"
 )
@@ -304,7 +304,7 @@ def test_a_page_or_a_status_line_says_nothing(body: bytes) -> None:
 def test_a_message_is_one_line_that_every_encoding_takes() -> None:
     body = rb'{"error":{"message":"a\n\tb \u0007\ud83d c","param":"x\ud83d","code":"y\ud83d"}}'
     found = read_error(load_error(body))
-    assert (found.message, found.param, found.code) == ("a b ? c", "x?", "")
+    assert (found.message, found.param, found.code) == ("a b ? c", "x?", "y?")
 
 
 def test_what_is_told_is_bounded() -> None:

@@ -43,13 +43,15 @@ from .scripted import (
 )
 
 KEY = "sk-secret-of-the-provider"
-TEXT = "words of the upstream"  # in every refusal here, with the key: neither may be told
+TEXT = "words of the upstream"  # in every refusal here, in most with the key: neither may be told
 STREAM = sse(*stream_events(4), pace=0.02)
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
 
 
 def refusal(status: int, message: str = "") -> Script:
-    return json_response(status, {"error": {"message": f"{message} {TEXT} {KEY}", "param": None}})
+    # Of these a key makes another failure: nothing is wrong with the request then.
+    key = "" if status in (400, 413, 422) else KEY
+    return json_response(status, {"error": {"message": f"{message} {TEXT} {key}", "param": None}})
 
 
 def called(finish_reason: str = "tool_calls") -> Script:
