@@ -17,6 +17,10 @@ from .catalog import Provider
 PIECE: Final = 8  # characters of a key that identify it
 _LONG_PIECE: Final = 12  # the same of a key that may be made of words
 _SHORT_KEY: Final = 4  # below, what stands in its place is no secret ("k", "x")
+# Written where a server of one's own wants any key at all.
+_NO_KEYS: Final = frozenset(
+    "apikey dummy empty fake local none null ollama secret test token unused".split()
+)
 
 _SECRET_HEADER: Final = re.compile(r"key|token|auth|secret|credential|password|cookie", re.I)
 # How servers show a key that they do not take: the first and last characters around a mask.
@@ -138,8 +142,8 @@ def _holds(text: str, secret: str) -> bool:
 
 
 def _holds_short(text: str, secret: str) -> bool:
-    """A whole short key; words that stand where a server wants any key ("EMPTY") are none."""
-    if len(secret) < _SHORT_KEY or secret.isalpha():
+    """Whether `text` holds a short key as a whole."""
+    if len(secret) < _SHORT_KEY or secret.lower() in _NO_KEYS:
         return False
     return re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", text) is not None
 

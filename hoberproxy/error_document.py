@@ -344,12 +344,16 @@ def _message_of(error: JsonObject, levels: int) -> str:
     message = message or _first_text(error, levels)
     if isinstance(nested, str) and message.lower() in _SAYS_NOTHING:
         message = _find_message(nested, levels - 1) or message
-    for inner in (error.get("metadata"), error.get("innererror")):
-        if isinstance(inner, dict):
-            message = _joined(message, _first_text(inner, levels))
+    metadata, inner = error.get("metadata"), error.get("innererror")
+    if isinstance(metadata, dict):
+        message = _joined(message, _find_message(metadata, levels - 1))
+    if isinstance(inner, dict):
+        message = _joined(message, _first_text(inner, levels))
+    if not message and isinstance(by_field := error.get("errors"), dict):  # ASP.NET's
+        message = _find_message(list(by_field.values()), levels - 1)
     if not message:
         message = next((t for n in ("title", "Message") if isinstance(t := error.get(n), str)), "")
-    filtered = _filtered(error.get("innererror")) or _filtered(error)
+    filtered = _filtered(inner) or _filtered(error)
     return f"{message} (filtered: {filtered})" if filtered else message
 
 

@@ -206,6 +206,14 @@ FORMS: dict[str, tuple[Any, str]] = {
         {"statusCode": 400, "error": "Bad Request", "message": [WHY]},
         "https://docs.nestjs.com/exception-filters",
     ),
+    "ASP.NET": (
+        {"title": "One or more errors occurred.", "status": 400, "errors": {"messages": [WHY]}},
+        "https://learn.microsoft.com/aspnet/core/web-api/handle-errors",
+    ),
+    "OpenRouter, an error in metadata": (
+        {"error": {"message": "Provider returned error", "metadata": {"error": {"message": WHY}}}},
+        "gateways before OpenRouter",
+    ),
     "AWS": ({"Message": WHY}, "https://docs.aws.amazon.com/bedrock/latest/APIReference/"),
     "an error that is true": ({"error": True, "message": WHY}, "gateways"),
     "a detail within": ({"error": {"detail": WHY}}, "gateways"),
