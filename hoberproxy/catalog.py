@@ -70,6 +70,7 @@ class Abilities:
     json_schema: bool | None = None
     vision: bool | None = None  # image_url parts
     parameters: frozenset[str] | None = None  # members of a request that it supports
+    accepts: frozenset[str] | None = None  # extensions.py
 
     def over(self, default: Abilities) -> Abilities:
         """These, and the default's where they say nothing."""
@@ -387,6 +388,14 @@ class Catalog:
     def models(self) -> Iterable[Model]:
         """The models under a slug of their own, in the config's order; no wildcards."""
         return self._models.values()
+
+    def accepts(self, extension: str) -> bool:
+        """Whether any endpoint takes a value beyond the contract's, wildcards included."""
+        return any(
+            extension in (endpoint.abilities.accepts or ())
+            for model in self._all.values()
+            for endpoint in model.endpoints
+        )
 
     def listing(self, listed: Mapping[str, Sequence[str]] = _NONE_LISTED) -> list[dict[str, Any]]:
         """The entries of GET /v1/models, in the config's order.

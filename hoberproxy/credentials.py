@@ -17,6 +17,10 @@ from .catalog import Provider
 PIECE: Final = 8  # characters of a key that identify it
 _LONG_PIECE: Final = 12  # the same of a key that may be made of words
 _SHORT_KEY: Final = 4  # below, what stands in its place is no secret ("k", "x")
+# Written where a server of one's own wants any key at all.
+_NO_KEYS: Final = frozenset(
+    "apikey dummy empty fake local none null ollama secret test token unused".split()
+)
 
 _SECRET_HEADER: Final = re.compile(r"key|token|auth|secret|credential|password|cookie", re.I)
 # How servers show a key that they do not take: the first and last characters around a mask.
@@ -31,9 +35,9 @@ _WORDS: Final = frozenset(
     " invalid_authentication invalid_token token_expired expired_token access_token_expired"
     " credentials_missing failed_precondition organization_restricted account_deactivated billing"
     " billing_not_active billing_hard_limit_reached insufficient_quota insufficient_balance"
-    " exceeded_current_quota rate_limit_exceeded".split()
+    " exceeded_current_quota rate_limit_exceeded arrearage".split()
 )
-_KEY: Final = r"(?<![\w.\-\"'`])(?:x-)?api[ -]?keys?(?![\w\"'`])"
+_KEY: Final = r"(?<![\w.\-\"'`])(?:x-)?(?:api|subscription)[ -]?(?:keys?|tokens?)(?![\w\"'`])"
 _NEAR: Final = r"[^.;{}]{0,40}?"
 _BEFORE: Final = (
     r"\b(?:invalid|incorrect|wrong|bad|missing|expired|revoked|malformed|unknown|disabled|inactive"
@@ -52,12 +56,11 @@ _TEXT: Final = re.compile(
     r"|\b(?:invalid|incorrect|missing|expired|no) auth(?:entication|orization)?\b"
     r"|\b(?:invalid|incorrect|missing|expired|revoked|no) (?:access|bearer|security|jwt|oauth2?)"
     r"[ -]?tokens?\b"
-    r"|\b(?:access|auth|authentication|bearer|jwt|oauth2?)[ -]tokens?\b[^.;]{0,40}?\b"
+    r"|\b(?:access|auth|authentication|bearer|security|jwt|oauth2?)[ -]tokens?\b[^.;]{0,40}?\b"
     r"(?:invalid|expired|missing|revoked|not valid|required)\b"
     r"|\bjwt (?:is )?(?:expired|malformed|invalid)\b|\bbearer token\b|\bauthorization header\b"
     r"|\bauthentication (?:fail|error|(?:is )?required|credential)\w*"
-    r"|\b(?:not |un|could not be |failed to |unable to |cannot |could not )authenticat\w*"
-    r"|\bunauthori[sz]ed\b|\bnot authori[sz]ed\b|\bauthorization failed\b"
+    r"|\binvalid username or password\b|\bkey (?:is )?not allowed to access\b"
     r"|\b(?:invalid|incorrect|missing|no|expired|wrong|default) credentials?\b"
     r"|\bcredentials? (?:(?:is|are|was|were|have|has)(?: been)? )?"
     r"(?:invalid|incorrect|missing|expired|revoked|not (?:found|valid|provided|set))\b"
@@ -66,8 +69,18 @@ _TEXT: Final = re.compile(
     r"|\b(?:plans? (?:&|and)|enable|your) billing\b"
     r"|\b(?:account|organi[sz]ation|project)\b[^.;]{0,60}?"
     r"\b(?:not active|inactive|deactivated|suspended|disabled|restricted)\b"
+    r"|\borgani[sz]ation must be verified\b|\bgood standing\b|\busage limits?\b"
     r"|\buser location is not supported\b|\btokens per (?:minute|day)\b",
     re.I,
+)
+# The same, unless it is said of what the model server was to fetch for the client.
+_REFUSED: Final = re.compile(
+    r"\b(?:not |un|could not be |failed to |unable to |cannot |could not )authenticat\w*"
+    r"|\bunauthori[sz]ed\b|\bnot authori[sz]ed\b|\bauthorization failed\b",
+    re.I,
+)
+_FETCHED: Final = re.compile(
+    r"\b(?:images?|urls?|files?|audio|video|documents?|fetch|download)", re.I
 )
 
 
@@ -80,7 +93,12 @@ def secrets_of(provider: Provider) -> tuple[str, ...]:
 
 def concerns_account(text: str, words: Iterable[str] = ()) -> bool:
     """Whether a message, or the `words` of its codes, speak of credentials or of what we pay."""
-    return not _WORDS.isdisjoint(words) or any(map(_TEXT.search, _readings(text)))
+    if not _WORDS.isdisjoint(words):
+        return True
+    return any(
+        _TEXT.search(reading) or (_REFUSED.search(reading) and not _FETCHED.search(reading))
+        for reading in _readings(text)
+    )
 
 
 def holds_secret(text: str, secrets: Iterable[str]) -> bool:
@@ -124,8 +142,8 @@ def _holds(text: str, secret: str) -> bool:
 
 
 def _holds_short(text: str, secret: str) -> bool:
-    """A whole short key; words that stand where a server wants any key ("EMPTY") are none."""
-    if len(secret) < _SHORT_KEY or secret.isalpha():
+    """Whether `text` holds a short key as a whole."""
+    if len(secret) < _SHORT_KEY or secret.lower() in _NO_KEYS:
         return False
     return re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", text) is not None
 

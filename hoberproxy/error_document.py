@@ -20,6 +20,7 @@ JsonObject = dict[str, Any]
 
 MAX_MESSAGE_LENGTH: Final = 2000
 MAX_PARAM_LENGTH: Final = 128
+MAX_CODE_LENGTH: Final = 64
 _MOST_LAYERS: Final = 8
 _MOST_LEVELS: Final = 10
 _MOST_MESSAGES: Final = 8  # of a list; FastAPI names every field at fault
@@ -41,7 +42,6 @@ _MARKUP: Final = re.compile(r"<(?:!doctype|\?xml|html|head|body|title|h[1-6]|cen
 # The first whole text in JSON that was cut: it stands before what the server quotes of a prompt.
 _WHOLE_TEXT: Final = re.compile(r'"(?:message|msg|detail|error)"\s*:\s*("(?:[^"\\]|\\.)+")')
 _STATUS_TEXT: Final = re.compile(r"\s*(?:http[\s_/:-]*)?([45][0-9]{2})(?![0-9])", re.I)
-_CODE: Final = re.compile(r"[A-Za-z][\w.:/-]*")
 _WORD_STARTS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _NO_WORD: Final = re.compile(r"[^a-z0-9]+")
 
@@ -113,6 +113,7 @@ _LENGTH: Final = re.compile(
     re.I,
 )
 # These have to do with how many tokens pass in a minute, not with how long one prompt is.
+_RATE_LIMIT: Final = re.compile(r"\brate.?limit|\btoo many requests\b", re.I)
 _RATE: Final = re.compile(
     r"per (?:second|minute|hour|day)|rate.?limit|\b[rt]p[md]\b|please wait", re.I
 )
@@ -172,9 +173,10 @@ def read_error(document: Any) -> ErrorDocument:
     layers = list(islice(_layers(document, _MOST_LEVELS), _MOST_LAYERS))
     objects = [layer for layer in layers if isinstance(layer, dict)]
     words = [word for layer in objects for word in _words(layer)]
+    message = _one_line(document)
     return ErrorDocument(
-        status=_find_status(objects, words),
-        message=_one_line(document),
+        status=_find_status(objects, words, message),
+        message=message,
         param=clean_text(_find_param(document), MAX_PARAM_LENGTH),
         code=_find_code(objects),
         words=frozenset(words),
@@ -252,7 +254,7 @@ def _layers(value: Any, levels: int) -> Iterator[Any]:
                 yield from _layers(value[name], levels - 1)
 
 
-def _find_status(layers: Iterable[JsonObject], words: Iterable[str]) -> int | None:
+def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: str) -> int | None:
     """The HTTP status that an error names as a number, else what its words stand for."""
     for layer in layers:
         for name in _STATUS_NAMES:
@@ -261,7 +263,9 @@ def _find_status(layers: Iterable[JsonObject], words: Iterable[str]) -> int | No
     for word in words:
         if (known := _STATUS_OF.get(word)) is not None:
             return known
-    return 422 if any(_is_validation(layer) for layer in layers) else None
+    if any(_is_validation(layer) for layer in layers):
+        return 422
+    return 429 if _RATE_LIMIT.search(message) else None
 
 
 def _as_status(value: Any) -> int | None:
@@ -294,11 +298,12 @@ def _as_word(text: str) -> str:
 
 
 def _find_code(layers: list[JsonObject]) -> str:
-    """The innermost code that is a word: what lies around it is a gateway's, and says less."""
+    """The innermost code that is no status: what lies around it is a gateway's, and says less."""
     for layer in reversed(layers):
         code = layer.get("code")
-        if isinstance(code, str) and _CODE.fullmatch(code):
-            return code[:64]
+        if isinstance(code, str) and _as_status(code) is None:
+            if cleaned := clean_text(code, MAX_CODE_LENGTH):
+                return cleaned
     return ""
 
 
@@ -339,12 +344,16 @@ def _message_of(error: JsonObject, levels: int) -> str:
     message = message or _first_text(error, levels)
     if isinstance(nested, str) and message.lower() in _SAYS_NOTHING:
         message = _find_message(nested, levels - 1) or message
-    for inner in (error.get("metadata"), error.get("innererror")):
-        if isinstance(inner, dict):
-            message = _joined(message, _first_text(inner, levels))
+    metadata, inner = error.get("metadata"), error.get("innererror")
+    if isinstance(metadata, dict):
+        message = _joined(message, _find_message(metadata, levels - 1))
+    if isinstance(inner, dict):
+        message = _joined(message, _first_text(inner, levels))
+    if not message and isinstance(by_field := error.get("errors"), dict):  # ASP.NET's
+        message = _find_message(list(by_field.values()), levels - 1)
     if not message:
         message = next((t for n in ("title", "Message") if isinstance(t := error.get(n), str)), "")
-    filtered = _filtered(error.get("innererror")) or _filtered(error)
+    filtered = _filtered(inner) or _filtered(error)
     return f"{message} (filtered: {filtered})" if filtered else message
 
 

@@ -20,6 +20,15 @@ import orjson
 
 from .catalog import ROLES, Adaptation
 from .errors import RequestError
+from .extensions import (
+    NO_CONTENT,
+    NO_EXTENSIONS,
+    RESPONSE_FORMATS,
+    TOOL_CHOICES,
+    UNLIMITED,
+    find_extensions,
+    is_word,
+)
 from .http11_body import LARGE_BYTES
 from .members import Member, scan_members
 from .record import clip_text
@@ -28,14 +37,12 @@ JsonObject = dict[str, Any]
 
 _loads: Final = orjson.loads
 
-_TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
-_RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
 MAX_REQUESTED: Final = 16  # slugs that a record tells
 _LENGTHS: Final = ("max_completion_tokens", "max_tokens")
 _RARER: Final = frozenset(
-    ("stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
+    ("stream_options", "usage", "provider", "tools", "tool_choice", "response_format", *_LENGTHS)
 )
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
@@ -116,6 +123,7 @@ class Terms:
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
     max_output: int | None = None  # tokens
+    extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject) -> None:
         self.around: list[Around] = []  # as it went upstream; upstream_body.py's
@@ -135,6 +143,9 @@ class Terms:
         kind = (get("response_format") or _NOTHING).get("type")
         self.json_format = kind if kind in _JSON_FORMATS else None
         self.max_output = get("max_completion_tokens") or get("max_tokens")
+        if self.max_output == UNLIMITED:
+            self.max_output = None
+        self.extensions = find_extensions(get)
 
 
 def _candidates(document: JsonObject) -> tuple[str, ...]:
@@ -175,6 +186,11 @@ class Call:
     def prompt_bytes(self) -> int:
         """Size of the raw messages."""
         return len(self.raw_messages)
+
+    @property
+    def place_without_content(self) -> int | None:
+        """That of an assistant's message whose content is null, which only some servers take."""
+        return self.roles.get(NO_CONTENT)
 
 
 def parse_call(body: bytes) -> Call:
@@ -308,7 +324,7 @@ def _check_boolean(param: str, value: object) -> None:
 def _check_token_count(param: str, value: object) -> None:
     if type(value) is not int:
         raise _wrong_type(param, "integer", value)
-    if value < 1:
+    if value < 1 and value != UNLIMITED:
         raise _wrong_value(param, "1 or more", str(value))
 
 
@@ -327,6 +343,12 @@ def _check_enum(param: str, value: object, allowed: frozenset[str]) -> None:
         raise _wrong_type(param, "string", value)
     if value not in allowed:
         raise _wrong_value(param, _one_of(allowed), "another string")
+
+
+def _check_word(param: str, value: object, usual: frozenset[str]) -> None:
+    """One of the `usual` words, or another that an endpoint may accept: see extensions.py."""
+    if type(value) is not str or not is_word(value):
+        _check_enum(param, value, usual)
 
 
 def _number_check(highest: int) -> Callable[[str, object], None]:
@@ -353,7 +375,7 @@ def _flags_check(flag: str) -> Callable[[str, object], None]:
 
 def _check_tool_choice(param: str, value: object) -> None:
     if type(value) is str:
-        _check_enum(param, value, _TOOL_CHOICES)
+        _check_word(param, value, TOOL_CHOICES)
     elif type(value) is not dict:
         raise _wrong_type(param, "string or object", value)
 
@@ -362,8 +384,8 @@ def _check_response_format(param: str, value: object) -> None:
     if type(value) is not dict:
         raise _wrong_type(param, "object", value)
     if "type" not in value:
-        raise _missing(f"{param}.type", _one_of(_RESPONSE_FORMATS))
-    _check_enum(f"{param}.type", value["type"], _RESPONSE_FORMATS)
+        raise _missing(f"{param}.type", _one_of(RESPONSE_FORMATS))
+    _check_word(f"{param}.type", value["type"], RESPONSE_FORMATS)
 
 
 def _check_models(param: str, value: object) -> None:
@@ -398,6 +420,8 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
     """Whether any message holds an image, and the roles with the last place of each.
 
+    Under NO_CONTENT stands the first place of an assistant that said nothing, if there is one.
+
     Raises RequestError for the first message that is wrong.
     """
     if type(messages) is not list:
@@ -416,7 +440,9 @@ def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
         if type(content) is list:
             has_images = _check_parts(index, content) or has_images
         elif type(content) is not str and not _speaks_without_content(message):
-            raise _wrong_content(f"messages[{index}].content", message)
+            if role != "assistant" or content is not None or "content" not in message:
+                raise _wrong_content(f"messages[{index}].content", message)
+            roles.setdefault(NO_CONTENT, index)
     return has_images, roles
 
 

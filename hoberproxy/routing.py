@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from .catalog import Abilities, Catalog, Endpoint, Model
 from .errors import RouteError
+from .extensions import NO_CONTENT, check_accepted, param_of
 from .health import Health, Key
 from .request import NO_PREFERENCES, Call, ProviderPreferences
 
@@ -111,7 +112,8 @@ def make_plan(
 
     An unknown slug among several is skipped. Raises RouteError 404: `model_not_found` if none is
     known, `no_endpoint` if the filters left nothing; and 400 `context_length_exceeded` if a shorter
-    prompt would have left something.
+    prompt would have left something; and RequestError for a value beyond the contract's that no
+    endpoint of the catalog accepts.
     """
     if health is None:
         health = _NOTHING_LEARNT
@@ -133,6 +135,7 @@ def make_plan(
         sort = terms.provider.sort or sort
         steps += _arrange(offers, sort, terms.provider, health, now, draw)
     if not steps:
+        check_accepted(_extensions(call), call.place_without_content, catalog.accepts)
         raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
         removed += [_fallback(step) for step in steps[1:]]
@@ -169,6 +172,8 @@ class _Standing:  # no tuple, whose methods are looked up by name
             and (not terms.needs_tools or "tools" in self.abilities)
             and (terms.json_format is None or "json" in self.abilities)
             and (not call.needs_images or "vision" in self.abilities)
+            and not terms.extensions
+            and call.place_without_content is None
         )
 
 
@@ -237,6 +242,7 @@ def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
         filters.append(("ignored", _ignore(frozenset(wanted.ignore))))
     if wanted.max_price_prompt is not None or wanted.max_price_completion is not None:
         filters.append(("price", _price_limit(wanted)))
+    filters += [(extension, _without_extension(extension)) for extension in _extensions(call)]
     if terms.needs_tools:
         filters.append(("no_tools", _without_tools))
     if terms.json_format is not None:
@@ -310,6 +316,20 @@ def _price_limit(wanted: ProviderPreferences) -> _Filter:
             if limit is not None and price > limit:
                 return f"its {what} price of {price} USD per million tokens is over {limit}"
         return None
+
+    return why_not
+
+
+def _extensions(call: Call) -> list[str]:
+    """The values beyond the contract's that a call uses."""
+    found = sorted(call.terms.extensions)
+    return found if call.place_without_content is None else [*found, NO_CONTENT]
+
+
+def _without_extension(extension: str) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        accepted = endpoint.abilities.accepts or ()
+        return None if extension in accepted else f"it does not accept {extension}"
 
     return why_not
 
@@ -530,6 +550,12 @@ _ADVICE: Final = {
 }
 
 
+def _advice(filter: str) -> tuple[str, str]:
+    """The field at fault where `filter` removed an endpoint, and what to do."""
+    known = _ADVICE.get(filter)
+    return known or (param_of(filter), f"choose a model that takes {filter}, or send another value")
+
+
 def _nothing_left(call: Call, removed: list[Removal], unknown: list[str]) -> RouteError:
     candidates = call.terms.candidates
     if len(unknown) == len(candidates):
@@ -538,8 +564,8 @@ def _nothing_left(call: Call, removed: list[Removal], unknown: list[str]) -> Rou
         return _too_long(call, length)
     reasons = [f"{each.provider} of {each.slug[:128]!r} ({each.words})" for each in removed]
     filters = dict.fromkeys(each.filter for each in removed)  # in order, without repeats
-    advice = [_ADVICE[name][1] for name in filters] or ["ask for a model that has an endpoint"]
-    params = {_ADVICE[name][0] for name in filters}
+    advice = [_advice(name)[1] for name in filters] or ["ask for a model that has an endpoint"]
+    params = {_advice(name)[0] for name in filters}
     message = f"no endpoint is left; removed: {_listed(reasons)}; {', or '.join(advice)}"
     if unknown:
         message += f"; not in the catalog: {_listed([repr(slug[:128]) for slug in unknown])}"

@@ -365,11 +365,22 @@ def test_an_endpoints_own_rules_win_name_by_name(own: str, expected: Adaptation)
 
 
 def test_an_endpoints_own_abilities_win_name_by_name() -> None:
-    own = 'vision = true\nparameters = ["b"]'
-    defaults = 'tools = true\nvision = false\nparameters = ["a"]'
+    own = 'vision = true\nparameters = ["b"]\naccepts = ["tool_choice=any"]'
+    defaults = 'tools = true\nvision = false\nparameters = ["a"]\naccepts = ["max_tokens=-1"]'
     assert endpoint(own, defaults).abilities == Abilities(
-        tools=True, vision=True, parameters=frozenset("b")
+        tools=True,
+        vision=True,
+        parameters=frozenset("b"),
+        accepts=frozenset(["tool_choice=any"]),
     )
+
+
+@pytest.mark.parametrize("value", ["any", "tool_choice", "max_tokens=-2", "temperature=3", "n=a b"])
+def test_what_an_endpoint_accepts_is_a_member_and_a_value(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        provider(f'accepts = ["{value}"]')
+    (problem,) = caught.value.problems
+    assert "providers.p.accepts[0]: expected a member and a value" in problem
 
 
 def test_a_preset_brings_abilities_and_adaptations_that_settings_override() -> None:
@@ -382,7 +393,10 @@ def test_a_preset_brings_abilities_and_adaptations_that_settings_override() -> N
     old = wildcard_of('preset = "openai"\nrename = { max_tokens = "max_tokens" }', "OPENAI_API_KEY")
     assert old.adaptation == Adaptation()
     deepseek = wildcard_of('preset = "deepseek"\nvision = false', "DEEPSEEK_API_KEY")
-    assert deepseek.abilities == Abilities(json_schema=False, vision=False)
+    known = frozenset(["content=null"])
+    assert deepseek.abilities == Abilities(json_schema=False, vision=False, accepts=known)
+    none = wildcard_of('preset = "deepseek"\naccepts = []', "DEEPSEEK_API_KEY")
+    assert none.abilities.accepts == frozenset()
     assert deepseek.adaptation.roles == (("developer", "system"),)
 
 

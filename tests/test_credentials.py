@@ -64,6 +64,14 @@ OURS = {
     "credentials": "Invalid credentials",
     "default credentials": "Your default credentials were not found.",
     "failed": "Failed to authenticate request with Clerk",
+    "Azure": "Access denied due to invalid subscription key or wrong API endpoint.",
+    "AWS": "The security token included in the request is invalid",
+    "Cohere": "no api token supplied",
+    "OpenAI's verification": "Your organization must be verified to stream this model.",
+    # docs.claude.com/en/api/errors: "invalid_request_error (spend limit reached)"
+    "Anthropic's limits": "You have reached your specified API usage limits.",
+    # help.aliyun.com, error code Arrearage
+    "DashScope": "Access denied, please make sure your account is in good standing.",
 }
 
 
@@ -117,6 +125,12 @@ THEIRS = [
     "stream_options is only allowed when stream is enabled",
     "The keys of logit_bias must be valid token ids",
     "seed: must be an integer; the API takes no string",
+    "Failed to fetch image from URL: status code 401 Unauthorized",
+    "Error while downloading https://example.org/a.png: not authorized",
+    "'tool_choice' is only allowed when 'tools' are specified",
+    "An assistant message with 'tool_calls' must be followed by tool messages",
+    "messages: text content blocks must be non-empty",
+    "Unrecognized request argument supplied: reasoning_effort",
 ]
 
 
@@ -196,7 +210,9 @@ def test_a_text_that_does_not_is_none(key: str, text: str) -> None:
     assert not holds_secret(text, (key,))
 
 
-@pytest.mark.parametrize(("key", "text"), [("s3cret", "key s3cret?"), ("abc-1", "'abc-1'")])
+@pytest.mark.parametrize(
+    ("key", "text"), [("s3cret", "key s3cret?"), ("abc-1", "'abc-1'"), ("qwert", "qwert!")]
+)
 def test_a_short_key_is_found_whole(key: str, text: str) -> None:
     assert holds_secret(text, (key,))
     assert not holds_secret(text.replace(key, key + "x"), (key,))

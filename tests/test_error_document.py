@@ -131,6 +131,51 @@ FORMS: dict[str, tuple[Any, str]] = {
         {"error": {"code": "1210", "message": WHY}},
         "https://github.com/zeroclaw-labs/zeroclaw/issues/4124",
     ),
+    "Groq": (
+        {
+            "request_id": "req_1",
+            "error": {
+                "message": WHY,
+                "type": "invalid_request_error",
+                "param": "",
+                "code": "tool_use_failed",
+                "failed_generation": "<tool-use>",
+            },
+        },
+        "https://github.com/groq/groq-typescript/issues/103",
+    ),
+    "Cerebras": (
+        {
+            "message": WHY,
+            "type": "invalid_request_error",
+            "param": "validation_error",
+            "code": "wrong_api_format",
+        },
+        "https://github.com/egoist/chatwise-releases/issues/1442",
+    ),
+    "Together": (
+        {"id": "o1", "error": {"message": WHY, "type": "invalid_request_error", "param": None}},
+        "https://github.com/mozilla-ai/any-llm/issues/714",
+    ),
+    "Fireworks": (
+        {
+            "error": {"object": "error", "type": "invalid_request_error", "message": WHY},
+            "raw_output": None,
+        },
+        "https://github.com/TabbyML/tabby/pull/3676",
+    ),
+    "DeepInfra": (
+        {"error": {"message": WHY, "type": "invalid_request_error", "param": None, "code": None}},
+        "https://github.com/xtekky/gpt4free/issues/3446",
+    ),
+    "SambaNova": (
+        {"error": {"code": None, "message": WHY, "param": None, "type": "invalid_request_error"}},
+        "https://github.com/musistudio/claude-code-router/issues/965",
+    ),
+    "a gateway's own JSON within a text": (
+        {"error": {"message": WHY, "type": "api_error", "code": "provider_response_error"}},
+        "https://github.com/musistudio/claude-code-router/issues/965",
+    ),
     "Moonshot": (
         {"error": {"message": WHY, "type": "invalid_request_error"}},
         "https://github.com/MoonshotAI/kimi-cli/issues/2011",
@@ -160,6 +205,14 @@ FORMS: dict[str, tuple[Any, str]] = {
     "NestJS": (
         {"statusCode": 400, "error": "Bad Request", "message": [WHY]},
         "https://docs.nestjs.com/exception-filters",
+    ),
+    "ASP.NET": (
+        {"title": "One or more errors occurred.", "status": 400, "errors": {"messages": [WHY]}},
+        "https://learn.microsoft.com/aspnet/core/web-api/handle-errors",
+    ),
+    "OpenRouter, an error in metadata": (
+        {"error": {"message": "Provider returned error", "metadata": {"error": {"message": WHY}}}},
+        "gateways before OpenRouter",
     ),
     "AWS": ({"Message": WHY}, "https://docs.aws.amazon.com/bedrock/latest/APIReference/"),
     "an error that is true": ({"error": True, "message": WHY}, "gateways"),
@@ -228,7 +281,7 @@ def test_every_field_at_fault_is_told_of_a_few() -> None:
     assert (found.param, found.status) == ("a", 422)
 
 
-RUST = (  # https://github.com/dgrijalva's serde; seen in ai-goofish-monitor#57
+RUST = (  # serde's words of a body; seen in ai-goofish-monitor#57
     "Failed to deserialize the JSON body into the target type: messages[0]: data did not match any "
     "variant of untagged enum ChatCompletionRequestContent at line 1 column 1301180"
 )
@@ -259,7 +312,7 @@ def test_a_page_or_a_status_line_says_nothing(body: bytes) -> None:
 def test_a_message_is_one_line_that_every_encoding_takes() -> None:
     body = rb'{"error":{"message":"a\n\tb \u0007\ud83d c","param":"x\ud83d","code":"y\ud83d"}}'
     found = read_error(load_error(body))
-    assert (found.message, found.param, found.code) == ("a b ? c", "x?", "")
+    assert (found.message, found.param, found.code) == ("a b ? c", "x?", "y?")
 
 
 def test_what_is_told_is_bounded() -> None:
@@ -311,6 +364,8 @@ STATUSES: list[tuple[Any, int | None]] = [
     ({"error": {"type": "ThrottlingException"}}, 429),
     ({"error": {"type": "engine_overloaded_error"}}, 429),
     ({"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}, 422),
+    ({"error": {"message": "Rate limit exceeded: free-models-per-min."}}, 429),
+    ({"error": "Too Many Requests"}, 429),
     ({"error": {"code": True}}, None),
     ({"error": {"code": 200}}, None),
     ({"error": {"code": 4000}}, None),

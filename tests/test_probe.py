@@ -47,14 +47,16 @@ from .scripted import (
 )
 
 KEY = "sk-secret-of-the-provider"
-TEXT = "words of the upstream"  # in every refusal here, with the key: neither may be told
+TEXT = "words of the upstream"  # in every refusal here, in most with the key: neither may be told
 # [DONE] and the end of the framing in one write, so that the connection is free for what is next.
 STREAM = [*sse(*stream_events(4), pace=0.02)[:-3], Send(chunk(DONE) + LAST_CHUNK)]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
 
 
 def refusal(status: int, message: str = "") -> Script:
-    return json_response(status, {"error": {"message": f"{message} {TEXT} {KEY}", "param": None}})
+    # Of these a key makes another failure: nothing is wrong with the request then.
+    key = "" if status in (400, 413, 422) else KEY
+    return json_response(status, {"error": {"message": f"{message} {TEXT} {key}", "param": None}})
 
 
 def called(finish_reason: str = "tool_calls") -> Script:

@@ -102,10 +102,10 @@ BAD_FIELDS: dict[str, tuple[bytes, str | None, str]] = {
         "messages[0].content",
         TYPE,
     ),
-    "content null beside no tool calls": (
-        chat({"role": "assistant", "content": None, "tool_calls": []}),
+    "content absent beside no tool calls": (
+        chat({"role": "assistant", "tool_calls": []}),
         "messages[0].content",
-        TYPE,
+        MISSING,
     ),
     "content absent on a user's message with tool calls": (
         chat({"role": "user", "tool_calls": [{}]}),
@@ -438,6 +438,38 @@ def test_the_newer_limit_of_the_output_wins() -> None:
     assert parse_call(body(max_tokens=5)).terms.max_output == 5
     assert parse_call(body(max_tokens=5, max_completion_tokens=7)).terms.max_output == 7
     assert parse_call(body(max_tokens=5, max_completion_tokens=None)).terms.max_output == 5
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        ({}, set()),
+        ({"tool_choice": "required"}, set()),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, set()),
+        ({"tool_choice": "any"}, {"tool_choice=any"}),
+        ({"tool_choice": "REQUIRED"}, {"tool_choice=REQUIRED"}),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, set()),
+        ({"response_format": {"type": "grammar", "grammar": "x"}}, {"response_format=grammar"}),
+        ({"max_tokens": -1}, {"max_tokens=-1"}),
+        ({"max_completion_tokens": -1}, {"max_completion_tokens=-1"}),
+        ({"tool_choice": "any", "max_tokens": -1}, {"tool_choice=any", "max_tokens=-1"}),
+    ],
+    ids=str,
+)
+def test_values_that_only_some_servers_take_are_noted(
+    sent: dict[str, Any], found: set[str]
+) -> None:
+    call = parse_call(body(**sent))
+    assert call.terms.extensions == found
+    assert call.terms.max_output is None
+    assert call.terms.json_format in (None, "json_schema")
+    assert call.place_without_content is None
+
+
+def test_an_assistant_that_said_nothing_is_noted_with_its_place() -> None:
+    empty = {"role": "assistant", "content": None}
+    assert parse_call(chat(USER, empty, USER, empty)).place_without_content == 1
+    assert parse_call(chat(USER, {**empty, "refusal": "no"})).place_without_content is None
 
 
 def test_provider_preferences_are_read() -> None:

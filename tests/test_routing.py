@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.catalog import Abilities, Adaptation, Catalog, Endpoint, Model
-from hoberproxy.errors import RouteError
+from hoberproxy.errors import RequestError, RouteError
 from hoberproxy.health import TRIAL, Health
 from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
@@ -248,6 +248,65 @@ def test_what_cannot_serve_the_call_is_removed_with_its_reason(
         assert (error.status, error.code) == (404, "no_endpoint")
         assert f"no of 'm' ({plan.removed[0].words})" in error.message
     assert error.param == param
+
+
+EMPTY = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]
+BEYOND: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"tool_choice": "any"}, "tool_choice=any", "tool_choice", "invalid_value"),
+    (
+        {"response_format": {"type": "grammar"}},
+        "response_format=grammar",
+        "response_format.type",
+        "invalid_value",
+    ),
+    ({"max_tokens": -1}, "max_tokens=-1", "max_tokens", "invalid_value"),
+    (
+        {"max_completion_tokens": -1},
+        "max_completion_tokens=-1",
+        "max_completion_tokens",
+        "invalid_value",
+    ),
+    ({"messages": EMPTY}, "content=null", "messages[1].content", "invalid_type"),
+]
+BEYOND_IDS = [name for _, name, _, _ in BEYOND]
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+def test_a_value_that_only_some_servers_take_goes_to_those_alone(
+    sent: dict[str, Any], name: str, param: str, code: str
+) -> None:
+    accepting = Abilities(accepts=frozenset([name, "tool_choice=other"]))
+    models = catalog(endpoint("no"), endpoint("yes", abilities=accepting))
+    assert providers(make_plan(call("m"), models)) == ["no", "yes"], "others go to all"
+    plan = make_plan(call("m", **sent), models)
+    assert providers(plan) == ["yes"]
+    assert filters(plan) == {"no": name}
+    assert providers(make_plan(call("m"), models)) == ["no", "yes"], "and still do"
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+def test_where_only_another_model_s_endpoint_takes_a_value_there_is_no_endpoint(
+    sent: dict[str, Any], name: str, param: str, code: str
+) -> None:
+    accepting = endpoint("b", "*", abilities=Abilities(accepts=frozenset([name])))
+    models = Catalog([Model("m", (endpoint("a"),)), Model("o/*", (accepting,))])
+    with pytest.raises(RouteError, match=f"it does not accept {name}") as caught:
+        make_plan(call("m", **sent), models)
+    error = caught.value
+    assert (error.status, error.code) == (404, "no_endpoint")
+    assert (error.param or "").startswith(param.partition("[")[0])
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+@pytest.mark.parametrize("slug", ["m", "unknown", "hober/auto"])
+def test_a_value_that_no_endpoint_takes_is_a_400_that_names_the_field(
+    sent: dict[str, Any], name: str, param: str, code: str, slug: str
+) -> None:
+    accepting = Abilities(accepts=frozenset(["tool_choice=other"]))
+    with pytest.raises(RequestError) as caught:
+        make_plan(call(slug, **sent), catalog(endpoint("a", abilities=accepting)))
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, code, param)
 
 
 LONG = [{"role": "user", "content": "a" * 6000}]

@@ -322,7 +322,7 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
     refusal = json_response(400, {"error": {"message": "too long", "code": THEIRS}})
     async with (
         ScriptedUpstream(refusal) as upstream,
-        ScriptedUpstream(json_response(500, {})) as other,
+        ScriptedUpstream(json_response(429, {})) as other,
         proxy_to(upstream, other, models=[model_at(SLUG, "a"), model_at(OTHER_SLUG, "b")]) as proxy,
     ):
         reply = await proxy.post(chat(models=models))
