@@ -103,6 +103,7 @@ def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
     return [
         {
             "index": index,
+            "finish_reason": None,  # chunks always have one
             **{name: choice[name] for name in choice if name not in ("message", "index")},
             "delta": _delta(choice),
         }
