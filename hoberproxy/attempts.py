@@ -262,7 +262,7 @@ class Attempt(Reporter):
         self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
-        """The connection went before any head came."""
+        """The connection went before any byte of a body came."""
         self._connection = None
         if loss is Loss.STALE:
             # It had been closed while idle and nothing of an answer came: not a failure of the
