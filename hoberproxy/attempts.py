@@ -40,6 +40,9 @@ _EVENT_BYTES: Final = frozenset(b"deir:")
 _JSON_BYTES: Final = frozenset(b"{[")
 _WHITE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
+# The part of `first_content` after which a stream is watched again, for so long: one event of it is
+# looked at in some minutes, and one that stalls ends this much later than it might.
+WATCH_AFTER: Final = 0.25
 # As globals: a look-up on the enum class costs as much as a small function.
 _CONNECT: Final = Phase.CONNECT
 _HEAD: Final = Phase.HEAD
@@ -93,6 +96,8 @@ class Attempt(Reporter):
     _connecting: asyncio.Task[UpstreamConnection] | None = None
     _head: ResponseHead | None = None
     _relay: Relay | None = None
+    _is_watching = False  # whether there is content in what comes
+    _looked_at = 0.0  # loop time since when, or at which there was
     _begun = b""  # a part of a byte order mark at the beginning of a body
 
     def __init__(
@@ -259,7 +264,7 @@ class Attempt(Reporter):
         self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
-        """The connection went before any head came."""
+        """The connection went before any byte of a body came."""
         self._connection = None
         if loss is Loss.STALE:
             # It had been closed while idle and nothing of an answer came: not a failure of the
@@ -273,10 +278,15 @@ class Attempt(Reporter):
     def open_answer(self, *, is_stream: bool) -> None:
         assert self._head is not None
         self.phase = _CONTENT
+        self._looked_at = self._owner.now
         self._owner.open_answer(self._head, is_stream=is_stream)
 
     def note_opened(self, *, is_stream: bool) -> None:
         self._owner.note_opened(is_stream=is_stream)
+
+    def note_progress(self) -> None:
+        self._is_watching = False
+        self._looked_at = self._owner.now
 
     def send_answer(self, body: bytes) -> None:
         assert self._head is not None
@@ -365,7 +375,7 @@ class Attempt(Reporter):
     def resume(self) -> None:
         """The client has caught up."""
         self._is_paused = False
-        self._last_activity = self._owner.now
+        self._last_activity = self._looked_at = self._owner.now
         if self._connection is not None:
             self._connection.resume_upstream()
 
@@ -383,10 +393,15 @@ class Attempt(Reporter):
         limits, due = self.limits, self.started + self.limits.total
         if self.phase in _BEFORE_CONTENT:
             return min(due, self.started + limits.first_content) if self._is_stream else due
-        return due if self._is_paused else min(due, self.idle_since + limits.idle)
+        if self._is_paused:
+            return due
+        due = min(due, self.idle_since + limits.idle)
+        return min(due, self._look_due) if self._is_stream else due
 
     def check_limits(self, now: float) -> None:
         """Fail if a time limit has passed."""
+        if now >= self.due:
+            self._look(now)
         if now < self.due:
             return
         seconds, what = self._passed_limit(now)
@@ -397,6 +412,27 @@ class Attempt(Reporter):
         else:
             self.fail(error)
 
+    @property
+    def _look_due(self) -> float:
+        """Loop time to begin to watch a stream, or at which it has had no content for too long."""
+        wait = self.limits.first_content
+        return self._looked_at + (wait if self._is_watching else wait * WATCH_AFTER)
+
+    def _look(self, now: float) -> None:
+        """Begin to watch a stream, if it is time to: it may send nothing but comments.
+
+        Also anew if nothing at all has come, for silence has a limit of its own.
+        """
+        relay = self._relay
+        if self.phase is not _CONTENT or self._is_paused or now < self._look_due:
+            return
+        if self._is_watching and self.idle_since > self._looked_at:
+            return
+        if isinstance(relay, StreamRelay) and self._connection is not None:
+            self._is_watching, self._looked_at = True, now
+            self._connection.drop_shortcut()
+            relay.watch()
+
     def _passed_limit(self, now: float) -> tuple[float, str]:
         """The limit that was reached: its seconds, and of what."""
         limits = self.limits
@@ -404,7 +440,9 @@ class Attempt(Reporter):
             return limits.total, "in all"
         if self.phase in _BEFORE_CONTENT:
             return limits.first_content, "before the first content"
-        return limits.idle, "between bytes"
+        if now >= self.idle_since + limits.idle:
+            return limits.idle, "between bytes"
+        return limits.first_content, "but comments or empty events"
 
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""

@@ -18,6 +18,7 @@ from .http11 import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
 from .native import mypyc_attr
+from .progress import has_progress
 from .refusal import MAX_BODY_BYTES
 from .sink import Shortcut
 from .stream import StreamScanner, decode_string
@@ -78,6 +79,10 @@ class Reporter(Receiver):
         """The last bytes of the answer, so many, are about to be written: account for it first."""
         raise NotImplementedError
 
+    def note_progress(self) -> None:
+        """Content has come since the stream is watched."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """The answer was passed on to its end."""
         raise NotImplementedError
@@ -132,6 +137,7 @@ class StreamRelay(Relay):
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
+        self._is_watched = False
         self._unsent = b""  # of the last piece: it goes with the end
         self._shortcut: Shortcut | None = None
 
@@ -156,7 +162,20 @@ class StreamRelay(Relay):
         if scanner.failure is not None:
             self._fail_stream()
             return None
+        if self._is_watched and not self._has_progress(out):
+            return None
         return self._shortcut if scanner.is_ready_for_stencil else None
+
+    def watch(self) -> None:
+        """Look for content in what comes, until there is some; nothing may pass beside us."""
+        self._is_watched = True
+
+    def _has_progress(self, out: bytes) -> bool:
+        # Of an event too long to be held, each piece is progress.
+        self._is_watched = self._scanner.is_at_boundary and not has_progress(out)
+        if not self._is_watched:
+            self._attempt.note_progress()
+        return not self._is_watched
 
     def on_last(self, data: bytes) -> None:
         self._unsent = self._scanner.feed(data)

@@ -153,6 +153,10 @@ class UpstreamConnection:
         if self._transport is not None and not self._transport.is_reading():
             self._transport.resume_reading()
 
+    def drop_shortcut(self) -> None:
+        """Let no chunk pass the receiver until it says anew that they may."""
+        self._stencil = None
+
     def await_end(self) -> None:
         """Let the answer end, which has said all: soon, or the connection is closed (pool.py)."""
         if self.state is not _ACTIVE:

@@ -78,6 +78,19 @@ def test_only_the_models_name_is_replaced(raw: bytes, expected: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "end", [b"data: [DONE]\n\n", b"\n\ndata: [DONE]\n\n", b"\r\n\r\ndata:[DONE]\r\n\r\n"], ids=repr
+)
+def test_done_behind_a_completion_is_left_out(end: bytes) -> None:
+    # decolua/9router#3492: a whole completion, labelled a stream, and [DONE].
+    completion = parse_completion(body() + end, SLUG)
+    assert completion.body == parse_completion(body(), SLUG).body
+    with pytest.raises(CompletionError, match="a JSON body"):
+        parse_completion(body()[:-1] + end, SLUG)
+    with pytest.raises(CompletionError, match="a JSON body"):
+        parse_completion(end, SLUG)
+
+
+@pytest.mark.parametrize(
     ("raw", "words"),
     [
         pytest.param(b"", "a JSON body", id="nothing"),
@@ -118,7 +131,7 @@ def test_a_strange_choice_has_no_finish_reason(choice: Any) -> None:
     assert parse_completion(body(choices=[choice]), SLUG).finish_reason == ""
     chunk = as_stream(choices=[choice])[0]
     if isinstance(choice, dict):
-        assert chunk["choices"][0]["delta"] == {}
+        assert chunk["choices"] == [{"index": 0, "delta": {}, "finish_reason": None}]
     else:
         assert chunk["choices"] == [], "no client reads anything but objects there"
 

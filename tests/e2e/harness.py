@@ -76,7 +76,7 @@ def error_event_of(body: bytes) -> dict[str, Any]:
     assert rest == b"", "the stream must end with a whole event"
     assert b"[DONE]" not in body
     assert not any(event.startswith(b'data: {"error"') for event in before)
-    document = json.loads(last.removeprefix(b"data: "))
+    document = json.loads(last.lstrip(b"\n").removeprefix(b"data: "))
     assert set(document) == {"error"}, "with choices, some clients take the stream for finished"
     error = document["error"]
     assert set(error) >= {"message", "type", "param", "code"}

@@ -469,6 +469,26 @@ async def test_bytes_keep_a_stream_alive_beyond_the_idle_limit(proxy_to: ProxyTo
     assert reply.body == as_client_sees([*[FIRST] * 8, *EVENTS])
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [b": ping\n\n", FIRST.replace(b" word0", b""), b"event: ping\ndata: {}\n\n"],
+    ids=["comments", "empty texts", "pings"],
+)
+async def test_nothing_but_comments_or_empty_events_is_no_stream_for_ever(
+    proxy_to: ProxyTo, empty: bytes
+) -> None:
+    limits = TimeLimits(connect=1.0, first_content=0.3, idle=5.0, total=60.0)
+    script = [*OPENED, *[Send(chunk(empty)), Pause(0.05)] * 400]
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
+        reply = await proxy.post(chat(stream=True))
+        record = await proxy.wait_for_record()
+        await upstream.wait_for_hangup()
+    error = error_event_of(reply.body)
+    assert (error["code"], record.code) == ("upstream_timeout", "upstream_timeout")
+    assert "within 0.3 s but comments or empty events" in error["message"]
+    assert (record.phase, record.status) == ("content", 200)
+
+
 async def test_a_late_beginning_is_no_failure_within_the_limit(proxy_to: ProxyTo) -> None:
     limits = replace(LIMITS, idle=patient(0.5))  # idle counts from the first content on
     script = [sse_head(), Pause(2 * limits.idle), *sse(*EVENTS)[1:]]

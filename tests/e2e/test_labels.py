@@ -139,6 +139,7 @@ BODIES = {
     "in pieces": lambda label: labelled(label, *[PAYLOAD[at : at + 9] for at in range(0, 900, 9)]),
     "byte by byte": lambda label: dribble(with_length(label, PAYLOAD)),
     "behind white space": lambda label: with_length(label, b"\n\n \t" + PAYLOAD),
+    "before [DONE]": lambda label: with_length(label, PAYLOAD + b"\n\n" + DONE),
 }
 
 
