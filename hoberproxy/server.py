@@ -24,13 +24,14 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission, BodyMemory, body_memory_limit
+from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .files import connections_limit, raise_file_limit
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
@@ -165,6 +166,7 @@ class Server(Timed):
             upstreams=upstreams,
             admission=self._make_admission(config),
             bodies=BodyMemory(self._body_memory_limit(config)),
+            room=ConnectionRoom(connections_limit()),
         )
 
     def _body_memory_limit(self, config: Config) -> int:
@@ -515,6 +517,7 @@ def _explain(address: Address, exc: OSError) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
+    raise_file_limit()
     keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
