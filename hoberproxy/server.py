@@ -35,7 +35,7 @@ from .files import connections_limit, raise_file_limit
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .ledger import Ledger
-from .listeners import BACKLOG, Listeners, StartError, flat
+from .listeners import BACKLOG, Listeners, StartError, flat, limit_unsent
 from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
 from .model_lists import ModelLists
@@ -198,9 +198,14 @@ class Server(Timed):
     ) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.create_server(
+            listener = await loop.create_server(
                 protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
             )
+            for each in listener.sockets:
+                # On a copy of the descriptor: uvloop's stand-in for a socket cannot set options.
+                with socket.socket(fileno=os.dup(each.fileno())) as own:
+                    limit_unsent(own)
+            return listener
         except OSError as exc:
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc

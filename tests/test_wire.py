@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from hoberproxy import server, wire
+from hoberproxy.connector import UNREAD_BYTES
 from hoberproxy.http11 import MAX_REQUEST_HEAD_BYTES
+from hoberproxy.listeners import UNSENT_BYTES
 from hoberproxy.wire import MAX_PIPELINED_BYTES, DownstreamConnection, State
 
 from .conftest import (
@@ -1180,6 +1182,24 @@ async def test_no_segment_waits_for_another_on_either_leg(
     assert kept._transport is not None
     assert no_delay(downstream.get_extra_info("socket"))
     assert no_delay(kept._transport.get_extra_info("socket"))
+
+
+@both_loops
+async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_leg(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    downstream = connection_of(proxy).transport
+    (kept,) = proxy.gateway.upstreams["scripted"].pool._idle
+    assert downstream is not None
+    assert kept._transport is not None
+    unsent = downstream.get_extra_info("socket")
+    unread = kept._transport.get_extra_info("socket")
+    assert unsent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
+    # Linux doubles what it is told, and keeps to its own maximum.
+    assert unread.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 2 * UNREAD_BYTES
 
 
 async def test_reading_the_client_goes_on_while_it_reads_nothing_itself(
