@@ -96,7 +96,11 @@ FAMILIES = (
         LAG_BUCKETS,
     ),
     Family("bad_heads", "counter", "Requests refused before they were one."),
-    Family("refused_connections", "counter", "Connections over the limit of their address."),
+    Family(
+        "refused_connections",
+        "counter",
+        "Connections over the limit of their address, or of open files.",
+    ),
     Family(
         "usage_missing",
         "counter",

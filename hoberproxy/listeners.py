@@ -29,6 +29,10 @@ FIRST_PASSED = 3  # systemd's first descriptor (sd_listen_fds(3))
 FREE_WITHIN = 10.0
 FREE_AT_ONCE = 1.0  # seconds for the same if none of them seems to live: one is just ending
 TRY_INTERVAL = 0.1
+# Of an answer, in the system's hands and not yet on its way, for each client. By itself that grows
+# to 4 MB for one who does not read, and some hundred of these take all memory that the system has
+# for TCP: then it drops what others send and receive. What is on its way is not limited by this.
+UNSENT_BYTES = 512 * 1024
 METRICS_NAME = "metrics"  # FileDescriptorName= of a socket that is not for clients
 
 
@@ -84,6 +88,7 @@ def bind(address: Address) -> list[socket.socket]:
             listener = socket.socket(family, kind, protocol)
             bound.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            limit_unsent(listener)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if address.port == 0 and len(bound) > 1:  # one port for all of them
@@ -161,6 +166,12 @@ def _is_in_use(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
+def limit_unsent(listener: socket.socket) -> None:
+    """Give the connections that come of a listening socket their share of the system's memory."""
+    with contextlib.suppress(AttributeError, OSError):  # a system without it; a Unix socket
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+
 def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
     """What systemd opened for us (sd_listen_fds(3)), None without; children are not told."""
     pid = environ.pop("LISTEN_PID", None)
@@ -176,6 +187,7 @@ def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
             raise StartError(f"descriptor {FIRST_PASSED + index} of systemd is no socket") from exc
         listener.set_inheritable(False)
         listener.setblocking(False)
+        limit_unsent(listener)
         with contextlib.suppress(OSError):  # a longer queue than the unit's, if it may be
             listener.listen(BACKLOG)
         if index < len(names) and names[index] == METRICS_NAME:

@@ -24,19 +24,28 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission, BodyMemory, body_memory_limit
+from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .files import connections_limit, raise_file_limit
 from .folder import count_living
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
 from .ledger import Ledger
-from .listeners import BACKLOG, Listeners, StartError, flat, listen_for_metrics, listen_when_free
+from .listeners import (
+    BACKLOG,
+    Listeners,
+    StartError,
+    flat,
+    limit_unsent,
+    listen_for_metrics,
+    listen_when_free,
+)
 from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
 from .model_lists import ModelLists
@@ -167,6 +176,7 @@ class Server(Timed):
             upstreams=upstreams,
             admission=self._make_admission(config),
             bodies=BodyMemory(self._body_memory_limit(config)),
+            room=ConnectionRoom(connections_limit()),
         )
 
     def _body_memory_limit(self, config: Config) -> int:
@@ -198,12 +208,17 @@ class Server(Timed):
     ) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         try:
-            return await listen_when_free(
+            listener = await listen_when_free(
                 lambda: loop.create_server(
                     protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
                 ),
                 self._has_predecessor,
             )
+            for each in listener.sockets:
+                # On a copy of the descriptor: uvloop's stand-in for a socket cannot set options.
+                with socket.socket(fileno=os.dup(each.fileno())) as own:
+                    limit_unsent(own)
+            return listener
         except OSError as exc:
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
@@ -522,6 +537,7 @@ def _explain(address: Address, exc: OSError) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
+    raise_file_limit()
     keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -110,6 +110,9 @@ class DownstreamConnection(Client):
         try:
             peer = transport.get_extra_info("peername")
             address = peer[0] if isinstance(peer, tuple) else ""
+            room = self._gateway.room
+            if len(self._connections) > room.limit:
+                room.make(self._connections, self, self._gateway.loop.time())
             self.address_group = self._gateway.admission.enter(address)
         except UnavailableError as error:
             self._gateway.metrics.refused_connections += 1
@@ -472,6 +475,16 @@ class DownstreamConnection(Client):
         return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     # Closing and deadlines
+
+    @property
+    def is_waiting(self) -> bool:
+        """No request is under way: none has begun, its head is not whole, or the last is over."""
+        return self._state is _HEAD or self._state is _LINGERING
+
+    @property
+    def waiting_since(self) -> float:
+        """Loop time at which the waiting of `is_waiting` began."""
+        return self._waiting_since
 
     @property
     def is_idle(self) -> bool:

@@ -13,6 +13,7 @@ from hoberproxy.admission import (
     NO_GROUP,
     Admission,
     BodyMemory,
+    ConnectionRoom,
     body_memory_limit,
 )
 from hoberproxy.config import ServerSettings
@@ -211,6 +212,60 @@ async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
     third = await proxy.connect()
     third.send(get())
     assert (await third.read_answer()).status == 200
+
+
+# Connections of a process
+
+
+class Waiting:
+    def __init__(self, since: float | None) -> None:
+        self.is_waiting = since is not None
+        self.waiting_since = since or 0.0
+        self.was_cut = False
+
+    def abort(self) -> None:
+        self.was_cut = True
+
+
+def test_an_eighth_of_the_waiting_connections_goes_the_oldest_first() -> None:
+    waiting = [Waiting(float(number)) for number in range(1, 41)]
+    busy = [Waiting(None) for _ in range(5)]
+    newcomer = Waiting(0.5)
+    connections = {*waiting, *busy, newcomer}
+    ConnectionRoom(45).make(connections, newcomer, now=100.0)
+    assert [each.was_cut for each in waiting] == [True] * 6 + [False] * 34
+    assert connections == {*waiting[6:], *busy, newcomer}
+
+
+def test_where_none_waits_there_is_no_room() -> None:
+    newcomer = Waiting(1.0)
+    with pytest.raises(UnavailableError):
+        ConnectionRoom(1).make({newcomer, Waiting(None)}, newcomer, now=100.0)
+    assert not newcomer.was_cut
+
+
+def test_many_connections_are_not_looked_at_for_each_new_one() -> None:
+    room, newcomer = ConnectionRoom(1000), Waiting(1.0)
+    connections = {Waiting(None) for _ in range(1000)}
+    late = Waiting(2.0)
+    for number in range(40):
+        if number == 20:
+            connections.add(late)
+        try:
+            room.make(connections, newcomer, now=100.0)
+        except UnavailableError:
+            pass
+        else:
+            break
+    assert late.was_cut
+    assert number == 31, "the first look is after 16, the next after as many more"
+
+
+def test_the_log_does_not_say_it_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    room = ConnectionRoom(1)
+    for now in (0.0, 1.0, 9.0, 11.0, 12.0):
+        room.make({Waiting(1.0)}, Waiting(2.0), now)
+    assert [record.args for record in caplog.records] == [(1, 1), (3, 1)]
 
 
 # Bytes of bodies

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from hoberproxy import server, wire
+from hoberproxy.connector import UNREAD_BYTES
 from hoberproxy.http11 import MAX_REQUEST_HEAD_BYTES
+from hoberproxy.listeners import UNSENT_BYTES
 from hoberproxy.wire import MAX_PIPELINED_BYTES, DownstreamConnection, State
 
 from .conftest import (
@@ -1024,6 +1026,63 @@ async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
     assert not proxy.gateway.exchanges
 
 
+# More connections than files
+
+
+async def test_connections_that_wait_longest_make_room_for_new_ones(
+    proxy: Proxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.add([sse_head(), Stall()])
+    proxy.gateway.room.limit = 6
+    running = await proxy.connect()
+    running.send(chat(proxy.key, STREAMED))
+    await upstream.wait_for_requests(1)
+    clients: list[RawClient] = []
+    for number in range(5):
+        clients.append(await proxy.connect())
+        if number == 1:
+            clients[1].send(b"GET /v1/mo")  # a part of a head is no request either
+        await wait_until(lambda number=number: len(proxy.server._connections) == number + 2)  # type: ignore[misc]
+        await asyncio.sleep(2 * proxy.gateway.wheel.tick)  # by which the waits are told apart
+    new = await proxy.connect()
+    assert await clients[0].read_rest() == b""
+    assert await new.is_open()
+    newer = await proxy.connect()
+    assert await clients[1].read_rest() == b""
+    assert all([await client.is_open() for client in (*clients[2:], new, newer)])
+    assert len(proxy.gateway.exchanges) == 1
+    assert caplog.text.count("closed 1 waiting connections") == 1  # and no more for a while
+
+
+async def test_a_burst_of_connections_that_say_nothing_leaves_room(proxy: Proxy) -> None:
+    proxy.gateway.room.limit = 20
+    most = 0
+    for _ in range(100):
+        await proxy.connect()
+        most = max(most, len(proxy.server._connections))
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    assert most <= 21
+
+
+async def test_where_all_connections_are_busy_a_new_one_is_refused(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    upstream.add([Stall()])
+    proxy.gateway.room.limit = 1
+    running = await proxy.connect()
+    running.send(chat(proxy.key))
+    await upstream.wait_for_requests(1)
+    late = await proxy.connect()
+    answer = await late.read_answer()
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert await late.read_rest() == b""
+    assert proxy.gateway.metrics.refused_connections == 1
+    assert len(proxy.gateway.exchanges) == 1
+
+
 # A client that leaves
 
 
@@ -1123,6 +1182,24 @@ async def test_no_segment_waits_for_another_on_either_leg(
     assert kept._transport is not None
     assert no_delay(downstream.get_extra_info("socket"))
     assert no_delay(kept._transport.get_extra_info("socket"))
+
+
+@both_loops
+async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_leg(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    downstream = connection_of(proxy).transport
+    (kept,) = proxy.gateway.upstreams["scripted"].pool._idle
+    assert downstream is not None
+    assert kept._transport is not None
+    unsent = downstream.get_extra_info("socket")
+    unread = kept._transport.get_extra_info("socket")
+    assert unsent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
+    # Linux doubles what it is told, and keeps to its own maximum.
+    assert unread.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 2 * UNREAD_BYTES
 
 
 async def test_reading_the_client_goes_on_while_it_reads_nothing_itself(
