@@ -178,8 +178,11 @@ def _report_stream(report: Report, stream: _Question) -> None:
     if stream.error is not None or began is None:
         return
     report.reachable = "yes"
-    report.usage = "yes" if outcome.usage is not None else "no"
-    tokens = outcome.usage.completion_tokens if outcome.usage else outcome.content_events
+    usage, events = outcome.usage, outcome.content_events
+    if usage is not None and usage.has_gaps(events):  # zeros beside a text
+        usage = None
+    report.usage = "yes" if usage is not None else "no"
+    tokens = usage.completion_tokens if usage is not None else events
     seconds = stream.now - began
     if seconds >= SHORTEST_MEASURED and tokens > 1:
         report.throughput = (tokens - 1) / seconds

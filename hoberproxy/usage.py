@@ -20,6 +20,7 @@ MAX_TOKENS: Final = 1 << 40
 # What a total holds beyond prompt and completion is taken for output that was not listed (Gemini's
 # thoughts) up to here, the longest output of any model; above, the total is nonsense.
 MAX_UNLISTED: Final = 1 << 20
+MAX_CHOICES: Final = 128  # whose usage is added up; OpenAI's `n` ends there too
 
 
 class Usage:  # made for every request: no dataclass, whose making is not compiled
@@ -31,6 +32,7 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
     __slots__ = (
         "cache_write_tokens",
         "cached_tokens",
+        "choices",
         "completion_tokens",
         "is_beside_text",
         "is_estimated",
@@ -54,6 +56,7 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
         self.cache_write_tokens = cache_write_tokens
         self.is_estimated = is_estimated
         self.is_beside_text = False  # a message with a text stood in the same body
+        self.choices: dict[int, Usage] | None = None  # what it is the sum of, by their index
 
     def __bool__(self) -> bool:
         return self.prompt_tokens > 0 or self.completion_tokens > 0
@@ -91,7 +94,7 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
 def read_usage(document: dict[str, Any]) -> Usage | None:
     """The usage of a completion or of one event of a stream; None where there is none.
 
-    Nearly everyone has it on top; Groq nests it in `x_groq`, Moonshot in a choice.
+    Nearly everyone has it on top; Groq nests it in `x_groq`, Moonshot in each choice its own.
     """
     usage = document.get("usage")
     found = parse_usage(usage) if isinstance(usage, dict) else None
@@ -114,8 +117,12 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     usage = read_usage(document)
     if usage is None:
         return known
-    if known is not None and known.completion_tokens and not usage.completion_tokens:
+    if known is None:
+        return usage
+    if not usage.completion_tokens and (known.completion_tokens or not usage):
         return known
+    if known.choices is not None and usage.choices is not None:
+        return _add_up(known.choices | usage.choices)  # each tells its own with its last event
     return usage
 
 
@@ -305,22 +312,43 @@ def _read_elsewhere(document: dict[str, Any]) -> Usage | None:
     nested = document.get("x_groq")
     if isinstance(nested, dict) and isinstance(usage := nested.get("usage"), dict):
         return parse_usage(usage)
-    largest: Usage | None = None
     choices = document.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and isinstance(usage := choice.get("usage"), dict):
-            found = parse_usage(usage)
-            # Of several the largest: whether each choice tells its own or all is not known.
-            if found is not None and (largest is None or _sum(found) > _sum(largest)):
-                largest = found
-    if largest is not None:
-        return largest
+    if isinstance(choices, list):
+        for choice in choices:
+            if isinstance(choice, dict) and isinstance(choice.get("usage"), dict):
+                return _read_choices(choices)
     timings = document.get("timings")
     return _parse_timings(timings) if isinstance(timings, dict) else None
 
 
-def _sum(usage: Usage) -> int:
-    return usage.prompt_tokens + usage.completion_tokens
+def _read_choices(choices: list[Any]) -> Usage | None:
+    """The usage of choices some of which tell their own."""
+    by_index: dict[int, Usage] = {}
+    for place, choice in enumerate(choices):
+        if isinstance(choice, dict) and isinstance(usage := choice.get("usage"), dict):
+            found = parse_usage(usage)
+            if found is not None:
+                index = _count(choice.get("index"))
+                by_index[place if index is None else index] = found
+    return _add_up(by_index) if by_index else None
+
+
+def _add_up(by_index: dict[int, Usage]) -> Usage:
+    """The usage of a request whose choices tell their own: one prompt, and all their answers."""
+    prompt = completion = cached = written = reasoning = 0
+    choices: dict[int, Usage] = {}
+    for index, usage in by_index.items():
+        if len(choices) == MAX_CHOICES:
+            break
+        choices[index] = usage
+        prompt = max(prompt, usage.prompt_tokens)
+        cached = max(cached, usage.cached_tokens)
+        written = max(written, usage.cache_write_tokens)
+        completion += usage.completion_tokens
+        reasoning += usage.reasoning_tokens
+    total = _clamped(prompt, completion, cached, written, reasoning)
+    total.choices = choices
+    return total
 
 
 def _parse_timings(timings: dict[str, Any]) -> Usage | None:

@@ -200,6 +200,7 @@ async def test_the_demo_model_can_do_all() -> None:
     [
         pytest.param(sse(*stream_events(4), pace=0.02), "yes", 3, id="usage told"),
         pytest.param(sse(*stream_events(4, usage=None), pace=0.02), "no", 4, id="events counted"),
+        pytest.param(sse(*stream_events(4, usage=(0, 0)), pace=0.02), "no", 4, id="zeros told"),
     ],
 )
 async def test_speed_is_told_from_the_usage_or_the_events(

@@ -14,6 +14,7 @@ from hoberproxy.limits import format_dollars
 from hoberproxy.presets import PRESETS
 from hoberproxy.stream import StreamScanner
 from hoberproxy.usage import (
+    MAX_CHOICES,
     MAX_TOKENS,
     MAX_UNLISTED,
     Usage,
@@ -166,6 +167,8 @@ def test_zeros_do_not_take_the_place_of_numbers(place: Any) -> None:
         for each in events:
             usage = newest_usage(usage, each)
         assert usage == Usage(7, 5)
+    prompt = newest_usage(None, place(chunk({}), {"prompt_tokens": 7, "completion_tokens": 0}))
+    assert newest_usage(prompt, zeros) == Usage(7, 0)
 
 
 def test_zeros_on_top_hide_no_usage_elsewhere() -> None:
@@ -174,9 +177,31 @@ def test_zeros_on_top_hide_no_usage_elsewhere() -> None:
     assert read_usage(as_timings(chunk({}), timings) | {"usage": ZEROS}) == Usage(7, 5, 4)
 
 
-def test_of_the_usage_of_several_choices_the_largest_counts() -> None:
-    choices = [{"usage": PLAIN | {"completion_tokens": count}} for count in (5, 9, 2)]
-    assert read_usage({"choices": [None, {"usage": None}, *choices]}) == Usage(7, 9)
+def choice_with(index: int, completion_tokens: int, **more: Any) -> dict[str, Any]:
+    usage = {"prompt_tokens": 7, "completion_tokens": completion_tokens, **more}
+    return {"index": index, "delta": {}, "finish_reason": "stop", "usage": usage}
+
+
+def test_of_choices_that_tell_their_own_all_answers_count_and_one_prompt() -> None:
+    """As Moonshot's guide to streams without an SDK keeps them: one usage for each index."""
+    choices = [choice_with(0, 5, cached_tokens=4), choice_with(1, 9, reasoning_tokens=3)]
+    whole = Usage(7, 14, 4, 3)
+    assert read_usage({"choices": [None, {"usage": None}, *choices]}) == whole
+    usage = None
+    for choice in [*choices, choices[0]]:  # the last once more: what it told before is replaced
+        usage = newest_usage(usage, {"choices": [choice]})
+    assert usage == whole
+    assert newest_usage(usage, {"choices": [], "usage": PLAIN | {"completion_tokens": 20}}) == (
+        Usage(7, 20)
+    )
+
+
+def test_the_choices_that_are_added_up_are_bounded() -> None:
+    usage = None
+    for index in range(3 * MAX_CHOICES):
+        usage = newest_usage(usage, {"choices": [choice_with(index, 1)]})
+    assert usage == Usage(7, MAX_CHOICES)
+    assert usage.choices is not None and len(usage.choices) == MAX_CHOICES
 
 
 @pytest.mark.parametrize(

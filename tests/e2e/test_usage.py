@@ -160,3 +160,25 @@ async def test_zeros_of_an_answer_without_text_are_its_usage(proxy_to: ProxyTo) 
         assert not usage_missing(proxy)
     for record in proxy.records:
         assert (record.has_usage, record.estimated, record.cost) == (True, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("told", "counts"),
+    [
+        pytest.param(USAGE | {"cached_tokens": 60}, (70, 5, 60), id="told"),
+        pytest.param(ZEROS, None, id="zeros"),
+    ],
+)
+async def test_a_body_too_long_to_be_collected_is_no_different(
+    proxy_to: ProxyTo, told: Document, counts: tuple[int, ...] | None
+) -> None:
+    body = completion("x" * 1_200_000, usage=None) | {"usage": told}
+    script = json_response(200, body)
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
+        await proxy.post(chat())
+        record = await proxy.wait_for_record()
+        assert bool(usage_missing(proxy)) is (counts is None)
+    assert (record.has_usage, record.estimated) == (counts is not None, counts is None)
+    assert record.completion_tokens > 0
+    if counts is not None:
+        assert counts_of(record)[:3] == counts
