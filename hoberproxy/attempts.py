@@ -77,6 +77,10 @@ class Owner:
         """The last bytes of the answer, so many, are about to be written."""
         raise NotImplementedError
 
+    def sent_body(self) -> bytes:
+        """The client's body, empty if it is held no more."""
+        raise NotImplementedError
+
     def attempt_finished(self, attempt: Attempt) -> None:
         """The answer was passed on to its end."""
         raise NotImplementedError
@@ -297,7 +301,13 @@ class Attempt(Reporter):
         assert head is not None
         provider = self._pool.provider
         error = parse_refusal(
-            provider.name, head.status, head.get, body, time.time(), secrets_of(provider)
+            provider.name,
+            head.status,
+            head.get,
+            body,
+            time.time(),
+            secrets_of(provider),
+            self._owner.sent_body,
         )
         self._note_option(error, body)
         self.fail(error)
@@ -305,7 +315,8 @@ class Attempt(Reporter):
     def reported(self, message: str, document: object) -> UpstreamError:
         head, provider = self._head, self._pool.provider
         error = self.broken(message)
-        judge_document(error, provider.name, document, secrets_of(provider))
+        secrets = secrets_of(provider)
+        judge_document(error, provider.name, document, secrets, self._owner.sent_body)
         if self.phase is not _CONTENT and document is not None:
             self._note_option(error, dump_json(document))
             if error.upstream_status in (429, 503) and head is not None:

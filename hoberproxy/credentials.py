@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Final
 from urllib.parse import unquote
@@ -26,6 +26,7 @@ _SECRET_HEADER: Final = re.compile(r"key|token|auth|secret|credential|password|c
 # How servers show a key that they do not take: the first and last characters around a mask.
 _MASK: Final = re.compile(r"\*{2,}|\.{3,}|…+|•{2,}|[xX]{4,}|\[\w{1,16}\]|<\w{1,16}>")
 _MOST_MASKS: Final = 64  # in a text
+_ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.S)  # of JSON
 _SHOWN_BY_MASK: Final = 4  # characters, of both ends together
 
 # Codes, types and reasons, in the spelling of error_document.py.
@@ -84,6 +85,13 @@ _FETCHED: Final = re.compile(
 )
 
 
+# What such a text is about, as far as a client may have put it there.
+_SUBJECT: Final = re.compile(
+    r"(?:api|subscription)[ _-]?(?:key|token)|credential|auth|jwt|bearer|username|password|token"
+    r"|credit|balance|fund|quota|billing|account|organi[sz]ation|project|usage|location|standing|key"
+)
+
+
 def secrets_of(provider: Provider) -> tuple[str, ...]:
     """The texts by which `provider` knows us: its key, and such headers as may hold one."""
     values = [provider.api_key or ""]
@@ -101,10 +109,42 @@ def concerns_account(text: str, words: Iterable[str] = ()) -> bool:
     )
 
 
-def holds_secret(text: str, secrets: Iterable[str]) -> bool:
-    """Whether `text` holds one of `secrets`, a piece that identifies it, or both ends of it."""
+def may_be_quoted(text: str, sent: bytes) -> bool:
+    """Whether a message that speaks of our account may have it from `sent`, the client's request.
+
+    Such a one says nothing of the endpoint: else a client could have it taken for a broken one, by
+    requests whose error quotes them.
+    """
+    matches = [match[0] for reading in _readings(text) for match in _TEXT.finditer(reading)]
+    matches += [match[0] for reading in _readings(text) for match in _REFUSED.finditer(reading)]
+    request = _plain(sent)
+    subjects = [set(_SUBJECT.findall(match.lower())) for match in matches]
+    return all(any(subject in request for subject in each) for each in subjects)
+
+
+def holds_secret(text: str, secrets: Iterable[str], sent: Callable[[], bytes] = bytes) -> bool:
+    """Whether `text` holds one of `secrets`, a piece that identifies it, or both ends of it.
+
+    What stands in the client's own request, which `sent` returns, does not count: an upstream may
+    quote it, and a client could try out pieces of a key by what becomes of the error.
+    """
     readings = _readings(text)
-    return any(_holds(reading, secret) for secret in secrets for reading in readings)
+    found = {piece for each in secrets for reading in readings for piece in _find(reading, each)}
+    if not found:
+        return False
+    request = _plain(sent())
+    return not all(piece.lower() in request for piece in found)
+
+
+def _plain(sent: bytes) -> str:
+    """A request's JSON as an upstream may quote it: without escapes, in lower case."""
+    text = sent.decode("utf-8", "replace")
+    return "\n".join((text, *_readings(_ESCAPE.sub(_unescaped, text)))).lower()
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    escape = match[1]
+    return chr(int(escape[1:], 16)) if len(escape) > 1 else " " if escape in "nrtbf" else escape
 
 
 def _readings(text: str) -> list[str]:
@@ -115,30 +155,30 @@ def _readings(text: str) -> list[str]:
     if "&" in text:
         readings[html.unescape(text)] = None
     if "\\" in text:
-        readings[re.sub(r"\\u00([0-7][0-9a-fA-F])", _unescape, text).replace("\\", "")] = None
+        readings[_ESCAPE.sub(_unescaped, text)] = None
     return list(readings)
 
 
-def _unescape(match: re.Match[str]) -> str:
-    return chr(int(match[1], 16))
-
-
-def _holds(text: str, secret: str) -> bool:
+def _find(text: str, secret: str) -> Iterator[str]:
+    """The pieces of `text` that identify `secret`."""
     if len(secret) < PIECE:
-        return _holds_short(text, secret)
+        if _holds_short(text, secret):
+            yield secret
+        return
     last = len(secret) - PIECE
     for start in range(last + 1):
         piece = secret[start : start + PIECE]
         if piece not in text:
             continue
-        if start in (0, last) or _is_random(piece):
-            return True
         # Words may be anyone's ("upstream-"): of these it takes some more.
         longer = secret[start : start + _LONG_PIECE]
-        if len(longer) == _LONG_PIECE and longer in text:
-            return True
-    masks = islice(_MASK.finditer(text), _MOST_MASKS)
-    return any(_is_masked(secret, text, *mask.span()) for mask in masks)
+        if start in (0, last) or _is_random(piece):
+            yield piece
+        elif len(longer) == _LONG_PIECE and longer in text:
+            yield longer
+    for mask in islice(_MASK.finditer(text), _MOST_MASKS):
+        if (shown := _shown_by_mask(secret, text, *mask.span())) is not None:
+            yield shown
 
 
 def _holds_short(text: str, secret: str) -> bool:
@@ -153,9 +193,9 @@ def _is_random(piece: str) -> bool:
     return has_digit or (piece != piece.lower() and piece != piece.upper())
 
 
-def _is_masked(secret: str, text: str, start: int, end: int) -> bool:
-    """Whether a mask in `text`, from `start` to `end`, stands between both ends of `secret`."""
+def _shown_by_mask(secret: str, text: str, start: int, end: int) -> str | None:
+    """A mask in `text` with both ends of `secret` around it, None if they are not its."""
     half = range(len(secret) // 2, 0, -1)
     head = next((n for n in half if text.endswith(secret[:n], max(start - n, 0), start)), 0)
     tail = next((n for n in half if text.startswith(secret[-n:], end)), 0)
-    return head + tail >= _SHOWN_BY_MASK
+    return text[start - head : end + tail] if head + tail >= _SHOWN_BY_MASK else None

@@ -344,6 +344,10 @@ class Exchange(Owner):
 
     # What the attempt reports
 
+    def sent_body(self) -> bytes:
+        """The client's body, as long as there may be another attempt."""
+        return self._call.body if self._call is not None else b""
+
     def attempt_finished(self, attempt: Attempt) -> None:
         """The answer was passed on to its end."""
         self._account(200)
@@ -395,7 +399,8 @@ class Exchange(Owner):
             self._gateway.loop.time(),
         )
         is_ours = error.code == "upstream_timeout" and self._client.is_paused
-        if error.is_refusal or is_ours:  # it works: the request was wrong, or the client slow
+        # It works, as far as this tells: the request was wrong, or the client slow.
+        if error.is_refusal or is_ours or error.is_doubtful:
             health.abandon(key)
         else:
             health.observe_failure(

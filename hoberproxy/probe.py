@@ -257,6 +257,10 @@ class _Question(Owner):
         message = choice.get("message") if isinstance(choice, dict) else None
         self.message = message if isinstance(message, dict) else {}
 
+    def sent_body(self) -> bytes:
+        """The body is the probe's own."""
+        return b""
+
     def seal(self, status: int, following: int = 0) -> None:
         """Questions of the probe are not recorded."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-from .credentials import concerns_account, holds_secret
+from .credentials import concerns_account, holds_secret, may_be_quoted
 from .error_document import ErrorDocument, load_error, read_error
 from .errors import Phase, UpstreamError
 from .lenient import dump_json
@@ -36,10 +36,12 @@ def parse_refusal(
     body: bytes,
     now: float,
     secrets: Sequence[str] = NO_SECRETS,
+    sent: Callable[[], bytes] = bytes,
 ) -> UpstreamError:
     """The error for an answer other than 200.
 
-    `now` is unix time, for dates in retry-after; `secrets` are what no client may read.
+    `now` is unix time, for dates in retry-after; `secrets` are what no client may read, and `sent`
+    returns the client's request, which an upstream may quote.
     """
     error = UpstreamError(
         f"provider {provider} answered with status {status}",
@@ -47,14 +49,18 @@ def parse_refusal(
         upstream_status=status,
     )
     found = read_error(load_error(body))
-    _judge(error, provider, _meant_status(status, found), found, body, secrets)
+    _judge(error, provider, _meant_status(status, found), found, body, secrets, sent)
     if status in (429, 503):
         error.retry_after = parse_retry_after(get_header, now)
     return error
 
 
 def judge_document(
-    error: UpstreamError, provider: str, document: Any, secrets: Sequence[str] = NO_SECRETS
+    error: UpstreamError,
+    provider: str,
+    document: Any,
+    secrets: Sequence[str] = NO_SECRETS,
+    sent: Callable[[], bytes] = bytes,
 ) -> None:
     """Give `error` the meaning that `document` has, sent by an upstream within a 200.
 
@@ -66,7 +72,7 @@ def judge_document(
     if error.phase is Phase.CONTENT:
         error.is_refusal = status in _SHOWN_STATUSES  # which is no fault of the endpoint
     elif status is not None:
-        _judge(error, provider, status, found, dump_json(document), secrets)
+        _judge(error, provider, status, found, dump_json(document), secrets, sent)
 
 
 def choose_told(errors: Sequence[UpstreamError]) -> UpstreamError:
@@ -116,10 +122,17 @@ def _judge(
     found: ErrorDocument,
     body: bytes,
     secrets: Sequence[str],
+    sent: Callable[[], bytes],
 ) -> None:
     assert status is not None
-    if status in _SHOWN_STATUSES and _is_ours(found, body, secrets):
-        return  # another endpoint may do better, and the client has done nothing wrong
+    if status in _SHOWN_STATUSES:
+        # What is ours stays as it is: another endpoint may do better, the client did nothing wrong.
+        if concerns_account(found.message, found.words):
+            names_it = concerns_account("", found.words)
+            error.is_doubtful = not names_it and may_be_quoted(found.message, sent())
+            return
+        if secrets and _holds_secret(found, body, secrets, sent):
+            return
     error.is_retryable = status in _RETRYABLE_STATUSES or status >= 500 or status < 400
     error.is_refusal = not error.is_retryable
     if status == 429:
@@ -131,12 +144,11 @@ def _judge(
         _show(error, found)
 
 
-def _is_ours(found: ErrorDocument, body: bytes, secrets: Sequence[str]) -> bool:
-    """Whether an error speaks of our account with the provider, or holds a part of our key."""
-    if concerns_account(found.message, found.words):
-        return True
-    shown = f"{found.message}\n{found.param}\n{found.code}\n"
-    return bool(secrets) and holds_secret(shown + body.decode("utf-8", "replace"), secrets)
+def _holds_secret(
+    found: ErrorDocument, body: bytes, secrets: Sequence[str], sent: Callable[[], bytes]
+) -> bool:
+    shown = (found.message, found.param, found.code, body.decode("utf-8", "replace"))
+    return holds_secret("\n".join(shown), secrets, sent)
 
 
 def _show(error: UpstreamError, found: ErrorDocument) -> None:

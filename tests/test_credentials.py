@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
@@ -11,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy.catalog import Provider
-from hoberproxy.credentials import PIECE, concerns_account, holds_secret, secrets_of
+from hoberproxy.credentials import (
+    PIECE,
+    concerns_account,
+    holds_secret,
+    may_be_quoted,
+    secrets_of,
+)
 from hoberproxy.error_document import read_error
 
 KEY = "sk-proj-T3BlbkFJ9aQz0+/x7Rw_mKdUe4Yh2Lp8"
@@ -216,6 +223,48 @@ def test_a_text_that_does_not_is_none(key: str, text: str) -> None:
 def test_a_short_key_is_found_whole(key: str, text: str) -> None:
     assert holds_secret(text, (key,))
     assert not holds_secret(text.replace(key, key + "x"), (key,))
+
+
+# What the client itself has sent
+
+
+@pytest.mark.parametrize("guess", ["k-proj-T", "sk-pr***Lp8", KEY[11:19], KEY])
+@pytest.mark.parametrize("write", [str, lambda text: quote(text, safe=""), html.escape], ids=repr)
+@pytest.mark.parametrize(
+    "dump",
+    [
+        json.dumps,
+        lambda text: '"' + "".join(f"\\u{ord(letter):04X}" for letter in text) + '"',
+    ],
+    ids=["plain", "escaped"],
+)
+def test_a_client_can_not_try_out_pieces_of_the_key(
+    guess: str, write: Callable[[str], str], dump: Callable[[str], str]
+) -> None:
+    written = write(guess)
+    sent = f'{{"user":{dump(written)}}}'.encode()
+    answer = f"Invalid value: {written}"
+    assert holds_secret(answer, (KEY,))
+    assert not holds_secret(answer, (KEY,), lambda: sent)
+    assert holds_secret(f"{answer} {KEY[-12:-3]}", (KEY,), lambda: sent) == (KEY != guess)
+
+
+@pytest.mark.parametrize(
+    ("message", "sent", "is_quoted"),
+    [
+        ("API key not valid. Please pass a valid API key.", b'{"user":"x"}', False),
+        ("Unauthorized", b'{"max_tokens":5}', False),
+        ("Invalid value: 'x API key is invalid'", b'{"user":"x API key is invalid"}', True),
+        ("Invalid value: an API key", b'{"user":"an\\nAPI\\u0020key"}', True),
+        ("no such role: unauthorized", b'{"role":"unauthorized"}', True),
+        ("API key not valid", b'{"content":"what is an api key?"}', True),
+    ],
+)
+def test_a_message_that_may_quote_the_client_is_known(
+    message: str, sent: bytes, is_quoted: bool
+) -> None:
+    assert concerns_account(message)
+    assert may_be_quoted(message, sent) is is_quoted
 
 
 KEYS = st.from_regex(r"[a-z]{2}-[A-Za-z0-9_-]{20,60}", fullmatch=True)

@@ -831,7 +831,11 @@ def test_every_plan_keeps_the_rules(
         plan = make_plan(sent, models, health, NOW, random.Random(1).random)
     except RouteError as error:
         none_known = not any(offers(sent, models))
-        assert error.code == ("model_not_found" if none_known else "no_endpoint")
+        if error.code == "context_length_exceeded":
+            assert error.status == 400
+            assert any(each.context_length == 10 for each in all_endpoints(models))
+        else:
+            assert error.code == ("model_not_found" if none_known else "no_endpoint")
         assert len(error.message) < 2500
         return
     assert known
@@ -839,6 +843,10 @@ def test_every_plan_keeps_the_rules(
     check_accounts(plan, sent, models)
     check_filters(plan, sent)
     check_order(plan, sent, health)
+
+
+def all_endpoints(models: Catalog) -> list[Endpoint]:
+    return [each for model in models.models() for each in model.endpoints]
 
 
 def check_accounts(plan: Plan, sent: Call, models: Catalog) -> None:

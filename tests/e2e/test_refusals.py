@@ -320,6 +320,31 @@ async def test_a_key_in_a_header_of_the_config_is_ours_too(proxy_to: ProxyTo) ->
     assert b"0123456789" not in reply.body
 
 
+async def test_a_client_that_guesses_at_the_key_reads_what_it_would_without(
+    proxy_to: ProxyTo,
+) -> None:
+    guess = UPSTREAM_KEY[:9]
+    script = json_response(400, failing(400, f"user: expected another, got {guess}"))
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream) as proxy:
+        reply = await proxy.post(chat(user=guess))
+    assert reply.status == 400
+    assert guess.encode() in reply.body
+
+
+async def test_a_client_can_not_have_an_endpoint_cooled_by_words_that_are_quoted(
+    proxy_to: ProxyTo,
+) -> None:
+    words = "the API key is not valid"
+    script = json_response(400, failing(400, f"user: {words}"))
+    async with ScriptedUpstream(default=script) as upstream, proxy_to(upstream) as proxy:
+        for quoted, is_cooling in ((words, False), ("me", True)):
+            for _ in range(4):
+                reply = await proxy.post(chat(user=quoted))
+                assert reply.status in (502, 503)
+            (health,) = proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+            assert health.is_cooling is is_cooling
+
+
 # Of several models
 
 
