@@ -46,7 +46,7 @@ CHAT_PATHS: Final = frozenset(
 # Bytes of following requests that are kept while one is answered. Reading never pauses, or the
 # client's leaving would go unseen; whoever sends more is closed after the answer.
 MAX_PIPELINED_BYTES: Final = 64 * 1024
-PIECE_BYTES: Final = 64  # of memory, for each read beside its bytes
+SMALL_PIECE_BYTES: Final = 4096  # of a body; smaller ones are joined, or objects outweigh bytes
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # aiohttp's parser refuses other methods in a form of its own.
@@ -364,17 +364,19 @@ class DownstreamConnection(Client):
         if self._body_bytes > self.max_body_bytes:
             self._refuse_body()
             return
-        # One object a read: chunks of a byte or two would cost twenty times their size.
-        pieces = pieces if len(pieces) < 2 else [b"".join(pieces)]
-        self._pieces += pieces
+        # One object a read at most: chunks of a byte or two would cost twenty times their size.
+        if self._pieces and len(self._pieces[-1]) < SMALL_PIECE_BYTES:
+            pieces.insert(0, self._pieces.pop())
+        if pieces:
+            self._pieces.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         try:
-            exchange.hold_body(self._body_bytes + PIECE_BYTES * len(self._pieces))
+            exchange.hold_body(self._body_bytes)
         except UnavailableError as error:
             self._answer_early()
             exchange.refuse(error, close=True)
             return
         if body.is_complete:
-            whole = pieces[0] if len(self._pieces) == 1 == len(pieces) else b"".join(self._pieces)
+            whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces = []
             self._body = None
             self._state = _ANSWERING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -453,12 +454,34 @@ async def test_bytes_come_back_however_a_request_ends(
     assert proxy.gateway.bodies.held == 0
 
 
-async def test_pieces_of_a_byte_count_for_what_they_take(start_proxy: StartProxy) -> None:
+async def test_a_body_of_single_bytes_takes_few_objects(
+    start_proxy: StartProxy, upstream: ScriptedUpstream
+) -> None:
     proxy = await start_proxy()
-    client = await begin(proxy, 0)
-    connection = next(iter(proxy.server._connections))
-    for _ in range(10):
-        count = len(connection._pieces)
-        await client.drain(b" ")
-        await wait_until(lambda count=count: len(connection._pieces) > count)  # type: ignore[misc]
-    assert proxy.gateway.bodies.held >= 10 * 64
+    body = json.dumps(QUESTION).encode()
+    client = await begin(proxy, 0, len(body))
+    await wait_until(lambda: len(proxy.gateway.exchanges) == 1)
+    (connection,) = proxy.server._connections
+    for place in range(len(body) - 1):
+        client.send(body[place : place + 1])
+        await wait_until(lambda place=place: proxy.gateway.bodies.held == place + 1)  # type: ignore[misc]
+        assert len(connection._pieces) == 1
+    client.send(body[-1:])
+    assert (await client.read_answer()).status == 200
+    assert upstream.requests[0].json()["messages"] == QUESTION["messages"]
+
+
+@pytest.mark.parametrize("framing", ["content-length: 65536", "transfer-encoding: chunked"])
+async def test_a_body_as_large_as_all_bodies_may_be_passes(
+    start_proxy: StartProxy, framing: str
+) -> None:
+    proxy = await start_proxy(max_body_memory=65536, max_body_bytes=65536)
+    text = json.dumps({**QUESTION, "pad": ""}).encode()
+    body = text[:-2] + b"x" * (65536 - len(text)) + text[-2:]
+    pieces = [body[at : at + 100] for at in range(0, len(body), 100)]
+    client = await proxy.connect()
+    client.send(chat(proxy.key, b"", framing=framing))
+    if "chunked" in framing:
+        pieces = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces] + [b"0\r\n\r\n"]
+    await client.send_each(pieces)
+    assert (await client.read_answer()).status == 200
