@@ -65,8 +65,9 @@ class Admitted(NamedTuple):
 class Exchange(Owner):
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
 
-    The door tells `pause` and `resume` as the client's watermarks say, and asks `on_deadline`.
-    However it goes, exactly one record is closed.
+    Between these, `enter` where the body has not come with the head. The connection calls `pause`
+    and `resume` as the client's watermarks say, and `on_deadline`. However it goes, exactly one
+    record is closed.
     """
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
@@ -138,15 +139,30 @@ class Exchange(Owner):
         record.key_id, record.key_label = caller.key_id, caller.label
         return known
 
+    def enter(self) -> None:
+        """Count the call in now, since its body is still to come; however it ends, it is settled.
+
+        Where the limits of the caller's key let no body pass, the call is refused.
+        """
+        if self._refusal is not None:
+            return
+        try:
+            self._lease = self._gateway.accounts.enter(self._caller, unix_time())
+        except ProxyError as error:
+            self._refusal = error
+
     @property
     def is_admitted(self) -> bool:
         """The body is worth keeping."""
         return self._refusal is None
 
     @property
-    def has_no_room(self) -> bool:
-        """The proxy is full: to be refused at once."""
-        return self._refusal is not None and self._refusal.code == "overloaded"
+    def is_refused_at_head(self) -> bool:
+        """The proxy is full, or the caller's limits are reached: the body is not waited for."""
+        refusal = self._refusal
+        return refusal is not None and (
+            refusal.code == "overloaded" or refusal.status in (402, 429)
+        )
 
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
@@ -180,7 +196,7 @@ class Exchange(Owner):
             self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
             self._lease = self._gateway.accounts.open(
-                self.record, self._caller, call, plan, unix_time()
+                self.record, self._caller, call, plan, unix_time(), self._lease
             )
         except ProxyError as error:
             self.refuse(error, close=close)

@@ -315,7 +315,8 @@ class DownstreamConnection(Client):
         self._body = body = body_reader(head) if length is None else LengthBody(length)
         self._body_bytes = 0
         self._state = _BODY
-        if exchange.has_no_room:
+        exchange.enter()  # the place of its key is taken before the room for its body
+        if exchange.is_refused_at_head:
             self._answer_early()  # the rest of its body would take room all the same
             exchange.run(b"", close=True)
             return
