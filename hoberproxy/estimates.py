@@ -15,6 +15,9 @@ MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
 USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
 SHARE: Final = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
 SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
+# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more, and
+# would let a client teach that its prompts weigh nothing.
+DENSEST_LEARNT: Final = 12.0
 
 
 class Ratios:
@@ -38,9 +41,13 @@ class Estimates:
         self._unknown = Ratios()
 
     def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
-        """A prompt's tokens, by its bytes in the request, and those an answer usually takes."""
+        """Return the tokens to expect of a prompt of so many bytes, and those of a usual answer.
+
+        A prompt is never taken for less than BYTES_PER_TOKEN says, whatever those before it were.
+        """
         ratios = self._of(endpoint)
-        return int(prompt_bytes / ratios.prompt_bytes + 0.5), int(ratios.answer + 0.5)
+        per_token = min(ratios.prompt_bytes, float(BYTES_PER_TOKEN))
+        return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
         """A guess for an answer of so many content events, or of a body of so many bytes."""
@@ -82,9 +89,8 @@ class Estimates:
         completion = usage.completion_tokens
         ratios.answer += (completion - ratios.answer) * share
         if usage.prompt_tokens >= SHORTEST_LEARNT:
-            ratios.prompt_bytes += (
-                prompt_bytes / usage.prompt_tokens - ratios.prompt_bytes
-            ) * share
+            seen = min(prompt_bytes / usage.prompt_tokens, DENSEST_LEARNT)
+            ratios.prompt_bytes += (seen - ratios.prompt_bytes) * share
         if completion >= SHORTEST_LEARNT:
             if events:
                 ratios.per_event += (completion / events - ratios.per_event) * share

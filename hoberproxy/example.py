@@ -35,6 +35,8 @@ EXAMPLE = """\
 [keys]
 # make one with: hoberproxy keys create --label NAME
 #required = true
+# tokens held of limits for an answer that neither its request nor a max_output limits
+#assumed_output = 8192
 
 [records]
 #file = "hoberproxy.db"

@@ -68,8 +68,9 @@ class Admitted(NamedTuple):
 class Exchange(Owner):
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
 
-    The door tells `pause` and `resume` as the client's watermarks say, and asks `on_deadline`.
-    However it goes, exactly one record is closed.
+    Between these, `enter` where the body has not come with the head. The connection calls `pause`
+    and `resume` as the client's watermarks say, and `on_deadline`. However it goes, exactly one
+    record is closed.
     """
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
@@ -145,6 +146,18 @@ class Exchange(Owner):
         gateway.exchanges.add(self)
         return known
 
+    def enter(self) -> bool:
+        """Count the call in now, since its body is still to come; however it ends, it is settled.
+
+        Returns False where the limits of the caller's key let no body pass: `run` then refuses it.
+        """
+        try:
+            self._lease = self._gateway.accounts.enter(self._caller, unix_time())
+        except ProxyError as error:
+            self._refusal = error
+            return False
+        return True
+
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
         if gateway.is_stopping:
@@ -187,7 +200,7 @@ class Exchange(Owner):
             self._plan = plan = permitted(self._make_plan(call), self._caller)
             self._upstreams = self._gateway.upstreams
             self._lease = self._gateway.accounts.open(
-                self.record, self._caller, call, plan, unix_time()
+                self.record, self._caller, call, plan, unix_time(), self._lease
             )
         except ProxyError as error:
             self.refuse(error, close=close)

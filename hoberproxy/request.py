@@ -11,7 +11,7 @@ all requests of an app, as a rule: frames.py knows it again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -40,10 +40,23 @@ _loads: Final = orjson.loads
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
 MAX_REQUESTED: Final = 16  # slugs that a record tells
-_LENGTHS: Final = ("max_completion_tokens", "max_tokens")
+MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
+MAXIMA: Final = ("max_completion_tokens", "max_tokens")  # of one answer, in tokens
+CHOICES: Final = ("n", "best_of")  # how many answers are written
 _RARER: Final = frozenset(
-    ("stream_options", "usage", "provider", "tools", "tool_choice", "response_format", *_LENGTHS)
+    (
+        *("stream_options", "usage", "provider", "tools", "tool_choice", "response_format"),
+        *MAXIMA,
+        *CHOICES,
+    )
 )
+# Text around the messages, in bytes, that is taken for names and numbers: what is more are tools
+# or a schema, which the model reads as it reads the prompt.
+PLAIN_BYTES: Final = 512
+# What an image or a sound weighs in a prompt, in bytes of text (some 2,000 tokens), unless its own
+# text is shorter: the size of its base64 says nothing of its tokens.
+MEDIA_BYTES: Final = 8000
+_MEDIA: Final = frozenset(("image_url", "input_audio", "video_url"))
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
@@ -122,7 +135,9 @@ class Terms:
     provider = NO_PREFERENCES
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
-    max_output: int | None = None  # tokens
+    max_output: int | None = None  # tokens of one answer: the larger, where two members say it
+    choices = 1  # answers that are asked for
+    sizes: tuple[tuple[str, int], ...] = ()  # MAXIMA and CHOICES as they were given
     extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject) -> None:
@@ -142,10 +157,30 @@ class Terms:
         self.needs_tools = bool(get("tools"))
         kind = (get("response_format") or _NOTHING).get("type")
         self.json_format = kind if kind in _JSON_FORMATS else None
-        self.max_output = get("max_completion_tokens") or get("max_tokens")
-        if self.max_output == UNLIMITED:
-            self.max_output = None
+        sizes = [(name, get(name)) for name in (*MAXIMA, *CHOICES)]
+        self.sizes = tuple([(name, size) for name, size in sizes if size is not None])
+        self.max_output, self.choices = output_limits(self.sizes)
         self.extensions = find_extensions(get)
+
+
+def output_limits(
+    sizes: Iterable[tuple[str, int]], maxima: Container[str] = MAXIMA
+) -> tuple[int | None, int]:
+    """Return the tokens that one answer may take, None for no limit, and the number of answers.
+
+    `sizes` are members of a body, and `maxima` the names of those that limit an answer; the others
+    are numbers of answers. The larger counts: servers differ in which of two they go by.
+    """
+    longest, choices = 0, 1
+    is_limited = True
+    for name, size in sizes:
+        if name not in maxima:
+            choices = max(choices, size)
+        elif size > 0:
+            longest = max(longest, size)
+        else:  # -1 is "as many as there is room for" to some servers
+            is_limited = False
+    return (longest if longest and is_limited else None), choices
 
 
 def _candidates(document: JsonObject) -> tuple[str, ...]:
@@ -169,7 +204,7 @@ class Call:
         members: list[Member] | None = None,
     ) -> None:
         """`messages` are `raw_messages`, a part of `body`, parsed. Raises RequestError for them."""
-        self.needs_images, self.roles = _check_messages(messages)
+        self.needs_images, self._excess_bytes, self.roles = _check_messages(messages)
         self.terms = terms
         self.body = body  # the client's, as it came
         self.raw_messages = raw_messages
@@ -184,8 +219,13 @@ class Call:
 
     @property
     def prompt_bytes(self) -> int:
-        """Size of the raw messages."""
-        return len(self.raw_messages)
+        """Bytes of text that the model reads: the messages, tools and schemas.
+
+        An image or a sound counts as MEDIA_BYTES at most.
+        """
+        messages = len(self.raw_messages)
+        around = len(self.body) - messages
+        return messages - self._excess_bytes + max(0, around - PLAIN_BYTES)
 
     @property
     def place_without_content(self) -> int | None:
@@ -328,6 +368,13 @@ def _check_token_count(param: str, value: object) -> None:
         raise _wrong_value(param, "1 or more", str(value))
 
 
+def _check_choices(param: str, value: object) -> None:
+    if type(value) is not int:
+        raise _wrong_type(param, "integer", value)
+    if not 1 <= value <= MAX_CHOICES:
+        raise _wrong_value(param, f"1 to {MAX_CHOICES}", str(value))
+
+
 def _check_array(param: str, value: object) -> None:
     if type(value) is not list:
         raise _wrong_type(param, "array", value)
@@ -403,6 +450,8 @@ _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "top_p": _number_check(1),
     "max_tokens": _check_token_count,
     "max_completion_tokens": _check_token_count,
+    "n": _check_choices,
+    "best_of": _check_choices,
     "tools": _check_array,
     "tool_choice": _check_tool_choice,
     "response_format": _check_response_format,
@@ -417,18 +466,18 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 # Messages
 
 
-def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
-    """Whether any message holds an image, and the roles with the last place of each.
+def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
+    """Return whether any message holds an image, and the roles with the last place of each.
 
-    Under NO_CONTENT stands the first place of an assistant that said nothing, if there is one.
-
-    Raises RequestError for the first message that is wrong.
+    Between these, the bytes of images and sounds beyond MEDIA_BYTES for each. Under NO_CONTENT
+    stands the first place of an assistant that said nothing, if there is one. Raises RequestError
+    for the first message that is wrong.
     """
     if type(messages) is not list:
         raise _wrong_type("messages", "array", messages)
     if not messages:
         raise _wrong_value("messages", "one message or more", "an empty array")
-    has_images, roles = False, dict[str, int]()
+    has_images, excess, roles = False, 0, dict[str, int]()
     for index, message in enumerate(messages):
         if type(message) is not dict:
             raise _wrong_type(f"messages[{index}]", "object", message)
@@ -438,23 +487,35 @@ def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
         roles[role] = index
         content = message.get("content")
         if type(content) is list:
-            has_images = _check_parts(index, content) or has_images
+            with_image, more = _check_parts(index, content)
+            has_images, excess = has_images or with_image, excess + more
         elif type(content) is not str and not _speaks_without_content(message):
             if role != "assistant" or content is not None or "content" not in message:
                 raise _wrong_content(f"messages[{index}].content", message)
             roles.setdefault(NO_CONTENT, index)
-    return has_images, roles
+    return has_images, excess, roles
 
 
-def _check_parts(index: int, parts: list[Any]) -> bool:
-    """Whether any part is an image."""
-    has_images = False
+def _check_parts(index: int, parts: list[Any]) -> tuple[bool, int]:
+    """Return whether any part is an image, and the bytes of media beyond MEDIA_BYTES for each."""
+    has_images, excess = False, 0
     for place, part in enumerate(parts):
         if type(part) is not dict:
             raise _wrong_type(f"messages[{index}].content[{place}]", "object", part)
-        if part.get("type") == "image_url":
+        kind = part.get("type")
+        if kind == "image_url":
             has_images = True
-    return has_images
+        if type(kind) is str and kind in _MEDIA:
+            excess += _media_excess(part[kind]) if kind in part else 0
+    return has_images, excess
+
+
+def _media_excess(media: object) -> int:
+    """Return by how many bytes the longest text of an image or a sound is over MEDIA_BYTES."""
+    texts = media.values() if type(media) is dict else (media,)
+    # In base64 a character is a byte of the body; other texts (a URL) are short.
+    longest = max((len(text) for text in texts if type(text) is str), default=0)
+    return max(0, longest - MEDIA_BYTES)
 
 
 def _speaks_without_content(message: JsonObject) -> bool:

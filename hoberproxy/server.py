@@ -166,7 +166,7 @@ class Server(Timed):
             catalog=catalog,
             keyring=keyring,
             ledger=ledger,
-            accounts=Accounts(ledger, tallies),
+            accounts=Accounts(ledger, tallies, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
                 if config.log.access
@@ -272,6 +272,7 @@ class Server(Timed):
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
         gateway.ledger.keep_days = config.records.keep_days
+        gateway.accounts.assume_output(config.keys.assumed_output)
         gateway.admission = self._make_admission(config)
         gateway.bodies.limit = self._body_memory_limit(config)
         if gateway.access_log is not None:

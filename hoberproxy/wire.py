@@ -309,6 +309,8 @@ class DownstreamConnection(Client):
             self._refuse_at_head(head, length, rest)
         elif length is not None and length > gateway.config.server.max_body_bytes:
             self._refuse_body()
+        elif not exchange.enter():
+            self._refuse_at_head(head, length, rest)
         else:
             self._begin_body(head, length, rest)
 

@@ -169,7 +169,7 @@ def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
     for number in range(1, 20):
         plan = plan_of(Prices(request=Decimal(number) / 1000))
         accounts.open(record(), RICH, BOUNDED, plan, NOW)
-        assert len(accounts._prices) <= 3
+        assert len(accounts._offers) <= 3
     assert held(tallies) == sum(range(1, 20)) * PICO // 1000
 
 

@@ -17,8 +17,11 @@ from hoberproxy.catalog import NO_ADAPTATION, ROLES, Adaptation
 from hoberproxy.errors import RequestError
 from hoberproxy.members import Member, scan_elements, scan_members
 from hoberproxy.request import (
+    MAX_CHOICES,
+    MEDIA_BYTES,
     Call,
     ProviderPreferences,
+    output_limits,
     parse_call,
 )
 from hoberproxy.upstream_body import make_upstream_body, named_option
@@ -438,6 +441,48 @@ def test_the_newer_limit_of_the_output_wins() -> None:
     assert parse_call(body(max_tokens=5)).terms.max_output == 5
     assert parse_call(body(max_tokens=5, max_completion_tokens=7)).terms.max_output == 7
     assert parse_call(body(max_tokens=5, max_completion_tokens=None)).terms.max_output == 5
+    assert parse_call(body(max_tokens=7, max_completion_tokens=5)).terms.max_output == 7
+    assert parse_call(body(n=None)).terms.choices == 1
+    assert parse_call(body(n=3)).terms.choices == 3
+    assert parse_call(body(n=3, best_of=4)).terms.choices == 4
+
+
+def test_a_maximum_that_is_none_limits_nothing() -> None:
+    assert output_limits([("max_tokens", -1), ("max_completion_tokens", 5)]) == (None, 1)
+    assert output_limits([("max_tokens", 0)]) == (None, 1)
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("value", [0, -1, MAX_CHOICES + 1, 2**63, 1.0, "2", True, [1], {}])
+def test_how_many_answers_is_a_small_number(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(body(**{name: value}))
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert parse_call(body(**{name: MAX_CHOICES})).terms.choices == MAX_CHOICES
+
+
+def test_a_prompt_weighs_as_much_as_its_text() -> None:
+    """Images and sounds at most MEDIA_BYTES each; tools and schemas as much as text."""
+    text = {"role": "user", "content": [{"type": "text", "text": "x" * 900}]}
+    tools = [{"type": "function", "function": {"name": "f", "description": "y" * 9000}}]
+    plain = parse_call(chat(text))
+    with_tools = parse_call(orjson.dumps({"model": "a/b", "messages": [text], "tools": tools}))
+    assert 900 < plain.prompt_bytes < 1000
+    assert 8500 < with_tools.prompt_bytes - plain.prompt_bytes < 9000
+    base64 = "A" * 400_000
+    for part in (
+        {"type": "image_url", "image_url": {"url": base64, "detail": "low"}},
+        {"type": "image_url", "image_url": base64},
+        {"type": "input_audio", "input_audio": {"format": "wav", "data": base64}},
+    ):
+        message = {"role": "user", "content": [*text["content"], part, part]}
+        weight = parse_call(chat(message)).prompt_bytes
+        assert 2 * MEDIA_BYTES < weight - plain.prompt_bytes < 2 * MEDIA_BYTES + 300
+    # What only says that it is one is text.
+    odd = [{"type": "image_url"}, {"type": "image_url", "image_url": 1}, {"type": ["image_url"]}]
+    odd += [{"type": "text", "image_url": base64}]
+    message = {"role": "user", "content": odd}
+    assert parse_call(chat(message)).prompt_bytes > 400_000
 
 
 @pytest.mark.parametrize(

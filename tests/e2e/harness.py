@@ -399,9 +399,17 @@ class Program:
 
 @asynccontextmanager
 async def running_program(
-    folder: Path, upstream: ScriptedUpstream, server: str = "", *, keys: bool = False
+    folder: Path,
+    upstream: ScriptedUpstream,
+    server: str = "",
+    *,
+    keys: bool = False,
+    endpoint: str = "",
 ) -> AsyncIterator[Program]:
-    """`python -m hoberproxy serve`; `server` are lines of that table. `keys`: clients need one."""
+    """`python -m hoberproxy serve`; `server` and `endpoint` are lines of these tables.
+
+    `keys`: clients need one.
+    """
     config = folder / "hoberproxy.toml"
     text = PROGRAM_CONFIG.format(
         server=server,
@@ -410,6 +418,7 @@ async def running_program(
         slug=SLUG,
         upstream_model=UPSTREAM_MODEL,
     )
+    text += endpoint
     config.write_text(text.replace("required = false", "required = true") if keys else text)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
