@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Final, NamedTuple
 
@@ -31,6 +32,7 @@ from .errors import (
     serialize_error,
     serialize_error_event,
 )
+from .frames import STEPPED_BYTES
 from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
@@ -83,6 +85,7 @@ class Exchange(Owner):
     _kept_body = b""
     _held_bytes = 0  # of the body, counted with those of all others
     _run_start = 0.0
+    _reading: Generator[None, None, Call] | None = None  # of a large body, as far as it got
     _call: Call | None = None
     _prompt_bytes = 0
     _plan: Plan | None = None
@@ -188,33 +191,65 @@ class Exchange(Owner):
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
+        if self._refusal is not None:
+            self.refuse(self._refusal, close=close)
+            return
+        frames, key_id = self._gateway.frames, self._caller.key_id
         try:
-            if self._refusal is not None:
-                raise self._refusal
             self.hold_body(len(body))
-            self._call = call = self._gateway.frames.read(body, self._caller.key_id)
-            terms = call.terms
-            self.record.streamed = terms.stream
-            self.record.requested = terms.requested
-            self._prompt_bytes = call.prompt_bytes
-            self._plan = plan = permitted(self._make_plan(call), self._caller)
-            self._upstreams = self._gateway.upstreams
-            self._lease = self._gateway.accounts.open(
-                self.record, self._caller, call, plan, unix_time(), self._lease
-            )
+            if len(body) > STEPPED_BYTES:
+                self._reading = frames.read_in_steps(body, key_id)
+                self._read_on()
+                return
+            self._open(frames.read(body, key_id))
         except ProxyError as error:
-            self.refuse(error, close=close)
+            self.refuse(error)
             return
         except Exception:
             self._fail_ourselves()
             return
-        self._quiet_since = self.now
+        self._begin_step(0)
+
+    def _read_on(self) -> None:
+        """Take one step of reading a large body; between two of them the loop serves others."""
+        reading = self._reading
+        if self._is_closed or reading is None:
+            return
+        try:
+            try:
+                next(reading)
+            except StopIteration as end:
+                self._reading = None
+                self._open(end.value)
+            else:
+                self._gateway.loop.call_soon(self._read_on)
+                return
+        except ProxyError as error:
+            self.refuse(error)
+            return
+        except Exception:
+            self._fail_ourselves()
+            return
         self._begin_step(0)
 
     def _fail_ourselves(self) -> None:
         """A fault of the proxy: ours to answer for, not to be taken for a client that left."""
         logger.exception("request %s failed", self.record.id)
         self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
+
+    def _open(self, call: Call) -> None:
+        """Route the call and count it in. Raises ProxyError."""
+        self._call = call
+        terms = call.terms
+        self.record.streamed = terms.stream
+        self.record.requested = terms.requested
+        self._prompt_bytes = call.prompt_bytes
+        self._plan = plan = permitted(self._make_plan(call), self._caller)
+        self._upstreams = self._gateway.upstreams
+        self._lease = self._gateway.accounts.open(
+            self.record, self._caller, call, plan, unix_time(), self._lease
+        )
+        self._quiet_since = self.now
 
     def _make_plan(self, call: Call) -> Plan:
         gateway = self._gateway
@@ -241,6 +276,9 @@ class Exchange(Owner):
             if is_first:
                 self.record.overhead = _monotonic() - self._run_start
             attempt.start()
+        except RequestError as error:  # a body that the endpoint's rules cannot be applied to
+            self.refuse(error)
+            return
         except Exception:
             if self._attempt is not None:
                 self._attempt.abort()
@@ -609,7 +647,7 @@ class Exchange(Owner):
         if attempt is not None:
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
-        self._attempt = self._call = self._refusal = None
+        self._attempt = self._call = self._refusal = self._reading = None
         gateway.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint

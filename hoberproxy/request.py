@@ -11,7 +11,7 @@ all requests of an app, as a rule: frames.py knows it again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Generator, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -30,8 +30,16 @@ from .extensions import (
     is_word,
 )
 from .http11_body import LARGE_BYTES
-from .members import Member, scan_members
+from .members import Member
 from .record import clip_text
+from .spans import (
+    MAX_MEMBERS,
+    MAX_VALUES,
+    RepeatedName,
+    Survey,
+    TangledMembers,
+    find_members,
+)
 
 JsonObject = dict[str, Any]
 
@@ -39,10 +47,19 @@ _loads: Final = orjson.loads
 
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
+_NO_ENDS: Final[dict[int, int]] = {}
 MAX_REQUESTED: Final = 16  # slugs that a record tells
 MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
 MAXIMA: Final = ("max_completion_tokens", "max_tokens")  # of one answer, in tokens
 CHOICES: Final = ("n", "best_of")  # how many answers are written
+
+# What a client may send of each; docs/behaviour.md has them in one table.
+MAX_MODELS: Final = 32
+MAX_MESSAGES: Final = 50_000
+MAX_TOOLS: Final = 4096
+MAX_PROVIDERS: Final = 256  # in each list of the `provider` object
+MAX_OPTIONS_BYTES: Final = 64 * 1024  # of `stream_options`
+MAX_NAME_LENGTH: Final = 512  # characters of a slug, a provider's name or a member's
 _RARER: Final = frozenset(
     (
         *("stream_options", "usage", "provider", "tools", "tool_choice", "response_format"),
@@ -142,6 +159,7 @@ class Terms:
 
     def __init__(self, document: JsonObject) -> None:
         self.around: list[Around] = []  # as it went upstream; upstream_body.py's
+        self.members: list[Member] = []  # of the body that this was read from
         self.given = frozenset([name for name, value in document.items() if value is not None])
         self.candidates = candidates = _candidates(document)
         self.requested = tuple([clip_text(slug) for slug in candidates[:MAX_REQUESTED]])
@@ -214,7 +232,7 @@ class Call:
     def members(self) -> list[Member]:
         """The top-level members as spans into `body`."""
         if self._members is None:
-            self._members = scan_members(self.body)
+            self._members = _moved(self.terms.members, len(self.raw_messages))
         return self._members
 
     @property
@@ -233,12 +251,50 @@ class Call:
         return self.roles.get(NO_CONTENT)
 
 
-def parse_call(body: bytes) -> Call:
-    """Check a body against every rule of the contract; raises RequestError naming the field."""
+def _moved(members: list[Member], messages_bytes: int) -> list[Member]:
+    """The same members around messages of another size."""
+    span = find_messages(members)
+    by = messages_bytes - (span.end - span.value_start)
+    place = members.index(span)
+    behind = [Member(name, a + by, b + by, c + by) for name, a, b, c in members[place + 1 :]]
+    return [*members[:place], span._replace(end=span.end + by), *behind]
+
+
+def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
+    """Check a body against every rule of the contract; raises RequestError naming the field.
+
+    `known_ends` has the ends of top-level values by their beginnings, where they are known.
+    """
+    survey = Survey(body)
+    while survey.step():
+        pass
+    check_survey(survey)
     document = _load_object(body)
-    members = scan_members(body)
-    if len(members) != len(document):
-        raise _duplicate(members)
+    members = _find_members(body, document, known_ends, survey)
+    return _make_call(body, document, members)
+
+
+def parse_in_steps(
+    body: bytes, survey: Survey, known_ends: dict[int, int]
+) -> Generator[None, None, Call]:
+    """Do as `parse_call`, for a large body that `survey` has seen: pause where it may take long."""
+    document = _load_object(body)
+    yield
+    members = _find_members(body, document, known_ends, survey)
+    yield
+    call = _make_call(body, document, members)
+    yield  # before a large document is freed
+    return call
+
+
+def check_survey(survey: Survey) -> None:
+    """Raise RequestError for a body of too many values."""
+    if survey.has_too_many:
+        message = f"the body: expected at most {MAX_VALUES} JSON values in all, got more"
+        raise RequestError(message, code="invalid_value")
+
+
+def _make_call(body: bytes, document: JsonObject, members: list[Member]) -> Call:
     if not document.keys() <= _PARAMETERS:
         _check_names(document)
     _check_required(document)
@@ -247,7 +303,19 @@ def parse_call(body: bytes) -> Call:
             check(name, value)
     span = find_messages(members)
     raw = raw_part(body, span.value_start, span.end)
-    return Call(Terms(document), document["messages"], body, raw, members)
+    if document.get("stream_options") is not None:
+        _check_size("stream_options", members)
+    terms = Terms(document)
+    terms.members = members
+    return Call(terms, document["messages"], body, raw, members)
+
+
+def _check_size(param: str, members: list[Member]) -> None:
+    """Of a member that is read once more where it is changed."""
+    for member in members:
+        if member.name == param and (size := member.end - member.value_start) > MAX_OPTIONS_BYTES:
+            expected = f"an object of at most {MAX_OPTIONS_BYTES} bytes"
+            raise _wrong_value(param, expected, f"one of {size}")
 
 
 def find_messages(members: list[Member]) -> Member:
@@ -283,6 +351,18 @@ def _missing(param: str, expected: str) -> RequestError:
     return RequestError(message, code="missing_required_parameter", param=param)
 
 
+def _too_many(param: str | None, most: int, what: str, got: int) -> RequestError:
+    message = f"{param or 'the body'}: expected at most {most} {what}, got {got}"
+    return RequestError(message, code="invalid_value", param=param)
+
+
+def _too_long(param: str | None, what: str, got: int) -> RequestError:
+    message = (
+        f"{param or 'the body'}: expected {what} of at most {MAX_NAME_LENGTH} characters, got {got}"
+    )
+    return RequestError(message, code="invalid_value", param=param)
+
+
 def _one_of(allowed: frozenset[str]) -> str:
     return "one of " + ", ".join(sorted(allowed))
 
@@ -307,7 +387,11 @@ def _check_names(document: JsonObject) -> None:
     """No name that another server could take for one of ours."""
     for name in document:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
-        if name in _PARAMETERS or (name.isascii() and name.islower()):
+        if name in _PARAMETERS:
+            continue
+        if len(name) > MAX_NAME_LENGTH:
+            raise _too_long(None, "names of members", len(name))
+        if name.isascii() and name.islower():
             continue
         folded = _fold(name)
         if folded in _PARAMETERS:
@@ -315,14 +399,26 @@ def _check_names(document: JsonObject) -> None:
             raise RequestError(message, code="duplicate_parameter", param=name)
 
 
-def _duplicate(members: list[Member]) -> RequestError:
-    seen: set[str] = set()
-    for member in members:
-        if member.name in seen:
-            break
-        seen.add(member.name)
-    param = member.name if _match_tellable_name(member.name) else None
-    message = f"{param or 'a name'} is given twice (again at byte {member.start}): give it once"
+def _find_members(
+    body: bytes, document: JsonObject, known_ends: dict[int, int], survey: Survey
+) -> list[Member]:
+    if len(document) > MAX_MEMBERS:
+        raise _too_many(None, MAX_MEMBERS, "members", len(document))
+    try:
+        return find_members(body, list(document), known_ends, survey)
+    except RepeatedName as repeated:
+        raise _duplicate(repeated.name, repeated.start) from None
+    except TangledMembers:
+        message = (
+            "the body: expected the names of its members on the top level alone, "
+            "got them below it again and again"
+        )
+        raise RequestError(message, code="invalid_value") from None
+
+
+def _duplicate(name: str, start: int) -> RequestError:
+    param = name if _match_tellable_name(name) else None
+    message = f"{param or 'a name'} is given twice (again at byte {start}): give it once"
     return RequestError(message, code="duplicate_parameter", param=param)
 
 
@@ -356,6 +452,13 @@ def _check_string(param: str, value: object) -> None:
         raise _wrong_value(param, "a non-empty string", "an empty one")
 
 
+def _check_slug(param: str, value: object) -> None:
+    _check_string(param, value)
+    assert type(value) is str
+    if len(value) > MAX_NAME_LENGTH:
+        raise _too_long(param, "a name", len(value))
+
+
 def _check_boolean(param: str, value: object) -> None:
     if type(value) is not bool:
         raise _wrong_type(param, "boolean", value)
@@ -378,6 +481,17 @@ def _check_choices(param: str, value: object) -> None:
 def _check_array(param: str, value: object) -> None:
     if type(value) is not list:
         raise _wrong_type(param, "array", value)
+
+
+def _check_list(param: str, value: object, most: int, what: str) -> None:
+    _check_array(param, value)
+    assert type(value) is list
+    if len(value) > most:
+        raise _too_many(param, most, what, len(value))
+
+
+def _check_tools(param: str, value: object) -> None:
+    _check_list(param, value, MAX_TOOLS, "tools")
 
 
 def _check_object(param: str, value: object) -> None:
@@ -436,15 +550,15 @@ def _check_response_format(param: str, value: object) -> None:
 
 
 def _check_models(param: str, value: object) -> None:
-    if type(value) is not list:
-        raise _wrong_type(param, "array", value)
+    _check_list(param, value, MAX_MODELS, "models")
+    assert type(value) is list
     for index, slug in enumerate(value):
-        _check_string(f"{param}[{index}]", slug)
+        _check_slug(f"{param}[{index}]", slug)
 
 
 # Messages are checked last, while the call is made: their images are found on the way.
 _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
-    "model": _check_string,
+    "model": _check_slug,
     "stream": _check_boolean,
     "temperature": _number_check(2),
     "top_p": _number_check(1),
@@ -452,7 +566,7 @@ _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
     "max_completion_tokens": _check_token_count,
     "n": _check_choices,
     "best_of": _check_choices,
-    "tools": _check_array,
+    "tools": _check_tools,
     "tool_choice": _check_tool_choice,
     "response_format": _check_response_format,
     "stream_options": _flags_check("include_usage"),
@@ -467,7 +581,7 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 
 
 def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
-    """Return whether any message holds an image, and the roles with the last place of each.
+    """Return whether any message holds an image, and how many messages have which role.
 
     Between these, the bytes of images and sounds beyond MEDIA_BYTES for each. Under NO_CONTENT
     stands the first place of an assistant that said nothing, if there is one. Raises RequestError
@@ -477,6 +591,8 @@ def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
         raise _wrong_type("messages", "array", messages)
     if not messages:
         raise _wrong_value("messages", "one message or more", "an empty array")
+    if len(messages) > MAX_MESSAGES:
+        raise _too_many("messages", MAX_MESSAGES, "messages", len(messages))
     has_images, excess, roles = False, 0, dict[str, int]()
     for index, message in enumerate(messages):
         if type(message) is not dict:
@@ -484,7 +600,7 @@ def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
         role = message.get("role")
         if type(role) is not str or role not in ROLES:
             raise _wrong_role(f"messages[{index}].role", message)
-        roles[role] = index
+        roles[role] = roles.get(role, 0) + 1
         content = message.get("content")
         if type(content) is list:
             with_image, more = _check_parts(index, content)
@@ -566,9 +682,9 @@ def _parse_names(provider: JsonObject, field: str) -> tuple[str, ...] | None:
     names = provider.get(field)
     if names is None:
         return None
-    _check_array(f"provider.{field}", names)
+    _check_list(f"provider.{field}", names, MAX_PROVIDERS, "names")
     for index, name in enumerate(names):
-        _check_string(f"provider.{field}[{index}]", name)
+        _check_slug(f"provider.{field}[{index}]", name)
     return tuple(names) or None
 
 

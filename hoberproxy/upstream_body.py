@@ -7,12 +7,12 @@ once for each frame of a client and kept with its `Terms`: a body costs the copy
 from __future__ import annotations
 
 import re
-from itertools import islice
 from typing import Final
 
 import orjson
 
 from .catalog import NO_ADAPTATION, Adaptation
+from .errors import RequestError
 from .http11_body import Parts
 from .members import scan_elements, scan_members
 from .request import CHOICES, MAXIMA, Around, Call, JsonObject, Terms, output_limits
@@ -20,6 +20,13 @@ from .request import CHOICES, MAXIMA, Around, Call, JsonObject, Terms, output_li
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
 _MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
+
+_READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
+_MOST_READ_BYTES: Final = 1024 * 1024  # … and at all, which may take ten times a parse
+_ROLE: Final = b'"role"'
+_ROLE_VALUE: Final = rb'[ \t\n\r]*+:[ \t\n\r]*+("(?:%b)")'
+_BACKSLASH: Final = 0x5C
+_LETTER_ESCAPES: Final = (b"\\u006", b"\\u007")
 
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.
@@ -62,9 +69,9 @@ def make_upstream_body(
         call.terms.around.append(around)
     messages = call.raw_messages
     if adaptation.roles:
-        places = [call.roles[role] for role, _ in adaptation.roles if role in call.roles]
-        if places:
-            messages = _adapt_roles(call, dict(adaptation.roles), max(places))
+        roles = {old: new for old, new in adaptation.roles if old in call.roles}
+        if roles:
+            messages = _adapt_roles(call, roles)
     return [around.before, messages, around.after], around.injected
 
 
@@ -218,21 +225,70 @@ def _head(name: str) -> bytes:
     return orjson.dumps(name) + b":"
 
 
-def _adapt_roles(call: Call, roles: dict[str, str], last: int) -> bytes:
-    """The messages with other roles up to the `last`; all else in them keeps its bytes."""
+def _adapt_roles(call: Call, roles: dict[str, str]) -> bytes:
+    """The messages with other roles; all else in them keeps its bytes."""
     raw = bytes(call.raw_messages)
+    spans = _role_spans(raw, call, roles)
     view = memoryview(raw)
     parts: list[bytes | memoryview] = []
     sent = 0
-    # To read all of a prompt again would cost twice its parse; a developer's message stands first.
-    for start, end in islice(scan_elements(raw, 0), last + 1):
-        message = raw[start:end]
-        for member in scan_members(message):
-            if member.name != "role":
-                continue
-            role = orjson.loads(message[member.value_start : member.end])
-            if type(role) is str and role in roles:
-                parts += (view[sent : start + member.value_start], orjson.dumps(roles[role]))
-                sent = start + member.end
+    for start, end, role in spans:
+        parts += (view[sent:start], orjson.dumps(roles[role]))
+        sent = end
     parts.append(view[sent:])
     return b"".join(parts)
+
+
+def _role_spans(raw: bytes, call: Call, roles: dict[str, str]) -> list[tuple[int, int, str]]:
+    """Where the values stand that are one of `roles`, in order, and which it is.
+
+    A short text is read message by message, and only up to the last of them: a developer's message
+    stands first. In a long one the members are searched for: if there are as many as messages have
+    these roles, and none is hidden by escapes, none of them lies deeper.
+    """
+    wanted = sum([call.roles[role] for role in roles])
+    if len(raw) <= _READ_BYTES:
+        return _read_roles(raw, roles, wanted)
+    found = _find_roles(raw, roles)
+    if len(found) == wanted and not any(escape in raw for escape in _LETTER_ESCAPES):
+        return found
+    if len(raw) <= _MOST_READ_BYTES:
+        return _read_roles(raw, roles, wanted)
+    message = (
+        "messages: expected roles of messages alone, without escapes, in a body of this size, "
+        "got members called role that cannot be told from them"
+    )
+    raise RequestError(message, code="invalid_value", param="messages")
+
+
+def _find_roles(raw: bytes, roles: dict[str, str]) -> list[tuple[int, int, str]]:
+    """All members called role with one of `roles`, at any depth, as far as no escape hides them."""
+    names = "|".join(map(re.escape, roles)).encode()
+    match_value = re.compile(_ROLE_VALUE % names).match
+    spans: list[tuple[int, int, str]] = []
+    place = raw.find(_ROLE)
+    while place >= 0:
+        found = match_value(raw, place + len(_ROLE))
+        if found and raw[place - 1] != _BACKSLASH:  # else the quote is one in a string
+            spans.append((found.start(1), found.end(1), found[1][1:-1].decode()))
+        place = raw.find(_ROLE, place + len(_ROLE))
+    return spans
+
+
+def _read_roles(raw: bytes, roles: dict[str, str], wanted: int) -> list[tuple[int, int, str]]:
+    spans: list[tuple[int, int, str]] = []
+    for start, end in scan_elements(raw, 0):
+        message = raw[start:end]
+        last: tuple[int, int, str] | None = None
+        for member in scan_members(message):
+            if member.name == "role":
+                role = orjson.loads(message[member.value_start : member.end])
+                is_ours = type(role) is str and role in roles
+                span = start + member.value_start, start + member.end, role
+                last = span if is_ours else None
+                if is_ours:
+                    spans.append(span)
+        wanted -= last is not None
+        if not wanted:
+            break
+    return spans

@@ -679,9 +679,9 @@ def test_stream_options_without_a_stream_pass_where_they_are_understood() -> Non
     assert upstream(call, stream_options=False) == STREAMED % (b'"up"', b"false", b"")
 
 
-def test_the_last_place_of_each_role_is_known() -> None:
+def test_the_messages_of_each_role_are_counted() -> None:
     messages = [{"role": "developer", "content": ""}, USER, USER]
-    assert parse_call(body(messages=messages)).roles == {"developer": 0, "user": 2}
+    assert parse_call(body(messages=messages)).roles == {"developer": 1, "user": 2}
 
 
 # The endpoint's own changes

@@ -481,8 +481,8 @@ def test_the_messages_are_bounded() -> None:
     with pytest.raises(RouteError, match="and 492 more") as caught:
         make_plan(call("m", provider={"only": ["z"]}), many)
     assert len(caught.value.message) < 1500
-    with pytest.raises(RouteError, match="and 492 more") as caught:
-        make_plan(call(*(f"{i}" + "z" * 500 for i in range(500))), many)
+    with pytest.raises(RouteError, match="and 24 more") as caught:
+        make_plan(call(*(f"{i}" + "z" * 500 for i in range(32))), many)
     assert len(caught.value.message) < 1500
 
 
