@@ -229,7 +229,11 @@ def test_a_short_key_is_found_whole(key: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("guess", ["k-proj-T", "sk-pr***Lp8", KEY[11:19], KEY])
-@pytest.mark.parametrize("write", [str, lambda text: quote(text, safe=""), html.escape], ids=repr)
+@pytest.mark.parametrize(
+    "write",
+    [str, lambda text: quote(text, safe=""), html.escape],
+    ids=["plain", "in a URL", "in HTML"],
+)
 @pytest.mark.parametrize(
     "dump",
     [

@@ -116,7 +116,7 @@ def longest_answer(call: Call, endpoint: Endpoint) -> tuple[int, int]:
 SIZES = [None, 7, 90]
 
 
-@pytest.mark.parametrize("adaptation", [NO_ADAPTATION, *ADAPTATIONS], ids=str)
+@pytest.mark.parametrize("adaptation", [NO_ADAPTATION, *ADAPTATIONS])
 def test_what_is_held_is_what_the_body_that_goes_up_permits(
     processes: Processes, adaptation: Adaptation
 ) -> None:
