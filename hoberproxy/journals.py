@@ -158,7 +158,8 @@ class Segment:
 
     def _entries(self) -> Iterator[tuple[int, bytes]]:
         """Every whole entry of a dead owner's segment once, around all that is damaged."""
-        data, place, seen = self._map, self._start, set[int]()
+        data, place = self._map, self._start
+        seen: set[int] = set()
         while data is not None:
             entry = self._entry_at(place)
             if entry is None:
@@ -238,7 +239,8 @@ class Segment:
 
     def _last_generation(self) -> bytes | None:
         """Without a head that can be read: the generation of the last use, by the entries."""
-        data, found, before = self._map, set[bytes](), (self.generation, self._seed)
+        data, before = self._map, (self.generation, self._seed)
+        found: set[bytes] = set()
         schema = serialize_generation(own_names(), 0)[:4]
         place = data.find(schema) if data is not None else -1
         while data is not None and place >= 0:

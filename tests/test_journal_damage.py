@@ -19,6 +19,7 @@ from hoberproxy import journal as journal_module
 from hoberproxy.journal import ENTRY, MARK, MARK_PLACE, _Segment
 from hoberproxy.journals import UNREADABLE, Journals
 
+# How many times as many examples as a run of all tests has.
 SCALE = float(os.environ.get("HOBERPROXY_TEST_EXAMPLES", "1"))
 EXAMPLES = max(1, round(100 * SCALE))
 SEGMENT = 64 * 1024  # small, so that a page is a part of it
