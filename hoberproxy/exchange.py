@@ -38,7 +38,7 @@ from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .refusal import choose_told
+from .refusal import choose_error
 from .request import Call
 from .routing import Plan, make_plan
 from .upstream_body import make_upstream_body
@@ -475,20 +475,20 @@ class Exchange(Owner):
         )
 
     def _fail(self, error: UpstreamError) -> None:
-        """The last attempt failed: tell it, or what says more, and what was tried beside it."""
-        told = error
+        """Answer with the last attempt's error, or an earlier one, and with what else was tried."""
+        chosen = error
         if self._call is not None:  # else the client has a part of this very answer
-            told = choose_told(self._errors)
-        self.record.phase = told.phase.value
-        others = self._failures[:-1] if told is error else self._failures
-        if self._call is not None and told.status in (502, 504) and self._is_all_cooling():
+            chosen = choose_error(self._errors)
+        self.record.phase = chosen.phase.value
+        others = self._failures[:-1] if chosen is error else self._failures
+        if self._call is not None and chosen.status in (502, 504) and self._is_all_cooling():
             # All had been failing before this request came: say when it is worth coming back.
             others = self._failures
-            told.status, told.code = 503, "no_healthy_upstream"
-            told.retry_after = self._next_trial()
+            chosen.status, chosen.code = 503, "no_healthy_upstream"
+            chosen.retry_after = self._next_trial()
         if others:
-            told.metadata["previous_errors"] = [asdict(failure) for failure in others]
-        self.refuse(told)
+            chosen.metadata["previous_errors"] = [asdict(failure) for failure in others]
+        self.refuse(chosen)
 
     def _is_all_cooling(self) -> bool:
         return self._plan is not None and all(

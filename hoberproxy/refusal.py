@@ -75,19 +75,19 @@ def judge_document(
         _judge(error, provider, status, found, dump_json(document), secrets, sent)
 
 
-def choose_told(errors: Sequence[UpstreamError]) -> UpstreamError:
-    """Which of the `errors` of all attempts, in order, the client is told.
+def choose_error(errors: Sequence[UpstreamError]) -> UpstreamError:
+    """Return the one of `errors`, those of all attempts in order, that the client is to get.
 
     The last, as a rule. But that one model refuses the request says more than that others failed:
-    the first refusal is told, or a rate limit reached after it, for that passes.
+    the client gets the first refusal, or a rate limit reached after it, for that passes.
     """
-    told: UpstreamError | None = None
+    chosen: UpstreamError | None = None
     for error in errors:
-        if told is None:
-            told = error if error.is_refusal and error.status in _SHOWN_STATUSES else None
+        if chosen is None:
+            chosen = error if error.is_refusal and error.status in _SHOWN_STATUSES else None
         elif error.status == 429:
-            told = error
-    return told or errors[-1]
+            chosen = error
+    return chosen or errors[-1]
 
 
 def parse_retry_after(get_header: Callable[[bytes], bytes | None], now: float) -> float | None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hoberproxy.error_document import MAX_MESSAGE_LENGTH
 from hoberproxy.errors import Phase, UpstreamError, serialize_error
-from hoberproxy.refusal import choose_told, judge_document, parse_refusal, parse_retry_after
+from hoberproxy.refusal import choose_error, judge_document, parse_refusal, parse_retry_after
 
 NOW = 1_700_000_000.0
 
@@ -379,14 +379,14 @@ def of_status(status: int, name: str = "") -> UpstreamError:
 )
 def test_which_of_several_errors_is_told(statuses: list[int], told: int) -> None:
     errors = [of_status(status) for status in statuses]
-    assert choose_told(errors) is errors[told]
+    assert choose_error(errors) is errors[told]
 
 
 def test_our_own_troubles_with_a_400_are_told_last() -> None:
     ours = parse_refusal("east", 400, headers(), json.dumps(GEMINI).encode(), NOW, (KEY,))
     theirs, down = of_status(400), of_status(503)
-    assert choose_told([ours, theirs, down]) is theirs
-    assert choose_told([ours, down]) is down
+    assert choose_error([ours, theirs, down]) is theirs
+    assert choose_error([ours, down]) is down
 
 
 JSON = st.recursive(

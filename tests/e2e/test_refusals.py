@@ -119,6 +119,16 @@ async def test_a_429_within_a_200_cools_falls_over_and_is_told(
 
 
 @EITHER
+async def test_a_429_within_a_200_says_when_to_come_again_by_its_head(
+    proxy_to: ProxyTo, stream: bool
+) -> None:
+    script = json_response(200, failing(429), ("Retry-After", "7"))
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream) as proxy:
+        reply = await proxy.post(chat(stream=stream))
+    assert (reply.status, reply.headers["retry-after"]) == (429, "7")
+
+
+@EITHER
 @pytest.mark.parametrize("code", [401, 402, 403, 404, 500, 503, "UNAVAILABLE", None, "odd"])
 async def test_any_other_error_within_a_200_falls_over_and_is_a_502(
     proxy_to: ProxyTo, code: Any, stream: bool
