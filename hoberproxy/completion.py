@@ -75,9 +75,12 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     choices = get("choices")
     if not isinstance(choices, list) or not choices:
         raise _no_completion(document, "expected `choices` in the body, got none")
+    for choice in choices:
+        if isinstance(choice, dict) and (
+            choice.get("error") or choice.get("finish_reason") == "error"
+        ):
+            raise _error_body(choice)
     choice, model = choices[0], get("model")
-    if isinstance(choice, dict) and (choice.get("error") or choice.get("finish_reason") == "error"):
-        raise _error_body(choice)
     return Completion(
         _rename(body, model, slug) if isinstance(model, str) else body,
         document,

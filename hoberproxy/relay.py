@@ -7,6 +7,7 @@ time limits are the attempt's. Nothing here waits.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import orjson
@@ -378,6 +379,13 @@ class BodyRelay(Relay):
             self._answer.write(data)
 
 
+# Lines of an event up to its data, which begin no JSON and no HTML, and the empty line behind.
+_match_error_event: Final = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*+(?>(?:(?!data:|error:)[a-z]*+:[^\r\n]*+[\r\n]++)*)"
+    rb"(?:data|error):[^\r\n]*+(?>(?:(?:\r\n?|\n)[a-z]*+:[^\r\n]*+)*)(?:\r\n\r\n|\n\n|\r\r)"
+).match
+
+
 class RefusalReader(Relay):
     """The body of an answer other than 200, for the message in it; a broken one is as good."""
 
@@ -387,7 +395,8 @@ class RefusalReader(Relay):
 
     def on_body(self, data: bytes) -> None:
         self._collected += data
-        if len(self._collected) > MAX_BODY_BYTES:
+        # An event says all there is: some servers leave the body of such a stream open.
+        if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
             self.on_end()
 
     def on_end(self) -> None:

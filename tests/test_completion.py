@@ -222,3 +222,13 @@ def test_the_scanner_takes_it_for_a_finished_stream(wants_usage: bool) -> None:
     passed = scanner.feed(data) + scanner.feed_eof()
     assert passed == serialize_as_stream(completion, SLUG, wants_usage=wants_usage)
     assert (scanner.is_done, scanner.finish_reason, scanner.usage) == (True, "stop", Usage(9, 3))
+
+
+@pytest.mark.parametrize("broken", [{"error": {"code": 502}}, {"finish_reason": "error"}], ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_in_any_choice_is_an_error(broken: dict[str, Any], place: int) -> None:
+    choices: list[Any] = [{"finish_reason": "stop", "message": {}}]
+    choices.insert(place, broken)
+    with pytest.raises(CompletionError) as caught:
+        parse_completion(json.dumps({"choices": choices}).encode(), SLUG)
+    assert caught.value.is_error_body

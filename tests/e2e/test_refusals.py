@@ -14,6 +14,7 @@ from tests.scripted import (
     Script,
     ScriptedUpstream,
     Send,
+    Stall,
     chunk,
     completion,
     event,
@@ -267,6 +268,27 @@ async def test_a_refusal_that_breaks_off_shows_what_has_come(proxy_to: ProxyTo) 
     ):
         reply = await proxy.post(chat())
     assert (reply.status, reply.error["message"]) == (422, WHY)
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"], ids=["LF", "CR LF"])
+async def test_a_refusal_as_an_event_is_not_waited_for_any_longer(
+    proxy_to: ProxyTo, end: bytes
+) -> None:
+    data = b"event: error%bdata: %b%b" % (
+        end[: len(end) // 2],
+        json.dumps(failing(400)).encode(),
+        end,
+    )
+    head = serialize_head(400, [("Content-Type", "text/event-stream")])
+    async with (
+        ScriptedUpstream(
+            [Send(head), *[Send(data[at : at + 9]) for at in range(0, 200, 9)], Stall()]
+        ) as upstream,
+        proxy_to(upstream) as proxy,
+    ):
+        reply = await proxy.post(chat(stream=True))
+        await upstream.wait_for_hangup()
+    assert (reply.status, reply.error["message"]) == (400, WHY)
 
 
 async def test_a_page_is_hidden(proxy_to: ProxyTo) -> None:
