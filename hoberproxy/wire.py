@@ -373,9 +373,9 @@ class DownstreamConnection(Client):
             self._pieces.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         try:
             exchange.hold_body(self._body_bytes)
-        except UnavailableError as error:
+        except UnavailableError as full:  # compiled, a name has one type in a function
             self._answer_early()
-            exchange.refuse(error, close=True)
+            exchange.refuse(full, close=True)
             return
         if body.is_complete:
             whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
