@@ -331,6 +331,7 @@ def make_config(
                 {
                     "listen": (Address("127.0.0.1", 0),),
                     "metrics_listen": None,
+                    "comment_after": 0.0,  # or a slow machine has them in its streams
                     "models_refresh": 0.0,  # or a script would meet a request that no test has made
                 }
                 | settings

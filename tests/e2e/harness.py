@@ -300,7 +300,10 @@ def make_config(
     if models is None:
         models = [model_at(SLUG, *(provider.name for provider in providers))]
     settings = ServerSettings(
-        listen=(Address("127.0.0.1", 0),), metrics_listen=None, drain_timeout=0.0
+        listen=(Address("127.0.0.1", 0),),
+        metrics_listen=None,
+        drain_timeout=0.0,
+        comment_after=0.0,  # or a slow machine has them in its streams
     )
     return Config(
         server=replace(settings, **server),
@@ -341,6 +344,7 @@ PROGRAM_CONFIG = """\
 [server]
 listen = "127.0.0.1:0"
 metrics_listen = "off"
+comment_after = 0
 {server}
 
 [keys]
