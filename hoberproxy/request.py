@@ -333,8 +333,6 @@ def _check_names(document: JsonObject) -> None:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
         if name in _PARAMETERS:
             continue
-        if len(name) > MAX_NAME_LENGTH:
-            raise _too_long(None, "names of members", len(name))
         if name.isascii() and name.islower():
             continue
         folded = _fold(name)
@@ -348,6 +346,8 @@ def _find_members(
 ) -> list[Member]:
     if len(document) > MAX_MEMBERS:
         raise _too_many(None, MAX_MEMBERS, "members", len(document))
+    if (longest := max(map(len, document), default=0)) > MAX_NAME_LENGTH:
+        raise _too_long(None, "names of members", longest)
     try:
         return find_members(body, list(document), known_ends, survey)
     except RepeatedName as repeated:
