@@ -45,6 +45,7 @@ from .upstream_body import make_upstream_body
 logger = logging.getLogger("hoberproxy.server")
 
 COMMENT: Final = b": HOBER PROCESSING\n\n"
+REST: Final = 0.002  # seconds left to others between two steps of reading a large body
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
@@ -178,7 +179,7 @@ class Exchange(Owner):
         frames, key_id = self._gateway.frames, self._caller.key_id
         if len(body) > STEPPED_BYTES:
             self._reading = frames.read_in_steps(body, key_id)
-            self._read_on()
+            self._gateway.loop.call_later(REST, self._read_on)
             return
         try:
             self._open(frames.read(body, key_id))
@@ -202,7 +203,8 @@ class Exchange(Owner):
                 self._reading = None
                 self._open(end.value)
             else:
-                self._gateway.loop.call_soon(self._read_on)
+                # Not at the loop's next turn: an answer of another takes several of them.
+                self._gateway.loop.call_later(REST, self._read_on)
                 return
         except ProxyError as error:
             self.refuse(error)

@@ -3,6 +3,7 @@ the same bytes, measured side by side; for each the least of several runs."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,13 @@ from hypothesis import strategies as st
 from hoberproxy.catalog import Adaptation
 from hoberproxy.errors import RequestError
 from hoberproxy.frames import STEPPED_BYTES, Frames
+from hoberproxy.record import CLIENT_CLOSED
 from hoberproxy.request import Call
+from hoberproxy.spans import MAX_VALUES
 from hoberproxy.upstream_body import make_upstream_body
+
+from .conftest import QUESTION, Proxy, chat, pure_only, wait_until
+from .scripted import WAIT, ScriptedUpstream
 
 KB = 1024
 MB = 1024 * KB
@@ -295,3 +301,50 @@ def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
                 return call
 
     assert told(in_steps) == told(lambda: Frames().read(body, "key"))
+
+
+async def test_a_large_body_arrives_as_it_was_sent(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    text = "a\\n\u00e9" * 1_000_000
+    client = await proxy.connect()
+    client.send(chat(proxy.key, {**QUESTION, "messages": [{"role": "user", "content": text}]}))
+    assert (await client.read_answer()).status == 200
+    assert upstream.requests[0].json()["messages"][0]["content"] == text
+
+
+async def test_what_is_wrong_with_a_large_body_is_told(proxy: Proxy) -> None:
+    client = await proxy.connect()
+    client.send(chat(proxy.key, {**QUESTION, "x": "a" * STEPPED_BYTES, "seed": [[]] * MAX_VALUES}))
+    answer = await client.read_answer()
+    assert (answer.status, b"at most 200000 JSON values" in answer.body) == (400, True)
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+
+
+@pure_only
+async def test_others_are_served_between_steps_and_none_is_taken_for_who_has_left(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, taken = asyncio.Event(), 0
+
+    def endless(body: bytes, key_id: str) -> Iterator[None]:
+        nonlocal taken
+        while True:
+            begun.set()
+            taken += 1
+            yield
+
+    monkeypatch.setattr(proxy.gateway.frames, "read_in_steps", endless)
+    client, other = await proxy.connect(), await proxy.connect()
+    client.send(chat(proxy.key, {**QUESTION, "x": "a" * STEPPED_BYTES}))
+    await asyncio.wait_for(begun.wait(), WAIT)
+    other.send(chat(proxy.key))
+    assert (await other.read_answer()).status == 200
+    client.send_eof()
+    await wait_until(lambda: len(proxy.records) == 2)
+    assert CLIENT_CLOSED in [record.status for record in proxy.records]
+    before = taken
+    other.send(chat(proxy.key))
+    assert (await other.read_answer()).status == 200
+    assert taken == before
