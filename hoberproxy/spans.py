@@ -23,7 +23,7 @@ MAX_MEMBERS: Final = 256  # on the top level
 _FEWEST_BYTES: Final = 2  # of a value and its comma
 _COUNTED_BYTES: Final = 8 * 1024 * 1024  # at a stretch: some 10 ms
 
-_SMALL_BYTES: Final = 1024  # a body that is scanned in any case, which takes 60 µs at most
+_SMALL_BYTES: Final = 4096  # a body that is scanned in any case, which takes 0.3 ms at most
 _SCANNED_BYTES: Final = 64 * 1024  # the largest body that is scanned
 _SPARSE: Final = 256  # bytes for each byte that the scan stops at
 _DENSE: Final = 16  # likewise, in a text that costs less than its objects
