@@ -48,6 +48,7 @@ logger = logging.getLogger("hoberproxy.server")
 # No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
 # does openai-python once an upstream has sent an `id:`.
 COMMENT: Final = b": HOBER PROCESSING\n"
+REST: Final = 0.002  # seconds left to others between two steps of reading a large body
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
@@ -199,7 +200,7 @@ class Exchange(Owner):
             self.hold_body(len(body))
             if len(body) > STEPPED_BYTES:
                 self._reading = frames.read_in_steps(body, key_id)
-                self._read_on()
+                self._gateway.loop.call_later(REST, self._read_on)
                 return
             self._open(frames.read(body, key_id))
         except ProxyError as error:
@@ -222,7 +223,8 @@ class Exchange(Owner):
                 self._reading = None
                 self._open(end.value)
             else:
-                self._gateway.loop.call_soon(self._read_on)
+                # Not at the loop's next turn: an answer of another takes several of them.
+                self._gateway.loop.call_later(REST, self._read_on)
                 return
         except ProxyError as error:
             self.refuse(error)

@@ -32,6 +32,13 @@ from .extensions import (
 from .http11_body import LARGE_BYTES
 from .members import Member
 from .record import clip_text
+from .request_errors import MAX_NAME_LENGTH
+from .request_errors import missing as _missing
+from .request_errors import one_of as _one_of
+from .request_errors import too_long as _too_long
+from .request_errors import too_many as _too_many
+from .request_errors import wrong_type as _wrong_type
+from .request_errors import wrong_value as _wrong_value
 from .spans import (
     MAX_MEMBERS,
     MAX_VALUES,
@@ -59,7 +66,6 @@ MAX_MESSAGES: Final = 50_000
 MAX_TOOLS: Final = 4096
 MAX_PROVIDERS: Final = 256  # in each list of the `provider` object
 MAX_OPTIONS_BYTES: Final = 64 * 1024  # of `stream_options`
-MAX_NAME_LENGTH: Final = 512  # characters of a slug, a provider's name or a member's
 _RARER: Final = frozenset(
     (
         *("stream_options", "usage", "provider", "tools", "tool_choice", "response_format"),
@@ -77,15 +83,6 @@ _MEDIA: Final = frozenset(("image_url", "input_audio", "video_url"))
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
-_TYPE_NAMES: Final = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    type(None): "null",
-}
 # Names are told in messages only if they look like a parameter's: a name may be a slipped prompt.
 _match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
 _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
@@ -333,40 +330,6 @@ def _is_set(options: JsonObject | None, name: str) -> bool:
     return options is not None and options.get(name) is True
 
 
-# Refusals: the field, what was expected and what came; of values only types and numbers
-
-
-def _wrong_type(param: str | None, expected: str, value: object) -> RequestError:
-    message = f"{param or 'the body'}: expected {expected}, got {_TYPE_NAMES[type(value)]}"
-    return RequestError(message, code="invalid_type", param=param)
-
-
-def _wrong_value(param: str, expected: str, got: str) -> RequestError:
-    message = f"{param}: expected {expected}, got {got}"
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _missing(param: str, expected: str) -> RequestError:
-    message = f"{param} is missing: expected {expected}"
-    return RequestError(message, code="missing_required_parameter", param=param)
-
-
-def _too_many(param: str | None, most: int, what: str, got: int) -> RequestError:
-    message = f"{param or 'the body'}: expected at most {most} {what}, got {got}"
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _too_long(param: str | None, what: str, got: int) -> RequestError:
-    message = (
-        f"{param or 'the body'}: expected {what} of at most {MAX_NAME_LENGTH} characters, got {got}"
-    )
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _one_of(allowed: frozenset[str]) -> str:
-    return "one of " + ", ".join(sorted(allowed))
-
-
 # The document as a whole
 
 
@@ -389,8 +352,6 @@ def _check_names(document: JsonObject) -> None:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
         if name in _PARAMETERS:
             continue
-        if len(name) > MAX_NAME_LENGTH:
-            raise _too_long(None, "names of members", len(name))
         if name.isascii() and name.islower():
             continue
         folded = _fold(name)
@@ -404,6 +365,8 @@ def _find_members(
 ) -> list[Member]:
     if len(document) > MAX_MEMBERS:
         raise _too_many(None, MAX_MEMBERS, "members", len(document))
+    if (longest := max(map(len, document), default=0)) > MAX_NAME_LENGTH:
+        raise _too_long(None, "names of members", longest)
     try:
         return find_members(body, list(document), known_ends, survey)
     except RepeatedName as repeated:

@@ -22,11 +22,12 @@ _STREAM_OPTIONS: Final = frozenset(("stream_options",))
 _MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
 
 _READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
+_MANY_ROLES: Final = 16
 _MOST_READ_BYTES: Final = 1024 * 1024  # … and at all, which may take ten times a parse
 _ROLE: Final = b'"role"'
 _ROLE_VALUE: Final = rb'[ \t\n\r]*+:[ \t\n\r]*+("(?:%b)")'
 _BACKSLASH: Final = 0x5C
-_LETTER_ESCAPES: Final = (b"\\u006", b"\\u007")
+_HIDING: Final = (b"u006", b"u007")  # of an escaped letter
 
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.
@@ -226,9 +227,35 @@ def _head(name: str) -> bytes:
 
 
 def _adapt_roles(call: Call, roles: dict[str, str]) -> bytes:
-    """The messages with other roles; all else in them keeps its bytes."""
+    """The messages with other roles; all else in them keeps its bytes.
+
+    A short text is read message by message, and only up to the last role: a developer's message
+    stands first. In a long one the members are searched for: if there are as many as messages have
+    these roles, and none is hidden by escapes, none of them lies deeper.
+    """
     raw = bytes(call.raw_messages)
-    spans = _role_spans(raw, call, roles)
+    wanted = sum([call.roles[role] for role in roles])
+    if len(raw) <= _READ_BYTES:
+        return _replaced(raw, _read_roles(raw, roles, wanted), roles)
+    if not any(escape in raw for escape in _HIDING):
+        if wanted > _MANY_ROLES and len(roles) == 1:  # at once, if they are written in one way
+            ((old, new),) = roles.items()
+            member = b'%b:"%b"' % (_ROLE, old.encode())
+            if raw.count(member) == wanted and b"\\" + _ROLE not in raw:
+                return raw.replace(member, b'%b:"%b"' % (_ROLE, new.encode()))
+        found = _find_roles(raw, roles)
+        if len(found) == wanted:
+            return _replaced(raw, found, roles)
+    if len(raw) <= _MOST_READ_BYTES:
+        return _replaced(raw, _read_roles(raw, roles, wanted), roles)
+    message = (
+        "messages: expected roles of messages alone, without escapes, in a body of this size, "
+        "got members called role that cannot be told from them"
+    )
+    raise RequestError(message, code="invalid_value", param="messages")
+
+
+def _replaced(raw: bytes, spans: list[tuple[int, int, str]], roles: dict[str, str]) -> bytes:
     view = memoryview(raw)
     parts: list[bytes | memoryview] = []
     sent = 0
@@ -237,28 +264,6 @@ def _adapt_roles(call: Call, roles: dict[str, str]) -> bytes:
         sent = end
     parts.append(view[sent:])
     return b"".join(parts)
-
-
-def _role_spans(raw: bytes, call: Call, roles: dict[str, str]) -> list[tuple[int, int, str]]:
-    """Where the values stand that are one of `roles`, in order, and which it is.
-
-    A short text is read message by message, and only up to the last of them: a developer's message
-    stands first. In a long one the members are searched for: if there are as many as messages have
-    these roles, and none is hidden by escapes, none of them lies deeper.
-    """
-    wanted = sum([call.roles[role] for role in roles])
-    if len(raw) <= _READ_BYTES:
-        return _read_roles(raw, roles, wanted)
-    found = _find_roles(raw, roles)
-    if len(found) == wanted and not any(escape in raw for escape in _LETTER_ESCAPES):
-        return found
-    if len(raw) <= _MOST_READ_BYTES:
-        return _read_roles(raw, roles, wanted)
-    message = (
-        "messages: expected roles of messages alone, without escapes, in a body of this size, "
-        "got members called role that cannot be told from them"
-    )
-    raise RequestError(message, code="invalid_value", param="messages")
 
 
 def _find_roles(raw: bytes, roles: dict[str, str]) -> list[tuple[int, int, str]]:

@@ -1131,3 +1131,90 @@ def test_a_large_body_is_copied_as_seldom_as_can_be(adaptation: Adaptation, copi
     finally:
         tracemalloc.stop()
     assert peak < copies * 4_000_000 + 1_000_000
+
+
+# Bounds
+
+
+@pytest.mark.parametrize(
+    ("members", "param", "expected", "got"),
+    [
+        ({"models": ["a"] * 33}, "models", "at most 32 models", "33"),
+        ({"messages": [USER] * 50_001}, "messages", "at most 50000 messages", "50001"),
+        ({"tools": [{}] * 4097}, "tools", "at most 4096 tools", "4097"),
+        ({"provider": {"only": ["a"] * 257}}, "provider.only", "at most 256 names", "257"),
+        ({"provider": {"ignore": ["a"] * 257}}, "provider.ignore", "at most 256 names", "257"),
+        ({"provider": {"order": ["a"] * 257}}, "provider.order", "at most 256 names", "257"),
+        ({"model": "a" * 513}, "model", "at most 512 characters", "513"),
+        ({"models": ["a", "a" * 513]}, "models[1]", "at most 512 characters", "513"),
+        ({"provider": {"order": ["a" * 513]}}, "provider.order[0]", "at most 512 char", "513"),
+        ({"stream_options": {"x": "a" * 65_536}}, "stream_options", "at most 65536 bytes", "65544"),
+        ({f"k{n}": 0 for n in range(255)}, None, "at most 256 members", "257"),
+        ({"a" * 513: 0}, None, "names of members of at most 512 characters", "513"),
+        ({"x": [[]] * 200_001}, None, "at most 200000 JSON values", "more"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_a_client_may_send_is_bounded(
+    members: dict[str, Any], param: str | None, expected: str, got: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(body(**members))
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "invalid_value", param)
+    assert expected in error.message
+    assert error.message.endswith(f"got {got}") or f"of {got}" in error.message
+
+
+def test_what_is_within_the_bounds_passes() -> None:
+    members = {f"k{n}": 0 for n in range(248)}
+    names = [f"{n:03}" + "a" * 509 for n in range(256)]
+    call = parse_call(
+        body(
+            models=[f"a/{n}" for n in range(32)],
+            messages=[USER] * 50_000,
+            tools=[{}] * 4096,
+            provider={"only": names, "ignore": names, "order": names},
+            stream_options={"x": "a" * 65_000},
+            **members,
+            **{"a" * 512: 0},
+        )
+    )
+    assert len(call.terms.candidates) == 33
+    assert call.roles == {"user": 50_000}
+
+
+LONG_TEXT = 'a\\"role":"developer"' * 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 40_000, LONG_TEXT, '"role":"developer"' * 3000],
+    ids=["plain", "slashes", "quotes"],
+)
+@pytest.mark.parametrize("more", [0, 40], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "other", [{}, {"x": {"role": "developer"}}, {"\u00e9": "\u0001"}], ids=["", "nested", "escapes"]
+)
+def test_roles_in_long_messages_are_replaced_where_they_are_and_nowhere_else(
+    text: str, more: int, other: dict[str, Any]
+) -> None:
+    developer = {"role": "developer", "content": text}
+    messages = [developer | other, *[{"content": "hi", "role": "developer"}] * more, USER | other]
+    for separators in ((",", ":"), (", ", ": ")):
+        data = json.dumps({"model": "a", "messages": messages}, separators=separators)
+        sent = json.loads(upstream(parse_call(data.encode()), DEVELOPER))
+        assert sent["messages"] == [
+            message | {"role": "system" if message["role"] == "developer" else "user"}
+            for message in messages
+        ]
+
+
+def test_a_role_that_escapes_hide_is_refused_where_to_find_it_would_take_too_long() -> None:
+    hidden = b'{"rol\\u0065":"developer","content":"%b"},{"x":{"role":"developer"},' % (
+        b"a" * 2**20
+    )
+    call = parse_call(b'{"model":"a","messages":[%b"role":"user","content":""}]}' % hidden)
+    with pytest.raises(RequestError) as caught:
+        upstream(call, DEVELOPER)
+    assert caught.value.param == "messages"
