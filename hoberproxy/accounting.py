@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from .access import Caller
-from .catalog import Adaptation, Endpoint
+from .catalog import NO_ADAPTATION, Adaptation, Endpoint
 from .config import KeySettings
 from .counting import TokenCounter
 from .errors import AccessError
@@ -115,11 +115,16 @@ class Accounts:
         """What the call may take at any step of the plan: the longest answer, the highest cost."""
         is_bounded, most_choices, longest, of_prompt, of_answer = True, 1, 0, 0, 0
         for offer in self._offers_of(plan):
-            length, choices = adapted_output(terms, offer.adaptation)
+            length, choices = terms.max_output, terms.choices
+            if offer.adaptation is not NO_ADAPTATION:
+                length, choices = adapted_output(terms, offer.adaptation)
             if length is None:
                 is_bounded, length = False, offer.longest
             answer = length * choices
-            longest, most_choices = max(longest, answer), max(most_choices, choices)
+            if answer > longest:
+                longest = answer
+            if choices > most_choices:
+                most_choices = choices
             if offer.prices is not None:
                 cost = offer.prices.most(prompt, answer)
                 if cost[0] + cost[1] > of_prompt + of_answer:

@@ -46,7 +46,9 @@ class Estimates:
         A prompt is never taken for less than BYTES_PER_TOKEN says, whatever those before it were.
         """
         ratios = self._of(endpoint)
-        per_token = min(ratios.prompt_bytes, float(BYTES_PER_TOKEN))
+        per_token = ratios.prompt_bytes
+        if per_token > BYTES_PER_TOKEN:
+            per_token = float(BYTES_PER_TOKEN)
         return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:

@@ -239,8 +239,8 @@ class Call:
         An image or a sound counts as MEDIA_BYTES at most.
         """
         messages = len(self.raw_messages)
-        around = len(self.body) - messages
-        return messages - self._excess_bytes + max(0, around - PLAIN_BYTES)
+        more = len(self.body) - messages - PLAIN_BYTES
+        return messages - self._excess_bytes + (more if more > 0 else 0)
 
     @property
     def place_without_content(self) -> int | None:

@@ -11,7 +11,7 @@ import pytest
 
 from hoberproxy import accounting as accounting_module
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
-from hoberproxy.accounting import Accounts, permitted
+from hoberproxy.accounting import ASSUMED_OUTPUT, Accounts, permitted
 from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
 from hoberproxy.journals import Journals
@@ -160,6 +160,17 @@ def test_what_costs_nothing_holds_nothing(
 ) -> None:
     accounts.open(record(), RICH, BOUNDED, plan_of(prices), NOW)
     assert held(tallies) == 0
+
+
+def test_what_is_assumed_of_answers_without_a_limit_may_change(
+    accounts: Accounts, tallies: Tallies
+) -> None:
+    prompt = round(CALL.prompt_bytes / BYTES_PER_TOKEN)
+    for tokens in (ASSUMED_OUTPUT, 50):
+        lease = accounts.open(record(), RICH, CALL, PLAN, NOW)
+        assert lease is not None and lease.cost == (prompt + 2 * tokens) * 10**6
+        tallies.settle(RICH, lease, tokens=0, spent=0)
+        accounts.assume_output(50)  # as a reload of the config does
 
 
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(

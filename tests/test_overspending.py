@@ -312,6 +312,7 @@ class Mix:
             assert len(self.under_way) + len(self.waiting) <= limits.concurrency
 
 
+@pytest.mark.timeout(120 + EXAMPLES / 20)  # of a longer run
 @settings(max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**64 - 1), steps=st.integers(10, 120))
 def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
