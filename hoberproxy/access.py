@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, Protocol
 
 from .errors import AccessError
 from .limits import History, KeyLimits
@@ -27,6 +27,10 @@ _BODY_LENGTH: Final = 33  # 62**33 > 2**192
 _CHECKSUM_LENGTH: Final = 6  # 62**6 > 2**32
 _KEY_FORM: Final = re.compile(rf"hb_(?:live|test)_[0-9A-Za-z]{{{_BODY_LENGTH + _CHECKSUM_LENGTH}}}")
 _PREFIXES: Final = ("hb_live_", "hb_test_")
+# As Anthropic's and Azure's clients send it, without a word before it.
+_KEY_FIELDS: Final = (b"x-api-key", b"api-key")
+_KEY_START: Final = b"hb_"
+_match_own_bearer: Final = re.compile(rb"[ \t]*(?i:bearer)[ \t]+hb_").match
 
 
 # Form of a key
@@ -117,6 +121,12 @@ def _refusal(message: str) -> AccessError:
     return AccessError(message, code="invalid_api_key")
 
 
+class Head(Protocol):
+    """The part of a request's head that is looked at."""
+
+    def get(self, name: bytes, /) -> bytes | None: ...
+
+
 class Keyring:
     """All keys by digest; replaced as a whole when the store says they changed.
 
@@ -139,6 +149,14 @@ class Keyring:
         self._callers = dict(keys)
         self.version += 1
 
+    def authenticate_head(self, head: Head, now: float) -> Caller:
+        """The caller whose key is in the fields of `head`, at `now` (unix seconds).
+
+        Of several fields with a key of ours the first counts: `Authorization: Bearer`, `x-api-key`,
+        `api-key`. AccessError as `authenticate`.
+        """
+        return self.authenticate(_authorization_of(head), now)
+
     def authenticate(self, authorization: bytes | None, now: float) -> Caller:
         """The caller that the value of an Authorization header stands for, at `now` (unix seconds).
 
@@ -157,6 +175,20 @@ class Keyring:
         return caller
 
 
+def _authorization_of(head: Head) -> bytes | None:
+    """The Authorization field of `head`, or one made of the other fields that hold a key."""
+    authorization = head.get(b"authorization")
+    if authorization is not None and _match_own_bearer(authorization):
+        return authorization  # nearly always
+    fields = [head.get(name) for name in _KEY_FIELDS]
+    keys = [value.strip(b" \t") for value in fields if value is not None]
+    ours = [key for key in keys if key.startswith(_KEY_START)]
+    if ours:
+        return b"Bearer " + ours[0]
+    # Nothing of ours: say what is wrong with what the client takes for its key.
+    return b"Bearer " + keys[0] if keys and authorization is None else authorization
+
+
 def _parse_bearer(authorization: bytes | None) -> bytes:
     """The token of `Bearer token`; the scheme's case is free and spaces may be more than one."""
     # RFC 9110 section 11.1: scheme names are case-insensitive; 11.4: 1*SP before the token.
@@ -164,8 +196,8 @@ def _parse_bearer(authorization: bytes | None) -> bytes:
     token = token.lstrip(b" \t")
     if not scheme or (not token and scheme.lower() == b"bearer"):
         raise _refusal(
-            "expected a key in the header `Authorization: Bearer hb_live_…`, got none; "
-            "set the client's API key"
+            "expected a key in the header `Authorization: Bearer hb_live_…` (or `x-api-key`, "
+            "`api-key`), got none; set the client's API key"
         )
     if scheme.lower() != b"bearer":
         raise _refusal(

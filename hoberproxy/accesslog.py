@@ -149,6 +149,7 @@ def format_json(record: Record) -> bytes:
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": record.completion_tokens,
             "cached_tokens": record.cached_tokens,
+            "cache_write_tokens": record.cache_write_tokens,
             "estimated": record.estimated,
             "first_content_ms": _milliseconds(record.first_content),
             "total_ms": _milliseconds(record.total),

@@ -90,9 +90,7 @@ class AccountPages:
 
     def _authenticate(self, request: web.Request) -> Caller:
         if self._gateway.config.keys.required:
-            value = request.headers.get("Authorization")
-            raw = value.encode("utf-8", "surrogateescape") if value is not None else None
-            return self._gateway.keyring.authenticate(raw, unix_time())
+            return self._gateway.keyring.authenticate_head(_Fields(request), unix_time())
         if not is_local_host(request.headers.get("Host", "").encode("latin-1", "replace")):
             raise AccessError(
                 "this proxy runs without keys and answers only under an address or the name of "
@@ -118,6 +116,17 @@ class AccountPages:
             path = self._gateway.config.records.file
             self._store = open_store(path, busy_timeout=BUSY_TIMEOUT)
         return self._store
+
+
+class _Fields:
+    """The fields of aiohttp's request as the bytes that came."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._headers = request.headers
+
+    def get(self, name: bytes, /) -> bytes | None:
+        value = self._headers.get(name.decode())
+        return None if value is None else value.encode("utf-8", "surrogateescape")
 
 
 def _find(store: Store, name: str, key_id: str) -> Record | None:
@@ -154,6 +163,7 @@ def generation_document(record: Record) -> dict[str, Any]:
         "native_tokens_completion": record.completion_tokens,
         "native_tokens_reasoning": record.reasoning_tokens,
         "native_tokens_cached": record.cached_tokens,
+        "native_tokens_cache_write": record.cache_write_tokens,
         "estimated": record.estimated,
         # OpenRouter's clients expect a number here; the exact amount is in `cost`.
         "total_cost": record.cost / PICO if record.cost is not None else 0,

@@ -1,90 +1,158 @@
 """A request's account: may it begin, what is held for it, what it used and cost in the end.
 
 Brings together who knows: the limits, the journal and the ledger, and what was learnt of an
-endpoint's answers. The exchange calls `open` before its first attempt, `seal` before the last byte
-of the answer goes out, and `close` at the end, however it came.
+endpoint's answers. The exchange calls `enter` where a request's body is still to come, `open`
+before its first attempt, `seal` before the last byte of the answer goes out, and `close` at the
+end, however it came.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import replace
+from typing import Final
 
 from .access import Caller
-from .catalog import Endpoint
+from .catalog import NO_ADAPTATION, Adaptation, Endpoint
+from .config import KeySettings
 from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
+from .health import Key
 from .ledger import Ledger
 from .limits import Demand, Lease
 from .prices import Prices
 from .record import Record
-from .request import Call
+from .request import Call, Terms
 from .routing import Plan
 from .tallies import Limiter
+from .upstream_body import adapted_output
 from .usage import Usage
 
-MAX_PLANS = 256  # whose prices are remembered
+logger = logging.getLogger("hoberproxy.upstream")
+
+MAX_SILENT: Final = 256  # endpoints that the log names: behind wildcards, clients name them
+MAX_PLANS = 256  # whose offers are remembered
+ASSUMED_OUTPUT: Final = KeySettings().assumed_output
+_NO_DEMAND: Final = Demand(0, 0, True)
+
+
+class _Offer:
+    """What the endpoints of a plan have in common that can make the same request cost the same.
+
+    `longest` is what one answer of theirs takes at most, in tokens, where the request says nothing.
+    """
+
+    __slots__ = ("adaptation", "longest", "prices")
+
+    def __init__(self, prices: Prices | None, longest: int, adaptation: Adaptation) -> None:
+        self.prices = prices
+        self.longest = longest
+        self.adaptation = adaptation
 
 
 class Accounts:
     """One per process; to be used on the loop's thread."""
 
-    def __init__(self, ledger: Ledger, limiter: Limiter) -> None:
+    def __init__(
+        self, ledger: Ledger, limiter: Limiter, assumed_output: int = ASSUMED_OUTPUT
+    ) -> None:
+        """`assumed_output`: tokens of an answer that neither request nor endpoint limits."""
         self._ledger = ledger
         self._journal = ledger.journal
         self._limiter = limiter
         self._estimates = Estimates()
-        self._prices: dict[int, tuple[Plan, tuple[Prices, ...]]] = {}  # by the plan's id
+        self._assumed_output = assumed_output
+        self._offers: dict[int, tuple[Plan, tuple[_Offer, ...]]] = {}  # by the plan's id
         self._counter: TokenCounter | None = None  # with the first request to be counted
+        self._silent: set[Key] = set()  # endpoints that the log has named for want of usage
+
+    def assume_output(self, tokens: int) -> None:
+        """Go by another number of tokens, for an answer that nothing limits, from now on."""
+        self._assumed_output = tokens
+        self._offers.clear()
+
+    def enter(self, caller: Caller, now: float) -> Lease | None:
+        """Count a call in when its head has come and its body has not; None without limits.
+
+        Raises AccessError where no body could make it pass. The lease goes to `open` and, if that
+        is not called or raises, to `close`.
+        """
+        return self._limiter.enter(caller, now) if caller.limits is not None else None
 
     def open(
-        self, record: Record, caller: Caller, call: Call, plan: Plan, now: float
+        self,
+        record: Record,
+        caller: Caller,
+        call: Call,
+        plan: Plan,
+        now: float,
+        lease: Lease | None = None,
     ) -> Lease | None:
         """Count the call in and tell the journal; what `close` wants back. Raises AccessError.
 
-        `now` in unix seconds: not the record's start, for a body may have taken long.
+        `lease` is what `enter` gave, if it was asked. `now` in unix seconds: not the record's
+        start, for a body may have taken long.
         """
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
-        wish, lease = call.terms.max_output, None
+        wish = call.terms.max_output
         if (limits := caller.limits) is not None:
-            answer = usual if wish is None else wish
-            of_prompt = of_answer = 0
-            if limits.budget is not None:
-                of_prompt, of_answer = self._most(plan, prompt, answer)
-            # Named one by one, or it would be made by interpreted code.
-            demand = Demand(prompt, answer, wish is not None, of_prompt, of_answer)
-            lease = self._limiter.admit(caller, now, demand)
+            demand = _NO_DEMAND
+            if limits.budget is not None or limits.tokens_per_minute is not None:
+                demand = self._demand(plan, call.terms, prompt)
+            if lease is None:
+                lease = self._limiter.admit(caller, now, demand)
+            else:
+                lease = self._limiter.reserve(caller, now, demand, lease)
         if wish is not None and wish < usual:
             usual = wish
         self._journal.open_record(record, step.slug, step.endpoint, prompt, usual)
         return lease
 
-    def _most(self, plan: Plan, prompt: int, answer: int) -> tuple[int, int]:
-        """What prompt and answer cost in picodollars by the step of the plan that is dearest."""
-        known = self._prices_of(plan)
-        if len(known) == 1:
-            return known[0].most(prompt, answer)
-        dearest = 0, 0
-        for prices in known:
-            cost = prices.most(prompt, answer)
-            if cost[0] + cost[1] > dearest[0] + dearest[1]:
-                dearest = cost
-        return dearest
+    def _demand(self, plan: Plan, terms: Terms, prompt: int) -> Demand:
+        """What the call may take at any step of the plan: the longest answer, the highest cost."""
+        is_bounded, most_choices, longest, of_prompt, of_answer = True, 1, 0, 0, 0
+        for offer in self._offers_of(plan):
+            length, choices = terms.max_output, terms.choices
+            if offer.adaptation is not NO_ADAPTATION:
+                length, choices = adapted_output(terms, offer.adaptation)
+            if length is None:
+                is_bounded, length = False, offer.longest
+            answer = length * choices
+            if answer > longest:
+                longest = answer
+            if choices > most_choices:
+                most_choices = choices
+            if offer.prices is not None:
+                cost = offer.prices.most(prompt, answer)
+                if cost[0] + cost[1] > of_prompt + of_answer:
+                    of_prompt, of_answer = cost
+        # Named one by one, or it would be made by interpreted code.
+        return Demand(prompt, longest, is_bounded, of_prompt, of_answer, most_choices)
 
-    def _prices_of(self, plan: Plan) -> tuple[Prices, ...]:
-        """The prices of a plan's steps, without repeats; most plans stand for many calls."""
-        known = self._prices.get(id(plan))
+    def _offers_of(self, plan: Plan) -> tuple[_Offer, ...]:
+        """The offers of a plan's steps, without repeats; most plans stand for many calls."""
+        known = self._offers.get(id(plan))
         if known is not None:
             return known[1]
-        given = (step.endpoint.prices for step in plan.steps)
-        different = {id(prices): prices for prices in given if prices is not None}
-        if len(self._prices) >= MAX_PLANS:
-            self._prices.clear()
+        different: dict[tuple[int, int, int], _Offer] = {}
+        for _, endpoint, _ in plan.steps:
+            offer = _Offer(endpoint.prices, self._longest_of(endpoint), endpoint.adaptation)
+            different[id(offer.prices), offer.longest, id(offer.adaptation)] = offer
+        if len(self._offers) >= MAX_PLANS:
+            self._offers.clear()
         # With the plan itself: as long as it is kept, no other one has its id.
-        self._prices[id(plan)] = plan, tuple(different.values())
-        return self._prices[id(plan)][1]
+        self._offers[id(plan)] = plan, tuple(different.values())
+        return self._offers[id(plan)][1]
+
+    def _longest_of(self, endpoint: Endpoint) -> int:
+        """Tokens of an answer that its request does not limit."""
+        if endpoint.max_output is not None:
+            return endpoint.max_output
+        length = endpoint.context_length
+        return self._assumed_output if length is None else min(self._assumed_output, length)
 
     def fill(
         self,
@@ -100,32 +168,50 @@ class Accounts:
 
         `body_bytes` are of an answer that was no stream.
         """
-        key, prices = endpoint.key, endpoint.prices
-        if usage is not None:
-            record.has_usage = True
-            if record.status == 200 and not record.code:
+        key, prices, events = endpoint.key, endpoint.prices, record.events
+        is_whole = record.status == 200 and not record.code
+        record.has_usage = usage is not None and not usage.has_gaps(events)
+        if usage is not None and record.has_usage:
+            if is_whole and usage:
                 self._estimates.learn(
-                    key,
-                    usage,
-                    prompt_bytes=prompt_bytes,
-                    events=record.events,
-                    body_bytes=body_bytes,
+                    key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
                 )
+        elif usage is not None:
+            usage = self._estimates.fill_gaps(
+                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+            )
         elif is_answered:
             usage = self._estimates.usage(
-                key, prompt_bytes=prompt_bytes, events=record.events, body_bytes=body_bytes
+                key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
             record.cost = 0  # no upstream answered, none asks for money
             return
+        if is_whole and usage.is_estimated and usage.completion_tokens:
+            self._note_silent(endpoint)
         record.prompt_tokens = usage.prompt_tokens
         record.completion_tokens = usage.completion_tokens
         record.cached_tokens = usage.cached_tokens
+        record.cache_write_tokens = usage.cache_write_tokens
         record.reasoning_tokens = usage.reasoning_tokens
         record.estimated = usage.is_estimated
         if prices is not None:
             record.price = prices.text
             record.cost = prices.cost(usage)
+
+    def _note_silent(self, endpoint: Endpoint) -> None:
+        """Say once of an endpoint that a whole answer of its came without usage."""
+        silent, key = self._silent, endpoint.key
+        if endpoint.usage == "count" or key in silent or len(silent) >= MAX_SILENT:
+            return
+        silent.add(key)
+        logger.warning(
+            "provider %s, model %s: expected usage with an answer, got none that can be read; its "
+            "tokens are estimated. Let the server report them (stream_options = true of the "
+            'provider, where it knows that option), or set usage = "count" for the endpoint',
+            endpoint.provider,
+            endpoint.upstream_model[:128],
+        )
 
     def seal(self, record: Record) -> None:
         """The record is as it will be stored: tell the journal."""
@@ -134,9 +220,13 @@ class Accounts:
     def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Hand the record over, and settle what was held."""
         self._ledger.put(record)
-        if lease is not None:
-            tokens, spent = _used(record)
-            self._limiter.settle(caller, lease, tokens=tokens, spent=spent)
+        if lease is None:
+            return
+        if not lease.is_reserved:
+            self._limiter.leave(caller, lease)
+            return
+        tokens, spent = _used(record)
+        self._limiter.settle(caller, lease, tokens=tokens, spent=spent)
 
     def count(
         self,

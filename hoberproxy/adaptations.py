@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 from .catalog import ROLES, Abilities, Adaptation, Refusal
+from .extensions import is_extension
 from .tables import Table, nearest, shown
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
@@ -36,11 +38,13 @@ def read_abilities(table: Table, default: Abilities) -> Abilities:
         vision=table.boolean("vision", None),
     )
     parameters = frozenset(table.strings("parameters", _parse_name))
-    if "parameters" not in table.values:  # an empty list says that it supports none
-        return own.over(default)
-    return Abilities(own.tools, own.json_mode, own.json_schema, own.vision, parameters).over(
-        default
-    )
+    accepts = frozenset(table.strings("accepts", _parse_extension))
+    # An empty list says that it supports none.
+    if "parameters" in table.values:
+        own = replace(own, parameters=parameters)
+    if "accepts" in table.values:
+        own = replace(own, accepts=accepts)
+    return own.over(default)
 
 
 def read_adaptation(table: Table, default: Adaptation) -> Adaptation:
@@ -134,6 +138,13 @@ def _parse_name(name: str) -> str:
     if not _MEMBER.fullmatch(name):
         raise Refusal("a member's name", "something else", 'write it like "max_tokens"')
     return name
+
+
+def _parse_extension(text: str) -> str:
+    if not is_extension(text):
+        advice = 'write it like "tool_choice=any", "max_tokens=-1" or "content=null"'
+        raise Refusal("a member and a value beyond the usual ones", "something else", advice)
+    return text
 
 
 def _parse_member(name: str) -> str:

@@ -7,6 +7,8 @@ for a listener of its own.
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
@@ -19,11 +21,13 @@ from .errors import ProxyError, RequestError, RouteError, UnavailableError, seri
 from .gateway import Gateway
 from .memory import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
+from .model_lists import ModelsPage
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
 
 GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
+MODELS_PAGE: web.AppKey[ModelsPage] = web.AppKey("models_page", ModelsPage)
 PREFIXES = ("/v1", "", "/api/v1")
 _NOT_SERVED = frozenset(
     ("/responses", "/completions", "/embeddings", "/messages", "/audio", "/images", "/moderations")
@@ -32,6 +36,8 @@ _PATHS = (
     "POST /v1/chat/completions, GET /v1/models, GET /v1/models/{slug}, GET /v1/generation?id=, "
     "GET /v1/key, GET /healthz, GET /readyz"
 )
+_VERSION_TWICE = re.compile(r"(?:/api)?/v1(?:/api)?/v1(?:/|$)")
+_CALL_TWICE = re.compile(r".*/chat/completions/(?:v1/)?(?:chat/completions|models)(?:/|$)")
 _CORS_PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
     "Access-Control-Max-Age": "600",
@@ -44,6 +50,7 @@ def make_app(gateway: Gateway) -> web.Application:
     """The application behind the door of every request that is no chat POST."""
     app = web.Application(middlewares=[_in_the_contracts_form])
     app[GATEWAY] = gateway
+    app[MODELS_PAGE] = ModelsPage(gateway)
     app.on_response_prepare.append(_finish_head)
     pages = AccountPages(gateway)
     app.on_cleanup.append(pages.aclose)
@@ -83,8 +90,10 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
         records_queued=gateway.ledger.depth,
         records_lost=gateway.ledger.lost,
         journal_lost=gateway.ledger.journal_lost,
+        journals_unreadable=gateway.ledger.unreadable,
         log_lines_lost=log.lost if log is not None else 0,
         resident_bytes=resident_bytes(),
+        body_bytes=gateway.bodies.held,
     )
 
 
@@ -92,7 +101,8 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
 
 
 async def _list_models(request: web.Request) -> web.Response:
-    return _json({"object": "list", "data": request.app[GATEWAY].catalog.listing()})
+    body = request.app[MODELS_PAGE].body()
+    return web.Response(body=body, content_type="application/json")
 
 
 async def _show_model(request: web.Request) -> web.Response:
@@ -146,11 +156,11 @@ async def _in_the_contracts_form(request: web.Request, handler: _Handler) -> web
     except ProxyError as error:
         return _refusal(request, error)
     except web.HTTPNotFound:
-        return _refusal(request, _unknown_path(request.path))
+        return _refusal(request, _unknown_path(_path_as_sent(request)))
     except web.HTTPMethodNotAllowed as exc:
         allowed = ", ".join(sorted(exc.allowed_methods))
         refusal = RequestError(
-            f"expected {allowed} on {request.path[:128]}, got {request.method}",
+            f"expected {allowed} on {_path_as_sent(request)[:128]}, got {request.method}",
             code="method_not_allowed",
             status=405,
         )
@@ -162,10 +172,25 @@ async def _in_the_contracts_form(request: web.Request, handler: _Handler) -> web
         return _refusal(request, ProxyError("an error in the proxy itself", code="internal_error"))
 
 
+def _path_as_sent(request: web.Request) -> str:
+    """The path with its escapes: undone, `/v1%2Fmodels` would read as a path that exists."""
+    return request.raw_path.partition("?")[0]
+
+
 def _unknown_path(path: str) -> RequestError:
     tail = path.removeprefix("/api").removeprefix("/v1")
     if any(tail == known or tail.startswith(known + "/") for known in _NOT_SERVED):
         message = f"{path[:128]} is not served yet; this proxy serves {_PATHS}"
+    elif _VERSION_TWICE.match(path):
+        message = (
+            f"no such path: {path[:128]}; the client's base URL ends with /v1 and the client adds "
+            "/v1 once more: set the base URL to this proxy's address without /v1"
+        )
+    elif _CALL_TWICE.match(path):
+        message = (
+            f"no such path: {path[:128]}; the client's base URL ends with the path of a call, and "
+            "the client adds that once more: end the base URL with /v1"
+        )
     else:
         message = f"no such path: {path[:128]}; this proxy serves {_PATHS}"
     return RequestError(message, code="not_found", status=404)
@@ -175,7 +200,8 @@ def _refusal(request: web.Request, error: ProxyError) -> web.Response:
     body = serialize_error(error, numeric_code=request.path.startswith("/api/"))
     response = web.Response(status=error.status, body=body, content_type="application/json")
     if error.retry_after is not None:
-        response.headers["Retry-After"] = str(round(error.retry_after) or 1)
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
+        response.headers["Retry-After-Ms"] = str(math.ceil(error.retry_after * 1000))
     elif error.status < 500:
         response.headers["X-Should-Retry"] = "false"
     return response

@@ -11,15 +11,18 @@ import time
 from typing import Final
 
 from .catalog import TimeLimits
+from .credentials import secrets_of
 from .downstream import Answer
 from .errors import Phase, UpstreamError
 from .http11 import Parts, ResponseHead
+from .lenient import dump_json
 from .native import mypyc_attr
 from .pool import Pool
-from .refusal import parse_refusal
+from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
 from .routing import Step
+from .sink import Shortcut
 from .stream import StreamScanner
 from .upstream import Loss, UpstreamConnection
 from .upstream_body import named_option
@@ -30,6 +33,16 @@ logger = logging.getLogger("hoberproxy.upstream")
 _STREAM_TYPES: Final = frozenset(
     (b"text/event-stream", b"", b"text/plain", b"application/octet-stream")
 )
+_JSON_TYPE: Final = b"application/json"
+# What a body is its first byte tells, whatever its label: that of a line of an event (`data`, `id`,
+# `event`, `error`, `retry`, a comment) begins no JSON document, nor the other way round.
+_EVENT_BYTES: Final = frozenset(b"deir:")
+_JSON_BYTES: Final = frozenset(b"{[")
+_WHITE: Final = b" \t\r\n"
+_BOM: Final = b"\xef\xbb\xbf"
+# The part of `first_content` after which a stream is watched again, for so long: one event of it is
+# looked at in some minutes, and one that stalls ends this much later than it might.
+WATCH_AFTER: Final = 0.25
 # As globals: a look-up on the enum class costs as much as a small function.
 _CONNECT: Final = Phase.CONNECT
 _HEAD: Final = Phase.HEAD
@@ -64,6 +77,10 @@ class Owner:
         """The last bytes of the answer, so many, are about to be written."""
         raise NotImplementedError
 
+    def sent_body(self) -> bytes:
+        """The client's body, empty if it is held no more."""
+        raise NotImplementedError
+
     def attempt_finished(self, attempt: Attempt) -> None:
         """The answer was passed on to its end."""
         raise NotImplementedError
@@ -83,6 +100,9 @@ class Attempt(Reporter):
     _connecting: asyncio.Task[UpstreamConnection] | None = None
     _head: ResponseHead | None = None
     _relay: Relay | None = None
+    _is_watching = False  # whether there is content in what comes
+    _looked_at = 0.0  # loop time since when, or at which there was
+    _begun = b""  # a part of a byte order mark at the beginning of a body
 
     def __init__(
         self,
@@ -154,49 +174,101 @@ class Attempt(Reporter):
         assert self._connection is not None
         self._head = head
         self._request = []
-        relay = self._choose_relay(head)
-        if relay is not None:
-            self._relay = self._connection.receiver = relay
-
-    def _choose_relay(self, head: ResponseHead) -> Relay | None:
         if head.status != 200:
-            return RefusalReader(self, self._answer)
-        if head.content_encoding not in (b"", b"identity"):
+            self._take_over(RefusalReader(self, self._answer))
+        elif head.content_encoding not in (b"", b"identity"):
             self._reject("a content encoding we did not ask for")
-            return None
-        slug, content_type = self.step.slug, head.content_type
-        if content_type == b"application/json":
-            self.phase = _OPENING if self._is_stream else _BODY
-            return BodyRelay(
-                self,
-                self._answer,
-                slug,
-                as_stream=self._is_stream,
-                wants_usage=self._wants_usage,
-            )
-        if self._is_stream and content_type in _STREAM_TYPES:
-            self.phase = _OPENING
-            opening = self._pool.opening(slug)
-            scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
-            return StreamRelay(self, self._answer, scanner)
-        self._reject("something else")
-        return None
+        elif self._is_stream:
+            self.phase = _OPENING  # and the first byte decides
+        else:
+            self.phase = _BODY
+            if head.content_type == _JSON_TYPE:
+                self._take_over(self._body_relay())
 
-    def _reject(self, got: str) -> None:
-        expected = "a stream" if self._is_stream else "a JSON body"
-        self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
+    def _take_over(self, relay: Relay) -> None:
+        """Let `relay` have what comes; nothing comes any more if all of it has been read."""
+        self._relay = relay
+        connection = self._connection
+        if connection is not None and connection.receiver is self:
+            connection.receiver = relay
+
+    def on_body(self, data: bytes) -> Shortcut | None:
+        relay, data = self._choose_relay(data)
+        return relay.on_body(data) if relay is not None else None
+
+    def on_last(self, data: bytes) -> None:
+        relay, data = self._choose_relay(data)
+        if relay is not None:
+            relay.on_last(data)
 
     def on_whole(self, data: bytes) -> None:
-        raise AssertionError("the head has chosen a relay")
-
-    def on_body(self, data: bytes) -> None:
-        raise AssertionError("the head has chosen a relay")
+        relay, data = self._choose_relay(data)
+        if relay is not None:
+            relay.on_whole(data)
+        else:
+            self.on_end()
 
     def on_end(self) -> None:
-        raise AssertionError("the head has chosen a relay")
+        """The body was empty, or white space; or its first byte was wrong, and all is over."""
+        assert self._head is not None
+        if self._is_stream:
+            is_invalid = self._head.content_type == _JSON_TYPE
+            self.fail(self.broken("the body ended before any content", is_invalid=is_invalid))
+        else:
+            self._reject("an empty body")
+
+    def _choose_relay(self, data: bytes) -> tuple[Relay | None, bytes]:
+        """The relay for what `data` begins, and its bytes; None where there is none, or not yet.
+
+        White space and a byte order mark in front are dropped: within a stream, behind a comment
+        of ours, a mark would be a part of the first event's first name.
+        """
+        data = (self._begun + data).lstrip(_WHITE)
+        if data[:3] == _BOM:
+            data = data[3:].lstrip(_WHITE)
+        self._begun = data if _BOM.startswith(data) else b""
+        if self._begun or not data:
+            return None, b""
+        relay = self._relay_for(data[0])
+        if relay is not None:
+            self._take_over(relay)
+        return relay, data
+
+    def _relay_for(self, first: int) -> Relay | None:
+        assert self._head is not None
+        content_type = self._head.content_type
+        if first in _JSON_BYTES:
+            return self._body_relay()
+        if self._is_stream:
+            if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
+                slug = self.step.slug
+                opening = self._pool.opening(slug)
+                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
+                return StreamRelay(self, self._answer, scanner)
+            if content_type == _JSON_TYPE:
+                return self._body_relay()
+        self._reject("a stream of events" if first in _EVENT_BYTES else "something else")
+        return None
+
+    def _body_relay(self) -> BodyRelay:
+        return BodyRelay(
+            self,
+            self._answer,
+            self.step.slug,
+            as_stream=self._is_stream,
+            wants_usage=self._wants_usage,
+        )
+
+    def _reject(self, got: str) -> None:
+        """Fail over an answer of another kind, on whose connection nothing more is sent."""
+        expected = "a stream" if self._is_stream else "a JSON body"
+        self.phase = _HEAD
+        if self._connection is not None:
+            self._connection.abort()
+        self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
-        """The connection went before any head came."""
+        """The connection went before any byte of a body came."""
         self._connection = None
         if loss is Loss.STALE:
             # It had been closed while idle and nothing of an answer came: not a failure of the
@@ -210,10 +282,15 @@ class Attempt(Reporter):
     def open_answer(self, *, is_stream: bool) -> None:
         assert self._head is not None
         self.phase = _CONTENT
+        self._looked_at = self._owner.now
         self._owner.open_answer(self._head, is_stream=is_stream)
 
     def note_opened(self, *, is_stream: bool) -> None:
         self._owner.note_opened(is_stream=is_stream)
+
+    def note_progress(self) -> None:
+        self._is_watching = False
+        self._looked_at = self._owner.now
 
     def send_answer(self, body: bytes) -> None:
         assert self._head is not None
@@ -222,11 +299,34 @@ class Attempt(Reporter):
     def refuse(self, body: bytes) -> None:
         head = self._head
         assert head is not None
-        name = self._pool.provider.name
-        error = parse_refusal(name, head.status, head.get, body, time.time())
-        if self._injected and head.status in (400, 422):
-            error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
+        provider = self._pool.provider
+        error = parse_refusal(
+            provider.name,
+            head.status,
+            head.get,
+            body,
+            time.time(),
+            secrets_of(provider),
+            self._owner.sent_body,
+        )
+        self._note_option(error, body)
         self.fail(error)
+
+    def reported(self, message: str, document: object) -> UpstreamError:
+        head, provider = self._head, self._pool.provider
+        error = self.broken(message)
+        secrets = secrets_of(provider)
+        judge_document(error, provider.name, document, secrets, self._owner.sent_body)
+        if self.phase is not _CONTENT and document is not None:
+            self._note_option(error, dump_json(document))
+            if error.upstream_status in (429, 503) and head is not None:
+                error.retry_after = parse_retry_after(head.get, time.time())
+        return error
+
+    def _note_option(self, error: UpstreamError, body: bytes) -> None:
+        """Note which member that we have put in the upstream refuses, if any."""
+        if self._injected and error.upstream_status in (400, 422):
+            error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
 
     def seal(self, following: int) -> None:
         if not self._is_ended:
@@ -234,6 +334,9 @@ class Attempt(Reporter):
 
     def finish(self) -> None:
         if not self._is_ended:
+            connection = self._connection
+            if connection is not None and connection.receiver is self._relay:
+                connection.await_end()  # [DONE] came before the end of the framing
             self._close()
             self._owner.attempt_finished(self)
 
@@ -259,9 +362,9 @@ class Attempt(Reporter):
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
 
     @property
-    def is_answer_out(self) -> bool:
-        """The client has been sent the whole stream; at most the end of the framing is missing."""
-        return isinstance(self._relay, StreamRelay) and self._relay.is_done
+    def may_insert_line(self) -> bool:
+        """Whether a comment line may follow what the client has got so far."""
+        return not isinstance(self._relay, StreamRelay) or self._relay.may_insert_line
 
     @property
     def idle_since(self) -> float:
@@ -283,7 +386,7 @@ class Attempt(Reporter):
     def resume(self) -> None:
         """The client has caught up."""
         self._is_paused = False
-        self._last_activity = self._owner.now
+        self._last_activity = self._looked_at = self._owner.now
         if self._connection is not None:
             self._connection.resume_upstream()
 
@@ -301,10 +404,15 @@ class Attempt(Reporter):
         limits, due = self.limits, self.started + self.limits.total
         if self.phase in _BEFORE_CONTENT:
             return min(due, self.started + limits.first_content) if self._is_stream else due
-        return due if self._is_paused else min(due, self.idle_since + limits.idle)
+        if self._is_paused:
+            return due
+        due = min(due, self.idle_since + limits.idle)
+        return min(due, self._look_due) if self._is_stream else due
 
     def check_limits(self, now: float) -> None:
         """Fail if a time limit has passed."""
+        if now >= self.due:
+            self._look(now)
         if now < self.due:
             return
         seconds, what = self._passed_limit(now)
@@ -315,6 +423,27 @@ class Attempt(Reporter):
         else:
             self.fail(error)
 
+    @property
+    def _look_due(self) -> float:
+        """Loop time to begin to watch a stream, or at which it has had no content for too long."""
+        wait = self.limits.first_content
+        return self._looked_at + (wait if self._is_watching else wait * WATCH_AFTER)
+
+    def _look(self, now: float) -> None:
+        """Begin to watch a stream, if it is time to: it may send nothing but comments.
+
+        Also anew if nothing at all has come, for silence has a limit of its own.
+        """
+        relay = self._relay
+        if self.phase is not _CONTENT or self._is_paused or now < self._look_due:
+            return
+        if self._is_watching and self.idle_since > self._looked_at:
+            return
+        if isinstance(relay, StreamRelay) and self._connection is not None:
+            self._is_watching, self._looked_at = True, now
+            self._connection.drop_shortcut()
+            relay.watch()
+
     def _passed_limit(self, now: float) -> tuple[float, str]:
         """The limit that was reached: its seconds, and of what."""
         limits = self.limits
@@ -322,7 +451,9 @@ class Attempt(Reporter):
             return limits.total, "in all"
         if self.phase in _BEFORE_CONTENT:
             return limits.first_content, "before the first content"
-        return limits.idle, "between bytes"
+        if now >= self.idle_since + limits.idle:
+            return limits.idle, "between bytes"
+        return limits.first_content, "but comments or empty events"
 
     def _close(self) -> None:
         """The attempt is over; an answer that did not end exactly takes its connection along."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, ClassVar, Final, NamedTuple
@@ -19,6 +19,7 @@ from .prices import Prices
 # GET /v1/models the same across restarts and workers.
 DEFAULT_CREATED: Final = 1709000000
 MAX_SLUG_LENGTH: Final = 256
+ROUTING_SUFFIXES: Final = (":nitro", ":floor")  # of what clients ask for; no slug ends in one
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
@@ -69,6 +70,7 @@ class Abilities:
     json_schema: bool | None = None
     vision: bool | None = None  # image_url parts
     parameters: frozenset[str] | None = None  # members of a request that it supports
+    accepts: frozenset[str] | None = None  # extensions.py
 
     def over(self, default: Abilities) -> Abilities:
         """These, and the default's where they say nothing."""
@@ -305,7 +307,7 @@ def parse_slug(slug: str) -> str:
     if not is_visible(stem) or "*" in stem or len(slug) > MAX_SLUG_LENGTH:
         expected = f'visible ASCII, at most {MAX_SLUG_LENGTH}, "*" only in a "/*" at the end'
         raise Refusal(expected, "something else", 'write it like "deepseek/deepseek-chat"')
-    if slug.endswith((":nitro", ":floor")):
+    if slug.endswith(ROUTING_SUFFIXES):
         raise Refusal("a slug without routing suffix", f'"{slug}"', "clients add the suffix")
     if slug.startswith("hober/auto") or slug == "hober/*":
         raise Refusal("a slug of your own", f'"{slug}", which the router serves', "choose another")
@@ -358,6 +360,8 @@ def _port_of(text: str) -> int:
 
 # The look-up
 
+_NONE_LISTED: Final[Mapping[str, Sequence[str]]] = {}
+
 
 class Catalog:
     """The models by slug, in the config's order."""
@@ -385,13 +389,51 @@ class Catalog:
         """The models under a slug of their own, in the config's order; no wildcards."""
         return self._models.values()
 
-    def listing(self) -> list[dict[str, Any]]:
-        """The entries of GET /v1/models; a wildcard stands under its pattern ("openai/*")."""
-        return [_describe(model) for model in self._all.values()]
+    def accepts(self, extension: str) -> bool:
+        """Whether any endpoint takes a value beyond the contract's, wildcards included."""
+        return any(
+            extension in (endpoint.abilities.accepts or ())
+            for model in self._all.values()
+            for endpoint in model.endpoints
+        )
+
+    def listing(self, listed: Mapping[str, Sequence[str]] = _NONE_LISTED) -> list[dict[str, Any]]:
+        """The entries of GET /v1/models, in the config's order.
+
+        In the place of a wildcard stand the models that its providers have, as far as `listed`
+        (provider to names) knows them, each under the slug by which it can be asked for.
+        """
+        entries = {slug: _describe(model) for slug, model in self._models.items()}
+        ordered = []
+        for model in self._all.values():
+            if not model.is_wildcard:
+                ordered.append(entries[model.slug])
+                continue
+            common = _describe(model)
+            for slug in self._listed_slugs(model, listed):
+                if slug not in entries:
+                    entries[slug] = {**common, "id": slug}
+                    ordered.append(entries[slug])
+        return ordered
+
+    def _listed_slugs(self, model: Model, listed: Mapping[str, Sequence[str]]) -> Iterator[str]:
+        """The slugs of what the providers of a wildcard have, where it is the one to serve them."""
+        prefix = model.slug.removesuffix("*")
+        for endpoint in model.endpoints:
+            before, _, after = endpoint.upstream_model.partition("*")
+            for name in listed.get(endpoint.provider, ()):
+                rest = name.removeprefix(before).removesuffix(after)
+                slug = prefix + rest
+                is_whole = rest and len(name) == len(before) + len(rest) + len(after)
+                if not is_whole or slug.endswith(ROUTING_SUFFIXES):
+                    continue
+                found = self._wildcard_of(slug)
+                if found is not None and found[0] is model and found[1] == rest:
+                    yield slug
 
     def describe(self, slug: str) -> dict[str, Any] | None:
-        """One entry of the listing, also of a model that a wildcard serves."""
-        model = self._all.get(slug) or self.find(slug)
+        """What the listing says of one model, also of any that a wildcard serves."""
+        model = self.find(slug)
         return None if model is None else _describe(model)
 
     def label(self, slug: str) -> str:
@@ -406,6 +448,11 @@ class Catalog:
         return "other"
 
     def _fill(self, slug: str) -> Model | None:
+        found = self._wildcard_of(slug)
+        return None if found is None else self._keep(slug, _filled_in(found[0], slug, found[1]))
+
+    def _wildcard_of(self, slug: str) -> tuple[Model, str] | None:
+        """The longest wildcard that serves `slug`, and the rest that it stands for."""
         # The slug goes into a response header and upstream: what no model can be called stops here.
         if len(slug) > MAX_SLUG_LENGTH or "*" in slug or not is_visible(slug):
             return None
@@ -413,7 +460,7 @@ class Catalog:
         while cut > 0:
             wildcard = self._wildcards.get(slug[:cut])
             if wildcard is not None:
-                return self._keep(slug, _filled_in(wildcard, slug, slug[cut:]))
+                return wildcard, slug[cut:]
             cut = slug.rfind("/", 0, cut - 1) + 1
         return None
 

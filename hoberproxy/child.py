@@ -130,6 +130,11 @@ class Child:
                 os.kill(self.pid, number)
 
     @property
+    def was_killed(self) -> bool:
+        """It was ended by a signal, and did not end by itself."""
+        return self.exit_code is not None and self.exit_code < 0
+
+    @property
     def how_it_ended(self) -> str:
         """Its exit code, or the name of the signal."""
         code = self.exit_code or 0
@@ -220,3 +225,43 @@ def installed_python() -> str:
         if is_python and os.access(python, os.X_OK):
             return python
     return sys.executable
+
+
+def problems_of(failed: list[Child]) -> str:
+    """Why these do not serve, one problem a line."""
+    problems = dict.fromkeys(problem for child in failed for problem in child.problems)
+    return "\n".join(problems) or "\n".join(
+        dict.fromkeys(
+            f"a worker ended with {child.how_it_ended} before it served"
+            if child.exit_code is not None
+            else "a worker was not ready in time"
+            for child in failed
+        )
+    )
+
+
+def pids_of(children: Iterable[Child]) -> str:
+    """Their process ids, for the log."""
+    return ", ".join(str(child.pid) for child in children)
+
+
+async def try_installed(source: bytes, limit: float) -> str | None:
+    """What is wrong with the installed code, None if it imports and takes this config.
+
+    Once it runs in our place it is too late: a config that it refuses would end all streams.
+    """
+    command = python_command("hoberproxy.worker", "check", python=installed_python())
+    process = await asyncio.create_subprocess_exec(
+        *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(limit):
+            _, errors = await process.communicate(source)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return "the installed code does not start in time"
+    if process.returncode == 0:
+        return None
+    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"the installed code cannot be run: {last}"

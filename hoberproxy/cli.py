@@ -167,10 +167,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    from .joining import hold_signals
     from .listeners import StartError
 
     if arguments.workers is not None:
         return _serve_with_workers(arguments)
+    if arguments.config is not None or Path(DEFAULT_CONFIG).exists():
+        hold_signals()
     config = _load_config(arguments)
     listen = _parse_listen(arguments.listen) if arguments.listen else None
     if config is not None:
@@ -187,12 +190,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _serve_with_workers(arguments: argparse.Namespace) -> int:
+    from .joining import hold_signals
     from .listeners import StartError
     from .service import serve_with_workers
 
     path = arguments.config or DEFAULT_CONFIG
     if arguments.config is None and not Path(path).exists():
         return _cannot_start(f"--workers needs a config: expected ./{path} or --config FILE")
+    hold_signals()
     try:
         serve_with_workers(path, arguments.listen, arguments.workers)
     except StartError as error:

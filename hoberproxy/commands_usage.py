@@ -85,6 +85,8 @@ def _print_usage(by: str, rows: list[UsageRow]) -> None:
         "completion": [f"{_mark(row)}{row.completion_tokens:,}" for row in rows],
         "cached": [f"{row.cached_tokens:,}" for row in rows],
     }
+    if any(row.cache_write_tokens for row in rows):  # few providers charge for them
+        columns["cache write"] = [f"{row.cache_write_tokens:,}" for row in rows]
     if has_cost:
         columns["USD"] = [dollars(row.cost) + ("+" if row.unpriced else "") for row in rows]
     columns["first content"] = [

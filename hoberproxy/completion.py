@@ -5,24 +5,34 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 import orjson
 
+from .error_document import describes_error
 from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
 from .members import find_member, model_member, replace_member
 from .usage import Usage, read_usage
 
+_DONE_BEHIND: Final = re.compile(rb"\s*data: ?\[DONE\]\s*\Z")
+_DONE_ROOM: Final = 64  # bytes
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
 class CompletionError(Exception):
-    """A 200 whose body is no completion. `is_error_body` says that it is an upstream's error."""
+    """A 200 whose body is no completion.
 
-    def __init__(self, message: str, *, is_error_body: bool = False) -> None:
+    `is_error_body` says that it is an upstream's error, `document` what it says of it.
+    """
+
+    def __init__(
+        self, message: str, *, is_error_body: bool = False, document: object = None
+    ) -> None:
         super().__init__(message)
         self.is_error_body = is_error_body
+        self.document = document
 
 
 class Completion:
@@ -55,15 +65,21 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     try:
         document = load_json(body)
     except ValueError:
-        raise CompletionError("expected a JSON body, got something else or a part of one") from None
+        body = _without_done(body)
+        document = _load_rest(body)
     if not isinstance(document, dict):
-        raise CompletionError("expected a JSON object as the body")
+        raise _no_completion(document, "expected a JSON object as the body")
     get = document.get
     if get("error"):
-        raise CompletionError("the upstream sent an error with status 200", is_error_body=True)
+        raise _error_body(document)
     choices = get("choices")
     if not isinstance(choices, list) or not choices:
-        raise CompletionError("expected `choices` in the body, got none")
+        raise _no_completion(document, "expected `choices` in the body, got none")
+    for choice in choices:
+        if isinstance(choice, dict) and (
+            choice.get("error") or choice.get("finish_reason") == "error"
+        ):
+            raise _error_body(choice)
     choice, model = choices[0], get("model")
     return Completion(
         _rename(body, model, slug) if isinstance(model, str) else body,
@@ -75,14 +91,39 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     )
 
 
+def _error_body(document: object) -> CompletionError:
+    message = "the upstream sent an error with status 200"
+    return CompletionError(message, is_error_body=True, document=document)
+
+
+def _no_completion(document: object, expected: str) -> CompletionError:
+    """The error for a body without choices: the upstream's own, if it describes one."""
+    return _error_body(document) if describes_error(document) else CompletionError(expected)
+
+
+def _without_done(body: bytes) -> bytes:
+    """The body without the last event of a stream, which some gateways put behind a completion."""
+    found = _DONE_BEHIND.search(body, max(0, len(body) - _DONE_ROOM))
+    return body[: found.start()] if found is not None else b""
+
+
+def _load_rest(body: bytes) -> Any:
+    try:
+        return load_json(body)
+    except ValueError:
+        raise CompletionError("expected a JSON body, got something else or a part of one") from None
+
+
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:
     """The same answer as a stream of one chunk, and the usage event if it was asked for."""
     chunk = {
-        name: value for name, value in completion.document.items() if name not in ("usage", "model")
+        name: value
+        for name, value in completion.document.items()
+        if name not in ("usage", "model", "error")  # of which the last is null
     }
     chunk["object"] = "chat.completion.chunk"
     chunk["model"] = slug
-    chunk["choices"] = [_delta_choice(choice) for choice in completion.document["choices"]]
+    chunk["choices"] = _delta_choices(completion.document["choices"])
     events = [serialize_event(dump_json(chunk))]
     if wants_usage and isinstance(completion.document.get("usage"), dict):
         usage = chunk | {"choices": [], "usage": completion.document["usage"]}
@@ -91,19 +132,48 @@ def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool)
     return b"".join(events)
 
 
-def _delta_choice(choice: Any) -> Any:
-    if not isinstance(choice, dict):
-        return choice
-    delta = choice.get("message")
-    if isinstance(delta, dict) and isinstance(delta.get("tool_calls"), list):
-        # Deltas of a stream are told apart by their index; messages have none.
-        calls = [
-            {"index": index} | call if isinstance(call, dict) else call
-            for index, call in enumerate(delta["tool_calls"])
+def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
+    """The choices of a chunk for those of a completion, numbered where the server's do not tell."""
+    objects: list[dict[str, Any]] = list(filter(_is_object, choices))
+    indexes = [choice.get("index") for choice in objects]
+    numbers = {index for index in indexes if type(index) is int}
+    if len(numbers) < len(objects):
+        indexes = list(range(len(objects)))
+    return [
+        {
+            "index": index,
+            "finish_reason": None,  # chunks always have one
+            **{name: choice[name] for name in choice if name not in ("message", "index")},
+            "delta": _delta(choice),
+        }
+        for index, choice in zip(indexes, objects, strict=True)
+    ]
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any]:
+    """The message of a choice as a delta: clients put a stream's answer together by indexes."""
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return {}
+    # Deltas of OpenAI have null for these two alone, and some clients refuse it elsewhere.
+    delta = {
+        name: value
+        for name, value in message.items()
+        if value is not None or name in ("content", "refusal")
+    }
+    delta.setdefault("role", "assistant")
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list):
+        # Servers that number the calls of a message have null in each, or the same number.
+        delta["tool_calls"] = [
+            {"index": index, **{name: call[name] for name in call if name != "index"}}
+            for index, call in enumerate(filter(_is_object, calls))
         ]
-        delta = delta | {"tool_calls": calls}
-    rest = {name: value for name, value in choice.items() if name != "message"}
-    return rest | {"delta": delta if delta is not None else {}}
+    return delta
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _rename(body: bytes, model: str, slug: str) -> bytes:

@@ -95,6 +95,7 @@ class ServerSettings:
     metrics_listen: Address | None = Address("127.0.0.1", 9464)
     admin_socket: str = ""  # a path; empty: beside the records file; "off"
     max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
+    max_body_memory: int = 0  # of all bodies under way; 0: a quarter of the machine's memory
     head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
     body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
     keepalive_timeout: float = 75.0  # over the 60 s of common balancers: they close first, safely
@@ -104,12 +105,16 @@ class ServerSettings:
     cors_origins: tuple[str, ...] = ()
     max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
     max_connections_per_address: int = 0  # 0 is no limit
+    models_refresh: float = 600.0  # between looks at what providers behind wildcards have; 0: none
     trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True, slots=True)
 class KeySettings:
     required: bool = True
+    # Tokens held for an answer that neither its request nor its endpoint's max_output limits.
+    # Most servers stop at 4,096 to 16,384 where they are told nothing.
+    assumed_output: int = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +220,21 @@ def _read_server(table: Table) -> ServerSettings:
     if metrics is not None and metrics.port and metrics in listen:
         problem = Refusal("an address of its own", "one of server.listen", "change its port")
         table.note("metrics_listen", problem)
+    max_body_bytes = table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30)
+    max_body_memory = table.integer("max_body_memory", default.max_body_memory, 0, 2**50)
+    if 0 < max_body_memory < max_body_bytes:
+        problem = Refusal(
+            f"at least server.max_body_bytes ({max_body_bytes})",
+            str(max_body_memory),
+            "raise it, or lower max_body_bytes",
+        )
+        table.note("max_body_memory", problem)
     return ServerSettings(
         listen=listen,
         metrics_listen=metrics,
         admin_socket=table.parse("admin_socket", default.admin_socket, str),
-        max_body_bytes=table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30),
+        max_body_bytes=max_body_bytes,
+        max_body_memory=max_body_memory,
         head_timeout=table.seconds("head_timeout", default.head_timeout),
         body_timeout=table.seconds("body_timeout", default.body_timeout),
         keepalive_timeout=table.seconds("keepalive_timeout", default.keepalive_timeout),
@@ -231,6 +246,7 @@ def _read_server(table: Table) -> ServerSettings:
         max_connections_per_address=table.integer(
             "max_connections_per_address", default.max_connections_per_address, 0, 10**6
         ),
+        models_refresh=table.seconds("models_refresh", default.models_refresh, low="0"),
         trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
 
@@ -249,13 +265,17 @@ def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, .
 
 
 def _read_keys(table: Table, server: ServerSettings) -> KeySettings:
-    required = table.boolean("required", KeySettings().required)
+    default = KeySettings()
+    required = table.boolean("required", default.required)
     public = [str(address) for address in server.listen if not address.is_loopback]
     if public and not required:
         got = f"false while server.listen has {', '.join(public)}"
         advice = "require keys, or listen on 127.0.0.1 alone"
         table.note("required", Refusal("true unless only this machine is served", got, advice))
-    return KeySettings(required)
+    return KeySettings(
+        required,
+        assumed_output=table.integer("assumed_output", default.assumed_output, 1, 2**31),
+    )
 
 
 def _read_records(table: Table) -> RecordSettings:
@@ -505,6 +525,7 @@ def _read_prices(table: Table) -> Prices | None:
         cached=_read_price(below, "cached"),
         reasoning=_read_price(below, "reasoning"),
         request=_read_price(below, "request", "USD per request") or Decimal(0),
+        cache_write=_read_price(below, "cache_write"),
     )
     return prices if "price" in table.values else None
 
@@ -526,7 +547,8 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
 # Texts to values; the rules of providers and models are in catalog.py
 
 _PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\[\]:-]+")
+# Of web pages, and of desktop apps and extensions, whose schemes are their own.
+_ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")

@@ -28,6 +28,10 @@ logger = logging.getLogger("hoberproxy.upstream")
 
 # How long an answer of the name service is used: short enough to follow a fail-over by DNS.
 NAME_TTL = 30.0
+# What the system may hold of an answer while its client is slower. By itself that grows to tens of
+# MB on a fast network, and some hundred such streams take all memory that the system has for TCP. A
+# model that writes 5 MB/s 100 ms away needs no more.
+UNREAD_BYTES = 512 * 1024
 HAPPY_EYEBALLS_DELAY = 0.25  # RFC 8305, section 8
 
 AddressInfos = list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, int, int]]]
@@ -77,6 +81,7 @@ class Connector:
         try:
             # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
             if self._tls is not None:
                 protocol = tls = Tls(connection, self._tls, self._provider.host, self._loop)
             await self._loop.create_connection(lambda: protocol, sock=sock)

@@ -367,18 +367,22 @@ class SchemaFiller:
 
 
 # On the wire
+#
+# Members without a value are left out: strict clients (@openrouter/sdk) refuse some of the nulls
+# that OpenAI sends, such as `"usage":null`. A choice of a stream keeps its `finish_reason`, which
+# they demand, and `system_fingerprint`, which they demand of a body, has a value.
 
 
 def serialize_completion(reply: Reply) -> bytes:
     """The body of an answer that is not streamed."""
     text = "".join(reply.pieces)
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    if reply.tool_call is not None:
+    message: dict[str, Any] = {"role": "assistant"}
+    if reply.tool_call is None:
+        message["content"] = text
+    else:
         call = {"name": reply.tool_call.name, "arguments": text}
-        message["content"] = None
         message["tool_calls"] = [{"id": reply.tool_call.id, "type": "function", "function": call}]
-    choice = {"index": 0, "message": message, "logprobs": None}
-    choice["finish_reason"] = reply.finish_reason
+    choice = {"index": 0, "message": message, "finish_reason": reply.finish_reason}
     return orjson.dumps(
         {**_envelope(reply, "chat.completion"), "choices": [choice], "usage": reply.usage}
     )
@@ -387,12 +391,10 @@ def serialize_completion(reply: Reply) -> bytes:
 def serialize_stream(reply: Reply, *, include_usage: bool) -> Iterator[bytes]:
     """The events of a streamed answer, in OpenAI's order: role, pieces, finish, usage, [DONE]."""
     envelope = _envelope(reply, "chat.completion.chunk")
-    # Once usage is asked for, OpenAI has the member on every event.
-    tail: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return b"data: %b\n\n" % orjson.dumps({**envelope, "choices": [choice], **tail})
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return b"data: %b\n\n" % orjson.dumps({**envelope, "choices": [choice]})
 
     yield event(_opening_delta(reply))
     for piece in reply.pieces:
@@ -409,16 +411,16 @@ def _envelope(reply: Reply, kind: str) -> dict[str, Any]:
         "object": kind,
         "created": reply.created,
         "model": MODEL,
-        "system_fingerprint": None,
+        "system_fingerprint": "fp_demo",
     }
 
 
 def _opening_delta(reply: Reply) -> dict[str, Any]:
     if reply.tool_call is None:
-        return {"role": "assistant", "content": "", "refusal": None}
+        return {"role": "assistant", "content": ""}
     call = {"name": reply.tool_call.name, "arguments": ""}
     opened = {"index": 0, "id": reply.tool_call.id, "type": "function", "function": call}
-    return {"role": "assistant", "content": None, "tool_calls": [opened]}
+    return {"role": "assistant", "tool_calls": [opened]}
 
 
 def _piece_delta(reply: Reply, piece: str) -> dict[str, Any]:

@@ -127,6 +127,7 @@ class UpstreamError(ProxyError):
         self.is_retryable = is_retryable
         self.is_refusal = is_refusal
         self.refused_option: str | None = None  # a member that we put in, not the client
+        self.is_doubtful = False  # judged by words that may be the client's own
         self.own_code: str | None = None  # where `code` is the upstream's, for the client's eyes
 
     @property

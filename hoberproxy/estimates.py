@@ -15,6 +15,9 @@ MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
 USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
 SHARE: Final = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
 SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
+# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more, and
+# would let a client teach that its prompts weigh nothing.
+DENSEST_LEARNT: Final = 12.0
 
 
 class Ratios:
@@ -38,9 +41,15 @@ class Estimates:
         self._unknown = Ratios()
 
     def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
-        """A prompt's tokens, by its bytes in the request, and those an answer usually takes."""
+        """Return the tokens to expect of a prompt of so many bytes, and those of a usual answer.
+
+        A prompt is never taken for less than BYTES_PER_TOKEN says, whatever those before it were.
+        """
         ratios = self._of(endpoint)
-        return int(prompt_bytes / ratios.prompt_bytes + 0.5), int(ratios.answer + 0.5)
+        per_token = ratios.prompt_bytes
+        if per_token > BYTES_PER_TOKEN:
+            per_token = float(BYTES_PER_TOKEN)
+        return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
         """A guess for an answer of so many content events, or of a body of so many bytes."""
@@ -49,6 +58,22 @@ class Estimates:
         return Usage(
             prompt_tokens=int(prompt_bytes / ratios.prompt_bytes + 0.5),
             completion_tokens=int(completion + 0.5),
+            is_estimated=True,
+        )
+
+    def fill_gaps(
+        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
+    ) -> Usage:
+        """`usage` with a guess in place of each count of zero, for an answer that has a text."""
+        guess = self.usage(
+            endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+        )
+        return Usage(
+            usage.prompt_tokens or guess.prompt_tokens,
+            usage.completion_tokens or guess.completion_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.cache_write_tokens,
             is_estimated=True,
         )
 
@@ -66,9 +91,8 @@ class Estimates:
         completion = usage.completion_tokens
         ratios.answer += (completion - ratios.answer) * share
         if usage.prompt_tokens >= SHORTEST_LEARNT:
-            ratios.prompt_bytes += (
-                prompt_bytes / usage.prompt_tokens - ratios.prompt_bytes
-            ) * share
+            seen = min(prompt_bytes / usage.prompt_tokens, DENSEST_LEARNT)
+            ratios.prompt_bytes += (seen - ratios.prompt_bytes) * share
         if completion >= SHORTEST_LEARNT:
             if events:
                 ratios.per_event += (completion / events - ratios.per_event) * share

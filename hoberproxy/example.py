@@ -14,6 +14,8 @@ EXAMPLE = """\
 # for `hoberproxy status`; "" is beside the records file
 #admin_socket = ""
 #max_body_bytes = 33554432
+# bytes of all bodies under way; 0 is a quarter of the machine's memory
+#max_body_memory = 0
 # seconds
 #head_timeout = 10
 #body_timeout = 60
@@ -27,10 +29,14 @@ EXAMPLE = """\
 #max_streams = 10000
 #max_connections_per_address = 0
 #trusted_proxies = []
+# providers behind wildcards are asked for their models so often; 0 is never
+#models_refresh = 600
 
 [keys]
 # make one with: hoberproxy keys create --label NAME
 #required = true
+# tokens held of limits for an answer that neither its request nor a max_output limits
+#assumed_output = 8192
 
 [records]
 #file = "hoberproxy.db"
@@ -86,7 +92,7 @@ context_length = 131072
 provider = "deepseek"
 model = "deepseek-chat"
 max_output = 8192
-# USD per million tokens; also cached, reasoning, and request (USD each)
+# USD per million tokens; also cached, cache_write, reasoning, and request (USD each)
 price = { prompt = "0.14", completion = "0.28" }
 
 [[models.endpoints]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Generator
 from dataclasses import asdict
 from typing import Final, NamedTuple
 
@@ -31,18 +32,23 @@ from .errors import (
     serialize_error,
     serialize_error_event,
 )
+from .frames import STEPPED_BYTES
 from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .refusal import choose_error
 from .request import Call
 from .routing import Plan, make_plan
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
 
-COMMENT: Final = b": HOBER PROCESSING\n\n"
+# No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
+# does openai-python once an upstream has sent an `id:`.
+COMMENT: Final = b": HOBER PROCESSING\n"
+REST: Final = 0.002  # seconds left to others between two steps of reading a large body
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
@@ -65,8 +71,9 @@ class Admitted(NamedTuple):
 class Exchange(Owner):
     """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
 
-    The door tells `pause` and `resume` as the client's watermarks say, and asks `on_deadline`.
-    However it goes, exactly one record is closed.
+    Between these, `enter` where the body has not come with the head. The connection calls `pause`
+    and `resume` as the client's watermarks say, and `on_deadline`. However it goes, exactly one
+    record is closed.
     """
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
@@ -77,7 +84,9 @@ class Exchange(Owner):
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
     _kept_body = b""
+    _held_bytes = 0  # of the body, counted with those of all others
     _run_start = 0.0
+    _reading: Generator[None, None, Call] | None = None  # of a large body, as far as it got
     _call: Call | None = None
     _prompt_bytes = 0
     _plan: Plan | None = None
@@ -85,6 +94,7 @@ class Exchange(Owner):
     _attempt: Attempt | None = None
     _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
     _failures: tuple[FailedAttempt, ...] = ()
+    _errors: tuple[UpstreamError, ...] = ()  # of these failures
     _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
     _quiet_since = 0.0
     _paused_since = 0.0
@@ -104,7 +114,6 @@ class Exchange(Owner):
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
             self._paused_since, self._unread_bytes = self.now, client.unread_bytes
-        gateway.exchanges.add(self)
 
     @property
     def content_events(self) -> int:
@@ -116,13 +125,12 @@ class Exchange(Owner):
     def admit(self, known: Admitted | None = None) -> Admitted | None:
         """Who may go on to the body; if None, `run` tells the client why not.
 
-        `known` is what an exchange with the same head was told.
+        `known` is what an exchange with the same head was told. A request counts, as one of
+        `max_streams` and for its address, from the moment it is known to be a caller's: others
+        would take the callers' room.
         """
         gateway, record = self._gateway, self.record
         try:
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges), self._client.address_group
-            )
             if (
                 known is None
                 or known.keyring_version != gateway.keyring.version
@@ -131,22 +139,28 @@ class Exchange(Owner):
                 or gateway.is_stopping
             ):
                 known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+            self._caller = caller = known.caller
+            record.key_id, record.key_label = caller.key_id, caller.label
+            self._group = gateway.admission.admit(
+                self._head, len(gateway.exchanges) + 1, self._client.address_group
+            )
         except ProxyError as error:
             self._refusal = error
             return None
-        self._caller = caller = known.caller
-        record.key_id, record.key_label = caller.key_id, caller.label
+        gateway.exchanges.add(self)
         return known
 
-    @property
-    def is_admitted(self) -> bool:
-        """The body is worth keeping."""
-        return self._refusal is None
+    def enter(self) -> bool:
+        """Count the call in now, since its body is still to come; however it ends, it is settled.
 
-    @property
-    def has_no_room(self) -> bool:
-        """The proxy is full: to be refused at once."""
-        return self._refusal is not None and self._refusal.code == "overloaded"
+        Returns False where the limits of the caller's key let no body pass: `run` then refuses it.
+        """
+        try:
+            self._lease = self._gateway.accounts.enter(self._caller, unix_time())
+        except ProxyError as error:
+            self._refusal = error
+            return False
+        return True
 
     def _authenticate(self) -> Caller:
         gateway, head = self._gateway, self._head
@@ -157,7 +171,7 @@ class Exchange(Owner):
                 retry_after=RETRY_AFTER_DRAIN,
             )
         if gateway.config.keys.required:
-            caller = gateway.keyring.authenticate(head.get(b"authorization"), self.record.started)
+            caller = gateway.keyring.authenticate_head(head, self.record.started)
         else:
             check_local_request(head)
             caller = ANONYMOUS
@@ -166,35 +180,78 @@ class Exchange(Owner):
 
     # Parse, route
 
+    def hold_body(self, size: int) -> None:
+        """So many bytes of the body are here. Raises UnavailableError where all are too many."""
+        self._gateway.bodies.hold(size - self._held_bytes)
+        self._held_bytes = size
+
+    def _release_body(self) -> None:
+        self._gateway.bodies.release(self._held_bytes)
+        self._held_bytes = 0
+
     def run(self, body: bytes, *, close: bool = False) -> None:
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
+        if self._refusal is not None:
+            self.refuse(self._refusal, close=close)
+            return
+        frames, key_id = self._gateway.frames, self._caller.key_id
         try:
-            if self._refusal is not None:
-                raise self._refusal
-            self._call = call = self._gateway.frames.read(body, self._caller.key_id)
-            terms = call.terms
-            self.record.streamed = terms.stream
-            self.record.requested = terms.requested
-            self._prompt_bytes = call.prompt_bytes
-            self._plan = plan = permitted(self._make_plan(call), self._caller)
-            self._upstreams = self._gateway.upstreams
-            self._lease = self._gateway.accounts.open(
-                self.record, self._caller, call, plan, unix_time()
-            )
+            self.hold_body(len(body))
+            if len(body) > STEPPED_BYTES:
+                self._reading = frames.read_in_steps(body, key_id)
+                self._gateway.loop.call_later(REST, self._read_on)
+                return
+            self._open(frames.read(body, key_id))
         except ProxyError as error:
-            self.refuse(error, close=close)
+            self.refuse(error)
             return
         except Exception:
             self._fail_ourselves()
             return
-        self._quiet_since = self.now
+        self._begin_step(0)
+
+    def _read_on(self) -> None:
+        """Take one step of reading a large body; between two of them the loop serves others."""
+        reading = self._reading
+        if self._is_closed or reading is None:
+            return
+        try:
+            try:
+                next(reading)
+            except StopIteration as end:
+                self._reading = None
+                self._open(end.value)
+            else:
+                # Not at the loop's next turn: an answer of another takes several of them.
+                self._gateway.loop.call_later(REST, self._read_on)
+                return
+        except ProxyError as error:
+            self.refuse(error)
+            return
+        except Exception:
+            self._fail_ourselves()
+            return
         self._begin_step(0)
 
     def _fail_ourselves(self) -> None:
         """A fault of the proxy: ours to answer for, not to be taken for a client that left."""
         logger.exception("request %s failed", self.record.id)
         self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
+
+    def _open(self, call: Call) -> None:
+        """Route the call and count it in. Raises ProxyError."""
+        self._call = call
+        terms = call.terms
+        self.record.streamed = terms.stream
+        self.record.requested = terms.requested
+        self._prompt_bytes = call.prompt_bytes
+        self._plan = plan = permitted(self._make_plan(call), self._caller)
+        self._upstreams = self._gateway.upstreams
+        self._lease = self._gateway.accounts.open(
+            self.record, self._caller, call, plan, unix_time(), self._lease
+        )
+        self._quiet_since = self.now
 
     def _make_plan(self, call: Call) -> Plan:
         gateway = self._gateway
@@ -221,6 +278,9 @@ class Exchange(Owner):
             if is_first:
                 self.record.overhead = _monotonic() - self._run_start
             attempt.start()
+        except RequestError as error:  # a body that the endpoint's rules cannot be applied to
+            self.refuse(error)
+            return
         except Exception:
             if self._attempt is not None:
                 self._attempt.abort()
@@ -295,6 +355,8 @@ class Exchange(Owner):
     def note_opened(self, *, is_stream: bool) -> None:
         """Content was written: the body is not needed any more, nor another endpoint."""
         self._call = None
+        if self._kept is None:
+            self._release_body()
         attempt, gateway = self._attempt, self._gateway
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
@@ -335,6 +397,10 @@ class Exchange(Owner):
 
     # What the attempt reports
 
+    def sent_body(self) -> bytes:
+        """The client's body, as long as there may be another attempt."""
+        return self._call.body if self._call is not None else b""
+
     def attempt_finished(self, attempt: Attempt) -> None:
         """The answer was passed on to its end."""
         self._account(200)
@@ -361,7 +427,7 @@ class Exchange(Owner):
         self._note_failure(attempt, error)
         following = self._following_step(error)
         if following is None:
-            self._fail(attempt, error)
+            self._fail(error)
             return
         self._begin_step(following)
 
@@ -386,7 +452,8 @@ class Exchange(Owner):
             self._gateway.loop.time(),
         )
         is_ours = error.code == "upstream_timeout" and self._client.is_paused
-        if error.is_refusal or is_ours:  # it works: the request was wrong, or the client slow
+        # It works, as far as this tells: the request was wrong, or the client slow.
+        if error.is_refusal or is_ours or error.is_doubtful:
             health.abandon(key)
         else:
             health.observe_failure(
@@ -397,6 +464,8 @@ class Exchange(Owner):
                 was_answering=error.phase is Phase.CONTENT,
                 draw=self._gateway.draw,
             )
+        error.metadata["provider"] = attempt.step.endpoint.provider
+        self._errors += (error,)
         self._failures += (
             FailedAttempt(
                 provider=attempt.step.endpoint.provider,
@@ -407,19 +476,21 @@ class Exchange(Owner):
             ),
         )
 
-    def _fail(self, attempt: Attempt, error: UpstreamError) -> None:
-        """The last attempt failed: tell it, and what was tried before it."""
-        self.record.phase = error.phase.value
-        earlier = self._failures[:-1]
-        if self._call is not None and error.status in (502, 504) and self._is_all_cooling():
+    def _fail(self, error: UpstreamError) -> None:
+        """Answer with the last attempt's error, or an earlier one, and with what else was tried."""
+        chosen = error
+        if self._call is not None:  # else the client has a part of this very answer
+            chosen = choose_error(self._errors)
+        self.record.phase = chosen.phase.value
+        others = self._failures[:-1] if chosen is error else self._failures
+        if self._call is not None and chosen.status in (502, 504) and self._is_all_cooling():
             # All had been failing before this request came: say when it is worth coming back.
-            earlier = self._failures
-            error.status, error.code = 503, "no_healthy_upstream"
-            error.retry_after = self._next_trial()
-        error.metadata["provider"] = attempt.step.endpoint.provider
-        if earlier:
-            error.metadata["previous_errors"] = [asdict(failure) for failure in earlier]
-        self.refuse(error)
+            others = self._failures
+            chosen.status, chosen.code = 503, "no_healthy_upstream"
+            chosen.retry_after = self._next_trial()
+        if others:
+            chosen.metadata["previous_errors"] = [asdict(failure) for failure in others]
+        self.refuse(chosen)
 
     def _is_all_cooling(self) -> bool:
         return self._plan is not None and all(
@@ -489,17 +560,11 @@ class Exchange(Owner):
         """The client went away: its upstream goes in this very turn of the loop."""
         if self._is_closed:
             return
-        is_answered = False
         if self._attempt is not None:
-            # Many clients leave at [DONE], before the framing's end: they have got all they wanted.
-            is_answered = self._attempt.is_answer_out and not self._client.is_paused
             self._attempt.abort()
             self._gateway.health.abandon(self._attempt.step.endpoint.key)
-        if is_answered:
-            self._account(self._answer.status)
-        else:
-            self.record.code = "client_closed"
-            self._account(CLIENT_CLOSED)
+        self.record.code = "client_closed"
+        self._account(CLIENT_CLOSED)
 
     # Flow control and deadlines
 
@@ -558,7 +623,7 @@ class Exchange(Owner):
         if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
-            if not attempt.is_at_boundary:
+            if not attempt.may_insert_line:
                 return math.inf
             return max(self._quiet_since, attempt.idle_since) + after
         return self._quiet_since + after
@@ -577,13 +642,14 @@ class Exchange(Owner):
         self._is_closed = True
         gateway, record, attempt = self._gateway, self.record, self._attempt
         gateway.exchanges.discard(self)
+        self._release_body()
         gateway.admission.note_streams(len(gateway.exchanges))
         gateway.admission.leave(self._group)
         self.seal(status)
         if attempt is not None:
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
-        self._attempt = self._call = self._refusal = None
+        self._attempt = self._call = self._refusal = self._reading = None
         gateway.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint

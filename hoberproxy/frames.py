@@ -12,17 +12,30 @@ is not asked for again goes within minutes, and members that are texts are not k
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from operator import attrgetter
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
-from .request import MAX_REQUESTED, Call, Terms, find_messages, parse_call, raw_part
+from .request import (
+    MAX_REQUESTED,
+    Call,
+    Terms,
+    check_survey,
+    find_messages,
+    parse_call,
+    parse_in_steps,
+    raw_part,
+)
+from .spans import Survey, end_by_error, may_have_too_many
 
 KEPT: Final = 4  # frames of one key
 MAX_FRAME_BYTES: Final = 64 * 1024  # the tools of an agent are most of it
 MAX_BYTES: Final = 8 * 1024 * 1024  # of all frames; each form that goes upstream takes as much
 OVERHEAD_BYTES: Final = 1024  # of a frame's objects
+MEMBER_BYTES: Final = 192  # of one of its members'
+STEPPED_BYTES: Final = 1024 * 1024  # a larger body is read in steps
 # Members that carry what a model is to read or say, as the messages do.
 _TEXTS: Final = frozenset(("prediction", "documents", "prompt", "input", "suffix"))
 _OPENING: Final = 0x5B  # the brackets of an array
@@ -40,7 +53,7 @@ class _Frame:
         self.after = after
         self.terms = terms
         self.number = number  # in the order in which they were learnt
-        self.size = len(before) + len(after) + OVERHEAD_BYTES
+        self.size = len(before) + len(after) + OVERHEAD_BYTES + MEMBER_BYTES * len(terms.members)
         self.was_used = False  # since it was learnt, or since somebody last asked
 
     def fits(self, body: bytes) -> bool:
@@ -67,18 +80,48 @@ class Frames:
 
     def read(self, body: bytes, key_id: str) -> Call:
         """As `parse_call`, for whose key it is ("" for all who need none)."""
+        ends: dict[int, int] = {}
+        frame = self._fitting(body, key_id)
+        if frame is not None:
+            if may_have_too_many(body):
+                survey = Survey(body)
+                while survey.step():
+                    pass
+                check_survey(survey)
+            messages = _parse_messages(body, frame, ends)
+            if messages is not None:
+                return _make_call(body, frame, messages)
+        call = parse_call(body, ends)
+        self._keep(call, key_id)
+        return call
+
+    def read_in_steps(self, body: bytes, key_id: str) -> Generator[None, None, Call]:
+        """Do as `read`, for a large body: pause where another step may take long."""
+        survey = Survey(body)
+        while survey.step():
+            yield
+        check_survey(survey)
+        ends: dict[int, int] = {}
+        frame = self._fitting(body, key_id)
+        if frame is not None:
+            messages = _parse_messages(body, frame, ends)
+            yield
+            if messages is not None:
+                call = _make_call(body, frame, messages)
+                yield
+                return call
+        call = yield from parse_in_steps(body, survey, ends)
+        self._keep(call, key_id)
+        return call
+
+    def _fitting(self, body: bytes, key_id: str) -> _Frame | None:
+        """The frame to try; a second guess would cost a parse, too."""
         frames = self._frames.get(key_id)
         if frames is not None:
             for frame in frames:
                 if frame.fits(body):
-                    call = _read_framed(body, frame)
-                    if call is not None:
-                        frame.was_used = True
-                        return call
-                    break  # a second guess would cost a parse, too
-        call = parse_call(body)
-        self._keep(call, key_id)
-        return call
+                    return frame
+        return None
 
     def forget_unused(self) -> None:
         """Let go of what nobody has asked for since the last time."""
@@ -97,6 +140,8 @@ class Frames:
         if not _TEXTS.isdisjoint(terms.given) or len(terms.candidates) > MAX_REQUESTED:
             return
         span = find_messages(call.members)
+        if span.value_start + len(call.body) - span.end > MAX_FRAME_BYTES:
+            return
         self._learnt += 1
         before, after = call.body[: span.value_start], call.body[span.end :]
         frame = _Frame(before, after, terms, self._learnt)
@@ -124,11 +169,24 @@ class Frames:
         self._bytes -= victim.size
 
 
-def _read_framed(body: bytes, frame: _Frame) -> Call | None:
-    """The call if its messages are JSON; raises RequestError for them."""
-    raw = raw_part(body, len(frame.before), len(body) - len(frame.after))
+def _parse_messages(body: bytes, frame: _Frame, ends: dict[int, int]) -> Any:
+    """What stands where the frame has its messages, None if that is no JSON value, or null.
+
+    If it is more than one, the end of the first goes into `ends`: it need not be searched again.
+    """
+    start, stop = len(frame.before), len(body) - len(frame.after)
     try:
-        messages = _loads(raw)
-    except orjson.JSONDecodeError:
-        return None  # what is wrong, and where, is told of a whole body
-    return Call(frame.terms, messages, body, raw)
+        return _loads(raw_part(body, start, stop))
+    except orjson.JSONDecodeError as exc:  # what is wrong, and where, is told of a whole body
+        end = end_by_error(exc, memoryview(body), start, stop)
+        if end >= 0:
+            ends[start] = end
+    return None
+
+
+def _make_call(body: bytes, frame: _Frame, messages: object) -> Call:
+    """The call of a body that fits; raises RequestError for the messages."""
+    raw = raw_part(body, len(frame.before), len(body) - len(frame.after))
+    call = Call(frame.terms, messages, body, raw)
+    frame.was_used = True
+    return call

@@ -20,7 +20,7 @@ from . import __version__
 from .access import Caller, Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
-from .admission import Admission
+from .admission import Admission, BodyMemory, ConnectionRoom
 from .catalog import Catalog, Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
@@ -36,6 +36,7 @@ from .record import Record
 if TYPE_CHECKING:
     from .exchange import Exchange
 
+UNBOUNDED: Final = 2**62  # bytes or connections, of a process that has not been told
 MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
 _time: Final = time.time
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
@@ -124,12 +125,15 @@ class Gateway:
     metrics: Metrics
     upstreams: dict[str, Upstream]
     admission: Admission
+    bodies: BodyMemory = field(default_factory=lambda: BodyMemory(UNBOUNDED))
     health: Health = field(default_factory=Health)
     frames: Frames = field(default_factory=Frames)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
     exchanges: set[Exchange] = field(default_factory=set)
     is_draining: bool = False  # every connection ends with its next answer
     is_stopping: bool = False  # and nobody takes over: further requests are refused
+    room: ConnectionRoom = field(default_factory=lambda: ConnectionRoom(UNBOUNDED))
+    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # provider → its models
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""

@@ -49,11 +49,18 @@ _TELLING_NAMES: Final = frozenset(
 _REQUEST_LINE: Final = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
+_STATUS_BEGUN: Final = b"HTTP/1."
+# What a line of a head never holds; a CR at the very end may have its LF still to come.
+_BARE: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 FIELD_LINE: Final = re.compile(rb"(%b):(%b)" % (TOKEN, VALUE))
 _SECRET_NAME: Final = re.compile(rb"auth|cookie|key|secret|session|token")
 _BLOCK_OUT: Final = re.compile(rb"(?:%b: %b\r\n)*" % (TOKEN, VALUE))
 _REQUEST_LINE_OUT: Final = re.compile(rb"%b %b HTTP/1\.1\r\n" % (TOKEN, _TARGET))
 _ABSOLUTE_FORM: Final = re.compile(rb"(?i:https?)://([^/?]++)([^?]*+)(?:\?(.*+))?")
+# Of -._~, digits and letters (RFC 3986, 2.3). What an escape makes is not read again: %2541 is %41.
+_ESCAPED_UNRESERVED: Final = re.compile(
+    rb"(?i:%(2[de]|3[0-9]|4[1-9a-f]|5[0-9af]|6[1-9a-f]|7[0-9ae]))"
+)
 # Narrower than reg-name (RFC 3986 3.2.2): no sub-delims, which no real host name has.
 _AUTHORITY: Final = re.compile(rb"(?:[0-9A-Za-z._~%-]++|\[[0-9A-Fa-f:.]++\])(?::[0-9]{0,5})?")
 _KEEPALIVE_TIMEOUT: Final = re.compile(rb"(?i:(?:^|[,; \t])timeout=\"?([0-9]{1,9})(?![0-9]))")
@@ -95,7 +102,9 @@ class RequestHead:
     """What a client asked, framing settled. Headers stay out of `repr`: they hold the key.
 
     `target` is as sent. `path` and `query` are cut from it, still percent-encoded; an absolute-form
-    target is reduced to them. `length` is in bytes, None unless `kind` is LENGTH.
+    target is reduced to them. `path` is in one form: letters, digits and -._~ are never escaped
+    (RFC 3986, 6.2.2.2), and of doubled slashes and one at the end, which come of base URLs, none
+    is left. `length` is in bytes, None unless `kind` is LENGTH.
     """
 
     method: bytes
@@ -258,6 +267,30 @@ def find_head_end(buffer: bytes | bytearray, start: int = 0) -> int:
     """Offset past the head's empty line, or -1; `start` is where the last search ended."""
     end = buffer.find(_END, max(0, start - 3))
     return end + 4 if end >= 0 else -1
+
+
+def check_response_head(part: bytes, start: int = 0) -> None:
+    """Raise HeadError if no more bytes can make a response's head of `part`, which lacks its end.
+
+    What stands before `start` has passed an earlier check. So a peer that ends its lines with LF
+    alone, or speaks another protocol, fails at once and not by a time limit.
+    """
+    line_start = part.rfind(b"\r\n", 0, start) + 2
+    if line_start < 2:  # still in the status line
+        line_start = 0
+        if not (_STATUS_BEGUN.startswith(part[:7]) or part.startswith(_STATUS_BEGUN)):
+            raise HeadError("expected 'HTTP/1.' at the start of a head, got something else", 502)
+    if _BARE.search(part, max(0, start - 1)):
+        raise HeadError("expected head lines that end in CR LF, got a bare CR, LF or control", 502)
+    lines = part[line_start:].split(b"\r\n")
+    for line in lines[:-1]:
+        if line_start:
+            match = FIELD_LINE.fullmatch(line)
+        else:
+            match = _STATUS_LINE.fullmatch(line)
+        if match is None:
+            raise HeadError("expected a status line and 'name: value' lines, got another one", 502)
+        line_start += len(line) + 2
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
@@ -510,13 +543,21 @@ def _split_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
     """Path and query of the target's form (RFC 9112 3.2)."""
     if target.startswith(b"/"):
         path, _, query = target.partition(b"?")
-        return path, query
+        return _normalize_path(path), query
     if target == b"*" and method == b"OPTIONS":
         return target, b""
     match = _ABSOLUTE_FORM.fullmatch(target)
     if match is None or not _AUTHORITY.fullmatch(match[1]):
         raise HeadError("expected a request target that begins with '/' or 'http://host/'")
-    return match[2] or b"/", match[3] or b""
+    return _normalize_path(match[2]), match[3] or b""
+
+
+def _normalize_path(path: bytes) -> bytes:
+    if b"%" in path:
+        path = _ESCAPED_UNRESERVED.sub(lambda match: bytes((int(match[1], 16),)), path)
+    if b"//" in path or path.endswith(b"/"):
+        path = b"/" + b"/".join([part for part in path.split(b"/") if part])
+    return path or b"/"
 
 
 def _parse_status_line(line: bytes) -> tuple[int, int]:

@@ -14,6 +14,20 @@ EXIT_CANNOT_START = 3
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
 
+# What another process may send before there is a handler for it, and what would end us then.
+HELD = (signal.SIGHUP, signal.SIGUSR2)
+
+
+def hold_signals() -> None:
+    """Let a reload or an upgrade that is asked for during a start wait until it is through."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def release_signals() -> None:
+    """Take what has come meanwhile; there are handlers now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
 def take_end(number: str) -> socket.socket:
     """Our end of the channel, by the number of its descriptor; it waits START_LIMIT at most."""
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):

@@ -1,8 +1,8 @@
 """What outlives a killed process, and the way of every record into the store.
 
     segment:  head │ entry, entry, entry, … │ eight zeros
-    head:     magic │ generation │ number │ ended │ generation, place, count │ zeros, up to 64 bytes
-    entry:    length │ Adler-32 of the payload │ payload: a letter and a JSON array
+    head:     magic │ generation │ ended │ mark: generation, place, count, CRC │ zeros, to 64 bytes
+    entry:    generation │ length │ place │ checksum │ payload: a letter and a JSON array
 
     n  names of what stands in the others: another version may read them    o  a request is opened
     c  one is closed: its record's row    r  another row in place of it    a  a better count for it
@@ -14,8 +14,11 @@ process, reads the segments of all (journals.py) and notes in a head up to which
 closed requests, the store has of this generation; then the segment can be used again. The owner
 holds a lock on each of its segments, which the kernel frees with the process.
 
-The checksum is begun with the generation's own, and needs no table: that of CRC-32 is 6 KB, which
-at a low load are not in any cache when a request comes.
+Each entry begins with its segment's *generation*, eight bytes that no payload can hold, so a
+reader finds the next whole entry behind a damaged one. It says where it was written, too: bytes
+that were moved or doubled are seen as such. The checksum is Adler-32, begun with the generation's
+own sum, and needs no table: that of CRC-32 is 6 KB, which at a low load are not in any cache when
+a request comes.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from typing import Any, Final
 import orjson
 
 from .catalog import Endpoint
+from .folder import SEGMENT
 from .record import Record
 from .rows import COLUMNS, Row, clean_values, make_row
 
@@ -46,16 +50,20 @@ SPARES = 1  # segments ready beside the one in use
 KEPT = 2  # used segments that stay for the next use; the others go
 MAX_PAYLOAD_BYTES: Final = 256 * 1024
 MAX_WAITING = 10_000  # closed requests kept in memory while there is no room, 10 MB or so
-MAGIC = b"hbjrnl03"  # another form of entries gets another
+MAGIC = b"hbjrnl04"  # another form of entries gets another
 HEAD_BYTES = 64
-HEAD = struct.Struct("<8sQQ")  # generation, number in the order of use, whether the owner has ended
+HEAD = struct.Struct("<8sQ")  # generation, whether the owner has ended
 HEAD_PLACE = len(MAGIC)
-MARK = struct.Struct("<8sQQ")  # what the store has: generation, place behind it, closed requests
+# What the store has: generation, place behind it, closed requests, CRC-32 of these.
+MARK = struct.Struct("<8sIII")
 MARK_PLACE = 32
-ENTRY = struct.Struct("<II")  # length of the payload, checksum
+ENTRY = struct.Struct("<8sIII")  # generation, length of the payload, place, checksum
+ENTRY_BYTES: Final = 20
+# No UTF-8 has this byte, so no payload holds a generation.
+GENERATION_BEGINS = b"\xff"
 _dumps: Final = orjson.dumps
 _adler32: Final = zlib.adler32
-_END: Final = bytes(ENTRY.size)  # behind the last entry: what is left of an earlier use follows it
+_END: Final = bytes(ENTRY_BYTES)  # behind the last entry: what is left of an earlier use follows it
 # What is told of a request that is opened; of a closed one it is the row.
 OPENED = (
     *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
@@ -64,18 +72,45 @@ OPENED = (
 AMENDED = ("id", "prompt_tokens", "completion_tokens", "cost")
 _NAMES = b"n" + orjson.dumps([OPENED, COLUMNS, AMENDED])
 AMENDMENT = ord("a")
-SEGMENT = ".segment"
 UNFINISHED = ".new"  # the ending of a segment that is being made
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
 
 
+def own_names() -> bytes:
+    """Return the payload that names what stands in the entries of this version."""
+    return _NAMES
+
+
+def serialize_generation(names: bytes, number: int) -> bytes:
+    """Return the generation of a segment whose entries have these names, used as the `number`-th.
+
+    No two uses of a file have the same one. A reader that has lost a segment's head knows by it
+    whose names apply, and which use is the last.
+    """
+    schema = zlib.crc32(names, zlib.crc32(MAGIC)).to_bytes(4, "little")[:3]
+    return GENERATION_BEGINS + schema + number.to_bytes(4, "little")
+
+
 def first_sum(generation: bytes) -> int:
-    """What the checksums of a segment's entries begin with.
+    """Return what the checksums of a segment's entries begin with.
 
     Spread over its bits, as Adler-32 of eight bytes is not; both halves are below 65521, or it
     would be no sum that Adler-32 can have, and what follows it the library's own affair.
     """
     return zlib.crc32(generation) & 0x7FFF7FFF
+
+
+def serialize_mark(generation: bytes, place: int, count: int) -> bytes:
+    """Return the bytes by which a segment's head says what the store has."""
+    fields = MARK.pack(generation, place, count, 0)[:-4]
+    return fields + zlib.crc32(fields).to_bytes(4, "little")
+
+
+def parse_mark(data: bytes, generation: bytes) -> tuple[int, int] | None:
+    """Return place and count of a mark; None if it is of another use, damaged or half written."""
+    marked, place, count, _ = MARK.unpack(data)
+    is_whole = marked == generation and serialize_mark(generation, place, count) == data
+    return (place, count) if is_whole else None
 
 
 class _Segment:
@@ -87,6 +122,7 @@ class _Segment:
         "_map",
         "_path",
         "_seed",
+        "_seen",
         "closed",
         "end",
         "number",
@@ -112,48 +148,55 @@ class _Segment:
             raise
 
     def begin(self, number: int) -> None:
-        """Forget what it holds; old entries do not fit the new generation's checksum."""
+        """Forget what it holds; old entries have another generation."""
         self.number = number
         self.running = 0  # requests opened here that are not closed
         self.closed = 0  # entries of the letters c and r
-        self._generation = secrets.token_bytes(8)
+        self._seen = (0, 0)
+        self._generation = serialize_generation(_NAMES, number)
         self._seed = first_sum(self._generation)
-        head = MAGIC + HEAD.pack(self._generation, number, 0)
+        head = MAGIC + HEAD.pack(self._generation, 0)
         self._map[0 : len(head)] = head
         self.end = HEAD_BYTES
         self.append(_NAMES)
 
     def has_room(self, length: int) -> bool:
         """For a payload of so many bytes, and the zeros behind it."""
-        return self.end + length <= SEGMENT_BYTES - 16
+        return self.end + length <= SEGMENT_BYTES - 2 * ENTRY_BYTES
 
     def append(self, payload: bytes) -> None:
-        length, checksum = len(payload), int(_adler32(payload, self._seed))
-        # As ENTRY, which would be packed by a module of its own.
-        head = length.to_bytes(4, "little") + checksum.to_bytes(4, "little")
-        end = self.end
-        start = end + 8
+        length, checksum, end = len(payload), int(_adler32(payload, self._seed)), self.end
+        # As ENTRY, which would be packed by a module of its own. The checksum covers the place.
+        head = (
+            self._generation
+            + (end << 32 | length).to_bytes(8, "little")
+            + (checksum ^ end).to_bytes(4, "little")
+        )
+        start = end + ENTRY_BYTES
         place = start + length
         # The head last, in place of zeros: no reader, and no kill, finds an entry half written.
-        self._map[start : place + 8] = payload + _END
+        self._map[start : place + ENTRY_BYTES] = payload + _END
         self._map[end:start] = head
         self.end = place
 
+    def _mark(self) -> tuple[int, int]:
+        """What the store has of this use: up to which place, and how many closed requests."""
+        mark = parse_mark(self._map[MARK_PLACE : MARK_PLACE + MARK.size], self._generation)
+        if mark is not None:  # else the writer is just writing it
+            self._seen = mark
+        return self._seen
+
     def stored(self) -> int:
         """How many closed requests of it are in the store."""
-        generation, _, count = MARK.unpack_from(self._map, MARK_PLACE)
-        return int(count) if generation == self._generation else 0
+        return self._mark()[1]
 
     def is_free(self) -> bool:
         """Nothing in it is needed: all is in the store, and no request opened here still runs."""
-        if self.running:
-            return False
-        generation, place, _ = MARK.unpack_from(self._map, MARK_PLACE)
-        return bool(generation == self._generation and place >= self.end)
+        return not self.running and self._mark()[0] >= self.end
 
     def let_go(self) -> None:
         """Say that its owner has ended in order, and free the lock."""
-        head = HEAD.pack(self._generation, self.number, 1)
+        head = HEAD.pack(self._generation, 1)
         self._map[HEAD_PLACE : HEAD_PLACE + HEAD.size] = head
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 

@@ -2,7 +2,9 @@
 
 Those of living processes are read while they are appended to: a checksum that does not fit is an
 entry that is half copied, and fits at the next look. What a dead one left is read to its end, with
-the requests that were opened and never closed; there it is a torn entry, and the last.
+the requests that were opened and never closed; there it is damage, by a power cut or a bad disk.
+Every whole entry around it is taken, and the file kept for a person, under a name of which no
+process reads.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import orjson
 
+from .folder import SEGMENT
 from .journal import (
     ENTRY,
     HEAD,
@@ -29,9 +32,12 @@ from .journal import (
     MAGIC,
     MARK,
     MARK_PLACE,
-    SEGMENT,
     UNFINISHED,
     first_sum,
+    own_names,
+    parse_mark,
+    serialize_generation,
+    serialize_mark,
 )
 from .rows import COLUMNS, Row, row_of
 from .store import Amendment
@@ -40,20 +46,10 @@ logger = logging.getLogger("hoberproxy.ledger")
 
 Values = dict[str, Any]
 UNFINISHED_FOR = 60.0  # seconds after which a segment's maker must have died
-_UNKNOWN, _OLD, _OWN = range(3)
-# The oldest is of dead owners, and under another name, for programs of that time remove what they
-# do not know.
-_OLD_MAGIC = b"hbjrnl01"
-_OLD_SEGMENT = ".journal"
-_OLD_HEAD_BYTES = 16
-# The form, the checksum of its entries, and what that begins with.
-_Form = tuple[int, Callable[[bytes, int], int], Callable[[bytes], int]]
-_FORMS: dict[bytes, _Form] = {
-    MAGIC: (_OWN, zlib.adler32, first_sum),
-    b"hbjrnl02": (_OWN, zlib.crc32, zlib.crc32),
-    _OLD_MAGIC: (_OLD, zlib.crc32, zlib.crc32),
-}
-_NO_FORM: _Form = (_UNKNOWN, zlib.crc32, zlib.crc32)
+UNREADABLE = ".unreadable"
+MAX_UNREADABLE = 64  # such files, of 4 MB at most; beyond that the oldest goes
+_OLD_SEGMENT = ".journal"  # of versions before the first release
+_END = bytes(ENTRY.size)
 _OPENED, _CLOSED, _REVISED, _AMENDED, _NAMES = b"ocran"
 _LIST_OF_COLUMNS = list(COLUMNS)
 
@@ -84,54 +80,57 @@ class Segment:
         except BaseException:
             os.close(self.descriptor)
             raise
-        magic = os.pread(self.descriptor, len(MAGIC), 0)
-        self.form, self._sum, self._first_sum = _FORMS.get(magic, _NO_FORM)
-        self.is_empty = not magic.strip(b"\0")
+        self.is_own = os.pread(self.descriptor, len(MAGIC), 0) == MAGIC
         self.generation = b""
-        self.number = 0
         self.has_ended = False
-        self._start = HEAD_BYTES if self.form is _OWN else _OLD_HEAD_BYTES
+        self.holes = 0  # places where a dead owner's segment cannot be read
+        self.is_known = True  # of a form that is read here
+        self.is_readable = False  # has a generation by which a dead owner's entries are found
+        self.is_set_aside = False
         self._seed = 0
-        self._place = self._start
-        self._stored = self._start
+        self._start = HEAD_BYTES
+        self._place = self._stored = HEAD_BYTES
         self._count = 0  # closed requests up to `_place`
-        self._before = (self._place, 0)  # both, as they were before `read_all`
         self._names: dict[int, list[str]] = {}
+
+    @property
+    def number(self) -> int:
+        """Its place in its owner's order of use."""
+        return int.from_bytes(self.generation[4:], "little")
 
     def refresh(self) -> None:
         """See whether it is used anew, and go on where the store is."""
-        if self.form is not _OWN or self._map is None:
+        if not self.is_own or self._map is None:
             return
-        generation, self.number, ended = HEAD.unpack_from(self._map, HEAD_PLACE)
+        generation, ended = HEAD.unpack_from(self._map, HEAD_PLACE)
         self.has_ended = bool(ended)
-        if generation == self.generation:
-            return
+        if generation != self.generation:
+            self._use(generation)
+
+    def _use(self, generation: bytes) -> None:
+        assert self._map is not None, "asked before"
         self.generation = generation
-        self._seed = self._first_sum(generation)
-        marked, place, count = MARK.unpack_from(self._map, MARK_PLACE)
-        if marked != generation:
-            # The generation last: until then the owner takes the mark for one of an earlier use.
-            place, count = HEAD_BYTES, 0
-            self._map[MARK_PLACE + 8 : MARK_PLACE + MARK.size] = MARK.pack(b"", place, count)[8:]
-            self._map[MARK_PLACE : MARK_PLACE + 8] = generation
-        self._place = self._stored = place
-        self._count = count
+        self._seed = first_sum(generation)
+        mark = parse_mark(self._map[MARK_PLACE : MARK_PLACE + MARK.size], generation)
+        self._stored, self._count = mark if mark is not None else (HEAD_BYTES, 0)
+        self._place = self._stored
         self._names = {}
 
     def read(self, limit: int) -> list[bytes]:
         """Up to `limit` entries that were appended since, but for those of opened requests."""
-        # As `_entries`, which costs half as much again: this is most of what the writer does itself
-        # (bench.micro account).
+        # As `_entry_at`, which costs half as much again: this is most of what the writer itself
+        # does (bench.micro account).
         found: list[bytes] = []
         data, seed, place, end = self._map, self._seed, self._place, self.size - ENTRY.size
-        unpack_from, sum_of = ENTRY.unpack_from, self._sum
-        while data is not None and place <= end:
-            length, checksum = unpack_from(data, place)
-            if not length:
+        unpack_from, sum_of, generation = ENTRY.unpack_from, zlib.adler32, self.generation
+        while data is not None and self.is_own and place <= end:
+            marked, length, where, checksum = unpack_from(data, place)
+            if marked != generation or where != place:
                 break
-            following = place + 8 + length
-            payload = data[place + 8 : following]
-            if sum_of(payload, seed) != checksum or following > self.size:
+            start = place + 20
+            following = start + length
+            payload = data[start:following]
+            if sum_of(payload, seed) ^ place != checksum or following > self.size:
                 break
             place = following
             kind = payload[0]
@@ -144,22 +143,37 @@ class Segment:
         self._place = place
         return found
 
-    def _entries(self, place: int) -> Iterator[bytes]:
-        """All whole entries from there on; moves `_place` behind each."""
-        data, seed, end = self._map, self._seed, self.size - ENTRY.size
-        if data is None:
-            return
-        while place <= end:
-            length, checksum = ENTRY.unpack_from(data, place)
-            if not length:
-                return
-            start = place + ENTRY.size
-            place = start + length
-            payload = data[start:place]
-            if len(payload) < length or self._sum(payload, seed) != checksum:
-                return
-            self._place = place
-            yield payload
+    def _entry_at(self, place: int) -> tuple[int, bytes] | None:
+        """The whole entry that begins there: its place when it was written, and its payload."""
+        data = self._map
+        if data is None or place + ENTRY.size > self.size:
+            return None
+        generation, length, where, checksum = ENTRY.unpack_from(data, place)
+        start = place + ENTRY.size
+        if generation != self.generation or not 0 < length <= self.size - start:
+            return None
+        payload = data[start : start + length]
+        is_whole = zlib.adler32(payload, self._seed) ^ where == checksum
+        return (where, payload) if is_whole else None
+
+    def _entries(self) -> Iterator[tuple[int, bytes]]:
+        """Every whole entry of a dead owner's segment once, around all that is damaged."""
+        data, place = self._map, self._start
+        seen: set[int] = set()
+        while data is not None:
+            entry = self._entry_at(place)
+            if entry is None:
+                following = data.find(self.generation, place + 1)
+                # Behind the last entry there are zeros, unless it is torn or the file cut.
+                self.holes += following >= 0 or data[place : place + ENTRY.size] != _END
+                if following < 0:
+                    return
+                place = following
+                continue
+            place += ENTRY.size + len(entry[1])
+            if entry[0] not in seen:
+                seen.add(entry[0])
+                yield entry
 
     def skip(self) -> None:
         """Take all that was appended for stored."""
@@ -190,48 +204,71 @@ class Segment:
     def names(self) -> dict[int, list[str]]:
         """What stands in entries of each kind, as the first entry says."""
         if not self._names:
-            place = self._place
-            payload = next(self._entries(self._start), b"n[]")
-            self._place = place
-            if payload[0] == _NAMES:
+            _, payload = self._entry_at(HEAD_BYTES) or (0, b"")
+            if payload[:1] != b"n" and self._has_own_schema(self.generation):
+                payload = own_names()  # damaged
+            if payload[:1] == b"n":  # else of a version that is not known, and its names are lost
                 self._names = dict(zip(b"oca", orjson.loads(payload[1:]), strict=False))
         return self._names
 
+    def _has_own_schema(self, generation: bytes) -> bool:
+        return generation[:4] == serialize_generation(own_names(), 0)[:4]
+
     def mark(self) -> None:
         """The store has all that was read."""
-        if self._place != self._stored and self.form is _OWN and self._map is not None:
+        if self._place != self._stored and self.is_own and self._map is not None:
             self._stored = self._place
-            mark = MARK.pack(self.generation, self._place, self._count)
+            mark = serialize_mark(self.generation, self._place, self._count)
             self._map[MARK_PLACE : MARK_PLACE + MARK.size] = mark
+
+    def examine(self) -> None:
+        """Find out by which generation a dead owner's segment is to be read."""
+        self.holes, self._start = 0, HEAD_BYTES
+        self.refresh()
+        self.is_readable = self.is_own and self._entry_at(HEAD_BYTES) is not None
+        if self.is_readable:
+            return
+        found = self._last_generation()
+        if found is None and self.is_blank():
+            return
+        self.holes += 1  # in its head
+        self._start = 0  # which may be missing
+        self.is_known = self.is_readable = found is not None
+        if found is not None and found != self.generation:
+            self._use(found)
+
+    def _last_generation(self) -> bytes | None:
+        """Without a head that can be read: the generation of the last use, by the entries."""
+        data, before = self._map, (self.generation, self._seed)
+        found: set[bytes] = set()
+        schema = serialize_generation(own_names(), 0)[:4]
+        place = data.find(schema) if data is not None else -1
+        while data is not None and place >= 0:
+            self.generation = data[place : place + 8]
+            self._seed = first_sum(self.generation)
+            if self.generation not in found and self._entry_at(place) is not None:
+                found.add(self.generation)
+            place = data.find(schema, place + 1)
+        self.generation, self._seed = before
+        return max(found, key=lambda each: int.from_bytes(each[4:], "little"), default=None)
+
+    def is_blank(self) -> bool:
+        """Nothing was ever written, or a power cut has left nothing."""
+        return not os.pread(self.descriptor, self.size, 0).strip(b"\0")
 
     def read_all(self, remains: Remains) -> None:
         """Of a dead owner: what is not in the store, and what was opened, from the start on."""
-        if self._map is None or self.form is _UNKNOWN:
-            return
-        if self.form is _OLD:
-            self._seed = self._first_sum(self._map[len(_OLD_MAGIC) : _OLD_HEAD_BYTES])
-        stored, names = self._stored, self.names()
-        self._before = (self._place, self._count)
-        self._place, self._count = self._start, 0
-        for payload in self._entries(self._start):
+        names = self.names() if self.is_readable else {}
+        for place, payload in self._entries() if self.is_readable else ():
             kind = payload[0]
             if kind == _NAMES:
                 continue
-            self._count += kind in (_CLOSED, _REVISED)
-            is_stored = self.form is _OWN and self._place <= stored
             column = _CLOSED if kind == _REVISED else kind
-            found = dict(zip(names[column], orjson.loads(payload[1:]), strict=True))
-            remains.add(kind, found, is_stored)
-        if self._place <= self.size - ENTRY.size:
-            length, checksum = ENTRY.unpack_from(self._map, self._place)
-            if length or checksum:
-                logger.warning(
-                    "%s: the last entry is torn and left out: a crash does that", self.path.name
-                )
-
-    def go_back(self) -> None:
-        """The store did not take what `read_all` found: what was not read before is still to be."""
-        self._place, self._count = self._before
+            try:
+                found = dict(zip(names[column], orjson.loads(payload[1:]), strict=True))
+                remains.add(kind, found, place < self._stored)
+            except (KeyError, TypeError, ValueError):  # of a version that has other entries
+                self.holes += 1
 
     def lock(self) -> bool:
         """Whether the owner is dead; then nobody else has it until `unlock`."""
@@ -243,6 +280,19 @@ class Segment:
 
     def unlock(self) -> None:
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def set_aside(self) -> str:
+        """Give the file a name of which no process reads; what the log is to say of it."""
+        kept = self.path.with_suffix(UNREADABLE)
+        self.is_set_aside = True  # also if it cannot be renamed: it is not read again and again
+        with suppress(OSError):
+            self.path.rename(kept)
+        if not self.is_known:
+            return f"no journal of this version; kept as {kept.name}"
+        return (
+            "damaged; the whole entries around the damage are stored, "
+            f"and the file is kept as {kept.name}"
+        )
 
     def close(self) -> None:
         if self._map is not None:
@@ -272,7 +322,8 @@ class Remains:
         if kind == _OPENED:
             self.opened[name] = values
             return
-        self._ended.add(name)
+        if kind != _AMENDED:  # what it amends may be damaged; then the request is as good as lost
+            self._ended.add(name)
         if is_stored:
             return
         if kind == _AMENDED:
@@ -286,24 +337,32 @@ class Remains:
             self.opened.pop(name, None)
         self.is_orderly = all(each.has_ended for each in self.segments)
 
-    def remove(self) -> None:
-        """All of it is in the store."""
-        for each in self.segments:
-            each.mark()
-            each.path.unlink(missing_ok=True)
-            each.unlock()
+    @property
+    def size(self) -> int:
+        """How many entries are to be stored."""
+        found = (self.closed, self.revised, self.amended, self.opened)
+        return sum(map(len, found))
 
-    def set_aside(self) -> None:
-        """No try will read them: leave the files to a person."""
+    def remove(self) -> int:
+        """All that could be read is in the store; the number of files kept for what could not."""
         for each in self.segments:
-            with suppress(OSError):
-                each.path.rename(each.path.with_suffix(".unreadable"))
+            if each.holes:
+                logger.error("%s: %s", each.path.name, each.set_aside())
+            else:
+                each.path.unlink(missing_ok=True)
             each.unlock()
+        return sum(bool(each.holes) for each in self.segments)
+
+    def set_aside(self) -> int:
+        """Leave the files to a person, for no try will store what is in them; how many it are."""
+        for each in self.segments:
+            each.set_aside()
+            each.unlock()
+        return len(self.segments)
 
     def release(self) -> None:
         """Leave the files to the next try."""
         for each in self.segments:
-            each.go_back()
             each.unlock()
 
 
@@ -340,7 +399,8 @@ class Journals:
         """The segments of each owner, as of now."""
         owners: dict[str, list[Segment]] = {}
         for segment in self.refresh():
-            owners.setdefault(segment.owner, []).append(segment)
+            if not segment.is_set_aside:
+                owners.setdefault(segment.owner, []).append(segment)
         return owners
 
     def living(self) -> set[str]:
@@ -363,9 +423,8 @@ class Journals:
         for owner, segments in self.owners().items():
             if not self._lock_all(owner, segments):
                 continue
-            remains = self._read(segments)
-            if remains is not None:
-                yield remains
+            yield self._read(segments)
+        self._bound_unreadable()
 
     def _forget_unfinished(self) -> None:
         for path in self._directory.glob(f"*{UNFINISHED}"):
@@ -388,19 +447,21 @@ class Journals:
             segment.unlock()
         return False
 
-    def _read(self, segments: list[Segment]) -> Remains | None:
-        remains = Remains(segments)
-        try:
-            for segment in segments:
-                segment.refresh()
-                if segment.form is _UNKNOWN and not segment.is_empty:
-                    raise ValueError("another form")
-                segment.read_all(remains)
-        except (KeyError, TypeError, ValueError) as exc:
-            name = segments[0].path.name
-            logger.error("%s: no journal of this program: %s", name, type(exc).__name__)
-            remains.set_aside()
-            return None
+    def _bound_unreadable(self) -> None:
+        kept: list[tuple[float, Path]] = []
+        for path in self._directory.glob(f"*{UNREADABLE}"):
+            with suppress(OSError):  # a person has removed it meanwhile
+                kept.append((path.stat().st_mtime, path))
+        for _, path in sorted(kept)[:-MAX_UNREADABLE]:
+            logger.error("%s is removed: there are %d newer ones", path.name, MAX_UNREADABLE)
+            path.unlink(missing_ok=True)
+
+    def _read(self, segments: list[Segment]) -> Remains:
+        for segment in segments:
+            segment.examine()
+        remains = Remains(sorted(segments, key=lambda each: each.number))
+        for segment in remains.segments:
+            segment.read_all(remains)
         remains.finish()
         return remains
 

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from .access import Caller, Keyring
+from .folder import journal_directory
 from .journal import Journal
 from .record import Record
 from .store import Keys, StoreError
 from .stores import open_store
-from .writer import BATCH_SIZE, BUSY_TIMEOUT, FINISH_LIMIT, TICK, Writer, journal_directory
+from .writer import BATCH_SIZE, BUSY_TIMEOUT, FINISH_LIMIT, TICK, Writer
 
 logger = logging.getLogger("hoberproxy.ledger")
 
@@ -99,6 +100,11 @@ class Ledger:
     def lost(self) -> int:
         """Records given up: no room on the disk nor in memory, or unfit for the store."""
         return self.journal.records_lost + (self._writer.lost if self._writer is not None else 0)
+
+    @property
+    def unreadable(self) -> int:
+        """Files that this process's writer kept for what it could not read of others' journals."""
+        return self._writer.unreadable if self._writer is not None else 0
 
     @property
     def journal_lost(self) -> int:

@@ -6,7 +6,12 @@ with the first request after the last one ended; days and months are calendar on
 they can be counted anew from the records. Money is in whole picodollars (1e-12 USD).
 
 What a call may take is held from its admission on, as if it were used, and what it really took is
-put in its place at the end.
+put in its place at the end. Where its request does not limit the answer, the longest that is to be
+expected is held while there is room for it; with less left, such a call passes only while nothing
+is held for others. So all calls together overrun a limit by one answer at most.
+
+A call is admitted at once, or in two steps: it is counted when its head has come (`enter`), and
+what it may take is held when its body says so (`reserve`). `leave` undoes the first.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ DAY_SPENT: Final = 5  # settled and held, as the other two
 MONTH: Final = 6  # year * 12 + month
 MONTH_SPENT: Final = 7
 TOTAL_SPENT: Final = 8
-CELLS: Final = 9
+MINUTE_HELD: Final = 9  # of the minute's tokens, those reserved for calls under way
+CELLS: Final = 10
 
 _SPENT: Final = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
@@ -86,12 +92,19 @@ class History:
 class Demand:
     """What a call may take: tokens, and picodollars, 0 where its price is not known.
 
-    The answer is what the client asked for at most if `is_bounded`, else a guess, which gives way
-    where a limit is tight.
+    The answer, of all `choices` together, is the longest that the request permits if `is_bounded`,
+    else the longest that is to be expected: one choice of it gives way where nothing is under way.
     """
 
     # By hand, as the next one: a dataclass and a named tuple are made by interpreted code.
-    __slots__ = ("answer_cost", "answer_tokens", "is_bounded", "prompt_cost", "prompt_tokens")
+    __slots__ = (
+        "answer_cost",
+        "answer_tokens",
+        "choices",
+        "is_bounded",
+        "prompt_cost",
+        "prompt_tokens",
+    )
 
     def __init__(
         self,
@@ -100,25 +113,52 @@ class Demand:
         is_bounded: bool,
         prompt_cost: int = 0,
         answer_cost: int = 0,
+        choices: int = 1,
     ) -> None:
         self.prompt_tokens = prompt_tokens
         self.answer_tokens = answer_tokens
         self.is_bounded = is_bounded
         self.prompt_cost = prompt_cost
         self.answer_cost = answer_cost
+        self.choices = choices
+
+    def least_cost(self) -> int:
+        """Picodollars without which the call is not admitted."""
+        flexible = 0 if self.is_bounded else self.answer_cost // self.choices
+        return self.prompt_cost + self.answer_cost - flexible
+
+    def least_tokens(self) -> int:
+        """Tokens without which the call is not admitted."""
+        flexible = 0 if self.is_bounded else self.answer_tokens // self.choices
+        return self.prompt_tokens + self.answer_tokens - flexible
+
+
+_NOTHING: Final = Demand(0, 0, True)  # of a call whose body is not known yet
 
 
 class Lease:
-    """One admitted call, to be settled once: its windows, and what is held for it."""
+    """One admitted call, to be settled once: its windows, and what is held for it.
 
-    __slots__ = ("cost", "day", "minute_start", "month", "tokens")
+    Until `is_reserved`, it has only been counted, and is given back by `leave`.
+    """
 
-    def __init__(self, minute_start: int, day: int, month: int, tokens: int, cost: int) -> None:
+    __slots__ = ("cost", "day", "is_reserved", "minute_start", "month", "tokens")
+
+    def __init__(
+        self,
+        minute_start: int,
+        day: int,
+        month: int,
+        tokens: int,
+        cost: int,
+        is_reserved: bool = True,
+    ) -> None:
         self.minute_start = minute_start
         self.day = day
         self.month = month
         self.tokens = tokens
         self.cost = cost  # in picodollars
+        self.is_reserved = is_reserved
 
     def settled(self) -> Lease:
         """The same call with nothing held for it any more."""
@@ -153,7 +193,7 @@ def roll(cells: Cells, now_ms: int) -> None:
     start = cells[MINUTE_START]
     if not start - MINUTE_MS < now_ms < start + MINUTE_MS:
         cells[MINUTE_START] = now_ms
-        cells[MINUTE_REQUESTS] = cells[MINUTE_TOKENS] = 0
+        cells[MINUTE_REQUESTS] = cells[MINUTE_TOKENS] = cells[MINUTE_HELD] = 0
     day = now_ms // DAY_MS
     if not cells[DAY] - 1 <= day <= cells[DAY]:
         cells[DAY] = day
@@ -206,24 +246,52 @@ def admit(
     roll(cells, now_ms)
     _check_requests(cells, limits, now_ms)
     if limits.concurrency is not None and running >= limits.concurrency:
-        raise _refusal(
-            f"{_count(limits.concurrency, 'call')} of this key at once, got one more; "
-            "wait for one to end",
-            BUSY_WAIT,
-        )
-    tokens = cost = 0
-    if limits.budget is not None:
-        cost = _reserve_money(cells, limits, limits.budget, now_ms, demand, held)
-    if limits.tokens_per_minute is not None:
-        tokens = _reserve_tokens(cells, limits.tokens_per_minute, now_ms, demand)
-        cells[MINUTE_TOKENS] += tokens
+        raise _too_many_calls(limits.concurrency)
+    lease = _hold(cells, limits, now_ms, demand, held)
     cells[MINUTE_REQUESTS] += 1
     cells[DAY_REQUESTS] += 1
-    if cost:
-        cells[DAY_SPENT] += cost
-        cells[MONTH_SPENT] += cost
-        cells[TOTAL_SPENT] += cost
-    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], tokens, cost)
+    return lease
+
+
+def enter(
+    cells: Cells, limits: KeyLimits, now_ms: int, *, running: int = 0, held: int = 0
+) -> Lease:
+    """Count a call in before its body says what it may take; raises AccessError as `admit` does.
+
+    It is refused where no body could make it pass: `held` is looked at only where the budget is
+    spent or held to its end.
+    """
+    roll(cells, now_ms)
+    _check_requests(cells, limits, now_ms)
+    if limits.concurrency is not None and running >= limits.concurrency:
+        raise _too_many_calls(limits.concurrency)
+    budget, tokens = limits.budget, limits.tokens_per_minute
+    if budget is not None and spent_in(cells, limits.budget_period) - held >= budget:
+        raise _over_budget(cells, limits, budget, now_ms, _NOTHING, held)
+    if tokens is not None and cells[MINUTE_TOKENS] - cells[MINUTE_HELD] >= tokens:
+        raise _over_tokens(cells, tokens, now_ms, _NOTHING)
+    cells[MINUTE_REQUESTS] += 1
+    cells[DAY_REQUESTS] += 1
+    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], 0, 0, False)
+
+
+def reserve(
+    cells: Cells, limits: KeyLimits, now_ms: int, demand: Demand, *, held: int = 0
+) -> Lease:
+    """Hold what a call may take that has entered; raises AccessError as `admit` does.
+
+    The lease takes the place of the one of `enter`, which is still to be given back if this raises.
+    """
+    roll(cells, now_ms)
+    return _hold(cells, limits, now_ms, demand, held)
+
+
+def leave(cells: Cells, lease: Lease) -> None:
+    """Count a call out again for which nothing was reserved, where its windows still run."""
+    if cells[MINUTE_START] == lease.minute_start:
+        cells[MINUTE_REQUESTS] = max(0, cells[MINUTE_REQUESTS] - 1)
+    if cells[DAY] == lease.day:
+        cells[DAY_REQUESTS] = max(0, cells[DAY_REQUESTS] - 1)
 
 
 def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
@@ -234,6 +302,7 @@ def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
     # A window that a clock set back and forth began anew never had what was held: not below 0.
     if cells[MINUTE_START] == lease.minute_start:
         cells[MINUTE_TOKENS] = max(0, cells[MINUTE_TOKENS] + tokens - lease.tokens)
+        cells[MINUTE_HELD] = max(0, cells[MINUTE_HELD] - lease.tokens)
     if more := spent - lease.cost:
         if cells[DAY] == lease.day:
             cells[DAY_SPENT] = max(0, cells[DAY_SPENT] + more)
@@ -245,6 +314,29 @@ def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
 def spent_in(cells: Cells, period: str) -> int:
     """Picodollars spent in the current day or month, or in all, with those held."""
     return cells[_SPENT[period]]
+
+
+def _hold(cells: Cells, limits: KeyLimits, now_ms: int, demand: Demand, held: int) -> Lease:
+    """Hold what a call may take, or raise AccessError."""
+    tokens = cost = 0
+    if limits.budget is not None:
+        cost = _reserve_money(cells, limits, limits.budget, now_ms, demand, held)
+    if limits.tokens_per_minute is not None:
+        tokens = _reserve_tokens(cells, limits.tokens_per_minute, now_ms, demand)
+        cells[MINUTE_TOKENS] += tokens
+        cells[MINUTE_HELD] += tokens
+    if cost:
+        cells[DAY_SPENT] += cost
+        cells[MONTH_SPENT] += cost
+        cells[TOTAL_SPENT] += cost
+    return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], tokens, cost)
+
+
+def _too_many_calls(limit: int) -> AccessError:
+    return _refusal(
+        f"{_count(limit, 'call')} of this key at once, got one more; wait for one to end",
+        BUSY_WAIT,
+    )
 
 
 def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
@@ -272,7 +364,7 @@ def _reserve_money(
     if 0 < left:
         if wanted <= left:
             return wanted
-        if not demand.is_bounded and demand.prompt_cost <= left:
+        if demand.least_cost() <= left and not held:
             return left  # a guess: the key may go on for as long as there is something left
     elif not wanted and spent - held < budget:
         return 0  # nothing but holds is in the way, and what costs nothing needs no room
@@ -286,13 +378,17 @@ def _over_budget(
     period = limits.budget_period
     span = "in all" if period == "total" else f"a {period} (UTC)"
     message = f"expected this key to spend up to {format_dollars(budget)} USD {span}, "
-    wanted = demand.prompt_cost + (demand.answer_cost if demand.is_bounded else 0)
+    wanted = demand.least_cost()
     left = budget - (spent_in(cells, period) - held)  # once the running calls cost nothing
     wait = _period_left(cells, period, now_ms)
     if left <= 0:
         message += "and it is spent; raise the budget, or wait for the next period where it has one"
     elif wanted > left:
-        advice = "lower its max_tokens" if demand.prompt_cost <= left else "shorten it"
+        advice = "shorten it"
+        if demand.prompt_cost <= left:
+            advice = "lower its max_tokens"
+            if not demand.is_bounded:
+                advice = "lower its n, or give max_tokens"
         message += (
             f"got a request that may cost about {format_dollars(wanted)} USD, and there are "
             f"{format_dollars(left)} left; {advice}, or raise the budget"
@@ -303,7 +399,7 @@ def _over_budget(
         message += (
             f"got a request that may cost about {format_dollars(wanted)} USD, and of the "
             f"{format_dollars(left)} left, {format_dollars(held)} are held for calls under way; "
-            "wait for running calls to end"
+            f"{_advice_to_wait(demand)}"
         )
         wait = BUSY_WAIT
     return AccessError(
@@ -317,24 +413,33 @@ def _over_budget(
 
 def _reserve_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> int:
     """How many tokens to hold for a call; raises where there are not as many."""
-    prompt = demand.prompt_tokens
-    wanted = prompt + demand.answer_tokens
+    wanted, left = demand.prompt_tokens + demand.answer_tokens, limit - cells[MINUTE_TOKENS]
+    if wanted <= left:
+        return wanted
+    if 0 < left >= demand.least_tokens() and not cells[MINUTE_HELD]:
+        return left  # a guess, as with money
+    raise _over_tokens(cells, limit, now_ms, demand)
+
+
+def _over_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> AccessError:
+    """Says whether the call is too long, or waits for the next minute or for running calls."""
+    wanted = demand.least_tokens()
     if wanted > limit:
-        if not demand.is_bounded:
-            wanted = limit if prompt < limit else prompt
-        if wanted > limit:
-            raise _refusal(
-                f"up to {_count(limit, 'token')} a minute with this key, got a request that may "
-                f"take about {wanted}; shorten it, or lower its max_tokens",
-                None,
-            )
-    if cells[MINUTE_TOKENS] + wanted > limit:
-        raise _refusal(
-            f"{_count(limit, 'token')} a minute with this key, got a request that may take about "
-            f"{wanted} more; wait for the next minute",
-            _minute_left(cells, now_ms),
+        return _refusal(
+            f"up to {_count(limit, 'token')} a minute with this key, got a request that may "
+            f"take about {wanted}; shorten it, or lower its max_tokens",
+            None,
         )
-    return wanted
+    wait, advice = _minute_left(cells, now_ms), "wait for the next minute"
+    # Whether room comes earlier, with the end of a call that takes less than is held for it.
+    if 0 < limit - (cells[MINUTE_TOKENS] - cells[MINUTE_HELD]) >= wanted:
+        wait, advice = min(BUSY_WAIT, wait), _advice_to_wait(demand)
+    got = "one more request" if demand is _NOTHING else f"one that may take about {wanted} more"
+    return _refusal(f"{_count(limit, 'token')} a minute with this key, got {got}; {advice}", wait)
+
+
+def _advice_to_wait(demand: Demand) -> str:
+    return "wait for running calls to end" + ("" if demand.is_bounded else ", or give max_tokens")
 
 
 def _refusal(message: str, wait: float | None) -> AccessError:

@@ -6,16 +6,33 @@ supervisor's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
+import logging
 import os
 import socket
-from collections.abc import Iterable, MutableMapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from .config import Address
 
+logger = logging.getLogger("hoberproxy.server")
+Listening = TypeVar("Listening")
+
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
 FIRST_PASSED = 3  # systemd's first descriptor (sd_listen_fds(3))
+# Seconds for processes of an earlier run to let go of an address: after a kill they notice it, and
+# close their copies of its sockets, as soon as they come to it.
+FREE_WITHIN = 10.0
+FREE_AT_ONCE = 1.0  # seconds for the same if none of them seems to live: one is just ending
+TRY_INTERVAL = 0.1
+# Of an answer, in the system's hands and not yet on its way, for each client. By itself that grows
+# to 4 MB for one who does not read, and some hundred of these take all memory that the system has
+# for TCP: then it drops what others send and receive. What is on its way is not limited by this.
+UNSENT_BYTES = 512 * 1024
 METRICS_NAME = "metrics"  # FileDescriptorName= of a socket that is not for clients
 
 
@@ -71,6 +88,7 @@ def bind(address: Address) -> list[socket.socket]:
             listener = socket.socket(family, kind, protocol)
             bound.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            limit_unsent(listener)
             if family == socket.AF_INET6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if address.port == 0 and len(bound) > 1:  # one port for all of them
@@ -83,6 +101,75 @@ def bind(address: Address) -> list[socket.socket]:
             listener.close()
         raise StartError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
     return bound
+
+
+async def listen_when_free(
+    listen: Callable[[], Awaitable[Listening]], has_predecessor: Callable[[], bool]
+) -> Listening:
+    """Return what `listen` returns, once nobody listens on its address any more.
+
+    Waits for FREE_WITHIN seconds while `has_predecessor` says that processes of an earlier run are
+    still there; an address that is another program's is an error. Raises what `listen` does.
+    """
+    begun = time.monotonic()
+    is_told = False
+    while True:
+        try:
+            return await listen()
+        except (OSError, StartError) as exc:
+            waited = time.monotonic() - begun
+            if not _is_in_use(exc) or waited >= FREE_WITHIN:
+                raise
+            is_ending = has_predecessor()
+            if not is_ending and waited >= FREE_AT_ONCE:
+                raise
+            if is_ending and not is_told:
+                logger.warning(
+                    "%s: processes of an earlier run are ending; trying for %g s", exc, FREE_WITHIN
+                )
+                is_told = True
+        await asyncio.sleep(TRY_INTERVAL)
+
+
+async def listen_for_clients(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    """`bind` for clients, once the address is free. Raises StartError."""
+
+    async def listen() -> list[socket.socket]:
+        return bind(address)
+
+    try:
+        return await listen_when_free(listen, has_predecessor)
+    except StartError as error:
+        raise StartError(f"{error}; choose another with --listen") from error
+
+
+async def listen_for_metrics(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    """`bind` for scrapers, once the address is free. Raises StartError."""
+
+    async def listen() -> list[socket.socket]:
+        return bind(address)
+
+    try:
+        return await listen_when_free(listen, has_predecessor)
+    except StartError as error:
+        advice = 'choose another, or "off", as server.metrics_listen'
+        raise StartError(f"metrics: {error}; {advice}") from error
+
+
+def _is_in_use(error: BaseException | None) -> bool:
+    if isinstance(error, StartError):
+        return _is_in_use(error.__cause__)
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+
+
+def limit_unsent(listener: socket.socket) -> None:
+    """Give the connections that come of a listening socket their share of the system's memory."""
+    with contextlib.suppress(AttributeError, OSError):  # a system without it; a Unix socket
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
@@ -100,6 +187,7 @@ def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
             raise StartError(f"descriptor {FIRST_PASSED + index} of systemd is no socket") from exc
         listener.set_inheritable(False)
         listener.setblocking(False)
+        limit_unsent(listener)
         with contextlib.suppress(OSError):  # a longer queue than the unit's, if it may be
             listener.listen(BACKLOG)
         if index < len(names) and names[index] == METRICS_NAME:

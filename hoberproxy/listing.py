@@ -17,8 +17,8 @@ from .upstream import Loss, Receiver
 MAX_BODY_BYTES = 4 * 1024 * 1024  # OpenRouter's has half a megabyte
 
 
-async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str]:
-    """The ids of GET /models; none if the provider has no such page. Raises UpstreamError."""
+async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str] | None:
+    """The names in GET /models; None if the provider has no such page. Raises UpstreamError."""
     connection = await upstream.pool.connect(limits.connect)
     listing = _Listing()
     try:
@@ -31,7 +31,7 @@ async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str]:
     finally:
         if connection.receiver is listing:
             connection.abort()
-    return listing.ids(upstream.provider.name)
+    return listing.names(upstream.provider.name)
 
 
 class _Listing(Receiver):
@@ -61,20 +61,32 @@ class _Listing(Receiver):
         if not self.ended.done():
             self.ended.set_result(None)
 
-    def ids(self, provider: str) -> list[str]:
+    def names(self, provider: str) -> list[str] | None:
         head = self._head
         if head is None:
             raise UpstreamError("no whole list of models", phase=Phase.HEAD)
         if head.status in (404, 405):
-            return []
+            return None
         if head.status != 200:
             raise parse_refusal(provider, head.status, head.get, b"", time.time())
-        try:
-            document = orjson.loads(self._body)
-        except orjson.JSONDecodeError:
-            return []
-        entries = document.get("data") if isinstance(document, dict) else None
-        if not isinstance(entries, list):
-            return []
-        ids = [entry.get("id") for entry in entries if isinstance(entry, dict)]
-        return [each for each in ids if isinstance(each, str)]
+        return parse_listing(bytes(self._body))
+
+
+def parse_listing(body: bytes) -> list[str] | None:
+    """The models in the body of GET /models, each once; None if it has no list of them.
+
+    OpenAI's form is {"data": [{"id": …}]}. Together sends the array alone, and Cohere (and Ollama's
+    own API) have {"models": [{"name": …}]}.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    entries = document
+    if isinstance(document, dict):
+        entries = document.get("data", document.get("models"))
+    if not isinstance(entries, list):
+        return None
+    dicts = [entry for entry in entries if isinstance(entry, dict)]
+    names = [entry.get("id", entry.get("name")) for entry in dicts]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))

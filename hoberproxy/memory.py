@@ -25,6 +25,45 @@ def resident_bytes() -> int:
         return 0
 
 
+def machine_memory(root: str = "/") -> int:
+    """Bytes of memory that this process may come to use, by the machine and by its cgroups.
+
+    `root` is where the system's files are. 0 where the system does not say.
+    """
+    try:
+        least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+    for path in _limit_files(root):
+        try:
+            with open(path, "rb") as file:
+                least = min(least, int(file.read()))
+        except (OSError, ValueError):  # "max", or not there
+            continue
+    return least
+
+
+def _limit_files(root: str) -> list[str]:
+    """The files with the limits of this process' cgroup and of those around it."""
+    try:
+        with open(f"{root}/proc/self/cgroup", encoding="utf-8", errors="replace") as file:
+            lines = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    files = []
+    for number, controllers, path in [line for line in lines if len(line) == 3]:
+        if number == "0":  # version 2
+            mount, name = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, name = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for depth in range(len(parts) + 1):  # a container may see its own as the root
+            files.append("/".join((root, mount, *parts[:depth], name)))
+    return files
+
+
 def collect_rarely() -> None:
     """Take what there is now for good, and look through all the rest for cycles seldom.
 

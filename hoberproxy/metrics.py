@@ -27,7 +27,7 @@ from .record import CLIENT_CLOSED, Record
 
 __all__: Final = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
-TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning")
+TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
 _place: Final = bisect_left
 
@@ -44,6 +44,8 @@ class Gauges:
     journal_lost: int
     log_lines_lost: int
     resident_bytes: int = 0
+    body_bytes: int = 0
+    journals_unreadable: int = 0
 
 
 class _Histogram:
@@ -77,6 +79,8 @@ class _Series:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.reasoning_tokens = 0
+        self.cache_write_tokens = 0
+        self.without_usage = 0  # whole answers
         self.cost = 0  # in PICO
         self.request = _Histogram(REQUEST_BUCKETS)
         self.first_content: _Histogram | None = None  # with the first content
@@ -97,6 +101,7 @@ class _Series:
             self.completion_tokens,
             self.cached_tokens,
             self.reasoning_tokens,
+            self.cache_write_tokens,
         )
 
 
@@ -125,6 +130,8 @@ class Metrics:
             series = self._series[key] = _Series()
         if record.status == 200 and not record.code:
             series.succeeded += 1
+            if record.estimated and record.completion_tokens:
+                series.without_usage += 1
         else:
             self._observe_failure(record, series)
         self._attempts += record.attempts
@@ -136,6 +143,7 @@ class Metrics:
             series.completion_tokens += record.completion_tokens
             series.cached_tokens += record.cached_tokens
             series.reasoning_tokens += record.reasoning_tokens
+            series.cache_write_tokens += record.cache_write_tokens
         self._estimated += record.estimated
         self.events += record.events
         if (cost := record.cost) is not None:
@@ -198,12 +206,19 @@ class Metrics:
             "loop_lag_seconds": [[[], self._lag.values]],
             "bad_heads": [[[], self.bad_heads]],
             "refused_connections": [[[], self.refused_connections]],
+            "usage_missing": [
+                [list(key), series.without_usage]
+                for key, series in self._series.items()
+                if series.without_usage
+            ],
             "estimated_requests": [[[], self._estimated]],
             "records_lost": [[[], gauges.records_lost]],
             "journal_entries_lost": [[[], gauges.journal_lost]],
+            "journals_unreadable": [[[], gauges.journals_unreadable]],
             "log_lines_lost": [[[], gauges.log_lines_lost]],
             "requests_open": [[[], gauges.streams_open]],
             "connections_open": [[[], gauges.connections_open]],
+            "body_bytes": [[[], gauges.body_bytes]],
             "records_queued": [[[], gauges.records_queued]],
             "resident_bytes": [[[], gauges.resident_bytes]],
             "upstream_connections": [

@@ -6,16 +6,40 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 from functools import cache
+from typing import Final
 
 from .errors import AccessError, RequestError
 from .http11 import Headers, RequestHead
+
+# What of an answer a page may read, each by its name: no wildcard holds for part of one.
+_EXPOSED: Final = b", ".join(
+    (
+        b"x-request-id",
+        b"x-hober-provider",
+        b"x-hober-model",
+        b"x-hober-attempts",
+        b"x-ratelimit-limit-requests",
+        b"x-ratelimit-remaining-requests",
+        b"x-ratelimit-reset-requests",
+        b"x-ratelimit-limit-tokens",
+        b"x-ratelimit-remaining-tokens",
+        b"x-ratelimit-reset-tokens",
+        b"retry-after",
+        b"retry-after-ms",
+        b"x-should-retry",
+    )
+)
 
 
 def cors_headers(allowed: Sequence[str], origin: bytes | None) -> Headers:
     """The fields that let a page of `origin` read an answer; only for origins the config names."""
     if origin is None or (origin.decode("latin-1") not in allowed and "*" not in allowed):
         return []
-    return [(b"access-control-allow-origin", origin), (b"vary", b"Origin")]
+    return [
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", _EXPOSED),
+        (b"vary", b"Origin"),
+    ]
 
 
 def check_local_request(head: RequestHead) -> None:

@@ -1,6 +1,6 @@
 """Connections to one provider: kept alive, lent last-in first-out, or made anew (connector.py).
 
-Nothing here waits.
+Nothing here waits, but for a connection whose answer has said all before its framing has ended.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any, Final
 
 from .catalog import Provider
 from .connector import Connector
-from .deadlines import Wheel
+from .deadlines import Timed, Wheel
 from .http11 import ResponseHeads
 from .opening import Opening
 from .upstream import UpstreamConnection
 
 MAX_OPENINGS: Final = 256  # models behind wildcards are named by clients
+END_WAIT: Final = 2.0  # seconds for the framing of an answer to end behind its [DONE]
 
 
-class Pool:
+class Pool(Timed):
     """The connections of one provider. All methods belong to the loop that made it."""
 
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
@@ -28,6 +29,8 @@ class Pool:
         self.wheel = wheel
         self._connector = Connector(provider, loop)
         self._idle: list[UpstreamConnection] = []
+        self._ending: dict[UpstreamConnection, float] = {}  # until when, in order
+        self.end_wait = END_WAIT
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
         self.heads = ResponseHeads()  # of the answers on all these connections
@@ -65,6 +68,7 @@ class Pool:
         `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds: we leave a second early,
         lest our request and its close cross on the wire.
         """
+        self.note_end(connection)
         keep = self.provider.keepalive
         if keepalive_hint is not None:
             keep = min(keep, keepalive_hint - 1.0)
@@ -78,6 +82,27 @@ class Pool:
         """An idle connection was closed by its peer: it must not be lent any more."""
         with contextlib.suppress(ValueError):
             self._idle.remove(connection)
+
+    def await_end(self, connection: UpstreamConnection) -> None:
+        """Give a connection the time to end an answer that nobody reads any more."""
+        due = self.wheel.now + self.end_wait
+        self._ending[connection] = due
+        if self._is_retired:
+            connection.abort()
+        else:
+            self.wheel.hasten(self, due)
+
+    def note_end(self, connection: UpstreamConnection) -> None:
+        """The connection has ended its answer, or was closed: it is waited for no more."""
+        self._ending.pop(connection, None)
+
+    def on_deadline(self, now: float) -> float | None:
+        """Close the connections whose answers have not ended in time."""
+        for connection, due in list(self._ending.items()):
+            if due > now:
+                return due
+            connection.abort()
+        return None
 
     def close_expired(self, now: float) -> None:
         """Close what has been idle for too long. `now` is loop time."""
@@ -97,6 +122,9 @@ class Pool:
         """Keep nothing from now on; requests that have this pool still go on with it."""
         self._is_retired = True
         self.close_idle()
+        self.wheel.cancel(self)
+        for connection in list(self._ending):
+            connection.abort()
 
     def connect(self, limit: float) -> Coroutine[Any, Any, UpstreamConnection]:
         """A new connection, within `limit` seconds. Raises UpstreamError (phase connect)."""

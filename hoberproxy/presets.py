@@ -62,22 +62,25 @@ PRESETS: Mapping[str, Preset] = {
         ("GEMINI_API_KEY",),
         "https://generativelanguage.googleapis.com/v1beta/openai",
     ),
+    # The API reference, create-chat-completion: an assistant's content is "nullable, required".
     # 400 "unknown variant `developer`" and "This response_format type is unavailable now" for
     # json_schema: the API reference, create-chat-completion, has neither.
     "deepseek": Preset(
         "DeepSeek",
         ("DEEPSEEK_API_KEY",),
         "https://api.deepseek.com/v1",
-        abilities=Abilities(json_schema=False),
+        abilities=Abilities(json_schema=False, accepts=frozenset(("content=null",))),
         adaptation=Adaptation(roles=(("developer", "system"),)),
     ),
     # 422 "extra_forbidden" on stream_options (usage comes with the last event unasked) and on
-    # max_completion_tokens; the API reference has max_tokens and random_seed in their places.
+    # max_completion_tokens; the API reference has max_tokens and random_seed in their places, and
+    # ToolChoiceEnum: auto, none, any, required.
     "mistral": Preset(
         "Mistral",
         ("MISTRAL_API_KEY",),
         "https://api.mistral.ai/v1",
         stream_options=False,
+        abilities=Abilities(accepts=frozenset(("tool_choice=any",))),
         adaptation=Adaptation(
             rename=(("max_completion_tokens", "max_tokens"), ("seed", "random_seed"))
         ),
@@ -85,9 +88,20 @@ PRESETS: Mapping[str, Preset] = {
     "xai": Preset("xAI", ("XAI_API_KEY",), "https://api.x.ai/v1"),
     "groq": Preset("Groq", ("GROQ_API_KEY",), "https://api.groq.com/openai/v1"),
     "cerebras": Preset("Cerebras", ("CEREBRAS_API_KEY",), "https://api.cerebras.ai/v1"),
-    "together": Preset("Together AI", ("TOGETHER_API_KEY",), "https://api.together.ai/v1"),
+    # docs.together.ai/docs/json-mode: "Regex mode".
+    "together": Preset(
+        "Together AI",
+        ("TOGETHER_API_KEY",),
+        "https://api.together.ai/v1",
+        abilities=Abilities(accepts=frozenset(("response_format=regex",))),
+    ),
+    # docs.fireworks.ai/structured-responses/structured-output-grammar-based, and tool_choice "any",
+    # an alias of "required", of its function-calling guide.
     "fireworks": Preset(
-        "Fireworks AI", ("FIREWORKS_API_KEY",), "https://api.fireworks.ai/inference/v1"
+        "Fireworks AI",
+        ("FIREWORKS_API_KEY",),
+        "https://api.fireworks.ai/inference/v1",
+        abilities=Abilities(accepts=frozenset(("response_format=grammar", "tool_choice=any"))),
     ),
     "deepinfra": Preset(
         "DeepInfra",
@@ -105,17 +119,43 @@ PRESETS: Mapping[str, Preset] = {
         "https://api.cohere.ai/compatibility/v1",
         stream_options=False,
     ),
-    # Model names hold a slash there: openrouter/deepseek/deepseek-chat.
-    "openrouter": Preset("OpenRouter", ("OPENROUTER_API_KEY",), "https://openrouter.ai/api/v1"),
-    "ollama": Preset("Ollama", (), "http://127.0.0.1:11434/v1", url_variables=("OLLAMA_HOST",)),
-    "vllm": Preset(
-        "vLLM", ("VLLM_API_KEY",), "http://127.0.0.1:8000/v1", url_variables=("VLLM_BASE_URL",)
+    # Model names hold a slash there: openrouter/deepseek/deepseek-chat. Its OpenAPI document has
+    # the formats ChatFormatGrammarConfig and ChatFormatPythonConfig, and null for an assistant's
+    # content.
+    "openrouter": Preset(
+        "OpenRouter",
+        ("OPENROUTER_API_KEY",),
+        "https://openrouter.ai/api/v1",
+        abilities=Abilities(
+            accepts=frozenset(("content=null", "response_format=grammar", "response_format=python"))
+        ),
     ),
+    # docs/modelfile: num_predict, which max_tokens becomes, is -1 for infinite generation.
+    "ollama": Preset(
+        "Ollama",
+        (),
+        "http://127.0.0.1:11434/v1",
+        url_variables=("OLLAMA_HOST",),
+        abilities=Abilities(accepts=frozenset(("max_tokens=-1",))),
+    ),
+    # chat_utils.py reads a content of None as no parts; StructuralTagResponseFormat: protocol.py.
+    "vllm": Preset(
+        "vLLM",
+        ("VLLM_API_KEY",),
+        "http://127.0.0.1:8000/v1",
+        url_variables=("VLLM_BASE_URL",),
+        abilities=Abilities(accepts=frozenset(("content=null", "response_format=structural_tag"))),
+    ),
+    # tools/server/README.md: n_predict, which both become, is -1 for infinity; a message needs a
+    # `content`, which may be null.
     "llamacpp": Preset(
         "llama.cpp",
         ("LLAMACPP_API_KEY",),
         "http://127.0.0.1:8080/v1",
         url_variables=("LLAMACPP_BASE_URL", "LLAMA_CPP_URL"),
+        abilities=Abilities(
+            accepts=frozenset(("content=null", "max_completion_tokens=-1", "max_tokens=-1"))
+        ),
     ),
 }
 

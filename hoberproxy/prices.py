@@ -18,7 +18,8 @@ _ATTO_IN_PICO: Final = 10**6
 class Prices:
     """USD per million tokens, and per request; at most 12 decimals.
 
-    `cached` input costs as `prompt` does where it is None, `reasoning` as `completion`.
+    Where they are None, `cached` and `cache_write` input cost as `prompt` does, and `reasoning` as
+    `completion`.
     """
 
     prompt: Decimal = Decimal(0)
@@ -26,14 +27,16 @@ class Prices:
     cached: Decimal | None = None
     reasoning: Decimal | None = None
     request: Decimal = Decimal(0)
+    cache_write: Decimal | None = None
     text: str = field(init=False, repr=False, compare=False)  # of records: `prompt=0.14 …`
-    _rates: tuple[int, int, int, int, int] = field(init=False, repr=False, compare=False)
+    _rates: tuple[int, int, int, int, int, int] = field(init=False, repr=False, compare=False)
     _most_rates: tuple[int, int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         cached = self.prompt if self.cached is None else self.cached
+        written = self.prompt if self.cache_write is None else self.cache_write
         reasoning = self.completion if self.reasoning is None else self.reasoning
-        per_token = (self.prompt, cached, self.completion, reasoning)
+        per_token = (self.prompt, cached, written, self.completion, reasoning)
         rates = (
             *(int(price * _PER_TOKEN) for price in per_token),
             int(self.request * _PER_REQUEST),
@@ -43,7 +46,7 @@ class Prices:
         text = " ".join(f"{name}={price:f}" for name, price in given.items() if price is not None)
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "_rates", rates)
-        most = (max(rates[0], rates[1]), max(rates[2], rates[3]), rates[4])
+        most = (max(rates[:3]), max(rates[3:5]), rates[5])
         object.__setattr__(self, "_most_rates", most)
 
     @property
@@ -53,13 +56,15 @@ class Prices:
 
     def cost(self, usage: Usage) -> int:
         """Picodollars for one request, rounded half up."""
-        prompt, cached, completion, reasoning, request = self._rates
+        prompt, cached, written, completion, reasoning, request = self._rates
         # Upstreams that count the parts apart from the whole must not make it negative.
         cached_tokens = min(usage.cached_tokens, usage.prompt_tokens)
+        written_tokens = min(usage.cache_write_tokens, usage.prompt_tokens - cached_tokens)
         reasoning_tokens = min(usage.reasoning_tokens, usage.completion_tokens)
         atto = (
-            (usage.prompt_tokens - cached_tokens) * prompt
+            (usage.prompt_tokens - cached_tokens - written_tokens) * prompt
             + cached_tokens * cached
+            + written_tokens * written
             + (usage.completion_tokens - reasoning_tokens) * completion
             + reasoning_tokens * reasoning
             + request

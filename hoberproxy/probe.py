@@ -100,7 +100,7 @@ class _Prober:
     def __init__(self, upstreams: Mapping[str, Upstream], limit: float) -> None:
         self._upstreams = upstreams
         self._limit = limit
-        self._listings: dict[str, asyncio.Task[list[str]]] = {}  # one for each provider
+        self._listings: dict[str, asyncio.Task[list[str] | None]] = {}  # one for each provider
 
     async def ask(self, model: Model, endpoint: Endpoint) -> Report:
         upstream = self._upstreams[endpoint.provider]
@@ -134,7 +134,7 @@ class _Prober:
         if name not in self._listings:
             self._listings[name] = asyncio.create_task(list_models(upstream, limits))
         before, _, after = pattern.partition("*")
-        for model in await self._listings[name]:
+        for model in await self._listings[name] or ():
             is_longer = len(model) > len(before) + len(after)
             if is_longer and model.startswith(before) and model.endswith(after):
                 return model
@@ -178,8 +178,11 @@ def _report_stream(report: Report, stream: _Question) -> None:
     if stream.error is not None or began is None:
         return
     report.reachable = "yes"
-    report.usage = "yes" if outcome.usage is not None else "no"
-    tokens = outcome.usage.completion_tokens if outcome.usage else outcome.content_events
+    usage, events = outcome.usage, outcome.content_events
+    if usage is not None and usage.has_gaps(events):  # zeros beside a text
+        usage = None
+    report.usage = "yes" if usage is not None else "no"
+    tokens = usage.completion_tokens if usage is not None else events
     seconds = stream.now - began
     if seconds >= SHORTEST_MEASURED and tokens > 1:
         report.throughput = (tokens - 1) / seconds
@@ -253,6 +256,10 @@ class _Question(Owner):
         choice = orjson.loads(body)["choices"][0]  # checked by the relay
         message = choice.get("message") if isinstance(choice, dict) else None
         self.message = message if isinstance(message, dict) else {}
+
+    def sent_body(self) -> bytes:
+        """The body is the probe's own."""
+        return b""
 
     def seal(self, status: int, following: int = 0) -> None:
         """Questions of the probe are not recorded."""

@@ -30,7 +30,7 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
         slug=DEMO_SLUG,
         endpoints=(Endpoint(DEMO_PROVIDER, "hober-demo-1", prices=Prices()),),
         owned_by="hober",
-        context_length=8192,
+        context_length=131072,
     )
     providers, models = presets_from_environment(environ)
     return Config(

@@ -20,6 +20,7 @@ FIELDS: Final = (
     *("finish_reason", "attempts", "failures", "prompt_tokens", "completion_tokens"),
     *("reasoning_tokens", "cached_tokens", "has_usage", "estimated", "events", "bytes_out"),
     *("first_content", "total", "price", "cost", "overhead"),
+    "cache_write_tokens",
 )
 
 
@@ -52,6 +53,7 @@ class Record:  # no dataclass, whose making is not compiled
     completion_tokens: int = 0  # reasoning included, as upstreams count
     reasoning_tokens: int = 0
     cached_tokens: int = 0  # part of prompt_tokens
+    cache_write_tokens: int = 0  # another part of prompt_tokens
     has_usage: bool = False  # the upstream gave its own numbers
     estimated: bool = False  # the numbers are ours
     events: int = 0

@@ -1,29 +1,32 @@
-"""An upstream's refusal: what it means for falling over, and what the client is told.
+"""An upstream's error: what it means for falling over, and what the client is told.
 
 Only 400, 413, 422 and 429 reach a client as such, and of these all but 429 with their message; all
-else becomes a 502 in our own words, so that no client reads that *our* key is wrong.
+else becomes a 502 in our own words, so that no client reads that *our* key is wrong. The same holds
+for an error with its status inside an answer of status 200. What an error says is read by
+error_document.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
+from .credentials import concerns_account, holds_secret, may_be_quoted
+from .error_document import ErrorDocument, load_error, read_error
 from .errors import Phase, UpstreamError
-from .lenient import load_json
+from .lenient import dump_json
 
 MAX_BODY_BYTES: Final = 64 * 1024
-MAX_MESSAGE_LENGTH: Final = 2000
 MAX_RETRY_AFTER: Final = 24 * 3600.0
 
 # What another endpoint of the same model may do better (api.md, "Routing fields").
 _RETRYABLE_STATUSES: Final = frozenset((401, 402, 403, 404, 408, 429))
 _SHOWN_STATUSES: Final = frozenset((400, 413, 422))
 _SHOWN_CODES: Final = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}
-_WHITE: Final = re.compile(r"\s+")
+_TOO_LONG: Final = "context_length_exceeded"
+NO_SECRETS: Final[tuple[str, ...]] = ()
 
 
 def parse_refusal(
@@ -32,26 +35,59 @@ def parse_refusal(
     get_header: Callable[[bytes], bytes | None],
     body: bytes,
     now: float,
+    secrets: Sequence[str] = NO_SECRETS,
+    sent: Callable[[], bytes] = bytes,
 ) -> UpstreamError:
-    """The error for an answer other than 200. `now` is unix time, for dates in retry-after."""
-    is_retryable = status in _RETRYABLE_STATUSES or status >= 500 or status < 400
+    """The error for an answer other than 200.
+
+    `now` is unix time, for dates in retry-after; `secrets` are what no client may read, and `sent`
+    returns the client's request, which an upstream may quote.
+    """
     error = UpstreamError(
         f"provider {provider} answered with status {status}",
         phase=Phase.HEAD,
         upstream_status=status,
-        is_retryable=is_retryable,
-        is_refusal=not is_retryable,
     )
-    if status == 429:
-        error.status, error.type, error.code = 429, "rate_limit_error", "rate_limit_exceeded"
-        error.message = f"provider {provider} has reached its rate limit; try again later"
-    elif status in _SHOWN_STATUSES:
-        error.status, error.type = status, "invalid_request_error"
-        error.code = _SHOWN_CODES[status]
-        _show(error, body)
+    found = read_error(load_error(body))
+    _judge(error, provider, _meant_status(status, found), found, body, secrets, sent)
     if status in (429, 503):
         error.retry_after = parse_retry_after(get_header, now)
     return error
+
+
+def judge_document(
+    error: UpstreamError,
+    provider: str,
+    document: Any,
+    secrets: Sequence[str] = NO_SECRETS,
+    sent: Callable[[], bytes] = bytes,
+) -> None:
+    """Give `error` the meaning that `document` has, sent by an upstream within a 200.
+
+    After the first content that is no more than the status for the record.
+    """
+    found = read_error(document)
+    status = _meant_status(found.status, found)
+    error.upstream_status = status or error.upstream_status
+    if error.phase is Phase.CONTENT:
+        error.is_refusal = status in _SHOWN_STATUSES  # which is no fault of the endpoint
+    elif status is not None:
+        _judge(error, provider, status, found, dump_json(document), secrets, sent)
+
+
+def choose_error(errors: Sequence[UpstreamError]) -> UpstreamError:
+    """Return the one of `errors`, those of all attempts in order, that the client is to get.
+
+    The last, as a rule. But that one model refuses the request says more than that others failed:
+    the client gets the first refusal, or a rate limit reached after it, for that passes.
+    """
+    chosen: UpstreamError | None = None
+    for error in errors:
+        if chosen is None:
+            chosen = error if error.is_refusal and error.status in _SHOWN_STATUSES else None
+        elif error.status == 429:
+            chosen = error
+    return chosen or errors[-1]
 
 
 def parse_retry_after(get_header: Callable[[bytes], bytes | None], now: float) -> float | None:
@@ -72,70 +108,55 @@ def _bounded(seconds: float) -> float | None:
     return seconds if 0 <= seconds <= MAX_RETRY_AFTER else None
 
 
-def _show(error: UpstreamError, body: bytes) -> None:
-    """Give `error` the upstream's own message, param and code, whatever form they came in."""
-    try:
-        document = load_json(body)
-    except ValueError:
-        document = None  # HTML and plain text are an intermediary's, not the model server's
-    found = _find_error(document)
-    message = _find_message(found)
-    if message.strip():
-        error.message = _WHITE.sub(" ", message).strip()[:MAX_MESSAGE_LENGTH]
-    error.param = _find_param(found)[:128] or None
-    if isinstance(found.get("code"), str) and found["code"]:
-        error.own_code, error.code = error.code, found["code"][:64]
+def _meant_status(status: int | None, found: ErrorDocument) -> int | None:
+    """The status to go by; llama.cpp once said 500 of a prompt that was too long."""
+    if found.is_too_long and (status is None or (status >= 500 and found.names_length)):
+        return 400
+    return status
 
 
-def _find_error(document: Any) -> dict[str, Any]:
-    """The object that describes the error, in the forms seen in the wild; empty if none."""
-    if isinstance(document, list) and document:
-        document = document[0]  # Gemini's OpenAI address answers with an array
-    if not isinstance(document, dict):
-        return {"message": document}
-    errors = document.get("errors")  # Cloudflare
-    if isinstance(errors, list) and errors:
-        document = {"error": errors[0]}
-    error = document.get("error", document)
-    return error if isinstance(error, dict) else {"message": error}
+def _judge(
+    error: UpstreamError,
+    provider: str,
+    status: int | None,
+    found: ErrorDocument,
+    body: bytes,
+    secrets: Sequence[str],
+    sent: Callable[[], bytes],
+) -> None:
+    assert status is not None
+    if status in _SHOWN_STATUSES:
+        # What is ours stays as it is: another endpoint may do better, the client did nothing wrong.
+        if concerns_account(found.message, found.words):
+            names_it = concerns_account("", found.words)
+            error.is_doubtful = not names_it and may_be_quoted(found.message, sent())
+            return
+        if secrets and _holds_secret(found, body, secrets, sent):
+            return
+    error.is_retryable = status in _RETRYABLE_STATUSES or status >= 500 or status < 400
+    error.is_refusal = not error.is_retryable
+    if status == 429:
+        error.status, error.type, error.code = 429, "rate_limit_error", "rate_limit_exceeded"
+        error.message = f"provider {provider} has reached its rate limit; try again later"
+    elif status in _SHOWN_STATUSES:
+        error.status, error.type = status, "invalid_request_error"
+        error.code = _SHOWN_CODES[status]
+        _show(error, found)
 
 
-def _find_message(error: Any, levels: int = 4) -> str:
-    """The first text under `message`, `detail` or `msg`; empty if there is none.
-
-    FastAPI says {"detail": "…"} or {"detail": [{"loc": […], "msg": "…"}]}, Mistral has the latter
-    within `message`.
-    """
-    if isinstance(error, str):
-        return error
-    if not levels:
-        return ""
-    if isinstance(error, list):
-        return _find_message(error[0], levels - 1) if error else ""
-    if isinstance(error, dict):
-        found = (
-            _find_message(error.get(name), levels - 1) for name in ("message", "detail", "msg")
-        )
-        return next(filter(None, found), "")
-    return ""
+def _holds_secret(
+    found: ErrorDocument, body: bytes, secrets: Sequence[str], sent: Callable[[], bytes]
+) -> bool:
+    shown = (found.message, found.param, found.code, body.decode("utf-8", "replace"))
+    return holds_secret("\n".join(shown), secrets, sent)
 
 
-def _find_param(error: Any, levels: int = 4) -> str:
-    """The field at fault: `param`, or FastAPI's `loc` as a path; empty if none is named."""
-    if isinstance(error, list) and error:
-        error = error[0]
-    if not isinstance(error, dict) or not levels:
-        return ""
-    param, place = error.get("param"), error.get("loc")
-    if isinstance(param, str):
-        return param
-    if isinstance(place, list):
-        return _path([part for part in place if part != "body"])
-    found = (_find_param(error.get(name), levels - 1) for name in ("message", "detail"))
-    return next(filter(None, found), "")
-
-
-def _path(place: list[Any]) -> str:
-    """["messages", 0, "role"] as messages[0].role, the form of our own errors."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return "".join(parts).lstrip(".")
+def _show(error: UpstreamError, found: ErrorDocument) -> None:
+    """Give `error` the upstream's own message, param and code."""
+    error.message = found.message or error.message
+    error.param = found.param or None
+    if found.is_too_long:  # the code by which clients know that they have to compact
+        error.code = _TOO_LONG
+        error.param = error.param or "messages"
+    elif found.code:
+        error.own_code, error.code = error.code, found.code

@@ -7,6 +7,7 @@ time limits are the attempt's. Nothing here waits.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import orjson
@@ -19,6 +20,7 @@ from .http11 import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
 from .native import mypyc_attr
+from .progress import has_progress
 from .refusal import MAX_BODY_BYTES
 from .sink import Shortcut
 from .stream import StreamScanner
@@ -79,6 +81,10 @@ class Reporter(Receiver):
         """The last bytes of the answer, so many, are about to be written: account for it first."""
         raise NotImplementedError
 
+    def note_progress(self) -> None:
+        """Content has come since the stream is watched."""
+        raise NotImplementedError
+
     def finish(self) -> None:
         """The answer was passed on to its end."""
         raise NotImplementedError
@@ -97,6 +103,10 @@ class Reporter(Receiver):
 
     def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
         """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
+        raise NotImplementedError
+
+    def reported(self, message: str, document: object) -> UpstreamError:
+        """An error for this attempt that the upstream itself reports in `document`, with a 200."""
         raise NotImplementedError
 
 
@@ -129,6 +139,7 @@ class StreamRelay(Relay):
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
+        self._is_watched = False
         self._unsent = b""  # of the last piece: it goes with the end
         self._shortcut: Shortcut | None = None
 
@@ -138,19 +149,35 @@ class StreamRelay(Relay):
         return self._scanner.is_at_boundary
 
     @property
-    def is_done(self) -> bool:
-        """[DONE] has gone out: only the end of the framing is missing."""
-        return self._scanner.is_done and self._is_open
+    def may_insert_line(self) -> bool:
+        """The client has whole events only, and no half of a line end either."""
+        return self._scanner.is_at_boundary and not self._scanner.may_end_line
 
     def on_body(self, data: bytes) -> Shortcut | None:
         scanner = self._scanner
         out = scanner.feed(data)
+        if scanner.is_done:
+            self._finish(out)  # whenever the framing ends
+            return None
         if out:
             self._write(out)
         if scanner.failure is not None:
             self._fail_stream()
             return None
+        if self._is_watched and not self._has_progress(out):
+            return None
         return self._shortcut if scanner.is_ready_for_stencil else None
+
+    def watch(self) -> None:
+        """Look for content in what comes, until there is some; nothing may pass beside us."""
+        self._is_watched = True
+
+    def _has_progress(self, out: bytes) -> bool:
+        # Of an event too long to be held, each piece is progress.
+        self._is_watched = self._scanner.is_at_boundary and not has_progress(out)
+        if not self._is_watched:
+            self._attempt.note_progress()
+        return not self._is_watched
 
     def on_last(self, data: bytes) -> None:
         self._unsent = self._scanner.feed(data)
@@ -167,19 +194,15 @@ class StreamRelay(Relay):
             self._write_unsent()
         if scanner.failure is not None:
             self._fail_stream()
-        elif not scanner.has_content or not (scanner.is_finished or self._is_open):
-            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
-        elif not scanner.is_finished:
+        elif scanner.has_content and not scanner.is_finished and self._is_open:
             self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
         else:
             out, self._unsent = self._unsent + out, b""
-            self._write(out, is_end=True)
-            self._attempt.finish()
+            self._finish(out)
 
     def give_up(self, error: UpstreamError) -> None:
-        if self.is_done:
-            self._answer.finish()
-            self._attempt.finish()
+        if self._scanner.holds_done:
+            self._finish(self._scanner.feed_eof())
         else:
             super().give_up(error)
 
@@ -193,6 +216,14 @@ class StreamRelay(Relay):
             content_events=scanner.content_events,
         )
 
+    def _finish(self, out: bytes) -> None:
+        """The answer ends with `out`, if it had any content."""
+        if not self._scanner.has_content or not (self._scanner.is_finished or self._is_open):
+            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
+        else:
+            self._write(out, is_end=True)
+            self._attempt.finish()
+
     def _write_unsent(self) -> None:
         out, self._unsent = self._unsent, b""
         if out:
@@ -202,9 +233,8 @@ class StreamRelay(Relay):
         is_first = not self._is_open
         if is_first:
             self._open()
-        if is_end or self._scanner.is_done:
-            self._attempt.seal(len(out))
         if is_end:
+            self._attempt.seal(len(out))
             self._answer.finish(out)
         else:
             self._answer.write(out)
@@ -219,8 +249,10 @@ class StreamRelay(Relay):
     def _fail_stream(self) -> None:
         failure = self._scanner.failure
         assert failure is not None
-        error = self._attempt.broken(str(failure), is_invalid=not failure.is_error_event)
-        error.upstream_status = failure.upstream_status or error.upstream_status
+        if failure.is_error_event:
+            error = self._attempt.reported(str(failure), failure.document)
+        else:
+            error = self._attempt.broken(str(failure), is_invalid=True)
         self._attempt.fail(error)
 
 
@@ -267,7 +299,8 @@ class BodyRelay(Relay):
         if self._bytes > COLLECT_LIMIT_BYTES:
             self._collected.append(data)
             self._pass_on()
-            self.on_end()
+            if self._rewriter is not None:
+                self._end_large(self._rewriter)
         else:
             self._send(data)
 
@@ -276,7 +309,10 @@ class BodyRelay(Relay):
         try:
             completion = parse_completion(body, self._slug)
         except CompletionError as exc:
-            error = self._attempt.broken(str(exc), is_invalid=not exc.is_error_body)
+            if exc.is_error_body:
+                error = self._attempt.reported(str(exc), exc.document)
+            else:
+                error = self._attempt.broken(str(exc), is_invalid=True)
             self._attempt.fail(error)
             return
         self._completion = completion
@@ -317,11 +353,15 @@ class BodyRelay(Relay):
                 )
             )
             return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        if body.lstrip()[:1] != b"{":
+            message = "expected a JSON object as the body, got something else"
+            self._attempt.fail(self._attempt.broken(message, is_invalid=True))
+            return
         self._rewriter = rewriter = MemberRewriter(
             b"model", orjson.dumps(self._slug), capture=b"usage"
         )
-        body = b"".join(self._collected)
-        self._collected.clear()
         self._attempt.open_answer(is_stream=False)
         self._write(rewriter.feed(body))
         self._attempt.note_opened(is_stream=False)
@@ -340,6 +380,13 @@ class BodyRelay(Relay):
             self._answer.write(data)
 
 
+# Lines of an event up to its data, which begin no JSON and no HTML, and the empty line behind.
+_match_error_event: Final = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*+(?>(?:(?!data:|error:)[a-z]*+:[^\r\n]*+[\r\n]++)*)"
+    rb"(?:data|error):[^\r\n]*+(?>(?:(?:\r\n?|\n)[a-z]*+:[^\r\n]*+)*)(?:\r\n\r\n|\n\n|\r\r)"
+).match
+
+
 class RefusalReader(Relay):
     """The body of an answer other than 200, for the message in it; a broken one is as good."""
 
@@ -349,7 +396,8 @@ class RefusalReader(Relay):
 
     def on_body(self, data: bytes) -> None:
         self._collected += data
-        if len(self._collected) > MAX_BODY_BYTES:
+        # An event says all there is: some servers leave the body of such a stream open.
+        if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
             self.on_end()
 
     def on_end(self) -> None:
@@ -365,4 +413,7 @@ def _parse_captured_usage(raw: bytes | None) -> Usage | None:
         usage = load_json(raw or b"null")
     except ValueError:
         return None
-    return parse_usage(usage) if isinstance(usage, dict) else None
+    found = parse_usage(usage) if isinstance(usage, dict) else None
+    if found is not None:
+        found.is_beside_text = True
+    return found

@@ -11,7 +11,7 @@ all requests of an app, as a rule: frames.py knows it again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Generator, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
@@ -20,35 +20,69 @@ import orjson
 
 from .catalog import ROLES, Adaptation
 from .errors import RequestError
+from .extensions import (
+    NO_CONTENT,
+    NO_EXTENSIONS,
+    RESPONSE_FORMATS,
+    TOOL_CHOICES,
+    UNLIMITED,
+    find_extensions,
+    is_word,
+)
 from .http11_body import LARGE_BYTES
-from .members import Member, scan_members
+from .members import Member
 from .record import clip_text
+from .request_errors import MAX_NAME_LENGTH
+from .request_errors import missing as _missing
+from .request_errors import one_of as _one_of
+from .request_errors import too_long as _too_long
+from .request_errors import too_many as _too_many
+from .request_errors import wrong_type as _wrong_type
+from .request_errors import wrong_value as _wrong_value
+from .spans import (
+    MAX_MEMBERS,
+    MAX_VALUES,
+    RepeatedName,
+    Survey,
+    TangledMembers,
+    find_members,
+)
 
 JsonObject = dict[str, Any]
 
 _loads: Final = orjson.loads
 
-_TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
-_RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
+_NO_ENDS: Final[dict[int, int]] = {}
 MAX_REQUESTED: Final = 16  # slugs that a record tells
-_LENGTHS: Final = ("max_completion_tokens", "max_tokens")
+MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
+MAXIMA: Final = ("max_completion_tokens", "max_tokens")  # of one answer, in tokens
+CHOICES: Final = ("n", "best_of")  # how many answers are written
+
+# What a client may send of each; docs/behaviour.md has them in one table.
+MAX_MODELS: Final = 32
+MAX_MESSAGES: Final = 50_000
+MAX_TOOLS: Final = 4096
+MAX_PROVIDERS: Final = 256  # in each list of the `provider` object
+MAX_OPTIONS_BYTES: Final = 64 * 1024  # of `stream_options`
 _RARER: Final = frozenset(
-    ("stream_options", "usage", "provider", "tools", "response_format", *_LENGTHS)
+    (
+        *("stream_options", "usage", "provider", "tools", "tool_choice", "response_format"),
+        *MAXIMA,
+        *CHOICES,
+    )
 )
+# Text around the messages, in bytes, that is taken for names and numbers: what is more are tools
+# or a schema, which the model reads as it reads the prompt.
+PLAIN_BYTES: Final = 512
+# What an image or a sound weighs in a prompt, in bytes of text (some 2,000 tokens), unless its own
+# text is shorter: the size of its base64 says nothing of its tokens.
+MEDIA_BYTES: Final = 8000
+_MEDIA: Final = frozenset(("image_url", "input_audio", "video_url"))
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
-_TYPE_NAMES: Final = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    type(None): "null",
-}
 # Names are told in messages only if they look like a parameter's: a name may be a slipped prompt.
 _match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
 _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
@@ -115,10 +149,14 @@ class Terms:
     provider = NO_PREFERENCES
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
-    max_output: int | None = None  # tokens
+    max_output: int | None = None  # tokens of one answer: the larger, where two members say it
+    choices = 1  # answers that are asked for
+    sizes: tuple[tuple[str, int], ...] = ()  # MAXIMA and CHOICES as they were given
+    extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject) -> None:
         self.around: list[Around] = []  # as it went upstream; upstream_body.py's
+        self.members: list[Member] = []  # of the body that this was read from
         self.given = frozenset([name for name, value in document.items() if value is not None])
         self.candidates = candidates = _candidates(document)
         self.requested = tuple([clip_text(slug) for slug in candidates[:MAX_REQUESTED]])
@@ -134,7 +172,30 @@ class Terms:
         self.needs_tools = bool(get("tools"))
         kind = (get("response_format") or _NOTHING).get("type")
         self.json_format = kind if kind in _JSON_FORMATS else None
-        self.max_output = get("max_completion_tokens") or get("max_tokens")
+        sizes = [(name, get(name)) for name in (*MAXIMA, *CHOICES)]
+        self.sizes = tuple([(name, size) for name, size in sizes if size is not None])
+        self.max_output, self.choices = output_limits(self.sizes)
+        self.extensions = find_extensions(get)
+
+
+def output_limits(
+    sizes: Iterable[tuple[str, int]], maxima: Container[str] = MAXIMA
+) -> tuple[int | None, int]:
+    """Return the tokens that one answer may take, None for no limit, and the number of answers.
+
+    `sizes` are members of a body, and `maxima` the names of those that limit an answer; the others
+    are numbers of answers. The larger counts: servers differ in which of two they go by.
+    """
+    longest, choices = 0, 1
+    is_limited = True
+    for name, size in sizes:
+        if name not in maxima:
+            choices = max(choices, size)
+        elif size > 0:
+            longest = max(longest, size)
+        else:  # -1 is "as many as there is room for" to some servers
+            is_limited = False
+    return (longest if longest and is_limited else None), choices
 
 
 def _candidates(document: JsonObject) -> tuple[str, ...]:
@@ -158,7 +219,7 @@ class Call:
         members: list[Member] | None = None,
     ) -> None:
         """`messages` are `raw_messages`, a part of `body`, parsed. Raises RequestError for them."""
-        self.needs_images, self.roles = _check_messages(messages)
+        self.needs_images, self._excess_bytes, self.roles = _check_messages(messages)
         self.terms = terms
         self.body = body  # the client's, as it came
         self.raw_messages = raw_messages
@@ -168,21 +229,69 @@ class Call:
     def members(self) -> list[Member]:
         """The top-level members as spans into `body`."""
         if self._members is None:
-            self._members = scan_members(self.body)
+            self._members = _moved(self.terms.members, len(self.raw_messages))
         return self._members
 
     @property
     def prompt_bytes(self) -> int:
-        """Size of the raw messages."""
-        return len(self.raw_messages)
+        """Bytes of text that the model reads: the messages, tools and schemas.
+
+        An image or a sound counts as MEDIA_BYTES at most.
+        """
+        messages = len(self.raw_messages)
+        more = len(self.body) - messages - PLAIN_BYTES
+        return messages - self._excess_bytes + (more if more > 0 else 0)
+
+    @property
+    def place_without_content(self) -> int | None:
+        """That of an assistant's message whose content is null, which only some servers take."""
+        return self.roles.get(NO_CONTENT)
 
 
-def parse_call(body: bytes) -> Call:
-    """Check a body against every rule of the contract; raises RequestError naming the field."""
+def _moved(members: list[Member], messages_bytes: int) -> list[Member]:
+    """The same members around messages of another size."""
+    span = find_messages(members)
+    by = messages_bytes - (span.end - span.value_start)
+    place = members.index(span)
+    behind = [Member(name, a + by, b + by, c + by) for name, a, b, c in members[place + 1 :]]
+    return [*members[:place], span._replace(end=span.end + by), *behind]
+
+
+def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
+    """Check a body against every rule of the contract; raises RequestError naming the field.
+
+    `known_ends` has the ends of top-level values by their beginnings, where they are known.
+    """
+    survey = Survey(body)
+    while survey.step():
+        pass
+    check_survey(survey)
     document = _load_object(body)
-    members = scan_members(body)
-    if len(members) != len(document):
-        raise _duplicate(members)
+    members = _find_members(body, document, known_ends, survey)
+    return _make_call(body, document, members)
+
+
+def parse_in_steps(
+    body: bytes, survey: Survey, known_ends: dict[int, int]
+) -> Generator[None, None, Call]:
+    """Do as `parse_call`, for a large body that `survey` has seen: pause where it may take long."""
+    document = _load_object(body)
+    yield
+    members = _find_members(body, document, known_ends, survey)
+    yield
+    call = _make_call(body, document, members)
+    yield  # before a large document is freed
+    return call
+
+
+def check_survey(survey: Survey) -> None:
+    """Raise RequestError for a body of too many values."""
+    if survey.has_too_many:
+        message = f"the body: expected at most {MAX_VALUES} JSON values in all, got more"
+        raise RequestError(message, code="invalid_value")
+
+
+def _make_call(body: bytes, document: JsonObject, members: list[Member]) -> Call:
     if not document.keys() <= _PARAMETERS:
         _check_names(document)
     _check_required(document)
@@ -191,7 +300,19 @@ def parse_call(body: bytes) -> Call:
             check(name, value)
     span = find_messages(members)
     raw = raw_part(body, span.value_start, span.end)
-    return Call(Terms(document), document["messages"], body, raw, members)
+    if document.get("stream_options") is not None:
+        _check_size("stream_options", members)
+    terms = Terms(document)
+    terms.members = members
+    return Call(terms, document["messages"], body, raw, members)
+
+
+def _check_size(param: str, members: list[Member]) -> None:
+    """Of a member that is read once more where it is changed."""
+    for member in members:
+        if member.name == param and (size := member.end - member.value_start) > MAX_OPTIONS_BYTES:
+            expected = f"an object of at most {MAX_OPTIONS_BYTES} bytes"
+            raise _wrong_value(param, expected, f"one of {size}")
 
 
 def find_messages(members: list[Member]) -> Member:
@@ -207,28 +328,6 @@ def raw_part(body: bytes, start: int, end: int) -> bytes | memoryview:
 
 def _is_set(options: JsonObject | None, name: str) -> bool:
     return options is not None and options.get(name) is True
-
-
-# Refusals: the field, what was expected and what came; of values only types and numbers
-
-
-def _wrong_type(param: str | None, expected: str, value: object) -> RequestError:
-    message = f"{param or 'the body'}: expected {expected}, got {_TYPE_NAMES[type(value)]}"
-    return RequestError(message, code="invalid_type", param=param)
-
-
-def _wrong_value(param: str, expected: str, got: str) -> RequestError:
-    message = f"{param}: expected {expected}, got {got}"
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _missing(param: str, expected: str) -> RequestError:
-    message = f"{param} is missing: expected {expected}"
-    return RequestError(message, code="missing_required_parameter", param=param)
-
-
-def _one_of(allowed: frozenset[str]) -> str:
-    return "one of " + ", ".join(sorted(allowed))
 
 
 # The document as a whole
@@ -251,7 +350,9 @@ def _check_names(document: JsonObject) -> None:
     """No name that another server could take for one of ours."""
     for name in document:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
-        if name in _PARAMETERS or (name.isascii() and name.islower()):
+        if name in _PARAMETERS:
+            continue
+        if name.isascii() and name.islower():
             continue
         folded = _fold(name)
         if folded in _PARAMETERS:
@@ -259,14 +360,28 @@ def _check_names(document: JsonObject) -> None:
             raise RequestError(message, code="duplicate_parameter", param=name)
 
 
-def _duplicate(members: list[Member]) -> RequestError:
-    seen: set[str] = set()
-    for member in members:
-        if member.name in seen:
-            break
-        seen.add(member.name)
-    param = member.name if _match_tellable_name(member.name) else None
-    message = f"{param or 'a name'} is given twice (again at byte {member.start}): give it once"
+def _find_members(
+    body: bytes, document: JsonObject, known_ends: dict[int, int], survey: Survey
+) -> list[Member]:
+    if len(document) > MAX_MEMBERS:
+        raise _too_many(None, MAX_MEMBERS, "members", len(document))
+    if (longest := max(map(len, document), default=0)) > MAX_NAME_LENGTH:
+        raise _too_long(None, "names of members", longest)
+    try:
+        return find_members(body, list(document), known_ends, survey)
+    except RepeatedName as repeated:
+        raise _duplicate(repeated.name, repeated.start) from None
+    except TangledMembers:
+        message = (
+            "the body: expected the names of its members on the top level alone, "
+            "got them below it again and again"
+        )
+        raise RequestError(message, code="invalid_value") from None
+
+
+def _duplicate(name: str, start: int) -> RequestError:
+    param = name if _match_tellable_name(name) else None
+    message = f"{param or 'a name'} is given twice (again at byte {start}): give it once"
     return RequestError(message, code="duplicate_parameter", param=param)
 
 
@@ -300,6 +415,13 @@ def _check_string(param: str, value: object) -> None:
         raise _wrong_value(param, "a non-empty string", "an empty one")
 
 
+def _check_slug(param: str, value: object) -> None:
+    _check_string(param, value)
+    assert type(value) is str
+    if len(value) > MAX_NAME_LENGTH:
+        raise _too_long(param, "a name", len(value))
+
+
 def _check_boolean(param: str, value: object) -> None:
     if type(value) is not bool:
         raise _wrong_type(param, "boolean", value)
@@ -308,13 +430,31 @@ def _check_boolean(param: str, value: object) -> None:
 def _check_token_count(param: str, value: object) -> None:
     if type(value) is not int:
         raise _wrong_type(param, "integer", value)
-    if value < 1:
+    if value < 1 and value != UNLIMITED:
         raise _wrong_value(param, "1 or more", str(value))
+
+
+def _check_choices(param: str, value: object) -> None:
+    if type(value) is not int:
+        raise _wrong_type(param, "integer", value)
+    if not 1 <= value <= MAX_CHOICES:
+        raise _wrong_value(param, f"1 to {MAX_CHOICES}", str(value))
 
 
 def _check_array(param: str, value: object) -> None:
     if type(value) is not list:
         raise _wrong_type(param, "array", value)
+
+
+def _check_list(param: str, value: object, most: int, what: str) -> None:
+    _check_array(param, value)
+    assert type(value) is list
+    if len(value) > most:
+        raise _too_many(param, most, what, len(value))
+
+
+def _check_tools(param: str, value: object) -> None:
+    _check_list(param, value, MAX_TOOLS, "tools")
 
 
 def _check_object(param: str, value: object) -> None:
@@ -327,6 +467,12 @@ def _check_enum(param: str, value: object, allowed: frozenset[str]) -> None:
         raise _wrong_type(param, "string", value)
     if value not in allowed:
         raise _wrong_value(param, _one_of(allowed), "another string")
+
+
+def _check_word(param: str, value: object, usual: frozenset[str]) -> None:
+    """One of the `usual` words, or another that an endpoint may accept: see extensions.py."""
+    if type(value) is not str or not is_word(value):
+        _check_enum(param, value, usual)
 
 
 def _number_check(highest: int) -> Callable[[str, object], None]:
@@ -353,7 +499,7 @@ def _flags_check(flag: str) -> Callable[[str, object], None]:
 
 def _check_tool_choice(param: str, value: object) -> None:
     if type(value) is str:
-        _check_enum(param, value, _TOOL_CHOICES)
+        _check_word(param, value, TOOL_CHOICES)
     elif type(value) is not dict:
         raise _wrong_type(param, "string or object", value)
 
@@ -362,26 +508,28 @@ def _check_response_format(param: str, value: object) -> None:
     if type(value) is not dict:
         raise _wrong_type(param, "object", value)
     if "type" not in value:
-        raise _missing(f"{param}.type", _one_of(_RESPONSE_FORMATS))
-    _check_enum(f"{param}.type", value["type"], _RESPONSE_FORMATS)
+        raise _missing(f"{param}.type", _one_of(RESPONSE_FORMATS))
+    _check_word(f"{param}.type", value["type"], RESPONSE_FORMATS)
 
 
 def _check_models(param: str, value: object) -> None:
-    if type(value) is not list:
-        raise _wrong_type(param, "array", value)
+    _check_list(param, value, MAX_MODELS, "models")
+    assert type(value) is list
     for index, slug in enumerate(value):
-        _check_string(f"{param}[{index}]", slug)
+        _check_slug(f"{param}[{index}]", slug)
 
 
 # Messages are checked last, while the call is made: their images are found on the way.
 _CHECKS: Final[dict[str, Callable[[str, object], None]]] = {
-    "model": _check_string,
+    "model": _check_slug,
     "stream": _check_boolean,
     "temperature": _number_check(2),
     "top_p": _number_check(1),
     "max_tokens": _check_token_count,
     "max_completion_tokens": _check_token_count,
-    "tools": _check_array,
+    "n": _check_choices,
+    "best_of": _check_choices,
+    "tools": _check_tools,
     "tool_choice": _check_tool_choice,
     "response_format": _check_response_format,
     "stream_options": _flags_check("include_usage"),
@@ -395,40 +543,58 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 # Messages
 
 
-def _check_messages(messages: object) -> tuple[bool, dict[str, int]]:
-    """Whether any message holds an image, and the roles with the last place of each.
+def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
+    """Return whether any message holds an image, and how many messages have which role.
 
-    Raises RequestError for the first message that is wrong.
+    Between these, the bytes of images and sounds beyond MEDIA_BYTES for each. Under NO_CONTENT
+    stands the first place of an assistant that said nothing, if there is one. Raises RequestError
+    for the first message that is wrong.
     """
     if type(messages) is not list:
         raise _wrong_type("messages", "array", messages)
     if not messages:
         raise _wrong_value("messages", "one message or more", "an empty array")
-    has_images, roles = False, dict[str, int]()
+    if len(messages) > MAX_MESSAGES:
+        raise _too_many("messages", MAX_MESSAGES, "messages", len(messages))
+    has_images, excess, roles = False, 0, dict[str, int]()
     for index, message in enumerate(messages):
         if type(message) is not dict:
             raise _wrong_type(f"messages[{index}]", "object", message)
         role = message.get("role")
         if type(role) is not str or role not in ROLES:
             raise _wrong_role(f"messages[{index}].role", message)
-        roles[role] = index
+        roles[role] = roles.get(role, 0) + 1
         content = message.get("content")
         if type(content) is list:
-            has_images = _check_parts(index, content) or has_images
+            with_image, more = _check_parts(index, content)
+            has_images, excess = has_images or with_image, excess + more
         elif type(content) is not str and not _speaks_without_content(message):
-            raise _wrong_content(f"messages[{index}].content", message)
-    return has_images, roles
+            if role != "assistant" or content is not None or "content" not in message:
+                raise _wrong_content(f"messages[{index}].content", message)
+            roles.setdefault(NO_CONTENT, index)
+    return has_images, excess, roles
 
 
-def _check_parts(index: int, parts: list[Any]) -> bool:
-    """Whether any part is an image."""
-    has_images = False
+def _check_parts(index: int, parts: list[Any]) -> tuple[bool, int]:
+    """Return whether any part is an image, and the bytes of media beyond MEDIA_BYTES for each."""
+    has_images, excess = False, 0
     for place, part in enumerate(parts):
         if type(part) is not dict:
             raise _wrong_type(f"messages[{index}].content[{place}]", "object", part)
-        if part.get("type") == "image_url":
+        kind = part.get("type")
+        if kind == "image_url":
             has_images = True
-    return has_images
+        if type(kind) is str and kind in _MEDIA:
+            excess += _media_excess(part[kind]) if kind in part else 0
+    return has_images, excess
+
+
+def _media_excess(media: object) -> int:
+    """Return by how many bytes the longest text of an image or a sound is over MEDIA_BYTES."""
+    texts = media.values() if type(media) is dict else (media,)
+    # In base64 a character is a byte of the body; other texts (a URL) are short.
+    longest = max((len(text) for text in texts if type(text) is str), default=0)
+    return max(0, longest - MEDIA_BYTES)
 
 
 def _speaks_without_content(message: JsonObject) -> bool:
@@ -479,9 +645,9 @@ def _parse_names(provider: JsonObject, field: str) -> tuple[str, ...] | None:
     names = provider.get(field)
     if names is None:
         return None
-    _check_array(f"provider.{field}", names)
+    _check_list(f"provider.{field}", names, MAX_PROVIDERS, "names")
     for index, name in enumerate(names):
-        _check_string(f"provider.{field}[{index}]", name)
+        _check_slug(f"provider.{field}[{index}]", name)
     return tuple(names) or None
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from .catalog import Abilities, Catalog, Endpoint, Model
 from .errors import RouteError
+from .extensions import NO_CONTENT, check_accepted, param_of
 from .health import Health, Key
 from .request import NO_PREFERENCES, Call, ProviderPreferences
 
@@ -63,13 +64,17 @@ class Step(NamedTuple):  # made for every request, at a third of the cost of a f
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One endpoint that is not in the plan: the filter (a stable code), and why in words."""
+    """One endpoint that is not in the plan: the filter (a stable code), and why in words.
+
+    `context_length` is in tokens, where that was too short.
+    """
 
     slug: str
     provider: str
     upstream_model: str
     filter: str
     words: str
+    context_length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +111,9 @@ def make_plan(
     """The endpoints of `model`, then of each of `models`, filtered and put in order.
 
     An unknown slug among several is skipped. Raises RouteError 404: `model_not_found` if none is
-    known, `no_endpoint` if the filters left nothing.
+    known, `no_endpoint` if the filters left nothing; and 400 `context_length_exceeded` if a shorter
+    prompt would have left something; and RequestError for a value beyond the contract's that no
+    endpoint of the catalog accepts.
     """
     if health is None:
         health = _NOTHING_LEARNT
@@ -128,7 +135,8 @@ def make_plan(
         sort = terms.provider.sort or sort
         steps += _arrange(offers, sort, terms.provider, health, now, draw)
     if not steps:
-        raise _nothing_left(terms.candidates, removed, unknown)
+        check_accepted(_extensions(call), call.place_without_content, catalog.accepts)
+        raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
         removed += [_fallback(step) for step in steps[1:]]
         del steps[1:]
@@ -164,6 +172,8 @@ class _Standing:  # no tuple, whose methods are looked up by name
             and (not terms.needs_tools or "tools" in self.abilities)
             and (terms.json_format is None or "json" in self.abilities)
             and (not call.needs_images or "vision" in self.abilities)
+            and not terms.extensions
+            and call.place_without_content is None
         )
 
 
@@ -202,12 +212,21 @@ def _undenied(abilities: Abilities) -> frozenset[str]:
 
 def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, str | None]:
     """The models a candidate stands for, None if it is unknown, and how it sorts them."""
-    sort = _SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
-    slug = candidate if sort is None else candidate[:-_SUFFIX_LENGTH]
+    slug, sort = _without_suffix(candidate)
     if slug in _VIRTUAL:
         return catalog.models(), sort or _VIRTUAL[slug]
     model = catalog.find(slug)
     return None if model is None else (model,), sort
+
+
+def _without_suffix(candidate: str) -> tuple[str, str | None]:
+    """A candidate's slug, and how its suffix sorts."""
+    sort = _SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
+    return (candidate if sort is None else candidate[:-_SUFFIX_LENGTH]), sort
+
+
+def _is_virtual(candidate: str) -> bool:
+    return _without_suffix(candidate)[0] in _VIRTUAL
 
 
 # Filters: each is made for one call, and only if it can say no to anything
@@ -223,6 +242,7 @@ def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
         filters.append(("ignored", _ignore(frozenset(wanted.ignore))))
     if wanted.max_price_prompt is not None or wanted.max_price_completion is not None:
         filters.append(("price", _price_limit(wanted)))
+    filters += [(extension, _without_extension(extension)) for extension in _extensions(call)]
     if terms.needs_tools:
         filters.append(("no_tools", _without_tools))
     if terms.json_format is not None:
@@ -251,7 +271,8 @@ def _filter(
             key = endpoint.key
             for name, why_not in filters:
                 if (words := why_not(model, endpoint)) is not None:
-                    removed.append(Removal(model.slug, *key, name, words))
+                    length = _context_of(model, endpoint) if name == "context_length" else None
+                    removed.append(Removal(model.slug, *key, name, words, length))
                     break
             else:
                 if key in taken:
@@ -299,6 +320,20 @@ def _price_limit(wanted: ProviderPreferences) -> _Filter:
     return why_not
 
 
+def _extensions(call: Call) -> list[str]:
+    """The values beyond the contract's that a call uses."""
+    found = sorted(call.terms.extensions)
+    return found if call.place_without_content is None else [*found, NO_CONTENT]
+
+
+def _without_extension(extension: str) -> _Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        accepted = endpoint.abilities.accepts or ()
+        return None if extension in accepted else f"it does not accept {extension}"
+
+    return why_not
+
+
 def _without_tools(model: Model, endpoint: Endpoint) -> str | None:
     return "it takes no tools" if endpoint.abilities.tools is False else None
 
@@ -322,17 +357,25 @@ def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
 
 
 def _context_limit(call: Call) -> _Filter:
-    tokens = call.prompt_bytes // _BYTES_PER_TOKEN + (call.terms.max_output or 0)
+    tokens = _prompt_tokens(call) + (call.terms.max_output or 0)
 
     def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        length = endpoint.context_length
-        if length is None:
-            length = model.context_length
+        length = _context_of(model, endpoint)
         if length is None or tokens <= length:
             return None
         return f"its context is {length} tokens, prompt and output need at least {tokens}"
 
     return why_not
+
+
+def _prompt_tokens(call: Call) -> int:
+    """Fewer than the prompt has: see _BYTES_PER_TOKEN."""
+    return call.prompt_bytes // _BYTES_PER_TOKEN
+
+
+def _context_of(model: Model, endpoint: Endpoint) -> int | None:
+    own = endpoint.context_length
+    return own if own is not None else model.context_length
 
 
 def _output_limit(tokens: int) -> _Filter:
@@ -492,6 +535,7 @@ def _ranks(values: Sequence[Any]) -> list[int]:
 # What the client is told when there is no plan
 
 # By filter: the field at fault, and what to do.
+_INABILITIES: Final = frozenset(("no_tools", "no_json_mode", "no_json_schema", "no_vision"))
 _ADVICE: Final = {
     "not_only": ("provider.only", "name more providers in provider.only"),
     "ignored": ("provider.ignore", "ignore fewer providers"),
@@ -506,19 +550,46 @@ _ADVICE: Final = {
 }
 
 
-def _nothing_left(
-    candidates: tuple[str, ...], removed: list[Removal], unknown: list[str]
-) -> RouteError:
+def _advice(filter: str) -> tuple[str, str]:
+    """The field at fault where `filter` removed an endpoint, and what to do."""
+    known = _ADVICE.get(filter)
+    return known or (param_of(filter), f"choose a model that takes {filter}, or send another value")
+
+
+def _nothing_left(call: Call, removed: list[Removal], unknown: list[str]) -> RouteError:
+    candidates = call.terms.candidates
     if len(unknown) == len(candidates):
         return RouteError(_unknown_models(candidates), code="model_not_found", param="model")
+    if (length := _too_short(candidates, removed)) is not None:
+        return _too_long(call, length)
     reasons = [f"{each.provider} of {each.slug[:128]!r} ({each.words})" for each in removed]
     filters = dict.fromkeys(each.filter for each in removed)  # in order, without repeats
-    advice = [_ADVICE[name][1] for name in filters] or ["ask for a model that has an endpoint"]
-    params = {_ADVICE[name][0] for name in filters}
+    advice = [_advice(name)[1] for name in filters] or ["ask for a model that has an endpoint"]
+    params = {_advice(name)[0] for name in filters}
     message = f"no endpoint is left; removed: {_listed(reasons)}; {', or '.join(advice)}"
     if unknown:
         message += f"; not in the catalog: {_listed([repr(slug[:128]) for slug in unknown])}"
     return RouteError(message, code="no_endpoint", param=params.pop() if len(params) == 1 else None)
+
+
+def _too_short(candidates: tuple[str, ...], removed: list[Removal]) -> int | None:
+    """The longest context of all, in tokens, if nothing but length removed endpoints."""
+    if all(_is_virtual(candidate) for candidate in candidates):
+        # Such a model stands for those alone that can do what is asked for.
+        removed = [each for each in removed if each.filter not in _INABILITIES]
+    lengths = [each.context_length for each in removed]
+    known = [length for length in lengths if length is not None]
+    return max(known) if known and len(known) == len(lengths) else None
+
+
+def _too_long(call: Call, length: int) -> RouteError:
+    """The error by whose code and words clients know that they have to compact their messages."""
+    prompt, completion = _prompt_tokens(call), call.terms.max_output or 0
+    message = (
+        f"This model's maximum context length is {length} tokens. However, you requested about"
+        f" {prompt + completion} tokens ({prompt} in the messages, {completion} in the completion)."
+    )
+    return RouteError(message, code="context_length_exceeded", status=400, param="messages")
 
 
 def _unknown_models(candidates: tuple[str, ...]) -> str:

@@ -70,6 +70,7 @@ def _row(record: Record) -> Row:
         record.price,
         record.cost,
         record.overhead,
+        record.cache_write_tokens,
     )
 
 

@@ -101,4 +101,11 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE summed (until INTEGER NOT NULL, deleted INTEGER NOT NULL)",
         "INSERT INTO summed VALUES (0, 0)",
     ),
+    (
+        # The part of the prompt that was written to the provider's cache, which some charge extra.
+        *(
+            f"ALTER TABLE {table} ADD COLUMN cache_write_tokens INTEGER NOT NULL DEFAULT 0"
+            for table in ("records", "days")
+        ),
+    ),
 )

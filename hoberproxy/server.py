@@ -24,24 +24,36 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission
+from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .files import connections_limit, raise_file_limit
+from .folder import count_living
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
+from .joining import release_signals
 from .ledger import Ledger
-from .listeners import BACKLOG, Listeners, StartError, flat
-from .memory import collect_rarely, keep_freed_memory, resident_bytes
+from .listeners import (
+    BACKLOG,
+    Listeners,
+    StartError,
+    flat,
+    limit_unsent,
+    listen_for_metrics,
+    listen_when_free,
+)
+from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Metrics
+from .model_lists import ModelLists
 from .notify import Notifier
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
-from .wire import DownstreamConnection
+from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -65,7 +77,9 @@ class Server(Timed):
         notifier: Notifier | None = None,
         tally: Tally | None = None,
         has_writer: bool = True,
+        workers: int = 1,
     ) -> None:
+        self._workers = workers  # this one among them: they share the machine
         self._has_writer = has_writer  # of records; else another process has to be one
         self._tally = tally
         self._config = config
@@ -86,6 +100,7 @@ class Server(Timed):
         self._gateway: Gateway | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
+        self._model_lists: ModelLists | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
         self.addresses: list[Address] = []  # where it really listens
@@ -114,6 +129,8 @@ class Server(Timed):
         await self._listen_for_metrics(gateway, given.metrics if given else [])
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
+        self._model_lists = ModelLists(gateway)
+        self._model_lists.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -149,7 +166,7 @@ class Server(Timed):
             catalog=catalog,
             keyring=keyring,
             ledger=ledger,
-            accounts=Accounts(ledger, tallies),
+            accounts=Accounts(ledger, tallies, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
                 if config.log.access
@@ -158,7 +175,12 @@ class Server(Timed):
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
             admission=self._make_admission(config),
+            bodies=BodyMemory(self._body_memory_limit(config)),
+            room=ConnectionRoom(connections_limit()),
         )
+
+    def _body_memory_limit(self, config: Config) -> int:
+        return body_memory_limit(config.server, machine_memory(), self._workers)
 
     def _make_admission(self, config: Config) -> Admission:
         if self._tally is None and config.server.max_connections_per_address:
@@ -173,6 +195,8 @@ class Server(Timed):
             # The check in front of aiohttp has its own limits; here only it must not be stricter.
             max_line_size=MAX_REQUEST_HEAD_BYTES,
             max_field_size=MAX_REQUEST_HEAD_BYTES,
+            # Seconds for the rest of a body that nobody needs; after these ours begin.
+            lingering_time=LINGER,
         )
         await runner.setup()
         self._runners.append(runner)
@@ -184,9 +208,17 @@ class Server(Timed):
     ) -> asyncio.Server:
         loop = asyncio.get_running_loop()
         try:
-            return await loop.create_server(
-                protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
+            listener = await listen_when_free(
+                lambda: loop.create_server(
+                    protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
+                ),
+                self._has_predecessor,
             )
+            for each in listener.sockets:
+                # On a copy of the descriptor: uvloop's stand-in for a socket cannot set options.
+                with socket.socket(fileno=os.dup(each.fileno())) as own:
+                    limit_unsent(own)
+            return listener
         except OSError as exc:
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
@@ -203,11 +235,12 @@ class Server(Timed):
             await web.SockSite(runner, each).start()
         if given or address is None:
             return
-        try:
-            await web.TCPSite(runner, address.host, address.port).start()
-        except OSError as exc:
-            advice = 'choose another, or "off", as server.metrics_listen'
-            raise StartError(f"metrics: {_explain(address, exc)}; {advice}") from exc
+        for each in await listen_for_metrics(address, self._has_predecessor):
+            await web.SockSite(runner, each).start()
+
+    def _has_predecessor(self) -> bool:
+        """Whether other processes still serve with our records file, as after a kill."""
+        return count_living(self._config.records.file) > 1
 
     def announce(self) -> None:
         """Tell systemd that clients are served, and go on to tell it that the loop turns."""
@@ -239,7 +272,9 @@ class Server(Timed):
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
         self._config = gateway.config = config
         gateway.ledger.keep_days = config.records.keep_days
+        gateway.accounts.assume_output(config.keys.assumed_output)
         gateway.admission = self._make_admission(config)
+        gateway.bodies.limit = self._body_memory_limit(config)
         if gateway.access_log is not None:
             gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
@@ -248,6 +283,8 @@ class Server(Timed):
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
+        if self._model_lists is not None:
+            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
@@ -350,6 +387,7 @@ class Server(Timed):
 
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, begin)
+        release_signals()
 
     async def _reload(self, load: Callable[[], Config]) -> None:
         while self._is_reload_due:
@@ -432,6 +470,8 @@ class Server(Timed):
         gateway = self._gateway
         if gateway is None:
             return
+        if self._model_lists is not None:
+            await self._model_lists.aclose()
         await self._flush_connections(gateway)
         for runner in self._runners:
             await runner.cleanup()
@@ -498,6 +538,7 @@ def _explain(address: Address, exc: OSError) -> str:
 
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
+    raise_file_limit()
     keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

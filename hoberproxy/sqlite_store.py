@@ -51,14 +51,14 @@ _GROUPS = {
 _SOURCES = f"""
     SELECT day * 86400 AS last, key_id, key_label, slug, provider, status, requests, failed,
         prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens, estimated_tokens,
-        cost, unpriced, first_content_sum, first_content_count
+        cost, unpriced, first_content_sum, first_content_count, cache_write_tokens
     FROM days WHERE day < :summed AND day * 86400 >= :since AND day * 86400 < :until
     UNION ALL
     SELECT started, key_id, key_label, slug, provider, {_STATUS}, 1, {_FAILED},
         prompt_tokens, completion_tokens, reasoning_tokens, cached_tokens,
         (prompt_tokens + completion_tokens) * estimated,
         IFNULL(cost, 0), cost IS NULL AND attempts > 0,
-        IFNULL(first_content, 0), first_content IS NOT NULL
+        IFNULL(first_content, 0), first_content IS NOT NULL, cache_write_tokens
     FROM records WHERE started >= MAX(:since, :summed * 86400.0) AND started < :until
 """
 
@@ -224,6 +224,7 @@ class SqliteStore(KeyTable):
                         / MAX(TOTAL(prompt_tokens + completion_tokens), 1.0),
                     SUM(first_content_sum) / NULLIF(SUM(first_content_count), 0),
                     CAST(TOTAL(reasoning_tokens) AS INTEGER),
+                    CAST(TOTAL(cache_write_tokens) AS INTEGER),
                     SUM(cost / 1000000), SUM(cost % 1000000), SUM(unpriced), MAX(last)
                 FROM ({_SOURCES}) GROUP BY 1 ORDER BY {order}""",
                 {
@@ -255,7 +256,8 @@ class SqliteStore(KeyTable):
                     {_STATUS}, COUNT(*), SUM(attempts > 0), SUM({_FAILED}), SUM(prompt_tokens),
                     SUM(completion_tokens), SUM(reasoning_tokens), SUM(cached_tokens),
                     SUM((prompt_tokens + completion_tokens) * estimated), SUM(IFNULL(cost, 0)),
-                    SUM(cost IS NULL AND attempts > 0), TOTAL(first_content), COUNT(first_content)
+                    SUM(cost IS NULL AND attempts > 0), TOTAL(first_content), COUNT(first_content),
+                    SUM(cache_write_tokens)
                 FROM records WHERE started >= ? AND started < ? GROUP BY 1, 2, 4, 5, 6""",
                 (first * DAY, last * DAY),
             )

@@ -79,6 +79,7 @@ class UsageRow:
     estimated_share: float
     first_content: float | None
     reasoning_tokens: int = 0
+    cache_write_tokens: int = 0
     cost: int = 0
     unpriced: int = 0
 

@@ -28,7 +28,7 @@ from .failures import StreamFailure, error_event, error_field, find_broken_error
 from .longevent import LongEvent
 from .opening import Known, Opening
 from .stencil import Stencil
-from .usage import Usage, read_usage
+from .usage import Usage, newest_usage
 
 HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES: Final = 64 * 1024
@@ -84,6 +84,16 @@ class StreamScanner:
     def is_at_boundary(self) -> bool:
         """What was passed on ends with a whole event."""
         return self._long is None or not self._long_passed
+
+    @property
+    def may_end_line(self) -> bool:
+        """The CR that was passed on last may be half of a line end: an LF may follow."""
+        return self._ended_in_cr
+
+    @property
+    def holds_done(self) -> bool:
+        """What is held is [DONE], without the empty line that ends an event."""
+        return self._tail.rstrip() == b"data: [DONE]"
 
     @property
     def is_finished(self) -> bool:
@@ -173,11 +183,16 @@ class StreamScanner:
         if not self.has_content:
             at = self._open(data, at, search_from, out)
         if self._is_over():
-            self._ended_in_cr = at == len(data) and data.endswith(b"\r")
+            self._end_in_done(data[at - 1 : at], out)
         elif self.has_content:
             self._flow(data, at, search_from, out, tried=-1)
         else:
             self._keep(data, at)
+
+    def _end_in_done(self, last: bytes, out: list[bytes]) -> None:
+        """Nothing follows; behind a CR an LF may be cut off, and changes nothing."""
+        if self.is_done and last == b"\r":
+            out.append(b"\n")
 
     def _is_over(self) -> bool:
         """Whether what follows counts no more. A call: mypyc takes tests of attributes to hold."""
@@ -285,7 +300,7 @@ class StreamScanner:
                     break
                 self._take_any(data, at, end, out)
                 if self._is_over():
-                    self._ended_in_cr = end == size and data[-1] == _CR
+                    self._end_in_done(data[end - 1 : end], out)
                     return
             at = end
         self._keep(data, at)
@@ -313,7 +328,7 @@ class StreamScanner:
                     break
             else:
                 return at
-            self.usage = read_usage(last.document) or self.usage
+            self.usage = newest_usage(self.usage, last.document)
             self.finish_reason = last.finish_reason or self.finish_reason
             self._was_dropped = last.is_usage and not self._wants_usage
             if not self._was_dropped:
@@ -369,7 +384,10 @@ class StreamScanner:
         self._end_long(long, long.feed(data[at:end]) + long.feed_eof(), out)
         if self.failure is not None and self._long_passed:
             self._long = long  # the client has a part of it
-        self._ended_in_cr = end == len(data) and data.endswith(b"\r")
+        if self._is_over():
+            self._end_in_done(data[end - 1 : end], out)
+        else:
+            self._ended_in_cr = end == len(data) and data.endswith(b"\r")
         return end
 
     def _end_long(self, long: LongEvent, passed: bytes, out: list[bytes]) -> None:
@@ -490,7 +508,7 @@ class StreamScanner:
         failure = find_error(document)
         if failure is not None:
             raise failure
-        self.usage = read_usage(document) or self.usage
+        self.usage = newest_usage(self.usage, document)
         if not self._raw_id and isinstance(upstream_id := document.get("id"), str):
             self._raw_id = upstream_id.encode("utf-8", "replace")
         finish_reason, has_content = content_of(document)

@@ -9,6 +9,7 @@ are of different versions.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import socket
 from collections.abc import MutableMapping
@@ -19,6 +20,7 @@ from .child import Child, State
 from .config import Address
 from .listeners import Listeners, flat
 from .source import ConfigSource
+from .tally import TALLY_BYTES, Tally, new_tally_memory
 
 STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the state is read from
 
@@ -151,3 +153,12 @@ def _take(number: int) -> socket.socket:
     taken = socket.socket(fileno=number)
     taken.set_inheritable(False)
     return taken
+
+
+def open_tally(number: int) -> tuple[int, Tally]:
+    """The counts that workers share, in the file of that number, or in a new one for -1."""
+    if number < 0:
+        number = os.memfd_create("hoberproxy-tally")
+        os.ftruncate(number, TALLY_BYTES)
+        return number, Tally(new_tally_memory(number, os.urandom(16)), 0)
+    return number, Tally(mmap.mmap(number, TALLY_BYTES), 0)

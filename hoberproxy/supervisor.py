@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import mmap
 import os
 import signal
 import sys
 import time
+from asyncio import FIRST_COMPLETED
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 from . import __version__
@@ -34,19 +35,29 @@ from .child import (
     accounts_of,
     back_off,
     installed_python,
-    python_command,
+    pids_of,
+    problems_of,
     spawn,
+    try_installed,
 )
 from .config import Config
 from .exposition import Snapshot, merge, render
-from .listeners import Listeners, StartError, bind, flat, name_of
+from .folder import count_living
+from .listeners import (
+    Listeners,
+    StartError,
+    flat,
+    listen_for_clients,
+    listen_for_metrics,
+    name_of,
+)
 from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
 from .source import ConfigSource
 from .status import combine
-from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy
-from .tally import SLOTS, TALLY_BYTES, Tally, new_tally_memory
+from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally
+from .tally import SLOTS
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -108,6 +119,13 @@ class Supervisor:
             await self._adopt(self._legacy)
         else:
             await self._start()
+        if not self._is_stopping:
+            await self._begin()
+        await self._stopped.wait()
+        await self._end()
+
+    async def _begin(self) -> None:
+        """Answer scrapers and the admin socket, and say that clients are served."""
         for each in self._listeners.metrics:
             metrics = MetricsListener(self.render_metrics)
             await metrics.start(each)
@@ -120,8 +138,6 @@ class Supervisor:
         self._start_task(self._poll(), "poll")
         if self._notifier.watchdog is not None:
             self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog")
-        await self._stopped.wait()
-        await self._end()
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -149,43 +165,48 @@ class Supervisor:
     # Start
 
     async def _start(self) -> None:
-        try:
-            self._bind(self._config)
-            self._bind_metrics(self._config)
-            async with self._starting:
+        async with self._starting:  # a reload that is asked for meanwhile follows
+            try:
+                await self._bind(self._config, self._has_predecessor)
+                await self._bind_metrics(self._config)
                 await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
-        except BaseException:
-            await self._kill(self._children)
-            await self._writers.kill()
-            self._listeners.close()
-            raise
+            except StartError:
+                await self._give_up()
+                if not self._is_stopping:  # else it is no failure that it has not begun
+                    raise
+            except BaseException:
+                await self._give_up()
+                raise
+
+    async def _give_up(self) -> None:
+        await self._kill(self._children)
+        await self._writers.kill()
+        self._listeners.close()
+
+    def _has_predecessor(self) -> bool:
+        """Whether processes of an earlier run still serve, as after a kill."""
+        return not self._is_stopping and count_living(self._config.records.file) > 0
 
     def _announce(self) -> None:
         self._tell_ready(self._serving)
         for address in self._listeners.addresses:
             print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
 
-    def _bind(self, config: Config) -> None:
+    async def _bind(self, config: Config, has_predecessor: Callable[[], bool]) -> None:
         """Listen where the config says, too; what is not in it any more goes with `_unbind`."""
         if self._listeners.is_passed:
             return
         for address in config.server.listen:
             if address not in self._listeners.clients:
-                try:
-                    self._listeners.clients[address] = bind(address)
-                except StartError as error:
-                    raise StartError(f"{error}; choose another with --listen") from error
+                listening = await listen_for_clients(address, has_predecessor)
+                self._listeners.clients[address] = listening
 
-    def _bind_metrics(self, config: Config) -> None:
+    async def _bind_metrics(self, config: Config) -> None:
         address = config.server.metrics_listen
         if address is None or self._listeners.metrics:
             return
-        try:
-            self._listeners.metrics = bind(address)
-        except StartError as error:
-            advice = 'choose another, or "off", as server.metrics_listen'
-            raise StartError(f"metrics: {error}; {advice}") from error
+        self._listeners.metrics = await listen_for_metrics(address, self._has_predecessor)
 
     def _unbind(self, config: Config) -> None:
         if self._listeners.is_passed:
@@ -200,15 +221,37 @@ class Supervisor:
             raise StartError(f"expected at most {SLOTS} workers at a time, old ones among them")
         self.generation += 1
         children = [await self._spawn() for _ in range(self._count)]
-        waits = [child.settled.wait() for child in children]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_LIMIT):
-                await asyncio.gather(*waits)
-        failed = [child for child in children if child.state is not State.SERVING]
-        if failed:
-            await self._kill(children)
-            raise StartError(_problems_of(failed))
+        deadline = time.monotonic() + START_LIMIT
+        for tries in count(1):
+            await self._settle(children, deadline)
+            failed = [child for child in children if child.state is not State.SERVING]
+            if not failed:
+                break
+            is_late = time.monotonic() >= deadline
+            if is_late or self._is_stopping or not all(child.was_killed for child in failed):
+                await self._kill(children)
+                raise StartError(problems_of(failed))
+            logger.error(
+                "killed while it started, another one starts: worker %s, by %s",
+                pids_of(failed),
+                failed[0].how_it_ended,
+            )
+            await asyncio.sleep(back_off(tries))
+            living = [child for child in children if child not in failed]
+            children = [*living, *[await self._spawn() for _ in failed]]
         return children
+
+    async def _settle(self, children: list[Child], deadline: float) -> None:
+        """Wait until all of them serve or have ended, or the service is to stop."""
+        waits = asyncio.gather(*(child.settled.wait() for child in children))
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            limit = max(0.0, deadline - time.monotonic())
+            await asyncio.wait((waits, stopped), timeout=limit, return_when=FIRST_COMPLETED)
+        finally:
+            waits.cancel()
+            stopped.cancel()
+            await asyncio.gather(waits, stopped, return_exceptions=True)
 
     async def _spawn(self) -> Child:
         groups = self._listeners.clients
@@ -234,6 +277,7 @@ class Supervisor:
             sockets=listening,
             tally=self._tally_file,
             slot=slot,
+            workers=self._count,
         )
         return child
 
@@ -301,7 +345,7 @@ class Supervisor:
                 await self._kill([child])
             self._failures += 1
             delay = back_off(self._failures + 1)
-            logger.error("no new worker: %s; again in %.1f s", _problems_of([child]), delay)
+            logger.error("no new worker: %s; again in %.1f s", problems_of([child]), delay)
 
     # Reload, upgrade
 
@@ -326,9 +370,9 @@ class Supervisor:
             is_upgrade = "upgrade" in self._due
             self._due.clear()
             self.problems = []
-            self._notifier.reloading()
             try:
                 async with self._starting:
+                    self._notifier.reloading()
                     if is_upgrade:
                         await self._exec()  # returns only if it cannot be done
                     else:
@@ -349,7 +393,7 @@ class Supervisor:
         old, old_writers = list(self._children), list(self._writers.all)
         try:
             source, config = await asyncio.to_thread(self._load)
-            self._bind(config)
+            await self._bind(config, lambda: False)
             self._source, self._config = source, config
             await self._start_writer()
             await self._start_workers()
@@ -388,7 +432,7 @@ class Supervisor:
         except ConfigError as error:
             self._note_problems("not upgraded", error.problems)
             return
-        problem = await self._try_installed()
+        problem = await try_installed(self._source.serialize(), START_LIMIT)
         if problem is not None:
             self._note_problems("not upgraded", [problem])
             return
@@ -403,27 +447,6 @@ class Supervisor:
             self._replace_program()
         for child in self._everyone:
             child.channel.go_on()
-
-    async def _try_installed(self) -> str | None:
-        """What is wrong with the installed code, None if it imports and takes our config.
-
-        Once it runs in our place it is too late: a config that it refuses would end all streams.
-        """
-        command = python_command("hoberproxy.worker", "check", python=installed_python())
-        process = await asyncio.create_subprocess_exec(
-            *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
-        )
-        try:
-            async with asyncio.timeout(START_LIMIT):
-                _, errors = await process.communicate(self._source.serialize())
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-            return "the installed code does not start in time"
-        if process.returncode == 0:
-            return None
-        last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        return f"the installed code cannot be run: {last}"
 
     def _replace_program(self) -> None:
         # A signal must find either this program's handlers or the next one's.
@@ -537,7 +560,7 @@ class Supervisor:
                 if child.state is not State.STARTING and child.last_heard < oldest
             ]
             if stuck:
-                logger.error("workers that do not answer: %s", _pids(stuck))
+                logger.error("workers that do not answer: %s", pids_of(stuck))
             else:
                 self._notifier.alive()
 
@@ -553,7 +576,7 @@ class Supervisor:
         self._is_stopping = True
         self._notifier.stopping()
         if self._children:
-            logger.info("stopping: workers %s drain", _pids(self._children))
+            logger.info("stopping: workers %s drain", pids_of(self._children))
         self._stopped.set()
 
     async def _end(self) -> None:
@@ -571,33 +594,8 @@ class Supervisor:
                 for child in list(self._children):
                     await child.ended.wait()
         except TimeoutError:
-            logger.error("workers that did not end are killed: %s", _pids(self._children))
+            logger.error("workers that did not end are killed: %s", pids_of(self._children))
             await self._kill(self._children)
         await self._writers.end()
         for task in list(self._tasks):
             task.cancel()
-
-
-def open_tally(number: int) -> tuple[int, Tally]:
-    """The counts that workers share, in the file of that number, or in a new one for -1."""
-    if number < 0:
-        number = os.memfd_create("hoberproxy-tally")
-        os.ftruncate(number, TALLY_BYTES)
-        return number, Tally(new_tally_memory(number, os.urandom(16)), 0)
-    return number, Tally(mmap.mmap(number, TALLY_BYTES), 0)
-
-
-def _problems_of(failed: list[Child]) -> str:
-    problems = dict.fromkeys(problem for child in failed for problem in child.problems)
-    return "\n".join(problems) or "\n".join(
-        dict.fromkeys(
-            f"a worker ended with {child.how_it_ended} before it served"
-            if child.exit_code is not None
-            else f"a worker was not ready within {START_LIMIT:g} s"
-            for child in failed
-        )
-    )
-
-
-def _pids(children: Iterable[Child]) -> str:
-    return ", ".join(str(child.pid) for child in children)

@@ -28,7 +28,10 @@ from .limits import (
     Lease,
     admit,
     catch_up,
+    enter,
+    leave,
     limit_lines,
+    reserve,
     restore,
     roll,
     settle,
@@ -39,7 +42,7 @@ from .native import mypyc_attr
 
 logger = logging.getLogger("hoberproxy.server")
 
-MAGIC: Final = 0x32_4C_42_48  # "HBL2": another layout gets another number
+MAGIC: Final = 0x33_4C_42_48  # "HBL3": another layout gets another number
 WORKERS: Final = 64
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
@@ -68,6 +71,21 @@ class Limiter:
 
     def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
         """Count a call in; None if nothing has to be settled. Raises AccessError."""
+        raise NotImplementedError
+
+    def enter(self, caller: Caller, now: float) -> Lease:
+        """Count a call in whose body is still to come; `reserve` or `leave` takes the lease."""
+        raise NotImplementedError
+
+    def reserve(self, caller: Caller, now: float, demand: Demand, entered: Lease) -> Lease | None:
+        """Hold what a call may take that has `entered`; returns what `admit` would.
+
+        Raises AccessError, and then the lease of `enter` is still to be given back.
+        """
+        raise NotImplementedError
+
+    def leave(self, caller: Caller, lease: Lease) -> None:
+        """Count a call out again that has entered, and for which nothing was reserved."""
         raise NotImplementedError
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
@@ -310,6 +328,76 @@ class Tallies(Limiter):
             self._unlock(slot.lock)
         # Always, where calls at once are counted, whatever the limits are when it ends.
         return lease if limits.needs_settling else None
+
+    def enter(self, caller: Caller, now: float) -> Lease:
+        """Count a call in whose body is still to come; `reserve` or `leave` takes the lease."""
+        limits = caller.limits
+        assert limits is not None, "callers without limits are not asked here"
+        now_ms = int(now * 1000)
+        slot = self._slot_of(caller, now_ms)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
+        try:
+            running = held = 0
+            cells = self._read(slot)
+            if limits.concurrency is not None:
+                running = self._count_running(slot, limits.concurrency)
+            if limits.budget is not None:
+                roll(cells, now_ms)
+                if spent_in(cells, limits.budget_period) >= limits.budget:
+                    held = self._sum_held(slot)
+            lease = enter(cells, limits, now_ms, running=running, held=held)
+            self._write(slot, cells)
+            if limits.concurrency is not None:
+                self._view[slot.base + _RUNNING + self._worker] += 1
+        finally:
+            self._unlock(slot.lock)
+        return lease
+
+    def reserve(self, caller: Caller, now: float, demand: Demand, entered: Lease) -> Lease | None:
+        """Hold what a call may take that has `entered`; returns what `admit` would.
+
+        Raises AccessError, and then the lease of `enter` is still to be given back.
+        """
+        limits = caller.limits
+        assert limits is not None, "it has entered under limits"
+        if limits.budget is None and limits.tokens_per_minute is None:
+            entered.is_reserved = True
+            return entered if limits.needs_settling else None
+        now_ms = int(now * 1000)
+        slot = self._slot_of(caller, now_ms)
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
+        try:
+            held = 0
+            cells = self._read(slot)
+            if limits.budget is not None:
+                cost = demand.prompt_cost + demand.answer_cost
+                if spent_in(cells, limits.budget_period) + cost >= limits.budget:
+                    held = self._sum_held(slot)
+            lease = reserve(cells, limits, now_ms, demand, held=held)
+            self._write(slot, cells)
+            if lease.cost:
+                self._view[slot.base + _HELD + self._worker] += lease.cost
+        finally:
+            self._unlock(slot.lock)
+        return lease
+
+    def leave(self, caller: Caller, lease: Lease) -> None:
+        """Count a call out again that has entered, and for which nothing was reserved."""
+        limits = caller.limits
+        assert limits is not None, "a lease is given under limits"
+        slot = self._slots[caller.key_id]
+        if told := self._try_lock(slot.lock):
+            self._wait_for(self._locks, slot.lock, told)
+        try:
+            cells = self._read(slot)
+            leave(cells, lease)
+            self._write(slot, cells)
+            if limits.concurrency is not None:
+                self._view[slot.base + _RUNNING + self._worker] -= 1
+        finally:
+            self._unlock(slot.lock)
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
         """An admitted call is over, and used so much (tokens, picodollars)."""

@@ -19,6 +19,7 @@ from .http11 import (
     Parts,
     ResponseHead,
     body_reader,
+    check_response_head,
     find_head_end,
     whole_chunk,
 )
@@ -35,6 +36,7 @@ MAX_INTERIM_ANSWERS: Final = 16
 OPENING_CHUNKS: Final = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
 STALE_WITHIN: Final = 5.0
+MAX_UNWANTED_BYTES: Final = 64 * 1024  # behind an answer's end, within its framing
 
 
 class State(Enum):
@@ -118,6 +120,7 @@ class UpstreamConnection:
         self._has_answered = False  # a byte of the current answer has come
         self._has_ended = False  # the peer sends no more
         self._sent_at = 0.0
+        self._unwanted_bytes = 0
         self._stencil = None
         self.heard_at = 0.0
         self.idle_until = 0.0  # loop time; the pool's
@@ -149,6 +152,19 @@ class UpstreamConnection:
         """Read on."""
         if self._transport is not None and not self._transport.is_reading():
             self._transport.resume_reading()
+
+    def drop_shortcut(self) -> None:
+        """Let no chunk pass the receiver until it says anew that they may."""
+        self._stencil = None
+
+    def await_end(self) -> None:
+        """Let the answer end, which has said all: soon, or the connection is closed (pool.py)."""
+        if self.state is not _ACTIVE:
+            return
+        self.receiver = self._stencil = None
+        self._unwanted_bytes = 0
+        self.resume_upstream()  # the client may be slow: that is of no concern any more
+        self._pool.await_end(self)
 
     def abort(self) -> None:
         """Close at once, without a word to the receiver."""
@@ -222,6 +238,7 @@ class UpstreamConnection:
     def _hand_on(self, body: BodyReader, payload: bytes) -> None:
         receiver = self.receiver
         if receiver is None:
+            self._drop(payload)
             return
         shortcut = receiver.on_body(payload)
         if shortcut is not None and body.is_between_chunks:
@@ -229,6 +246,11 @@ class UpstreamConnection:
             self._opening_chunks = 0
         else:
             self._stencil = None
+
+    def _drop(self, payload: bytes) -> None:
+        self._unwanted_bytes += len(payload)
+        if self._unwanted_bytes > MAX_UNWANTED_BYTES:
+            self._close()
 
     def eof_received(self) -> bool:
         self._has_ended = True
@@ -246,6 +268,7 @@ class UpstreamConnection:
         was_active = self.state is _ACTIVE
         if self.state is _IDLE:
             self._pool.forget(self)
+        self._pool.note_end(self)
         self.state = State.CLOSED
         self._pool.open -= 1
         self._transport = None
@@ -282,9 +305,7 @@ class UpstreamConnection:
         while True:
             end = find_head_end(data, self._head_searched)
             if end < 0:
-                self._head, self._head_searched = data, max(0, len(data) - 3)
-                if len(data) > MAX_RESPONSE_HEAD_BYTES:
-                    self._lose(Loss.MALFORMED)
+                self._keep_head(data)
                 return
             self._head_searched = 0
             try:
@@ -301,6 +322,17 @@ class UpstreamConnection:
             if self._interim_answers > MAX_INTERIM_ANSWERS:
                 self._lose(Loss.MALFORMED)
                 return
+
+    def _keep_head(self, part: bytes) -> None:
+        """Wait for the rest of a head, if there can be one."""
+        try:
+            check_response_head(part, self._head_searched)
+        except HeadError:
+            self._lose(Loss.MALFORMED)
+            return
+        self._head, self._head_searched = part, max(0, len(part) - 3)
+        if len(part) > MAX_RESPONSE_HEAD_BYTES:
+            self._lose(Loss.MALFORMED)
 
     def _take_head(self, head: ResponseHead, rest: bytes) -> None:
         self._response = head
@@ -359,6 +391,7 @@ class UpstreamConnection:
     def _close(self) -> None:
         if self.state is _IDLE:
             self._pool.forget(self)
+        self._pool.note_end(self)
         self.state = State.CLOSED
         if self._transport is not None:
             self._transport.abort()

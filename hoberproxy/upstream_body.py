@@ -7,19 +7,27 @@ once for each frame of a client and kept with its `Terms`: a body costs the copy
 from __future__ import annotations
 
 import re
-from itertools import islice
 from typing import Final
 
 import orjson
 
 from .catalog import NO_ADAPTATION, Adaptation
+from .errors import RequestError
 from .http11_body import Parts
 from .members import scan_elements, scan_members
-from .request import Around, Call, JsonObject, Terms
+from .request import CHOICES, MAXIMA, Around, Call, JsonObject, Terms, output_limits
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
 _MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
+
+_READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
+_MANY_ROLES: Final = 16
+_MOST_READ_BYTES: Final = 1024 * 1024  # … and at all, which may take ten times a parse
+_ROLE: Final = b'"role"'
+_ROLE_VALUE: Final = rb'[ \t\n\r]*+:[ \t\n\r]*+("(?:%b)")'
+_BACKSLASH: Final = 0x5C
+_HIDING: Final = (b"u006", b"u007")  # of an escaped letter
 
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.
@@ -62,9 +70,9 @@ def make_upstream_body(
         call.terms.around.append(around)
     messages = call.raw_messages
     if adaptation.roles:
-        places = [call.roles[role] for role, _ in adaptation.roles if role in call.roles]
-        if places:
-            messages = _adapt_roles(call, dict(adaptation.roles), max(places))
+        roles = {old: new for old, new in adaptation.roles if old in call.roles}
+        if roles:
+            messages = _adapt_roles(call, roles)
     return [around.before, messages, around.after], around.injected
 
 
@@ -181,6 +189,34 @@ def _adapt(
             changes[name] = (None, value)
 
 
+def adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, int]:
+    """Return the tokens that one answer may take, and how many answers, by the body that goes up.
+
+    That is the client's body as `adaptation` changes it: one that takes the maximum out, or puts
+    one in, changes what a request can cost. None: nothing in it limits an answer.
+    """
+    if adaptation is NO_ADAPTATION:
+        return terms.max_output, terms.choices
+    sizes, maxima = dict(terms.sizes), set(MAXIMA)
+    for old, new in adaptation.rename:
+        size = sizes.pop(old, None)
+        if size is not None and new not in terms.given:
+            sizes[new] = size
+            if old in maxima:
+                maxima.add(new)
+    for name in adaptation.drop:
+        sizes.pop(name, None)
+    for name, value in adaptation.set:
+        if name in maxima or name in CHOICES:
+            size = orjson.loads(value)
+            if type(size) is int:
+                # An endpoint may refuse ours, and then gets the client's: the larger is held.
+                sizes[name] = max(size, sizes.get(name, 0))
+            else:
+                sizes.pop(name, None)
+    return output_limits(sizes.items(), maxima)
+
+
 def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
     if name not in call.terms.given:  # a null is as good as absent, but not to who forbids the name
         changes[name] = None
@@ -190,21 +226,74 @@ def _head(name: str) -> bytes:
     return orjson.dumps(name) + b":"
 
 
-def _adapt_roles(call: Call, roles: dict[str, str], last: int) -> bytes:
-    """The messages with other roles up to the `last`; all else in them keeps its bytes."""
+def _adapt_roles(call: Call, roles: dict[str, str]) -> bytes:
+    """The messages with other roles; all else in them keeps its bytes.
+
+    A short text is read message by message, and only up to the last role: a developer's message
+    stands first. In a long one the members are searched for: if there are as many as messages have
+    these roles, and none is hidden by escapes, none of them lies deeper.
+    """
     raw = bytes(call.raw_messages)
+    wanted = sum([call.roles[role] for role in roles])
+    if len(raw) <= _READ_BYTES:
+        return _replaced(raw, _read_roles(raw, roles, wanted), roles)
+    if not any(escape in raw for escape in _HIDING):
+        if wanted > _MANY_ROLES and len(roles) == 1:  # at once, if they are written in one way
+            ((old, new),) = roles.items()
+            member = b'%b:"%b"' % (_ROLE, old.encode())
+            if raw.count(member) == wanted and b"\\" + _ROLE not in raw:
+                return raw.replace(member, b'%b:"%b"' % (_ROLE, new.encode()))
+        found = _find_roles(raw, roles)
+        if len(found) == wanted:
+            return _replaced(raw, found, roles)
+    if len(raw) <= _MOST_READ_BYTES:
+        return _replaced(raw, _read_roles(raw, roles, wanted), roles)
+    message = (
+        "messages: expected roles of messages alone, without escapes, in a body of this size, "
+        "got members called role that cannot be told from them"
+    )
+    raise RequestError(message, code="invalid_value", param="messages")
+
+
+def _replaced(raw: bytes, spans: list[tuple[int, int, str]], roles: dict[str, str]) -> bytes:
     view = memoryview(raw)
     parts: list[bytes | memoryview] = []
     sent = 0
-    # To read all of a prompt again would cost twice its parse; a developer's message stands first.
-    for start, end in islice(scan_elements(raw, 0), last + 1):
-        message = raw[start:end]
-        for member in scan_members(message):
-            if member.name != "role":
-                continue
-            role = orjson.loads(message[member.value_start : member.end])
-            if type(role) is str and role in roles:
-                parts += (view[sent : start + member.value_start], orjson.dumps(roles[role]))
-                sent = start + member.end
+    for start, end, role in spans:
+        parts += (view[sent:start], orjson.dumps(roles[role]))
+        sent = end
     parts.append(view[sent:])
     return b"".join(parts)
+
+
+def _find_roles(raw: bytes, roles: dict[str, str]) -> list[tuple[int, int, str]]:
+    """All members called role with one of `roles`, at any depth, as far as no escape hides them."""
+    names = "|".join(map(re.escape, roles)).encode()
+    match_value = re.compile(_ROLE_VALUE % names).match
+    spans: list[tuple[int, int, str]] = []
+    place = raw.find(_ROLE)
+    while place >= 0:
+        found = match_value(raw, place + len(_ROLE))
+        if found and raw[place - 1] != _BACKSLASH:  # else the quote is one in a string
+            spans.append((found.start(1), found.end(1), found[1][1:-1].decode()))
+        place = raw.find(_ROLE, place + len(_ROLE))
+    return spans
+
+
+def _read_roles(raw: bytes, roles: dict[str, str], wanted: int) -> list[tuple[int, int, str]]:
+    spans: list[tuple[int, int, str]] = []
+    for start, end in scan_elements(raw, 0):
+        message = raw[start:end]
+        last: tuple[int, int, str] | None = None
+        for member in scan_members(message):
+            if member.name == "role":
+                role = orjson.loads(message[member.value_start : member.end])
+                is_ours = type(role) is str and role in roles
+                span = start + member.value_start, start + member.end, role
+                last = span if is_ours else None
+                if is_ours:
+                    spans.append(span)
+        wanted -= last is not None
+        if not wanted:
+            break
+    return spans

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from .aiohttp_bridge import Handler
 from .downstream import Answer, Client
 from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Admitted, Exchange
@@ -36,6 +37,7 @@ from .http11 import (
     repeated_head,
     skip_empty_line,
 )
+from .origin import cors_headers
 from .sink import Sink
 
 CHAT_PATHS: Final = frozenset(
@@ -44,24 +46,11 @@ CHAT_PATHS: Final = frozenset(
 # Bytes of following requests that are kept while one is answered. Reading never pauses, or the
 # client's leaving would go unseen; whoever sends more is closed after the answer.
 MAX_PIPELINED_BYTES: Final = 64 * 1024
+SMALL_PIECE_BYTES: Final = 4096  # of a body; smaller ones are joined, or objects outweigh bytes
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # aiohttp's parser refuses other methods in a form of its own.
 METHODS: Final = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
-# What aiohttp sees of a head: what its handlers read, and the framing. It is stricter than we are
-# with some other fields, and shows them in its log.
-_HANDLER_FIELDS: Final = frozenset(
-    (
-        b"host",
-        b"connection",
-        b"content-length",
-        b"transfer-encoding",
-        b"authorization",
-        b"origin",
-        b"access-control-request-method",
-        b"access-control-request-headers",
-    )
-)
 
 
 class State(Enum):
@@ -105,7 +94,7 @@ class DownstreamConnection(Client):
         self._pieces: list[bytes] = []
         self._body_bytes = 0
         self._exchange: Exchange | None = None
-        self._handler: _Handler | None = None
+        self._handler: Handler | None = None
         self._is_overrun = False  # more was pipelined than we keep
         self._waiting_since = 0.0
         self._discarded_bytes = 0
@@ -121,6 +110,9 @@ class DownstreamConnection(Client):
         try:
             peer = transport.get_extra_info("peername")
             address = peer[0] if isinstance(peer, tuple) else ""
+            room = self._gateway.room
+            if len(self._connections) > room.limit:
+                room.make(self._connections, self, self._gateway.loop.time())
             self.address_group = self._gateway.admission.enter(address)
         except UnavailableError as error:
             self._gateway.metrics.refused_connections += 1
@@ -243,7 +235,8 @@ class DownstreamConnection(Client):
             self._begin_handler(head, buffer[end:])
         else:
             methods = b", ".join(METHODS).decode()
-            self._refuse_head(HeadError(f"expected a method out of {methods}, got another", 405))
+            unknown = HeadError(f"expected a method out of {methods}, got another", 405)
+            self._refuse_head(unknown, head)
 
     def _check_unfinished(self, buffer: bytes) -> None:
         """Refuse a head now that no more bytes can mend."""
@@ -254,16 +247,21 @@ class DownstreamConnection(Client):
             # Its empty line ends in bare LF: we would wait for another one until the time limit.
             self._refuse_head(HeadError("expected lines that end with CR LF, got a bare LF"))
 
-    def _refuse_head(self, error: HeadError) -> None:
-        """What is no request, or could be read as two: 400 and close (RFC 9112, 11.2)."""
+    def _refuse_head(self, error: HeadError, head: RequestHead | None = None) -> None:
+        """What is no request, or could be read as two: 400 and close (RFC 9112, 11.2).
+
+        `head` is that of the request if it is one as far as that.
+        """
         self._gateway.metrics.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
-        self._refuse(status, RequestError(str(error), code=code, status=status))
+        self._refuse(status, RequestError(str(error), code=code, status=status), head)
 
-    def _refuse(self, status: int, refusal: ProxyError) -> None:
+    def _refuse(self, status: int, refusal: ProxyError, head: RequestHead | None = None) -> None:
         """Answer before there is a request, and close."""
         retry_after = refusal.retry_after
+        origins = self._gateway.config.server.cors_origins
+        origin = head.get(b"origin") if head is not None else None
         self._buffer = b""
         self._answer_early()
         answer = self._answer(version_minor=1, keep_alive=False)
@@ -272,10 +270,16 @@ class DownstreamConnection(Client):
             [
                 (b"content-type", b"application/json"),
                 (b"x-request-id", self._gateway.new_request_id().encode()),
-                (b"x-should-retry", b"false")
-                if retry_after is None
-                else (b"retry-after", b"%d" % math.ceil(retry_after)),
+                *(
+                    [(b"x-should-retry", b"false")]
+                    if retry_after is None
+                    else [
+                        (b"retry-after", b"%d" % math.ceil(retry_after)),
+                        (b"retry-after-ms", b"%d" % math.ceil(retry_after * 1000)),
+                    ]
+                ),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
+                *cors_headers(origins, origin),
             ],
             serialize_error(refusal),
         )
@@ -297,38 +301,51 @@ class DownstreamConnection(Client):
             keep_alive=head.keep_alive and not gateway.is_draining,
         )
         self._exchange = exchange = Exchange(gateway, self, head, answer)
-        self._admitted = admitted = exchange.admit(self._admitted)
-        if length is not None and length > gateway.config.server.max_body_bytes:
-            self._refuse_body()
-        elif length == len(rest):
+        self._admitted = exchange.admit(self._admitted)
+        if length == len(rest) and length <= gateway.config.server.max_body_bytes:
             self._state = _ANSWERING
             exchange.run(rest)
+        elif self._admitted is None:
+            self._refuse_at_head(head, length, rest)
+        elif length is not None and length > gateway.config.server.max_body_bytes:
+            self._refuse_body()
+        elif not exchange.enter():
+            self._refuse_at_head(head, length, rest)
         else:
-            self._begin_body(head, length, rest, is_admitted=admitted is not None)
+            self._begin_body(head, length, rest)
 
-    def _begin_body(
-        self, head: RequestHead, length: int | None, rest: bytes, *, is_admitted: bool
-    ) -> None:
+    def _begin_body(self, head: RequestHead, length: int | None, rest: bytes) -> None:
         """The body is still to come, but for `rest`."""
-        exchange = self._exchange
-        assert exchange is not None
         self._body = body = body_reader(head) if length is None else LengthBody(length)
         self._body_bytes = 0
         self._state = _BODY
-        if exchange.has_no_room:
-            self._answer_early()  # the rest of its body would take room all the same
-            exchange.run(b"", close=True)
-            return
         if head.expects_continue and not rest and not body.is_complete:
-            if not is_admitted:  # the client waits for our word and need not send its body
-                self._answer_early()
-                exchange.run(b"", close=True)
-                return
             self._write_continue()
         if rest or body.is_complete:
             self._read_body(rest)
         if self._state is _BODY:
             self._wait()
+
+    def _refuse_at_head(self, head: RequestHead, length: int | None, rest: bytes) -> None:
+        """Refuse a request by its head alone: nobody waits for the body of a stranger.
+
+        Where the whole body came along, the next request is found behind it, and the connection
+        goes on.
+        """
+        exchange = self._exchange
+        assert exchange is not None
+        body = body_reader(head) if length is None else LengthBody(length)
+        try:
+            body.feed(rest)
+            is_whole = body.is_complete
+        except FramingError:
+            is_whole = False
+        if is_whole:
+            self._state = _ANSWERING
+            self._buffer = body.leftover
+        else:
+            self._answer_early()
+        exchange.run(b"", close=not is_whole)
 
     def _write_continue(self) -> None:
         assert self._sink is not None
@@ -349,12 +366,19 @@ class DownstreamConnection(Client):
         if self._body_bytes > self.max_body_bytes:
             self._refuse_body()
             return
-        if exchange.is_admitted:  # who was not admitted is read to the end, and not kept
-            # One object a read: chunks of a byte or two would cost twenty times their size.
-            pieces = pieces if len(pieces) < 2 else [b"".join(pieces)]
-            self._pieces += pieces
+        # One object a read at most: chunks of a byte or two would cost twenty times their size.
+        if self._pieces and len(self._pieces[-1]) < SMALL_PIECE_BYTES:
+            pieces.insert(0, self._pieces.pop())
+        if pieces:
+            self._pieces.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        try:
+            exchange.hold_body(self._body_bytes)
+        except UnavailableError as full:  # compiled, a name has one type in a function
+            self._answer_early()
+            exchange.refuse(full, close=True)
+            return
         if body.is_complete:
-            whole = pieces[0] if len(self._pieces) == 1 == len(pieces) else b"".join(self._pieces)
+            whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
             self._pieces = []
             self._body = None
             self._state = _ANSWERING
@@ -407,8 +431,8 @@ class DownstreamConnection(Client):
         body = body_reader(head)
         if head.expects_continue and not rest and not body.is_complete:
             self._write_continue()
-        self._handler = _Handler(self, self._handlers(), body, keep_alive)
-        self._handler.start(_head_for_handler(head))
+        self._handler = Handler(self, self._handlers(), head, body, keep_alive)
+        self._handler.start()
         self._hold(self._handler.feed(rest))
 
     def refuse_handler(self, error: FramingError) -> None:
@@ -419,7 +443,7 @@ class DownstreamConnection(Client):
         if handler.is_answering:
             self.abort()
         else:
-            self._refuse_head(HeadError(f"the body's framing: {error}"))
+            self._refuse_head(HeadError(f"the body's framing: {error}"), handler.head)
 
     def handler_ended(self, *, keep_alive: bool, is_request_complete: bool) -> None:
         """aiohttp has written its last byte."""
@@ -455,6 +479,16 @@ class DownstreamConnection(Client):
         return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
     # Closing and deadlines
+
+    @property
+    def is_waiting(self) -> bool:
+        """No request is under way: none has begun, its head is not whole, or the last is over."""
+        return self._state is _HEAD or self._state is _LINGERING
+
+    @property
+    def waiting_since(self) -> float:
+        """Loop time at which the waiting of `is_waiting` began."""
+        return self._waiting_since
 
     @property
     def is_idle(self) -> bool:
@@ -539,110 +573,3 @@ class DownstreamConnection(Client):
         else:
             self.abort()
         return None
-
-
-def _head_for_handler(head: RequestHead) -> bytes:
-    """A head for aiohttp's parser, of parts that passed ours."""
-    target = b"%b?%b" % (head.path, head.query) if head.query else head.path
-    fields = [b"%b: %b\r\n" % item for item in head.headers if item[0] in _HANDLER_FIELDS]
-    line = b"%b %b HTTP/1.%d\r\n" % (head.method, target, head.version_minor)
-    return b"%b%b\r\n" % (line, b"".join(fields))
-
-
-class _Handler(asyncio.Transport):
-    """One request in aiohttp's hands, and the transport it sees: ours, except that its closing
-    only ends the answer. A response hook (app.py) makes every handler close after one answer."""
-
-    def __init__(
-        self,
-        connection: DownstreamConnection,
-        protocol: web.RequestHandler,
-        body: BodyReader,
-        keep_alive: bool,
-    ) -> None:
-        super().__init__()
-        self._connection = connection
-        self.protocol = protocol
-        self._body = body
-        self.wants_keep_alive = keep_alive
-        self.keep_alive = False  # the hook's word, once it has seen the response
-        self.is_answering = False  # a byte of the answer is out
-        self._is_ended = False
-        self._body_bytes = 0
-
-    def start(self, raw_head: bytes) -> None:
-        """Give aiohttp its head."""
-        self.protocol.connection_made(self)
-        self.protocol.data_received(raw_head)
-
-    def feed(self, data: bytes) -> bytes:
-        """Give aiohttp its part of the body; returns what belongs to the next request."""
-        if self._body.is_complete:
-            return data
-        try:
-            self._body.feed(data)
-        except FramingError as error:
-            # aiohttp's parser is not trusted with what ours refuses: the request ends here.
-            self._connection.refuse_handler(error)
-            return b""
-        leftover = self._body.leftover
-        part = data[: len(data) - len(leftover)]
-        self._body_bytes += len(part)
-        if self._body_bytes > self._connection.max_body_bytes:
-            self._connection.abort()  # none of these requests has a use for a body
-            return b""
-        if part:
-            self.protocol.data_received(part)
-        return leftover
-
-    def lose(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._is_ended = True
-        # Not now: the task that aiohttp started with `start` must have begun, or it fails.
-        asyncio.get_running_loop().call_soon(self.protocol.connection_lost, exc)
-
-    # What aiohttp asks of a transport
-
-    def write(self, data: Any) -> None:
-        if not self._is_ended and (sink := self._connection.sink) is not None:
-            self.is_answering = True
-            sink.write_aside(data)
-
-    def close(self) -> None:
-        if self._is_ended:
-            return
-        self._is_ended = True
-        asyncio.get_running_loop().call_soon(self.protocol.connection_lost, None)
-        self._connection.handler_ended(
-            keep_alive=self.keep_alive, is_request_complete=self._body.is_complete
-        )
-
-    def abort(self) -> None:
-        self._connection.abort()
-
-    def is_closing(self) -> bool:
-        transport = self._connection.transport
-        return self._is_ended or transport is None or transport.is_closing()
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        transport = self._connection.transport
-        return default if transport is None else transport.get_extra_info(name, default)
-
-    def pause_reading(self) -> None:
-        """Never: a request's body is bounded, and the client's leaving must be seen."""
-
-    def resume_reading(self) -> None:
-        """Nothing to resume."""
-
-    def is_reading(self) -> bool:
-        return True
-
-    def can_write_eof(self) -> bool:
-        return False
-
-    def get_write_buffer_size(self) -> int:
-        transport = self._connection.transport
-        return 0 if transport is None else transport.get_write_buffer_size()
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        return self.protocol

@@ -107,14 +107,21 @@ def main(arguments: Sequence[str]) -> int:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
         # The supervisor tells of all.
-        server = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
-        config = dataclasses.replace(config, server=server)
+        settings = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
+        config = dataclasses.replace(config, server=settings)
         listeners = _listeners(start["sockets"])
         tally = Tally(mmap.mmap(start["tally"], TALLY_BYTES), start["slot"])
         os.close(start["tally"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
-        run(lambda: _serve(Server(config, listeners, tally=tally, has_writer=False), end))
+        server = Server(
+            config,
+            listeners,
+            tally=tally,
+            has_writer=False,
+            workers=start.get("workers", 1),  # an older supervisor does not say
+        )
+        run(lambda: _serve(server, end))
     except (StartError, StoreError) as error:
         return tell_failed(end, [str(error)])
     except ConfigError as error:

@@ -15,17 +15,21 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
+from .folder import journal_directory
 from .journals import Batch, Journals, Remains, Segment, Values
 from .prices import parse_prices
 from .record import LOST, Record
-from .rows import COLUMNS, KEY_ID, STARTED, make_row, row_of
+from .rows import COLUMNS, KEY_ID, STARTED, Row, make_row, row_of
 from .store import DAY, Amendment, Records, StoreError
 from .stores import open_store
 from .usage import Usage
 
 logger = logging.getLogger("hoberproxy.ledger")
+
+Made = TypeVar("Made")
 
 BATCH_SIZE = 2000
 TICK = 0.2  # at most so long does a record wait
@@ -37,12 +41,6 @@ TAKE_OVER_INTERVAL = 0.5
 TIDY_INTERVAL = 60.0  # between looks for a day to sum up, records to delete, uses to write down
 SUM_DELAY = 3600.0  # after midnight: by then nearly all that began before it has ended
 FINISH_LIMIT = 5.0
-
-
-def journal_directory(path: str | os.PathLike[str]) -> str:
-    """Where the journals of those who use this records file are."""
-    # Not "-journal": SQLite has a file of that name.
-    return f"{os.path.realpath(path)}-requests"
 
 
 class WriterLock:
@@ -75,7 +73,8 @@ class WriterLock:
 class Writer:
     """To be made, used and closed on one thread. `open` raises StoreError, `turn` nothing.
 
-    `written` counts records that it put into the store, `lost` those that no store takes.
+    `written` counts records that it put into the store, `lost` those that no store takes,
+    `unreadable` the files that it kept for what it could not read of dead processes' journals.
     """
 
     def __init__(
@@ -103,6 +102,7 @@ class Writer:
         self._uses: dict[str, float] = {}  # key id → when it was used last
         self.written = 0
         self.lost = 0
+        self.unreadable = 0
         self.is_active = False  # has the lock
 
     def open(self) -> None:
@@ -213,12 +213,14 @@ class Writer:
             self._write_singly(batch)
         self._uses.update((row[KEY_ID], row[STARTED]) for row in batch.rows)  # type: ignore[misc]
 
-    def _write_singly(self, batch: Batch) -> None:
+    def _write_singly(self, batch: Batch) -> int:
+        """One by one; how many the store does not take."""
         parts = [
             *(([row], [], []) for row in batch.rows),
             *(([], [row], []) for row in batch.revised),
             *(([], [], [each]) for each in batch.amendments),
         ]
+        before = self.lost
         for part in parts:
             try:
                 self._records.write(*part)
@@ -228,6 +230,7 @@ class Writer:
                 self._lose(1, type(exc).__name__)
             else:
                 self.written += len(part[0])
+        return self.lost - before
 
     def _keep_for_later(self, exc: StoreError) -> None:
         if not self._back_off:
@@ -294,30 +297,38 @@ class Writer:
     def _take_over(self, store: Records) -> None:
         for remains in self._journals.dead():
             try:
-                self._store_remains(store, remains)
+                failed = self._store_remains(store, remains)
             except StoreError as exc:
                 if exc.is_transient:
                     remains.release()
                     raise
-                self._set_aside(remains, exc)
-            except Exception as exc:  # what another version wrote must not end the writer
-                self._set_aside(remains, exc)
+                failed = remains.size
+                logger.error("records of a dead process are not taken: %s", exc)
+            if failed:
+                logger.error("a journal with %d requests that no store takes is set aside", failed)
+                self.unreadable += remains.set_aside()
             else:
-                remains.remove()
+                self.unreadable += remains.remove()
 
-    def _set_aside(self, remains: Remains, exc: Exception) -> None:
-        count = len(remains.closed) + len(remains.opened)
-        logger.error("a journal with %d requests is set aside: %s", count, type(exc).__name__)
-        remains.set_aside()
+    def _store_remains(self, store: Records, remains: Remains) -> int:
+        """Requests that ended as they ended, the others as lost; those in the store stay.
 
-    def _store_remains(self, store: Records, remains: Remains) -> None:
-        """Requests that ended as they ended, the others as lost; those in the store stay."""
+        Returns how many no store takes: what another version wrote must not end the writer, nor
+        keep the others out.
+        """
         ended = [row_of(values) for values in remains.closed.values()]
         revised = [row_of(values) for values in remains.revised.values()]
-        amendments = [Amendment(**values) for values in remains.amended]
-        lost = [make_row(_lost_record(values)) for values in remains.opened.values()]
-        new = store.write(ended, revised, amendments)
-        new_lost = store.write(lost)
+        amendments, unfit = _each(lambda values: Amendment(**values), remains.amended)
+        lost, more_unfit = _each(_lost_row, remains.opened.values())
+        failed = unfit + more_unfit
+        self._lose(failed, "ValueError")
+        try:
+            new = store.write(ended, revised)
+            new_lost = store.write(lost, (), amendments)
+        except StoreError:
+            raise
+        except Exception:
+            return failed + self._write_singly(Batch([*ended, *lost], revised, amendments))
         self.written += new + new_lost
         self._uses.update((row[KEY_ID], row[STARTED]) for row in ended)  # type: ignore[misc]
         if (new or new_lost) and not remains.is_orderly:
@@ -327,6 +338,23 @@ class Writer:
                 new,
                 new_lost,
             )
+        return failed
+
+
+def _each(make: Callable[[Values], Made], found: Iterable[Values]) -> tuple[list[Made], int]:
+    """What can be made of these, and the number of those of which it cannot."""
+    made: list[Made] = []
+    unfit = 0
+    for values in found:
+        try:
+            made.append(make(values))
+        except Exception:
+            unfit += 1
+    return made, unfit
+
+
+def _lost_row(values: Values) -> Row:
+    return make_row(_lost_record(values))
 
 
 def _lost_record(values: Values) -> Record:

@@ -96,6 +96,7 @@ class WriterProcess:
         return {
             "snapshot": {
                 "records_lost": [[[], self._writer.lost]],
+                "journals_unreadable": [[[], self._writer.unreadable]],
                 "resident_bytes": [[[], size]],
             },
             "account": {

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 from .child import STEADY, Child, State, accounts_of, back_off, spawn
@@ -23,6 +24,7 @@ from .listeners import StartError
 logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for it to be ready
+MAX_STARTS = 6  # of one that is killed each time
 END_LIMIT = 10.0  # seconds after the last worker for the last records to be written
 
 
@@ -46,6 +48,23 @@ class Writers:
             return await self._start(config)
 
     async def _start(self, config: Config) -> Child:
+        for tries in count(1):
+            writer = await self._spawn(config)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(START_LIMIT):
+                    await writer.settled.wait()
+            if writer.state is State.SERVING:
+                break
+            is_final = not writer.was_killed or tries == MAX_STARTS or self._is_ending
+            await self.kill([writer])
+            if is_final:
+                problems = "; ".join(writer.problems)
+                raise StartError(problems or "the writer of records does not start")
+            logger.error("the writer of records was killed while it started; another one starts")
+            await asyncio.sleep(back_off(tries))
+        return writer
+
+    async def _spawn(self, config: Config) -> Child:
         pid, end = spawn([], "hoberproxy.writer_process")
         writer = Child(
             pid, generation=self._generation, slot=-1, state=State.STARTING, started=time.time()
@@ -59,12 +78,6 @@ class Writers:
             keep_days=config.records.keep_days,
             level=config.log.level.upper(),
         )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_LIMIT):
-                await writer.settled.wait()
-        if writer.state is not State.SERVING:
-            await self.kill([writer])
-            raise StartError("; ".join(writer.problems) or "the writer of records does not start")
         return writer
 
     def adopt(self, writers: list[Child], config: Config) -> None:

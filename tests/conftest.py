@@ -41,6 +41,7 @@ from hoberproxy.record import Record
 from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
 
+from .patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
 from .scripted import ScriptedUpstream, completion, json_response
 
 # Compiled code looks a name up once, so a test cannot put another thing in its place; and its bytes
@@ -52,7 +53,6 @@ pure_only = pytest.mark.skipif(IS_COMPILED, reason="of the sources alone")
 settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
-WAIT = 10.0  # seconds; only a failing test waits so long
 SLUG = "test/model"
 QUESTION = {"model": SLUG, "messages": [{"role": "user", "content": "hi"}]}
 
@@ -73,14 +73,20 @@ def pytest_asyncio_loop_factories(
 # No test hangs for good
 
 LONG = ("real", "load", "systemd")  # markers of what installs, boots or loads for minutes
-LONG_LIMIT = 900  # seconds
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Set the time limit of each test, unless the command line names one."""
+    if config.option.timeout is None:
+        config.option.timeout = TEST_LIMIT
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give long tests more time than pyproject.toml gives the others."""
     for item in items:
         if any(item.get_closest_marker(name) for name in LONG):
-            item.add_marker(pytest.mark.timeout(LONG_LIMIT))
+            item.add_marker(pytest.mark.timeout(LONG_TEST_LIMIT))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -321,7 +327,15 @@ def make_config(
     wildcard = Endpoint(provider.name, "*")
     return Config(
         server=ServerSettings(
-            **({"listen": (Address("127.0.0.1", 0),), "metrics_listen": None} | settings)
+            **(
+                {
+                    "listen": (Address("127.0.0.1", 0),),
+                    "metrics_listen": None,
+                    "comment_after": 0.0,  # or a slow machine has them in its streams
+                    "models_refresh": 0.0,  # or a script would meet a request that no test has made
+                }
+                | settings
+            )
         ),
         keys=KeySettings(keys_required),
         records=RecordSettings(str(records_file)),

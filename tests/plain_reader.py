@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hoberproxy.usage import Usage, read_usage
+from hoberproxy.usage import Usage, newest_usage
 
 HELD_EVENT = 16 * 1024  # an unfinished event
 HELD_OPENING = 64 * 1024  # all events before the first content
@@ -142,7 +142,7 @@ def _read_event(
         return event.raw
     if event.data == b"[DONE]":
         reading.is_done = True
-        return event.raw
+        return event.raw + (b"\n" if event.raw.endswith((b"\r\r", b"\n\r")) else b"")
     document = _load(event.data)
     if not isinstance(document, dict):
         reading.most += 1
@@ -150,7 +150,7 @@ def _read_event(
     if _is_error(document):
         reading.failure, reading.document = (True, _status(document)), document
         return _edit(event, document, slug, wants_usage)
-    reading.usage = read_usage(document) or reading.usage
+    reading.usage = newest_usage(reading.usage, document)
     if isinstance(document.get("id"), str):
         reading.upstream_id = reading.upstream_id or document["id"]
     if isinstance(document.get("model"), str):

@@ -32,7 +32,7 @@ from typing import Any
 
 import trustme
 
-WAIT = 10.0  # seconds a test waits at most for the upstream to see something
+from .patience import WAIT
 
 # Steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,9 @@ from hoberproxy.access import (
     is_well_formed,
 )
 from hoberproxy.errors import AccessError
+
+from .conftest import Proxy, chat, get
+from .scripted import ScriptedUpstream
 
 NOW = 1_700_000_000.0
 KEY = generate_key("live", bytes(range(24)))
@@ -190,3 +194,115 @@ def test_a_later_change_of_the_callers_mapping_is_not_seen() -> None:
     ring.replace(keys)
     keys.clear()
     assert ring.count == 1
+
+
+# Fields that hold a key
+
+
+def head(*fields: tuple[str, str]) -> Any:
+    values = {name.encode(): value.encode() for name, value in fields}
+
+    class Head:
+        def get(self, name: bytes, /) -> bytes | None:
+            return values.get(name)
+
+    return Head()
+
+
+BEARER = ("authorization", f"Bearer {KEY}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param([BEARER], id="as OpenAI's clients send it"),
+        pytest.param([("x-api-key", KEY)], id="as Anthropic's"),
+        pytest.param([("api-key", KEY)], id="as Azure's"),
+        pytest.param([("api-key", f" {KEY}\t")], id="white space around"),
+        pytest.param([BEARER, ("x-api-key", KEY), ("api-key", KEY)], id="the same in all"),
+        pytest.param([BEARER, ("x-api-key", UNKNOWN)], id="of two, Authorization's"),
+        pytest.param([("x-api-key", KEY), ("api-key", UNKNOWN)], id="of two, x-api-key's"),
+        pytest.param([("authorization", "Bearer sk-x"), ("api-key", KEY)], id="a provider's too"),
+        pytest.param([("authorization", "Bearer"), ("x-api-key", KEY)], id="an empty token too"),
+        pytest.param([("authorization", "Basic eDp5"), ("x-api-key", KEY)], id="a password too"),
+        pytest.param([("x-api-key", "sk-ant-x"), ("api-key", KEY)], id="the second is ours"),
+        pytest.param([("authorization", f"bearer  {KEY}"), ("api-key", UNKNOWN)], id="any case"),
+    ],
+)
+def test_the_first_field_with_a_key_of_ours_counts(fields: list[tuple[str, str]]) -> None:
+    assert keyring().authenticate_head(head(*fields), NOW) is CALLER
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        pytest.param([], "got none", id="no field"),
+        pytest.param([("x-api-key", "")], "got none", id="an empty field"),
+        pytest.param([("x-api-key", "sk-ant-secret")], "another form", id="a provider's key"),
+        pytest.param([("api-key", KEY[:-1])], "mistyped or cut", id="a cut key"),
+        pytest.param([("api-key", UNKNOWN)], "does not know it", id="an unknown key"),
+        pytest.param(
+            [("authorization", f"Bearer {UNKNOWN}"), ("x-api-key", KEY)],
+            "does not know it",
+            id="an unknown key first",
+        ),
+        pytest.param(
+            [("authorization", f"Basic {KEY}"), ("x-api-key", "secret")],
+            "Bearer token",
+            id="another scheme",
+        ),
+        pytest.param([("x-api-key", f"Bearer {KEY}")], "another form", id="a word before it"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_key_that_counts(
+    fields: list[tuple[str, str]], words: str
+) -> None:
+    with pytest.raises(AccessError) as refused:
+        keyring().authenticate_head(head(*fields), NOW)
+    assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
+    assert words in refused.value.message
+    assert "secret" not in refused.value.message and KEY[8:] not in refused.value.message
+
+
+# … of a running proxy
+
+
+def with_field(request: bytes, field: str) -> bytes:
+    """The request with another line in place of its Authorization."""
+    lines = request.split(b"\r\n")
+    place = next(n for n, line in enumerate(lines) if line.startswith(b"authorization:"))
+    lines[place : place + 1] = [field.encode()] if field else []
+    return b"\r\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["x-api-key", "api-key", "X-Api-Key", "API-KEY"])
+async def test_a_key_may_come_in_another_field(
+    proxy: Proxy, upstream: ScriptedUpstream, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "hoberproxy")
+    client = await proxy.connect()
+    for _ in range(2):
+        client.send(with_field(chat(proxy.key), f"{name}: {proxy.key}"))
+        answer = await client.read_answer()
+        assert answer.status == 200
+    client.send(get("/v1/key", f"{name}: {proxy.key}"))
+    assert (await client.read_answer()).json()["data"]["kind"] == "test"
+    id = answer.headers["x-request-id"]
+    client.send(get(f"/v1/generation?id={id}", f"{name}: {proxy.key}"))
+    assert (await client.read_answer()).status == 200
+    assert {record.key_label for record in proxy.records} == {"test"}
+    secret = proxy.key.encode()
+    assert not any(secret in each.head + each.body for each in upstream.requests)
+    assert proxy.key not in caplog.text
+    assert not {"x-api-key", "api-key"} & set(upstream.requests[0].headers)
+
+
+async def test_a_head_that_came_before_with_another_key_is_read_anew(proxy: Proxy) -> None:
+    client = await proxy.connect()
+    right = with_field(chat(proxy.key), f"x-api-key: {proxy.key}")
+    wrong = with_field(chat(proxy.key), f"x-api-key: {UNKNOWN}")
+    none = with_field(chat(proxy.key), "")
+    for request, status in ((right, 200), (wrong, 401), (right, 200), (none, 401), (right, 200)):
+        client.send(request)
+        assert (await client.read_answer()).status == status
+    assert [record.key_label for record in proxy.records] == ["test", "", "test", "", "test"]

@@ -18,7 +18,9 @@ from hoberproxy.accesslog import AccessLog, format_human, format_json
 from hoberproxy.errors import FailedAttempt
 from hoberproxy.record import Record
 
-PATIENCE = 30.0
+from .patience import WAIT
+
+PATIENCE = WAIT
 PIPE_BYTES = 1 << 20  # more than a pipe holds
 
 
@@ -167,6 +169,7 @@ def test_the_json_line_holds_what_an_operator_asks_for() -> None:
         "prompt_tokens": 12,
         "completion_tokens": 34,
         "cached_tokens": 0,
+        "cache_write_tokens": 0,
         "estimated": False,
         "first_content_ms": None,
         "total_ms": 1500,

@@ -73,6 +73,24 @@ async def test_a_request_is_found_as_soon_as_its_answer_is_there(proxy: Proxy, p
     assert data["latency"] is not None and not data["cancelled"]
 
 
+async def test_it_says_what_came_from_a_cache_and_what_went_into_one(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    details = {"cached_tokens": 600, "cache_write_tokens": 300}
+    answer = completion(usage=USAGE)
+    answer["usage"]["prompt_tokens_details"] = details
+    upstream._default = json_response(200, answer)
+    (model,) = proxy.gateway.config.models
+    prices = replace(PRICES, cached=Decimal("0.1"), cache_write=Decimal("1.25"))
+    model = replace(model, endpoints=(replace(model.endpoints[0], prices=prices),))
+    proxy.server.reload(replace(proxy.gateway.config, models=(model,)))
+    found = await fetch(proxy, f"/v1/generation?id={(await ask(proxy)).headers['x-request-id']}")
+    data = found.json()["data"]
+    assert (data["native_tokens_cached"], data["native_tokens_cache_write"]) == (600, 300)
+    assert data["cost"] == "0.001535"  # 100, 60, 375 and 1000 millionths
+    assert data["price"] == "prompt=1 completion=2 cached=0.1 cache_write=1.25"
+
+
 async def test_it_is_found_by_the_id_in_the_body(proxy: Proxy) -> None:
     answer = await ask(proxy)
     found = await fetch(proxy, f"/v1/generation?id={answer.json()['id']}")

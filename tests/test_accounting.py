@@ -11,7 +11,7 @@ import pytest
 
 from hoberproxy import accounting as accounting_module
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
-from hoberproxy.accounting import Accounts, permitted
+from hoberproxy.accounting import ASSUMED_OUTPUT, Accounts, permitted
 from hoberproxy.catalog import Endpoint
 from hoberproxy.errors import AccessError
 from hoberproxy.journals import Journals
@@ -162,6 +162,17 @@ def test_what_costs_nothing_holds_nothing(
     assert held(tallies) == 0
 
 
+def test_what_is_assumed_of_answers_without_a_limit_may_change(
+    accounts: Accounts, tallies: Tallies
+) -> None:
+    prompt = round(CALL.prompt_bytes / BYTES_PER_TOKEN)
+    for tokens in (ASSUMED_OUTPUT, 50):
+        lease = accounts.open(record(), RICH, CALL, PLAN, NOW)
+        assert lease is not None and lease.cost == (prompt + 2 * tokens) * 10**6
+        tallies.settle(RICH, lease, tokens=0, spent=0)
+        accounts.assume_output(50)  # as a reload of the config does
+
+
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
     accounts: Accounts, tallies: Tallies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +180,7 @@ def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
     for number in range(1, 20):
         plan = plan_of(Prices(request=Decimal(number) / 1000))
         accounts.open(record(), RICH, BOUNDED, plan, NOW)
-        assert len(accounts._prices) <= 3
+        assert len(accounts._offers) <= 3
     assert held(tallies) == sum(range(1, 20)) * PICO // 1000
 
 
@@ -232,3 +243,97 @@ def test_answers_that_broke_teach_nothing(accounts: Accounts) -> None:
     one = record(status=CLIENT_CLOSED, events=30)
     fill(accounts, one, None)
     assert one.completion_tokens == 30
+
+
+@pytest.mark.parametrize(
+    ("told", "counted"),
+    [
+        pytest.param(Usage(0, 0), (100, 30), id="nothing but zeros"),
+        pytest.param(Usage(80, 0, 64, 0, 8), (80, 30), id="no tokens of a text"),
+        pytest.param(Usage(0, 12), (100, 12), id="no tokens of a prompt"),
+    ],
+)
+def test_a_count_that_cannot_be_is_estimated_and_the_other_kept(
+    accounts: Accounts, told: Usage, counted: tuple[int, int]
+) -> None:
+    one = record(status=200, events=30)
+    fill(accounts, one, told)
+    assert (one.prompt_tokens, one.completion_tokens) == counted
+    assert (one.has_usage, one.estimated) == (False, True)
+    assert (one.cached_tokens, one.cache_write_tokens) == (
+        told.cached_tokens,
+        told.cache_write_tokens,
+    )
+    assert one.cost == (counted[0] + 2 * counted[1]) * 10**6
+
+
+def test_zeros_of_an_answer_without_text_are_believed(accounts: Accounts) -> None:
+    one = record(status=200)
+    fill(accounts, one, Usage(0, 0))
+    assert (one.has_usage, one.estimated, one.cost) == (True, False, 0)
+
+
+def test_counts_with_gaps_teach_nothing(accounts: Accounts) -> None:
+    fill(accounts, record(status=200, events=1), Usage(0, 5000))
+    one = record(status=200, events=30)
+    fill(accounts, one, None)
+    assert one.completion_tokens == 30
+
+
+# Answers without usage
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.name == "hoberproxy.upstream"]
+
+
+def test_of_each_endpoint_that_tells_no_usage_the_log_says_so_once(
+    accounts: Accounts, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        fill(accounts, record(status=200, events=30), None)
+        other = replace(ENDPOINT, upstream_model="other")
+        accounts.fill(
+            record(status=200),
+            other,
+            Usage(0, 0),
+            prompt_bytes=400,
+            body_bytes=0,
+            is_answered=True,
+        )
+        accounts.fill(
+            record(status=200), other, None, prompt_bytes=400, body_bytes=40, is_answered=True
+        )
+    first, second = warnings_of(caplog)
+    assert "provider east, model m:" in first
+    assert "provider east, model other:" in second
+    assert 'usage = "count"' in first
+    assert "stream_options" in first
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"status": CLIENT_CLOSED, "code": "client_closed", "events": 9}, id="left"),
+        pytest.param({"status": 200, "code": "upstream_error", "events": 9}, id="broken"),
+        pytest.param({"status": 200, "events": 0}, id="without a text"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_no_reason_to_say_so(
+    accounts: Accounts, caplog: pytest.LogCaptureFixture, values: dict[str, object]
+) -> None:
+    fill(accounts, record(**values), None)
+    assert not warnings_of(caplog)
+
+
+def test_nothing_is_said_of_tokens_that_are_counted_nor_of_too_many_endpoints(
+    accounts: Accounts, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounting_module, "MAX_SILENT", 5)
+    endpoints = [replace(ENDPOINT, upstream_model=str(number)) for number in range(20)]
+    for endpoint in [replace(ENDPOINT, usage="count"), *endpoints]:
+        one = record(status=200, events=3)
+        accounts.fill(one, endpoint, None, prompt_bytes=40, body_bytes=0, is_answered=True)
+    assert [text.split(":")[0] for text in warnings_of(caplog)] == [
+        f"provider east, model {number}" for number in range(5)
+    ]

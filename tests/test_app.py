@@ -17,6 +17,7 @@ from hoberproxy.app import make_app, make_metrics_app
 from hoberproxy.gateway import Gateway
 
 from .conftest import Proxy, StartProxy, chat, pure_only
+from .patience import WAIT
 
 Client = TestClient[web.Request, web.Application]
 PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
@@ -61,7 +62,7 @@ async def test_models_are_listed_as_openai_does(client: Client, prefix: str) -> 
     listing = await response.json()
     assert response.headers["Content-Type"].startswith("application/json")
     assert listing["object"] == "list"
-    assert [entry["id"] for entry in listing["data"]] == ["test/model", "any/*"]
+    assert [entry["id"] for entry in listing["data"]] == ["test/model"]
     assert listing["data"][0]["object"] == "model"
 
 
@@ -82,7 +83,9 @@ async def test_a_model_that_a_wildcard_serves_is_shown_under_its_own_name(client
     assert (response.status, (await response.json())["id"]) == (200, "any/thing-4.1")
 
 
-@pytest.mark.parametrize("slug", ["unknown", "test", "test/model/more", "test/model:", "x" * 5000])
+@pytest.mark.parametrize(
+    "slug", ["unknown", "any/*", "any/%2A", "test", "test/model/more", "test/model:", "x" * 5000]
+)
 async def test_an_unknown_model_is_not_found(client: Client, slug: str) -> None:
     response = await client.get(f"/v1/models/{slug}")
     error = await error_of(response)
@@ -286,7 +289,7 @@ async def test_the_server_listens_for_metrics_where_the_config_says(
     port = runner.addresses[0][1]
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-    text = await asyncio.wait_for(reader.read(), 10)
+    text = await asyncio.wait_for(reader.read(), WAIT)
     writer.close()
     assert b"hoberproxy_requests_open 0.0" in text
     assert not dataclasses.replace(with_metrics.gateway.config.server).cors_origins

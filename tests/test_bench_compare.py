@@ -43,8 +43,10 @@ from hoberproxy.cli import BENCH_PARTS, main
 from hoberproxy.config import parse_config
 from tests.processes import all_below, is_alive
 
+from .patience import WAIT
+
 ROOT = Path(__file__).parent.parent
-PATIENCE = 120.0  # seconds; only a failing test waits so long
+PATIENCE = 2 * WAIT
 HAS_NGINX = next(each for each in PEERS if each.name == REFERENCE).find() is not None
 TARGETS = [DIRECT, *([REFERENCE] if HAS_NGINX else []), PROXY, PROXY_WITH_LOG]
 
@@ -148,7 +150,7 @@ def test_a_run_that_is_ended_early_ends_what_it_started(tmp_path: Path) -> None:
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + WAIT
     while not condition():
         assert time.monotonic() < deadline, "the condition never came true"
         time.sleep(0.01)
@@ -368,7 +370,7 @@ def test_a_server_that_does_not_come_up_is_told_with_its_last_words(tmp_path: Pa
 
 def test_a_dead_port_refuses_connections() -> None:
     with processes.dead_port() as port, pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=1)
+        socket.create_connection(("127.0.0.1", port), timeout=WAIT)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ from bench import mock_upstream as mock
 from bench.histogram import Histogram
 from bench.procfs import ProcessTree
 
-DEADLINE = 30.0
+from .patience import WAIT
+
+DEADLINE = WAIT
 ROOT = Path(__file__).parent.parent
 STREAM = ["--stream", "--events", "4", "--pace", "0.002"]
 

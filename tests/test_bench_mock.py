@@ -21,7 +21,9 @@ import trustme
 from bench import mock_upstream as mock
 from bench.checks import Chunks
 
-DEADLINE = 10.0
+from .patience import WAIT
+
+DEADLINE = WAIT
 
 
 @pytest.fixture

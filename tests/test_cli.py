@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
-PATIENCE = 20.0  # seconds; only a failing test waits so long
+from .patience import WAIT
+
+PATIENCE = WAIT
 COMMAND = [str(Path(sys.executable).with_name("hoberproxy"))]
 MODULE = [sys.executable, "-W", "error", "-m", "hoberproxy"]
 DAY = 1_790_000_000.0  # 21 September 2026, 14:13 UTC
@@ -347,6 +349,21 @@ def test_usage_shows_numbers_and_marks_estimates(
     assert main(["usage", "--by", "provider"]) == 0
     _, line, _ = capsys.readouterr().out.splitlines()
     assert re.split(r" {2,}", line) == ["one", "3", "1", "~3,000", "~150", "0", "250 ms"]
+
+
+def test_what_was_written_to_caches_has_a_column_where_there_is_any(
+    records: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["usage", "--by", "provider"]) == 0
+    assert "cache write" not in capsys.readouterr().out
+    with closing(Store("records.db")) as store:
+        store.insert_records(
+            [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
+        )
+    assert main(["usage", "--by", "provider"]) == 0
+    head, line, _ = capsys.readouterr().out.splitlines()
+    assert re.split(r" {2,}", head)[5:7] == ["cached", "cache write"]
+    assert re.split(r" {2,}", line)[5:7] == ["0", "1,200"]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,19 @@ def test_only_the_models_name_is_replaced(raw: bytes, expected: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "end", [b"data: [DONE]\n\n", b"\n\ndata: [DONE]\n\n", b"\r\n\r\ndata:[DONE]\r\n\r\n"], ids=repr
+)
+def test_done_behind_a_completion_is_left_out(end: bytes) -> None:
+    # decolua/9router#3492: a whole completion, labelled a stream, and [DONE].
+    completion = parse_completion(body() + end, SLUG)
+    assert completion.body == parse_completion(body(), SLUG).body
+    with pytest.raises(CompletionError, match="a JSON body"):
+        parse_completion(body()[:-1] + end, SLUG)
+    with pytest.raises(CompletionError, match="a JSON body"):
+        parse_completion(end, SLUG)
+
+
+@pytest.mark.parametrize(
     ("raw", "words"),
     [
         pytest.param(b"", "a JSON body", id="nothing"),
@@ -116,7 +129,11 @@ def test_a_null_error_is_none() -> None:
 @pytest.mark.parametrize("choice", [None, "text", [], {"finish_reason": None}, {}], ids=repr)
 def test_a_strange_choice_has_no_finish_reason(choice: Any) -> None:
     assert parse_completion(body(choices=[choice]), SLUG).finish_reason == ""
-    assert as_stream(choices=[choice])[0]["choices"]
+    chunk = as_stream(choices=[choice])[0]
+    if isinstance(choice, dict):
+        assert chunk["choices"] == [{"index": 0, "delta": {}, "finish_reason": None}]
+    else:
+        assert chunk["choices"] == [], "no client reads anything but objects there"
 
 
 # As a stream
@@ -151,16 +168,50 @@ def test_usage_that_is_not_there_is_not_invented() -> None:
     assert len(as_stream(wants_usage=True, usage=None)) == 1
 
 
-def test_tool_calls_get_the_index_that_deltas_have() -> None:
-    calls = [{"id": "a", "function": {"name": "f"}}, {"id": "b"}, {"id": "c", "index": 7}, None]
+# What servers say in `index` of a whole answer's calls: sgl-project/sglang#13143 and #6715.
+@pytest.mark.parametrize(
+    "said", [{}, {"index": None}, {"index": 0}, {"index": 7}, {"index": "1"}], ids=repr
+)
+def test_tool_calls_are_numbered_whatever_the_server_says(said: dict[str, Any]) -> None:
+    calls = [{"id": "a", "function": {"name": "f"}} | said, {"id": "b"} | said, None, said]
     message = {"role": "assistant", "content": None, "tool_calls": calls}
     (chunk,) = as_stream(choices=[{"index": 0, "message": message, "finish_reason": "tool_calls"}])
-    assert chunk["choices"][0]["delta"]["tool_calls"] == [
-        {"index": 0, "id": "a", "function": {"name": "f"}},
-        {"index": 1, "id": "b"},
-        {"index": 7, "id": "c"},
-        None,
-    ]
+    delta = chunk["choices"][0]["delta"]
+    assert delta == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"index": 0, "id": "a", "function": {"name": "f"}},
+            {"index": 1, "id": "b"},
+            {"index": 2},
+        ],
+    }
+    assert type(delta["tool_calls"][0]["index"]) is int
+
+
+def test_members_that_clients_refuse_as_null_are_left_out_of_a_delta() -> None:
+    nulls = ("tool_calls", "function_call", "audio", "reasoning_content", "annotations")
+    message = {"content": "x", "refusal": None, **dict.fromkeys(nulls)}
+    (chunk,) = as_stream(choices=[{"index": 0, "message": message}], error=None)
+    assert chunk["choices"][0]["delta"] == {"role": "assistant", "content": "x", "refusal": None}
+    assert "error" not in chunk and "usage" not in chunk
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ([1, 0], [1, 0]),
+        ([0, 0], [0, 1]),
+        ([None, None], [0, 1]),
+        ([True, 1], [0, 1]),
+    ],
+)
+def test_choices_are_numbered_where_the_servers_numbers_do_not_tell_them_apart(
+    said: list[Any], expected: list[int]
+) -> None:
+    choices = [{"index": index, "message": {"content": "x"}} for index in said]
+    (chunk,) = as_stream(choices=choices)
+    assert [choice["index"] for choice in chunk["choices"]] == expected
 
 
 @pytest.mark.parametrize("wants_usage", [True, False])
@@ -171,3 +222,13 @@ def test_the_scanner_takes_it_for_a_finished_stream(wants_usage: bool) -> None:
     passed = scanner.feed(data) + scanner.feed_eof()
     assert passed == serialize_as_stream(completion, SLUG, wants_usage=wants_usage)
     assert (scanner.is_done, scanner.finish_reason, scanner.usage) == (True, "stop", Usage(9, 3))
+
+
+@pytest.mark.parametrize("broken", [{"error": {"code": 502}}, {"finish_reason": "error"}], ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_error_in_any_choice_is_an_error(broken: dict[str, Any], place: int) -> None:
+    choices: list[Any] = [{"finish_reason": "stop", "message": {}}]
+    choices.insert(place, broken)
+    with pytest.raises(CompletionError) as caught:
+        parse_completion(json.dumps({"choices": choices}).encode(), SLUG)
+    assert caught.value.is_error_body

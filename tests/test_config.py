@@ -128,13 +128,14 @@ def test_server_settings_are_read() -> None:
     listen = ["127.0.0.1:0", "[::1]:8080"]
     metrics_listen = "off"
     max_body_bytes = 1024
+    max_body_memory = 4096
     head_timeout = 1
     body_timeout = 2.5
     keepalive_timeout = 3
     write_timeout = 4
     drain_timeout = 0
     comment_after = 0
-    cors_origins = ["https://Chat.example.com", "*"]
+    cors_origins = ["https://Chat.example.com", "app://notes.example", "*"]
     [keys]
     required = false
     [records]
@@ -152,13 +153,14 @@ def test_server_settings_are_read() -> None:
         listen=(Address("127.0.0.1", 0), Address("::1", 8080)),
         metrics_listen=None,
         max_body_bytes=1024,
+        max_body_memory=4096,
         head_timeout=1.0,
         body_timeout=2.5,
         keepalive_timeout=3.0,
         write_timeout=4.0,
         drain_timeout=0.0,
         comment_after=0.0,
-        cors_origins=("https://chat.example.com", "*"),
+        cors_origins=("https://chat.example.com", "app://notes.example", "*"),
     )
     assert type(config.server.head_timeout) is type(config.server.body_timeout) is float
     assert (config.keys, config.records) == (KeySettings(False), RecordSettings("/var/lib/r.db"))
@@ -363,11 +365,22 @@ def test_an_endpoints_own_rules_win_name_by_name(own: str, expected: Adaptation)
 
 
 def test_an_endpoints_own_abilities_win_name_by_name() -> None:
-    own = 'vision = true\nparameters = ["b"]'
-    defaults = 'tools = true\nvision = false\nparameters = ["a"]'
+    own = 'vision = true\nparameters = ["b"]\naccepts = ["tool_choice=any"]'
+    defaults = 'tools = true\nvision = false\nparameters = ["a"]\naccepts = ["max_tokens=-1"]'
     assert endpoint(own, defaults).abilities == Abilities(
-        tools=True, vision=True, parameters=frozenset("b")
+        tools=True,
+        vision=True,
+        parameters=frozenset("b"),
+        accepts=frozenset(["tool_choice=any"]),
     )
+
+
+@pytest.mark.parametrize("value", ["any", "tool_choice", "max_tokens=-2", "temperature=3", "n=a b"])
+def test_what_an_endpoint_accepts_is_a_member_and_a_value(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        provider(f'accepts = ["{value}"]')
+    (problem,) = caught.value.problems
+    assert "providers.p.accepts[0]: expected a member and a value" in problem
 
 
 def test_a_preset_brings_abilities_and_adaptations_that_settings_override() -> None:
@@ -380,7 +393,10 @@ def test_a_preset_brings_abilities_and_adaptations_that_settings_override() -> N
     old = wildcard_of('preset = "openai"\nrename = { max_tokens = "max_tokens" }', "OPENAI_API_KEY")
     assert old.adaptation == Adaptation()
     deepseek = wildcard_of('preset = "deepseek"\nvision = false', "DEEPSEEK_API_KEY")
-    assert deepseek.abilities == Abilities(json_schema=False, vision=False)
+    known = frozenset(["content=null"])
+    assert deepseek.abilities == Abilities(json_schema=False, vision=False, accepts=known)
+    none = wildcard_of('preset = "deepseek"\naccepts = []', "DEEPSEEK_API_KEY")
+    assert none.abilities.accepts == frozenset()
     assert deepseek.adaptation.roles == (("developer", "system"),)
 
 
@@ -419,6 +435,22 @@ def test_any_json_value_can_be_set(value: Any) -> None:
 def test_a_wildcard_fills_in_the_whole_rest_by_default() -> None:
     endpoints = model('slug = "openai/*"\nendpoints = [{ provider = "p" }]').endpoints
     assert endpoints[0].upstream_model == "*"
+
+
+def test_every_part_of_usage_can_have_a_price() -> None:
+    price = (
+        'price = { prompt = 1, completion = "2", cached = "0.1", cache_write = "1.25", '
+        "reasoning = 3, request = 0.01 }"
+    )
+    (endpoint,) = model(f'slug = "m"\nendpoints = [{{ provider = "p", {price} }}]').endpoints
+    assert endpoint.prices == Prices(
+        prompt=Decimal(1),
+        completion=Decimal(2),
+        cached=Decimal("0.1"),
+        reasoning=Decimal(3),
+        request=Decimal("0.01"),
+        cache_write=Decimal("1.25"),
+    )
 
 
 def test_a_price_is_free_only_when_said() -> None:
@@ -532,6 +564,12 @@ REFUSED = [
     case("server.head_timeout", server("head_timeout = inf"), "Infinity", id="time-inf"),
     case("server.head_timeout", server('head_timeout = "10s"'), "unit", id="time-as-string"),
     case("server.head_timeout", server("head_timeout = 10:00:00"), "a date or", id="time-of-day"),
+    case(
+        "server.max_body_memory",
+        server("max_body_memory = 5000"),
+        "at least server.max_body_bytes (33554432)",
+        id="memory-for-no-body",
+    ),
     case("server.cors_origins", server('cors_origins = "*"'), "an array", id="origin-no-array"),
     case("server.cors_origins[0]", server('cors_origins = ["https://h/"]'), id="origin-path"),
     case("keys.required", "[keys]\nrequired = 0\n" + PROVIDER + MODEL, id="int-is-no-bool"),

@@ -30,6 +30,7 @@ from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .conftest import SLUG, Proxy, StartProxy, chat, wait_until
+from .patience import WAIT
 from .scripted import ScriptedUpstream, completion, json_response, sse, stream_events
 
 
@@ -120,12 +121,12 @@ def test_what_is_counted_and_not_delivered_is_bounded(
     for _ in range(5):
         count()
     for _ in range(3):
-        deliver = deliveries.get(timeout=10)
+        deliver = deliveries.get(timeout=WAIT)
     assert counted == []  # not on the thread
     deliver()
     assert len(counted) == 3
     count()
-    deliveries.get(timeout=10)()
+    deliveries.get(timeout=WAIT)()
     assert len(counted) == 4
     counter.close()
     assert deliveries.empty() and len(counted) == 4

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from hoberproxy.deadlines import TICK, Ticker, Timed, Wheel
 
+from .patience import WAIT
+
 START = 1000.0
 
 
@@ -253,7 +255,7 @@ async def test_a_ticker_turns_the_wheel_until_it_is_closed() -> None:
     asked = asyncio.Event()
     item = Item(answer=asked.set)
     wheel.schedule(item, loop.time())
-    await asyncio.wait_for(asked.wait(), 10)
+    await asyncio.wait_for(asked.wait(), WAIT)
     ticker.close()
     turned = wheel.now
     wheel.schedule(item, loop.time())

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hoberproxy.config import ServerSettings
 from hoberproxy.demo import (
     MODEL,
     DemoModel,
@@ -24,6 +25,9 @@ from hoberproxy.demo import (
     split_pieces,
 )
 from hoberproxy.errors import RequestError
+from hoberproxy.quickstart import embedded_config
+
+from .patience import WAIT
 
 WEATHER = {
     "type": "function",
@@ -346,7 +350,7 @@ async def test_a_stream_has_role_pieces_finish_and_done_in_this_order(base_url: 
     assert (status, content_type.split(";")[0]) == (200, "text/event-stream")
     events = events_of(raw)
     deltas = [event["choices"][0]["delta"] for event in events]
-    assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
+    assert deltas[0] == {"role": "assistant", "content": ""}
     assert [delta["content"] for delta in deltas[1:-1]] == ["1,", " 2,", " 3"]
     assert deltas[-1] == {}
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
@@ -354,14 +358,42 @@ async def test_a_stream_has_role_pieces_finish_and_done_in_this_order(base_url: 
     assert not any("usage" in event for event in events)
 
 
-async def test_usage_asked_for_is_null_on_all_events_but_the_last(base_url: str) -> None:
+async def test_usage_asked_for_is_on_the_last_event_alone(base_url: str) -> None:
     _, _, raw = await post(base_url, stream_body(stream_options={"include_usage": True}))
     *others, last = events_of(raw)
-    assert [event["usage"] for event in others] == [None] * len(others)
+    assert not any("usage" in event for event in others)
     assert last["choices"] == []
     assert last["usage"]["prompt_tokens"] == 3
     assert last["usage"]["completion_tokens"] == 3
     assert last["usage"]["total_tokens"] == 6
+
+
+def nulls_in(value: Any, place: str = "") -> set[str]:
+    """The members that are null, by their places."""
+    if isinstance(value, dict):
+        return {each for name, one in value.items() for each in nulls_in(one, f"{place}.{name}")}
+    if isinstance(value, list):
+        return {each for one in value for each in nulls_in(one, place)}
+    return {place} if value is None else set()
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "required"}])
+async def test_nothing_is_null_but_the_finish_reason_that_strict_clients_demand(
+    base_url: str, fields: dict[str, Any]
+) -> None:
+    usage = {"stream_options": {"include_usage": True}}
+    _, _, raw = await post(base_url, stream_body(**usage, **fields))
+    *events, finish, last = events_of(raw)
+    assert [nulls_in(event) for event in events] == [{".choices.finish_reason"}] * len(events)
+    assert nulls_in([finish, last]) == set()
+    _, _, raw = await post(base_url, stream_body(**fields | {"stream": False}))
+    assert nulls_in(json.loads(raw)) == set()
+    assert json.loads(raw)["system_fingerprint"]
+
+
+def test_its_context_is_long_enough_for_agents() -> None:
+    config = embedded_config(8001, {}, ServerSettings())
+    assert [model.context_length for model in config.models] == [131072]
 
 
 async def test_a_tool_call_is_streamed_as_the_official_client_joins_it(base_url: str) -> None:
@@ -413,7 +445,7 @@ async def test_a_client_that_hangs_up_ends_the_generation() -> None:
         await response.content.readline()
         assert demo.streaming == 1
         response.close()
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(WAIT):
             while demo.streaming:  # noqa: ASYNC110  # a plain counter has no event to wait for
                 await asyncio.sleep(0.01)
     await demo.aclose()

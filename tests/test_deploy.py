@@ -15,6 +15,7 @@ from hoberproxy.cli import make_parser
 from hoberproxy.config import EXAMPLE, ServerSettings, parse_config
 from hoberproxy.listeners import BACKLOG
 
+from .patience import WAIT
 from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -44,7 +45,7 @@ def arguments_of(command: str) -> list[str]:
 def run(*command: str) -> tuple[int, str]:
     """Its status and all that it printed."""
     ended = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=WAIT
     )
     return ended.returncode, ended.stdout
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hoberproxy.estimates import MAX_LEARNT, USUAL_ANSWER, Estimates
+from hoberproxy.estimates import DENSEST_LEARNT, MAX_LEARNT, USUAL_ANSWER, Estimates
 from hoberproxy.usage import Usage
 
 ENDPOINT = ("east", "model")
@@ -76,6 +76,15 @@ def test_what_an_endpoint_usually_answers_is_learnt() -> None:
         estimates.learn(ENDPOINT, Usage(10, 80), prompt_bytes=40, events=80, body_bytes=0)
     assert estimates.of_call(ENDPOINT, 400) == (100, 80)
     assert estimates.of_call(("west", "model"), 0) == (0, USUAL_ANSWER)
+
+
+def test_no_client_teaches_that_prompts_weigh_nothing() -> None:
+    estimates = Estimates()
+    for _ in range(30):  # runs of spaces, or images that were taken for text
+        estimates.learn(ENDPOINT, Usage(100, 9), prompt_bytes=100_000, events=9, body_bytes=0)
+    assert estimates.of_call(ENDPOINT, 4000)[0] == 1000
+    guess = estimates.usage(ENDPOINT, prompt_bytes=4000, events=9, body_bytes=0)
+    assert guess.prompt_tokens == round(4000 / DENSEST_LEARNT)
 
 
 def test_answers_too_short_to_tell_teach_no_ratio() -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .patience import WAIT
+
 HANGING = """\
 import asyncio, threading
 
@@ -32,6 +34,6 @@ def test_a_test_that_hangs_fails_alone(tmp_path: Path) -> None:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT,
     )
     assert "2 failed, 1 passed" in done.stdout, done.stdout + done.stderr

@@ -25,6 +25,7 @@ from hoberproxy.http11 import (
     ResponseHeads,
     UntilEofBody,
     body_reader,
+    check_response_head,
     find_head_end,
     parse_request_head,
     parse_response_head,
@@ -165,7 +166,17 @@ def test_kept_lines_are_bounded_in_number_and_length() -> None:
         pytest.param(b"/", b"/", b"", id="root"),
         pytest.param(b"/v1/models/a%2Fb", b"/v1/models/a%2Fb", b"", id="escapes stay raw"),
         pytest.param(b"/a?b?c", b"/a", b"b?c", id="second question mark is query"),
-        pytest.param(b"//h/a?", b"//h/a", b"", id="two slashes are a path"),
+        pytest.param(b"//h/a?", b"/h/a", b"", id="two slashes are a path"),
+        pytest.param(b"/v1//a///b", b"/v1/a/b", b"", id="doubled slashes are one"),
+        pytest.param(b"/a/?b=//", b"/a", b"b=//", id="a slash at the end goes"),
+        pytest.param(b"///", b"/", b"", id="slashes alone"),
+        pytest.param(b"http://h//a/", b"/a", b"", id="absolute form with slashes"),
+        pytest.param(b"/%76%31/%6dodel%73", b"/v1/models", b"", id="escaped letters"),
+        pytest.param(b"/%2D%2e%5F%7e%30%39%41%7a", b"/-._~09Az", b"", id="all unreserved"),
+        pytest.param(b"/%2f%25%41%3F%20%00%c3", b"/%2f%25A%3F%20%00%c3", b"", id="others stay"),
+        pytest.param(b"/%2541", b"/%2541", b"", id="nothing is undone twice"),
+        pytest.param(b"/a%2F/%2F", b"/a%2F/%2F", b"", id="an escaped slash is none"),
+        pytest.param(b"/%zz%4", b"/%zz%4", b"", id="what is no escape stays"),
         pytest.param(b"http://h:1/a?b", b"/a", b"b", id="absolute form"),
         pytest.param(b"HTTPS://[::1]:80?b", b"/", b"b", id="absolute form without path"),
     ],
@@ -535,6 +546,58 @@ def test_chunked_from_an_http_1_0_server_is_refused() -> None:
 def test_a_response_head_too_large_is_a_502() -> None:
     with pytest.raises(HeadError, match="at most 65536 bytes") as caught:
         parse_response_head(response(b"A: " + b"b" * MAX_RESPONSE_HEAD_BYTES))
+    assert caught.value.status == 502
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        LLAMA_HEAD,
+        response(b"A:", b"Server:\tnginx/1.2 (\xe9)", b"Content-Length: 0"),
+        response(start=b"HTTP/1.0 404"),
+        response(start=b"HTTP/1.1 103 Early Hints"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_every_beginning_of_a_good_head_may_go_on(head: bytes, size: int) -> None:
+    searched = 0
+    for end in range(size, len(head), size):
+        check_response_head(head[:end], searched)
+        searched = max(0, end - 3)
+
+
+# Each with the bytes at which no others can mend it.
+HOPELESS = {
+    "a status line ended by LF": (b"HTTP/1.1 200 OK\n", 16),
+    "a later line ended by LF": (b"HTTP/1.1 200 OK\r\nA: b\nC: d\n\n", 22),
+    "the empty line of LF alone": (b"HTTP/1.1 200 OK\r\nA: b\r\n\n", 24),
+    "a line ended by CR": (b"HTTP/1.1 200 OK\rA", 17),
+    "NUL": (b"HTTP/1.1 200 OK\r\nA: \0", 21),
+    "a banner of SSH": (b"SSH-2.0-OpenSSH_9.2\r\n", 1),
+    "frames of HTTP/2": (b"\0\0\x12\4\0\0\0\0\0", 1),
+    "an alert of TLS": (b"\x15\3\1\0\2\2\x50", 1),
+    "a body without a head": (b'{"error": "no"}', 1),
+    "another version": (b"HTTP/2 200", 6),
+    "an empty line first": (b"\r\n", 1),
+    "a status of letters": (b"HTTP/1.1 OK\r\n", 13),
+    "a line without a colon": (b"HTTP/1.1 200 OK\r\nno colon\r\n", 27),
+    "a line that goes on": (b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n", 27),
+    "a name with a space": (b"HTTP/1.1 200 OK\r\nA : b\r\n", 24),
+}
+
+
+@pytest.mark.parametrize(("head", "enough"), HOPELESS.values(), ids=HOPELESS)
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_a_head_that_no_bytes_can_mend_fails_as_soon_as_it_shows(
+    head: bytes, enough: int, size: int
+) -> None:
+    searched = end = 0
+    while end < enough - (enough % size or size):
+        end += size
+        check_response_head(head[:end], searched)
+        searched = max(0, end - 3)
+    with pytest.raises(HeadError) as caught:
+        check_response_head(head[: end + size], searched)
     assert caught.value.status == 502
 
 

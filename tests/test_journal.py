@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,19 @@ import pytest
 from hoberproxy import journal as journal_module
 from hoberproxy.journal import (
     ENTRY,
-    HEAD,
-    HEAD_BYTES,
     NOWHERE,
     UNFINISHED,
     Journal,
 )
-from hoberproxy.journals import UNFINISHED_FOR, Journals, Remains
+from hoberproxy.journals import (
+    MAX_UNREADABLE,
+    UNFINISHED_FOR,
+    UNREADABLE,
+    Journals,
+    Remains,
+)
 
-WAIT = 30.0
+from .patience import WAIT
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def test_another_writer_goes_on_where_the_store_is(
 def test_a_segment_used_again_shows_nothing_of_its_earlier_use(
     journal: Journal, journals: Journals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 400)
+    monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 420)
     seen: list[bytes] = []
     for number in range(60):
         found = journal.open([f"req_{number:04}"])
@@ -353,32 +356,38 @@ def remains_of(path: Path) -> list[Remains]:
 def test_files_of_another_kind_are_set_aside_and_empty_ones_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    (tmp_path / "w-1.journal").write_bytes(b"hbjrnl01" + bytes(100))
     (tmp_path / "x-1.segment").write_bytes(b"something else entirely")
     (tmp_path / "y-1.segment").write_bytes(b"")
     (tmp_path / "z-1.segment").write_bytes(bytes(4096))
     journals = Journals(tmp_path)
+    kept = 0
     for remains in journals.dead():
         assert not remains.opened and not remains.closed
-        remains.remove()
+        kept += remains.remove()
     journals.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["x-1.unreadable"]
-    assert "no journal of this program" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w-1.unreadable", "x-1.unreadable"]
+    assert kept == 2
+    assert caplog.text.count("no journal of this version") == 2
 
 
-def test_a_journal_that_cannot_be_read_is_set_aside(
+def test_an_entry_that_fits_no_names_is_kept_and_told(
     tmp_path: Path, journals: Journals, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path / "journal")
     journal.prepare()
     journal.open(["too", "many", "values"])
+    journal.open(["req_1", 2])
     die(journal)
-    assert list(journals.dead()) == []
-    assert [path.suffix for path in (tmp_path / "journal").iterdir()] == [".unreadable"]
-    assert "no journal of this program" in caplog.text
+    (remains,) = journals.dead()
+    assert list(remains.opened) == ["req_1"]
+    assert remains.remove() == 1
+    assert [path.suffix for path in (tmp_path / "journal").iterdir()] == [UNREADABLE]
+    assert caplog.text.count("damaged; ") == 1
 
 
-@pytest.mark.parametrize("cut", range(1, 20))
-def test_a_torn_last_entry_of_a_dead_owner_is_left_out(
+@pytest.mark.parametrize("cut", range(1, ENTRY.size + 12))
+def test_a_torn_last_entry_of_a_dead_owner_is_left_out_and_kept(
     tmp_path: Path, journals: Journals, cut: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     journal = Journal(tmp_path / "journal")
@@ -394,47 +403,24 @@ def test_a_torn_last_entry_of_a_dead_owner_is_left_out(
     die(journal)
     (remains,) = journals.dead()
     assert list(remains.closed) == ["req_1"]
-    assert caplog.text.count("torn") == 1
-    remains.release()
+    assert remains.remove() == 1
+    assert caplog.text.count("damaged; ") == 1
 
 
-def leave(path: Path, head: bytes, generation: bytes) -> None:
-    """A file as of a version before: other heads, and entries with another checksum."""
-    seed, data = zlib.crc32(generation), head
-    for payload in (
-        b'n[["id","x"],["id","y"]]',
-        b'o["req_1",1]',
-        b'o["req_2",2]',
-        b'c["req_2",3]',
-    ):
-        data += ENTRY.pack(len(payload), zlib.crc32(payload, seed)) + payload
-    path.parent.mkdir()
-    path.write_bytes(data + bytes(HEAD_BYTES))
-
-
-def test_what_the_version_before_left_is_read(tmp_path: Path, journals: Journals) -> None:
-    """Its form: magic, generation, and the same entries."""
-    generation = b"01234567"
-    leave(tmp_path / "journal" / "abc-1.journal", b"hbjrnl01" + generation, generation)
-    assert read(journals) == []  # while its owner lives, that writes by itself
-    (remains,) = journals.dead()
-    assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
-    assert remains.closed == {"req_2": {"id": "req_2", "y": 3}}
-    remains.remove()
-    assert not list((tmp_path / "journal").iterdir())
-
-
-def test_segments_with_the_checksums_of_the_version_before_are_read(
-    tmp_path: Path, journals: Journals
+def test_what_is_kept_is_bounded_and_the_oldest_goes(
+    tmp_path: Path, journals: Journals, caplog: pytest.LogCaptureFixture
 ) -> None:
-    generation = b"01234567"
-    head = (b"hbjrnl02" + HEAD.pack(generation, 1, 0)).ljust(HEAD_BYTES, b"\0")
-    leave(tmp_path / "journal" / "abc-1.segment", head, generation)
-    assert read(journals) == [b'c["req_2",3]']
-    (remains,) = journals.dead()
-    assert remains.opened == {"req_1": {"id": "req_1", "x": 1}}
-    remains.remove()
-    assert not list((tmp_path / "journal").iterdir())
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    for number in range(MAX_UNREADABLE + 2):
+        path = folder / f"{number}-1{UNREADABLE}"
+        path.touch()
+        os.utime(path, (number, number))
+    assert list(journals.dead()) == []
+    assert len(list(folder.iterdir())) == MAX_UNREADABLE
+    assert not (folder / f"1-1{UNREADABLE}").exists()
+    assert (folder / f"2-1{UNREADABLE}").exists()
+    assert caplog.text.count("is removed") == 2
 
 
 def write_forever(path: Path, ready: Any) -> None:

@@ -26,7 +26,9 @@ from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 from hoberproxy.writer import BUSY_TIMEOUT, Writer
 
-PATIENCE = 30.0  # seconds; only a failing test waits so long
+from .patience import WAIT
+
+PATIENCE = WAIT
 
 
 @pytest.fixture
@@ -573,6 +575,75 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
     store.close()
 
 
+def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
+    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = Ledger(path, Keyring(), has_writer=False)
+    dead.journal.prepare()
+    for number in range(60):
+        one = record(number)
+        dead.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
+        dead.journal.seal(one)
+    die(dead)
+    (file,) = path.with_name("store.db-requests").glob("*.segment")
+    data = bytearray(file.read_bytes())
+    data[4096:8192] = bytes(4096)
+    file.write_bytes(data)
+    whole = {n for n in range(60) if b'c["%s"' % record(n).id.encode() in data}
+    assert {0, 59} < whole < set(range(60))
+    ledger = make()
+    ledger.start()
+    kept = file.with_suffix(".unreadable")
+    assert kept.read_bytes() == data
+    assert ledger.unreadable == 1
+    store = Store(path)
+    ended = {one.id for one in store.export_records() if one.status == 200}
+    lost = {one.id for one in store.export_records() if one.code == "lost"}
+    # The last one before the hole may reach into it.
+    assert {record(n).id for n in whole} - ended <= {record(max(whole - {*range(20, 60)})).id}
+    assert len(ended | lost) == len(ended) + len(lost) < 60
+    ledger.close()
+    make().start()
+    assert len(list(store.export_records())) == len(ended | lost)
+    store.close()
+    assert caplog.text.count("damaged; ") == 1
+    assert [each.suffix for each in kept.parent.iterdir() if each.stem == kept.stem] == [
+        ".unreadable"
+    ]
+
+
+def test_what_no_store_takes_keeps_no_other_request_of_the_journal_out(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    dead = Ledger(path, Keyring(), has_writer=False)
+    dead.journal.prepare()
+    dead.journal.open(["req_1", "no time", *[None] * 10])
+    dead.journal.seal(record(2))
+    dead.journal.open_record(record(3), "a/b", ENDPOINT, 1, 1)
+    die(dead)
+    ledger = make()
+    ledger.start()
+    store = Store(path)
+    assert [one.id for one in store.export_records()] == [record(2).id, record(3).id]
+    store.close()
+    assert (ledger.lost, ledger.unreadable) == (1, 1)
+
+
+def test_an_amendment_does_not_stand_for_an_end_that_is_damaged(
+    make: Callable[..., Ledger], path: Path
+) -> None:
+    dead = Ledger(path, Keyring(), has_writer=False)
+    dead.journal.prepare()
+    dead.journal.open_record(record(1), "a/b", ENDPOINT, 1, 1)
+    dead.journal.amend([record(1).id, 5, 6, 7])
+    die(dead)
+    make().start()
+    store = Store(path)
+    (lost,) = store.export_records()
+    assert (lost.code, lost.prompt_tokens, lost.completion_tokens) == ("lost", 5, 6)
+    store.close()
+
+
 def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
     make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -600,7 +671,7 @@ def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
     ledger.start()
     ledger.put(record(1))
     wait_until(lambda: ledger.written == 1)
-    assert "a journal with 1 requests is set aside" in caplog.text
+    assert "a journal with 1 requests that no store takes is set aside" in caplog.text
     assert list(path.with_name("store.db-requests").glob("*.unreadable"))
 
 

@@ -18,7 +18,9 @@ from hoberproxy.limits import (
     DAY_MS,
     DAY_REQUESTS,
     DAY_SPENT,
+    MINUTE_HELD,
     MINUTE_MS,
+    MINUTE_REQUESTS,
     MINUTE_TOKENS,
     MONTH,
     MONTH_SPENT,
@@ -30,11 +32,14 @@ from hoberproxy.limits import (
     KeyLimits,
     Lease,
     admit,
+    enter,
     format_dollars,
     format_wait,
+    leave,
     limit_lines,
     month_of,
     month_start,
+    reserve,
     restore,
     settle,
     spent_in,
@@ -191,6 +196,35 @@ def test_a_guessed_answer_gives_way_to_a_tight_limit_but_a_wish_does_not() -> No
     assert refusal(fresh(), limits, prompt_tokens=301, is_bounded=False).retry_after is None
 
 
+def test_a_guess_gives_way_only_while_no_other_call_is_under_way() -> None:
+    cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
+    first = ask(cells, limits, prompt_tokens=10, answer_tokens=600, is_bounded=False)
+    error = refusal(cells, limits, prompt_tokens=10, answer_tokens=600, is_bounded=False)
+    assert error.retry_after == BUSY_WAIT  # not until the next minute: what is held comes back
+    assert "wait for running calls to end, or give max_tokens" in error.message
+    ask(cells, limits, prompt_tokens=10, answer_tokens=300)
+    settle(cells, first, tokens=20, spent=0)
+    assert cells[MINUTE_HELD] == 310
+    ask(cells, limits, prompt_tokens=10, answer_tokens=600, is_bounded=False)
+
+
+def test_once_the_tokens_are_used_the_next_minute_is_waited_for() -> None:
+    cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
+    settle(cells, ask(cells, limits), tokens=1000, spent=0)
+    later = refusal(cells, limits, NOW + 10_000, is_bounded=False)
+    assert later.retry_after == 50 and "the next minute" in later.message
+
+
+def test_of_several_answers_only_one_gives_way() -> None:
+    limits = KeyLimits(tokens_per_minute=1000, budget=1000)
+    guess: dict[str, Any] = {"prompt_cost": 10, "answer_cost": 1600, "is_bounded": False}
+    ask(fresh(), limits, choices=2, answer_tokens=1600, **guess)  # one of them fits
+    error = refusal(fresh(), limits, choices=4, answer_tokens=1600, **guess)
+    assert error.status == 402 and "lower its n" in error.message
+    error = refusal(fresh(), limits, choices=4, answer_tokens=1600, is_bounded=False)
+    assert error.status == 429 and error.retry_after is None
+
+
 def test_what_is_settled_late_does_not_touch_the_next_minute() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
     lease = ask(cells, limits, prompt_tokens=900)
@@ -222,6 +256,62 @@ def test_held_and_used_tokens_never_pass_the_limit_while_answers_keep_to_theirs(
             assert cells[MINUTE_TOKENS] <= 1000
             settle(cells, lease, tokens=min(used, prompt + answer), spent=0)
         assert 0 <= cells[MINUTE_TOKENS] <= 1000
+
+
+# In two steps
+
+
+@pytest.mark.parametrize(
+    ("limits", "used", "running", "status"),
+    [
+        pytest.param(KeyLimits(requests_per_minute=1), {}, 0, 429, id="requests a minute"),
+        pytest.param(KeyLimits(requests_per_day=1), {}, 0, 429, id="requests a day"),
+        pytest.param(KeyLimits(concurrency=1), {}, 1, 429, id="calls at once"),
+        pytest.param(KeyLimits(tokens_per_minute=9), {"tokens": 9}, 0, 429, id="tokens"),
+        pytest.param(KeyLimits(budget=9), {"spent": 9}, 0, 402, id="a budget"),
+    ],
+)
+def test_what_no_body_can_mend_is_refused_at_the_head(
+    limits: KeyLimits, used: dict[str, int], running: int, status: int
+) -> None:
+    cells = fresh()
+    assert not enter(cells, limits, NOW).is_reserved
+    settle(
+        cells, reserve(cells, limits, NOW, Demand(0, 0, True)), **{"tokens": 0, "spent": 0, **used}
+    )
+    before = list(cells)
+    with pytest.raises(AccessError) as caught:
+        enter(cells, limits, NOW, running=running)
+    assert caught.value.status == status
+    assert cells == before
+
+
+def test_what_is_only_held_refuses_no_head() -> None:
+    cells, limits = fresh(), KeyLimits(tokens_per_minute=9, budget=9)
+    ask(cells, limits, prompt_tokens=4, answer_tokens=5, prompt_cost=4, answer_cost=5)
+    entered = enter(cells, limits, NOW, held=9)
+    with pytest.raises(AccessError, match="wait for running calls"):
+        reserve(cells, limits, NOW, Demand(1, 1, True, 1, 1), held=9)
+    leave(cells, entered)
+    assert (cells[MINUTE_REQUESTS], cells[DAY_REQUESTS]) == (1, 1)
+
+
+def test_a_call_is_counted_when_its_head_came_and_held_when_its_body_did() -> None:
+    cells, limits = fresh(), KeyLimits(requests_per_day=9, tokens_per_minute=100, budget=100)
+    enter(cells, limits, MIDNIGHT - 1)
+    lease = reserve(cells, limits, MIDNIGHT + MINUTE_MS, Demand(4, 5, True, 4, 5))
+    assert (cells[DAY_REQUESTS], cells[MINUTE_REQUESTS]) == (0, 0)  # those were of the day before
+    assert (cells[MINUTE_HELD], cells[DAY_SPENT]) == (9, 9)
+    settle(cells, lease, tokens=3, spent=2)
+    assert (cells[MINUTE_TOKENS], cells[MINUTE_HELD], cells[DAY_SPENT]) == (3, 0, 2)
+
+
+def test_what_leaves_after_its_minute_or_day_takes_nothing_from_the_next() -> None:
+    cells, limits = fresh(), KeyLimits(requests_per_minute=9, requests_per_day=9)
+    entered = enter(cells, limits, MIDNIGHT - 1)
+    ask(cells, limits, MIDNIGHT + MINUTE_MS)
+    leave(cells, entered)
+    assert (cells[MINUTE_REQUESTS], cells[DAY_REQUESTS]) == (1, 1)
 
 
 # Budgets

@@ -16,8 +16,9 @@ import pytest
 from hoberproxy import locks as locks_module
 from hoberproxy.locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 
+from .patience import WAIT
+
 PROCESSES = multiprocessing.get_context("spawn")
-WAIT = 30.0
 PLACE = MUTEX_BYTES
 KINDS = ("mutexes", "file locks")
 

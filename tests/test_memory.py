@@ -11,6 +11,8 @@ import pytest
 
 from hoberproxy import memory
 
+from .patience import WAIT
+
 # As a prompt of 1 MB does: pieces, the whole, what goes upstream, all freed after the answer.
 REQUESTS = """
 import resource, sys
@@ -38,7 +40,7 @@ def run(how: str, code: str = REQUESTS, **variables: str) -> subprocess.Complete
         [sys.executable, "-c", code, how],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT,
         env=environ | {"PYTHONPATH": str(Path(memory.__file__).parents[1])} | variables,
     )
 
@@ -100,3 +102,48 @@ def test_many_open_streams_bring_on_no_full_collection() -> None:
 
 def test_rings_of_references_are_collected_all_the_same() -> None:
     assert int(run("rarely", COLLECTIONS).stdout.split()[1]) < 5_000_000, "where it gives up"
+
+
+def write_files(root: Path, files: dict[str, str]) -> str:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(
+            {
+                "proc/self/cgroup": "0::/system.slice/hoberproxy.service\n",
+                "sys/fs/cgroup/system.slice/hoberproxy.service/memory.max": "max\n",
+                "sys/fs/cgroup/system.slice/memory.max": "67108864\n",
+            },
+            id="a slice around a service",
+        ),
+        pytest.param(
+            {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "67108864\n"},
+            id="a container",
+        ),
+        pytest.param(
+            {
+                "proc/self/cgroup": "4:cpu,memory:/docker/abc\n0::/\nnonsense\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "67108864\n",
+            },
+            id="version 1, seen from inside",
+        ),
+    ],
+)
+def test_the_memory_of_a_container_is_less_than_the_machines(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    assert memory.machine_memory(write_files(tmp_path, files)) == 64 * 1024 * 1024
+
+
+def test_without_limits_the_machines_memory_counts(tmp_path: Path) -> None:
+    whole = memory.machine_memory(str(tmp_path))
+    assert 64 * 1024 * 1024 < whole < 2**50
+    unlimited = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}
+    assert memory.machine_memory(write_files(tmp_path, unlimited)) == whole

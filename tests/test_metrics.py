@@ -105,14 +105,39 @@ def test_a_request_is_counted_by_how_it_ended(values: dict[str, Any], status: st
 
 
 def test_tokens_add_up_by_kind() -> None:
-    counted = record(prompt_tokens=10, completion_tokens=5, cached_tokens=4, reasoning_tokens=3)
+    counted = record(
+        prompt_tokens=10,
+        completion_tokens=5,
+        cached_tokens=4,
+        reasoning_tokens=3,
+        cache_write_tokens=2,
+    )
     samples = scrape(metrics_of(counted, counted, record(estimated=True, prompt_tokens=1)))
     tokens = {
         kind: samples[of("hoberproxy_tokens_total", model="a/b", provider="east", kind=kind)]
-        for kind in ("prompt", "completion", "cached", "reasoning")
+        for kind in ("prompt", "completion", "cached", "reasoning", "cache_write")
     }
-    assert tokens == {"prompt": 21, "completion": 10, "cached": 8, "reasoning": 6}
+    assert tokens == {
+        "prompt": 21,
+        "completion": 10,
+        "cached": 8,
+        "reasoning": 6,
+        "cache_write": 4,
+    }
     assert samples[of("hoberproxy_estimated_requests_total")] == 1
+
+
+def test_whole_answers_without_usage_are_counted_and_no_others() -> None:
+    guessed: dict[str, Any] = {"estimated": True, "prompt_tokens": 9, "completion_tokens": 5}
+    left = record(**guessed, status=CLIENT_CLOSED, code="client_closed")
+    broken = record(**guessed, code="upstream_error")
+    empty = record(**guessed | {"completion_tokens": 0})
+    told = record(prompt_tokens=9, completion_tokens=5, has_usage=True)
+    samples = scrape(metrics_of(left, broken, empty, told))
+    assert not named(samples, "hoberproxy_usage_missing_total")
+    samples = scrape(metrics_of(left, broken, empty, told, record(**guessed), record(**guessed)))
+    missing = of("hoberproxy_usage_missing_total", model="a/b", provider="east")
+    assert samples[missing] == 2
 
 
 def test_failed_attempts_are_counted_by_provider_and_phase() -> None:

@@ -11,12 +11,14 @@ import pytest
 
 from hoberproxy.notify import Notifier
 
+from .patience import WAIT
+
 
 @pytest.fixture
 def manager(tmp_path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(str(tmp_path / "notify"))
-        end.settimeout(5)
+        end.settimeout(WAIT)
         yield end
 
 
@@ -36,7 +38,7 @@ def test_each_state_is_one_datagram(manager: socket.socket) -> None:
 def test_an_address_in_the_abstract_namespace_begins_with_an_at() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
         end.bind(f"\0hoberproxy-test-{os.getpid()}")
-        end.settimeout(5)
+        end.settimeout(WAIT)
         Notifier({"NOTIFY_SOCKET": f"@hoberproxy-test-{os.getpid()}"}).alive()
         assert end.recv(4096) == b"WATCHDOG=1"
 

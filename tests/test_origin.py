@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -10,7 +11,11 @@ from hoberproxy.errors import AccessError, RequestError
 from hoberproxy.http11 import parse_request_head
 from hoberproxy.origin import check_local_request, cors_headers, is_local_host
 
-from .conftest import StartProxy, chat, get
+from .conftest import QUESTION, StartProxy, chat, get
+from .scripted import ScriptedUpstream, sse, stream_events
+
+STREAMED = {**QUESTION, "stream": True}
+CHUNKED = "transfer-encoding: chunked"
 
 
 @pytest.mark.parametrize(
@@ -141,3 +146,100 @@ async def test_a_proxy_with_keys_may_be_called_by_any_name(start_proxy: StartPro
     assert (await client.read_answer()).status == 200
     client.send(get("/v1/models").replace(b"host: localhost", b"host: proxy.example"))
     assert (await client.read_answer()).status == 200
+
+
+# What a page may read
+
+ORIGIN = "https://page.example"
+EXPOSED = {
+    "x-request-id",
+    "x-hober-provider",
+    "x-hober-model",
+    "x-hober-attempts",
+    *(
+        f"x-ratelimit-{what}-{unit}"
+        for what in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+    "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+}
+
+
+@pytest.mark.parametrize(
+    ("request_of", "status"),
+    [
+        pytest.param(lambda key: chat(key, QUESTION, f"origin: {ORIGIN}"), 200, id="chat"),
+        pytest.param(lambda key: chat(key, STREAMED, f"origin: {ORIGIN}"), 200, id="a stream"),
+        pytest.param(lambda key: chat("x", QUESTION, f"origin: {ORIGIN}"), 401, id="no key"),
+        pytest.param(
+            lambda key: chat("x", b"", f"origin: {ORIGIN}", framing="content-length: 9"),
+            401,
+            id="no key and no body",
+        ),
+        pytest.param(lambda key: chat(key, b"{", f"origin: {ORIGIN}"), 400, id="a bad body"),
+        pytest.param(
+            lambda key: chat(key, b"z\r\n", f"origin: {ORIGIN}", framing=CHUNKED),
+            400,
+            id="a bad framing",
+        ),
+        pytest.param(lambda key: chat(key, b"x" * 2000, f"origin: {ORIGIN}"), 413, id="too large"),
+        pytest.param(lambda key: get("/v1/models", f"origin: {ORIGIN}"), 200, id="models"),
+        pytest.param(lambda key: get("/v1/key", f"origin: {ORIGIN}"), 401, id="the key's page"),
+        pytest.param(lambda key: get("/nowhere", f"origin: {ORIGIN}"), 404, id="no path"),
+        pytest.param(
+            lambda key: get("/v1/chat/completions", f"origin: {ORIGIN}"), 405, id="no POST"
+        ),
+        pytest.param(
+            lambda key: get("/v1/models", f"origin: {ORIGIN}", method="FOO"), 405, id="a method"
+        ),
+        pytest.param(
+            lambda key: get("/v1/models", f"origin: {ORIGIN}", method="OPTIONS"), 204, id="OPTIONS"
+        ),
+    ],
+)
+async def test_every_answer_says_which_fields_a_page_may_read(
+    start_proxy: StartProxy,
+    upstream: ScriptedUpstream,
+    request_of: Callable[[str], bytes],
+    status: int,
+) -> None:
+    proxy = await start_proxy(cors_origins=(ORIGIN,), max_body_bytes=1024)
+    if b'"stream": true' in request_of("x"):
+        upstream.add(sse(*stream_events(1)))
+    client = await proxy.connect()
+    client.send(request_of(proxy.key))
+    answer = await client.read_answer()
+    assert answer.status == status
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    exposed = answer.headers["access-control-expose-headers"].split(", ")
+    assert set(exposed) == EXPOSED and len(exposed) == len(EXPOSED)
+
+
+async def test_nobody_else_reads_of_fields(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(cors_origins=(ORIGIN,))
+    client = await proxy.connect()
+    for request in (
+        chat(proxy.key),
+        chat(proxy.key, QUESTION, "origin: https://evil.example"),
+        get("/v1/models", "origin: null"),
+    ):
+        client.send(request)
+        answer = await client.read_answer()
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize(
+    "origin", ["app://obsidian.md", "chrome-extension://abcdefghijklmnop", "vscode-webview://a-b_c"]
+)
+async def test_apps_and_extensions_may_ask_and_send_any_field_of_a_key(
+    start_proxy: StartProxy, origin: str
+) -> None:
+    proxy = await start_proxy(cors_origins=(origin,))
+    client = await proxy.connect()
+    asked = "access-control-request-headers: x-api-key,api-key,authorization"
+    client.send(get("/v1/chat/completions", f"origin: {origin}", asked, method="OPTIONS"))
+    answer = await client.read_answer()
+    assert answer.headers["access-control-allow-headers"] == "x-api-key,api-key,authorization"
+    assert answer.headers["access-control-allow-origin"] == origin

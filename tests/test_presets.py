@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -69,11 +70,11 @@ RENAMED_LIMIT = (("max_tokens", "max_completion_tokens"),)
 QUIRKS = {
     "openai": (Abilities(), Adaptation(rename=RENAMED_LIMIT)),
     "deepseek": (
-        Abilities(json_schema=False),
+        Abilities(json_schema=False, accepts=frozenset(["content=null"])),
         Adaptation(roles=(("developer", "system"),)),
     ),
     "mistral": (
-        Abilities(),
+        Abilities(accepts=frozenset(["tool_choice=any"])),
         Adaptation(rename=(("max_completion_tokens", "max_tokens"), ("seed", "random_seed"))),
     ),
     "groq": (Abilities(), Adaptation()),
@@ -99,6 +100,8 @@ def test_quirks_of_a_preset_are_documented_and_could_be_written_as_settings(name
         if pairs:
             inner = ", ".join(f'{old} = "{new}"' for old, new in pairs)
             lines.append(f"{table} = {{ {inner} }}")
+    if preset.abilities.accepts:
+        lines.append(f"accepts = {json.dumps(sorted(preset.abilities.accepts))}")
     assert not preset.adaptation.drop
     assert not preset.adaptation.set
     quirks = re.findall(rf"(?ms)^- `{name}`: (.*?)(?=^- |^$)", SETTINGS.read_text())

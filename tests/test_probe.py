@@ -26,7 +26,10 @@ from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
 
+from .patience import WAIT
 from .scripted import (
+    DONE,
+    LAST_CHUNK,
     AwaitRelease,
     Close,
     Script,
@@ -34,6 +37,7 @@ from .scripted import (
     SeenRequest,
     Send,
     Stall,
+    chunk,
     completion,
     json_response,
     refused_port,
@@ -43,13 +47,16 @@ from .scripted import (
 )
 
 KEY = "sk-secret-of-the-provider"
-TEXT = "words of the upstream"  # in every refusal here, with the key: neither may be told
-STREAM = sse(*stream_events(4), pace=0.02)
+TEXT = "words of the upstream"  # in every refusal here, in most with the key: neither may be told
+# [DONE] and the end of the framing in one write, so that the connection is free for what is next.
+STREAM = [*sse(*stream_events(4), pace=0.02)[:-3], Send(chunk(DONE) + LAST_CHUNK)]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
 
 
 def refusal(status: int, message: str = "") -> Script:
-    return json_response(status, {"error": {"message": f"{message} {TEXT} {KEY}", "param": None}})
+    # Of these a key makes another failure: nothing is wrong with the request then.
+    key = "" if status in (400, 413, 422) else KEY
+    return json_response(status, {"error": {"message": f"{message} {TEXT} {key}", "param": None}})
 
 
 def called(finish_reason: str = "tool_calls") -> Script:
@@ -193,6 +200,7 @@ async def test_the_demo_model_can_do_all() -> None:
     [
         pytest.param(sse(*stream_events(4), pace=0.02), "yes", 3, id="usage told"),
         pytest.param(sse(*stream_events(4, usage=None), pace=0.02), "no", 4, id="events counted"),
+        pytest.param(sse(*stream_events(4, usage=(0, 0)), pace=0.02), "no", 4, id="zeros told"),
     ],
 )
 async def test_speed_is_told_from_the_usage_or_the_events(
@@ -380,7 +388,7 @@ async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_the_limits_of_the_config_hold_where_they_are_shorter() -> None:
     limits = TimeLimits(first_content=0.1)
     async with ScriptedUpstream([Stall()]) as upstream:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT):
             report = await report_of(upstream, limit=600.0, limits=limits)
     assert report.reachable == "no (time limit)"
 
@@ -479,7 +487,7 @@ async def run_check(folder: Path, config: str, *options: str) -> tuple[int | Non
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 20)
+    out, err = await asyncio.wait_for(process.communicate(), WAIT)
     return process.returncode, out.decode(), err.decode()
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.errors import Phase, UpstreamError
-from hoberproxy.refusal import MAX_MESSAGE_LENGTH, parse_refusal, parse_retry_after
+from hoberproxy.error_document import MAX_MESSAGE_LENGTH
+from hoberproxy.errors import Phase, UpstreamError, serialize_error
+from hoberproxy.refusal import choose_error, judge_document, parse_refusal, parse_retry_after
 
 NOW = 1_700_000_000.0
 
@@ -135,6 +136,7 @@ def test_the_field_at_fault_is_named_in_our_own_form(document: object) -> None:
         b"[]",
         b"[[]]",
         b"7",
+        b"data: [DONE]\n\n",
         b"{}",
         b'{"error":null}',
         b'{"error":[]}',
@@ -172,6 +174,219 @@ def test_what_is_shown_is_one_line_of_bounded_length() -> None:
     assert error.message.startswith("a b x")
     assert len(error.message) == MAX_MESSAGE_LENGTH
     assert (len(error.param or ""), len(error.code)) == (128, 64)
+
+
+def test_half_a_surrogate_is_no_failure() -> None:
+    error = refuse(400, rb'{"error":{"message":"why \ud83d","param":"p\ud83d","code":"c\ud83d"}}')
+    assert (error.message, error.param, error.code) == ("why ?", "p?", "c?")
+    assert serialize_error(error)
+
+
+# What is ours, although the upstream says 400
+
+KEY = "sk-proj-T3BlbkFJ9aQz0x7RwmKdUe4Yh2Lp8"
+GEMINI = {  # https://github.com/cequence-io/openai-scala-client/issues/109
+    "error": {
+        "code": 400,
+        "message": "API key not valid. Please pass a valid API key.",
+        "status": "INVALID_ARGUMENT",
+        "details": [{"reason": "API_KEY_INVALID", "domain": "googleapis.com"}],
+    }
+}
+OURS = {
+    "a bad key": GEMINI,
+    "a bad key in an array": [GEMINI],
+    "a bad key within": {"error": {"message": json.dumps(GEMINI), "code": 400}},
+    "a bad key, shown": {"error": {"message": f"no such key: {KEY}"}},
+    "a piece of the key": {"error": {"message": f"{KEY[:12]} may not do this"}},
+    "a key behind a mask": {"error": f"key sk-pr***{KEY[-4:]} may not do this"},
+    "a key elsewhere": {"error": {"message": "no"}, "request": {"headers": f"Bearer {KEY}"}},
+    "a key as a code": {"error": {"message": "no", "code": KEY}},
+    "a key as a param": {"error": {"message": "no", "param": KEY}},
+    "no balance": {"error": {"message": "Your credit balance is too low to access the API."}},
+}
+
+
+@pytest.mark.parametrize("document", OURS.values(), ids=OURS)
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("within", [False, True], ids=["a status", "within a 200"])
+def test_what_speaks_of_our_key_goes_to_another_endpoint_and_stays_here(
+    document: object, status: int, within: bool
+) -> None:
+    if within:
+        error = broken()
+        judge_document(error, "east", with_status(document, status), (KEY,))
+    else:
+        body = json.dumps(document).encode()
+        error = parse_refusal("east", status, headers(), body, NOW, (KEY,))
+    assert (error.is_retryable, error.is_refusal) == (True, False)
+    assert (error.status, error.type, error.code) == (502, "upstream_error", "upstream_error")
+    assert error.upstream_status == status
+    told = f"{error.message} {error} {error.param} {serialize_error(error).decode()}"
+    assert not any(word in told for word in ("API key", "sk-", KEY[-4:], "balance"))
+
+
+def test_without_a_key_of_ours_nothing_is_taken_for_it() -> None:
+    assert refuse(400, b'{"error":{"message":"sk-proj-T3BlbkFJ is too long"}}').status == 400
+
+
+# An error within a 200
+
+
+def broken(phase: Phase = Phase.OPENING) -> UpstreamError:
+    return UpstreamError(
+        "provider east: the upstream sent an error event",
+        phase=phase,
+        upstream_status=200,
+        is_retryable=phase is not Phase.CONTENT,
+    )
+
+
+def with_status(document: object, status: int) -> object:
+    """`document` with a status within, whatever it said."""
+    if isinstance(document, list):
+        return [with_status(document[0], status)]
+    assert isinstance(document, dict)
+    return document | {"code": status, "error": without_code(document["error"])}
+
+
+def without_code(error: object) -> object:
+    if isinstance(error, dict) and isinstance(error.get("code"), int):
+        return {name: value for name, value in error.items() if name != "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "is_retryable", "is_refusal"),
+    [
+        (400, 400, False, True),
+        (401, 502, True, False),
+        (402, 502, True, False),
+        (403, 502, True, False),
+        (404, 502, True, False),
+        (408, 502, True, False),
+        (413, 413, False, True),
+        (422, 422, False, True),
+        (429, 429, True, False),
+        (451, 502, False, True),
+        (500, 502, True, False),
+        (503, 502, True, False),
+        (529, 502, True, False),
+        (None, 502, True, False),
+    ],
+)
+def test_a_status_within_a_200_means_what_it_says(
+    status: int | None, told: int, is_retryable: bool, is_refusal: bool
+) -> None:
+    error = broken()
+    judge_document(error, "east", {"error": {"message": "why", "code": status}})
+    assert error.status == told
+    assert (error.is_retryable, error.is_refusal) == (is_retryable, is_refusal)
+    assert error.upstream_status == (status or 200)
+    assert ("why" in error.message) == (told in (400, 413, 422))
+
+
+def test_after_the_first_content_only_the_record_is_told_the_status() -> None:
+    error = broken(Phase.CONTENT)
+    judge_document(error, "east", {"error": {"message": "why", "code": 400}})
+    assert (error.status, error.code, error.upstream_status) == (502, "upstream_error", 400)
+    assert not error.is_retryable
+    assert "why" not in error.message
+
+
+# A prompt that is too long
+
+
+@pytest.mark.parametrize(
+    ("status", "document"),
+    [
+        # https://github.com/oobabooga/textgen/issues/7257
+        (400, {"error": {"code": 400, "message": "no", "type": "exceed_context_size_error"}}),
+        # https://github.com/ggml-org/llama.cpp/pull/15780
+        (500, {"error": {"code": 500, "message": "no", "type": "exceed_context_size_error"}}),
+        # https://github.com/llm-d/llm-d-inference-sim/issues/82
+        (
+            400,
+            {
+                "object": "error",
+                "message": "This model's maximum context length is 8 tokens. no",
+                "type": "BadRequestError",
+                "param": None,
+                "code": 400,
+            },
+        ),
+        # https://github.com/evalstate/fast-agent/issues/621
+        (
+            400,
+            {
+                "error": {
+                    "message": "This model's maximum context length is 8 tokens. no",
+                    "code": "invalid_request_error",
+                }
+            },
+        ),
+        (400, {"error": {"message": "no", "code": "context_length_exceeded", "param": "messages"}}),
+    ],
+)
+def test_a_prompt_that_is_too_long_has_the_code_by_which_clients_compact(
+    status: int, document: dict[str, object]
+) -> None:
+    within = broken()
+    judge_document(within, "east", document)
+    for error in (refuse(status, json.dumps(document).encode()), within):
+        assert (error.status, error.type) == (400, "invalid_request_error")
+        assert (error.code, error.param) == ("context_length_exceeded", "messages")
+        assert error.recorded_code == "context_length_exceeded"
+        assert error.message.endswith("no")
+        assert (error.is_retryable, error.is_refusal) == (False, True)
+
+
+def test_a_rate_limit_is_no_prompt_that_is_too_long() -> None:
+    error = refuse(429, b'{"error":{"message":"prompt is too long","code":"rate_limit_exceeded"}}')
+    assert (error.status, error.code) == (429, "rate_limit_exceeded")
+
+
+# Of several errors
+
+
+def of_status(status: int, name: str = "") -> UpstreamError:
+    error = refuse(status)
+    error.message = name
+    return error
+
+
+@pytest.mark.parametrize(
+    ("statuses", "told"),
+    [
+        ([400], 0),
+        ([503], 0),
+        ([503, 500], 1),
+        ([400, 503], 0),
+        ([400, 401], 0),
+        ([400, 404, 500], 0),
+        ([500, 400, 503], 1),
+        ([400, 422], 0),
+        ([451, 413, 503], 1),
+        ([503, 451], 1),
+        ([400, 429], 1),
+        ([429, 400], 1),
+        ([429, 503], 1),
+        ([400, 429, 503], 1),
+        ([429, 400, 503], 1),
+        ([400, 429, 400], 1),
+    ],
+    ids=str,
+)
+def test_which_of_several_errors_is_told(statuses: list[int], told: int) -> None:
+    errors = [of_status(status) for status in statuses]
+    assert choose_error(errors) is errors[told]
+
+
+def test_our_own_troubles_with_a_400_are_told_last() -> None:
+    ours = parse_refusal("east", 400, headers(), json.dumps(GEMINI).encode(), NOW, (KEY,))
+    theirs, down = of_status(400), of_status(503)
+    assert choose_error([ours, theirs, down]) is theirs
+    assert choose_error([ours, down]) is down
 
 
 JSON = st.recursive(

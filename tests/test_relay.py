@@ -39,6 +39,7 @@ class Attempt(Reporter):
 
     def __init__(self, sent: Sent) -> None:
         self._sent = sent
+        self.connection: UpstreamConnection | None = None
         self.told: list[tuple[str, int]] = []
         self.sealed: list[int] = []  # bytes that were to follow
 
@@ -59,6 +60,8 @@ class Attempt(Reporter):
 
     def finish(self) -> None:
         self._tell("finish")
+        if self.connection is not None and self.connection.receiver is not None:
+            self.connection.await_end()  # as attempts do
 
     def fail(self, error: UpstreamError) -> None:
         self._tell(f"fail: {error}")
@@ -71,6 +74,9 @@ class Attempt(Reporter):
             upstream_status=200,
             is_retryable=False,
         )
+
+    def reported(self, message: str, document: object) -> UpstreamError:
+        return self.broken(message)
 
 
 class Relayed:
@@ -194,6 +200,7 @@ def connected(relay: StreamRelay) -> tuple[UpstreamConnection, Pool]:
     connection = UpstreamConnection(pool)
     connection.connection_made(cast(Any, NullTransport()))
     connection.send([b"a request"], Chooser(connection, relay))
+    cast(Attempt, relay._attempt).connection = connection
     return connection, pool
 
 
@@ -229,6 +236,24 @@ async def test_whole_events_do_not_wait_for_the_rest_of_the_next_one() -> None:
         connection.data_received(body[cut:])
         assert relayed.payload == as_seen(events), cut
         assert pool.idle == 1
+
+
+async def test_done_ends_the_answer_wherever_the_rest_of_the_framing_is_cut() -> None:
+    events = stream_events(4)
+    body = b"".join(map(chunk, events)) + LAST_CHUNK
+    for cut in range(len(body)):
+        relayed = Relayed()
+        connection, pool = connected(relayed.relay)
+        connection.data_received(HEAD + body[:cut])
+        has_done = cut >= len(body) - len(LAST_CHUNK) - 2  # of its chunk, the data is all there
+        assert relayed.sent.answer.is_ended == has_done, cut
+        assert (pool.open, pool.idle) == (1, 0), cut
+        connection.data_received(body[cut:])
+        assert relayed.payload == as_seen(events), cut
+        assert [what for what, _ in relayed.attempt.told].count("finish") == 1, cut
+        assert relayed.sent.body.endswith(LAST_CHUNK), cut
+        assert relayed.sent.body.count(LAST_CHUNK) == 1, cut
+        assert pool.idle == 1, cut
 
 
 async def test_what_is_held_goes_before_a_failure_that_was_read_with_it() -> None:

@@ -17,8 +17,11 @@ from hoberproxy.catalog import NO_ADAPTATION, ROLES, Adaptation
 from hoberproxy.errors import RequestError
 from hoberproxy.members import Member, scan_elements, scan_members
 from hoberproxy.request import (
+    MAX_CHOICES,
+    MEDIA_BYTES,
     Call,
     ProviderPreferences,
+    output_limits,
     parse_call,
 )
 from hoberproxy.upstream_body import make_upstream_body, named_option
@@ -102,10 +105,10 @@ BAD_FIELDS: dict[str, tuple[bytes, str | None, str]] = {
         "messages[0].content",
         TYPE,
     ),
-    "content null beside no tool calls": (
-        chat({"role": "assistant", "content": None, "tool_calls": []}),
+    "content absent beside no tool calls": (
+        chat({"role": "assistant", "tool_calls": []}),
         "messages[0].content",
-        TYPE,
+        MISSING,
     ),
     "content absent on a user's message with tool calls": (
         chat({"role": "user", "tool_calls": [{}]}),
@@ -438,6 +441,80 @@ def test_the_newer_limit_of_the_output_wins() -> None:
     assert parse_call(body(max_tokens=5)).terms.max_output == 5
     assert parse_call(body(max_tokens=5, max_completion_tokens=7)).terms.max_output == 7
     assert parse_call(body(max_tokens=5, max_completion_tokens=None)).terms.max_output == 5
+    assert parse_call(body(max_tokens=7, max_completion_tokens=5)).terms.max_output == 7
+    assert parse_call(body(n=None)).terms.choices == 1
+    assert parse_call(body(n=3)).terms.choices == 3
+    assert parse_call(body(n=3, best_of=4)).terms.choices == 4
+
+
+def test_a_maximum_that_is_none_limits_nothing() -> None:
+    assert output_limits([("max_tokens", -1), ("max_completion_tokens", 5)]) == (None, 1)
+    assert output_limits([("max_tokens", 0)]) == (None, 1)
+
+
+@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("value", [0, -1, MAX_CHOICES + 1, 2**63, 1.0, "2", True, [1], {}])
+def test_how_many_answers_is_a_small_number(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(body(**{name: value}))
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert parse_call(body(**{name: MAX_CHOICES})).terms.choices == MAX_CHOICES
+
+
+def test_a_prompt_weighs_as_much_as_its_text() -> None:
+    """Images and sounds at most MEDIA_BYTES each; tools and schemas as much as text."""
+    text = {"role": "user", "content": [{"type": "text", "text": "x" * 900}]}
+    tools = [{"type": "function", "function": {"name": "f", "description": "y" * 9000}}]
+    plain = parse_call(chat(text))
+    with_tools = parse_call(orjson.dumps({"model": "a/b", "messages": [text], "tools": tools}))
+    assert 900 < plain.prompt_bytes < 1000
+    assert 8500 < with_tools.prompt_bytes - plain.prompt_bytes < 9000
+    base64 = "A" * 400_000
+    for part in (
+        {"type": "image_url", "image_url": {"url": base64, "detail": "low"}},
+        {"type": "image_url", "image_url": base64},
+        {"type": "input_audio", "input_audio": {"format": "wav", "data": base64}},
+    ):
+        message = {"role": "user", "content": [*text["content"], part, part]}
+        weight = parse_call(chat(message)).prompt_bytes
+        assert 2 * MEDIA_BYTES < weight - plain.prompt_bytes < 2 * MEDIA_BYTES + 300
+    # What only says that it is one is text.
+    odd = [{"type": "image_url"}, {"type": "image_url", "image_url": 1}, {"type": ["image_url"]}]
+    odd += [{"type": "text", "image_url": base64}]
+    message = {"role": "user", "content": odd}
+    assert parse_call(chat(message)).prompt_bytes > 400_000
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [
+        ({}, set()),
+        ({"tool_choice": "required"}, set()),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, set()),
+        ({"tool_choice": "any"}, {"tool_choice=any"}),
+        ({"tool_choice": "REQUIRED"}, {"tool_choice=REQUIRED"}),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, set()),
+        ({"response_format": {"type": "grammar", "grammar": "x"}}, {"response_format=grammar"}),
+        ({"max_tokens": -1}, {"max_tokens=-1"}),
+        ({"max_completion_tokens": -1}, {"max_completion_tokens=-1"}),
+        ({"tool_choice": "any", "max_tokens": -1}, {"tool_choice=any", "max_tokens=-1"}),
+    ],
+    ids=lambda value: None if isinstance(value, set) else str(value),  # a set has no order
+)
+def test_values_that_only_some_servers_take_are_noted(
+    sent: dict[str, Any], found: set[str]
+) -> None:
+    call = parse_call(body(**sent))
+    assert call.terms.extensions == found
+    assert call.terms.max_output is None
+    assert call.terms.json_format in (None, "json_schema")
+    assert call.place_without_content is None
+
+
+def test_an_assistant_that_said_nothing_is_noted_with_its_place() -> None:
+    empty = {"role": "assistant", "content": None}
+    assert parse_call(chat(USER, empty, USER, empty)).place_without_content == 1
+    assert parse_call(chat(USER, {**empty, "refusal": "no"})).place_without_content is None
 
 
 def test_provider_preferences_are_read() -> None:
@@ -602,9 +679,9 @@ def test_stream_options_without_a_stream_pass_where_they_are_understood() -> Non
     assert upstream(call, stream_options=False) == STREAMED % (b'"up"', b"false", b"")
 
 
-def test_the_last_place_of_each_role_is_known() -> None:
+def test_the_messages_of_each_role_are_counted() -> None:
     messages = [{"role": "developer", "content": ""}, USER, USER]
-    assert parse_call(body(messages=messages)).roles == {"developer": 0, "user": 2}
+    assert parse_call(body(messages=messages)).roles == {"developer": 1, "user": 2}
 
 
 # The endpoint's own changes
@@ -1054,3 +1131,90 @@ def test_a_large_body_is_copied_as_seldom_as_can_be(adaptation: Adaptation, copi
     finally:
         tracemalloc.stop()
     assert peak < copies * 4_000_000 + 1_000_000
+
+
+# Bounds
+
+
+@pytest.mark.parametrize(
+    ("members", "param", "expected", "got"),
+    [
+        ({"models": ["a"] * 33}, "models", "at most 32 models", "33"),
+        ({"messages": [USER] * 50_001}, "messages", "at most 50000 messages", "50001"),
+        ({"tools": [{}] * 4097}, "tools", "at most 4096 tools", "4097"),
+        ({"provider": {"only": ["a"] * 257}}, "provider.only", "at most 256 names", "257"),
+        ({"provider": {"ignore": ["a"] * 257}}, "provider.ignore", "at most 256 names", "257"),
+        ({"provider": {"order": ["a"] * 257}}, "provider.order", "at most 256 names", "257"),
+        ({"model": "a" * 513}, "model", "at most 512 characters", "513"),
+        ({"models": ["a", "a" * 513]}, "models[1]", "at most 512 characters", "513"),
+        ({"provider": {"order": ["a" * 513]}}, "provider.order[0]", "at most 512 char", "513"),
+        ({"stream_options": {"x": "a" * 65_536}}, "stream_options", "at most 65536 bytes", "65544"),
+        ({f"k{n}": 0 for n in range(255)}, None, "at most 256 members", "257"),
+        ({"a" * 513: 0}, None, "names of members of at most 512 characters", "513"),
+        ({"x": [[]] * 200_001}, None, "at most 200000 JSON values", "more"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_what_a_client_may_send_is_bounded(
+    members: dict[str, Any], param: str | None, expected: str, got: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_call(body(**members))
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, "invalid_value", param)
+    assert expected in error.message
+    assert error.message.endswith(f"got {got}") or f"of {got}" in error.message
+
+
+def test_what_is_within_the_bounds_passes() -> None:
+    members = {f"k{n}": 0 for n in range(248)}
+    names = [f"{n:03}" + "a" * 509 for n in range(256)]
+    call = parse_call(
+        body(
+            models=[f"a/{n}" for n in range(32)],
+            messages=[USER] * 50_000,
+            tools=[{}] * 4096,
+            provider={"only": names, "ignore": names, "order": names},
+            stream_options={"x": "a" * 65_000},
+            **members,
+            **{"a" * 512: 0},
+        )
+    )
+    assert len(call.terms.candidates) == 33
+    assert call.roles == {"user": 50_000}
+
+
+LONG_TEXT = 'a\\"role":"developer"' * 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 40_000, LONG_TEXT, '"role":"developer"' * 3000],
+    ids=["plain", "slashes", "quotes"],
+)
+@pytest.mark.parametrize("more", [0, 40], ids=["one", "many"])
+@pytest.mark.parametrize(
+    "other", [{}, {"x": {"role": "developer"}}, {"\u00e9": "\u0001"}], ids=["", "nested", "escapes"]
+)
+def test_roles_in_long_messages_are_replaced_where_they_are_and_nowhere_else(
+    text: str, more: int, other: dict[str, Any]
+) -> None:
+    developer = {"role": "developer", "content": text}
+    messages = [developer | other, *[{"content": "hi", "role": "developer"}] * more, USER | other]
+    for separators in ((",", ":"), (", ", ": ")):
+        data = json.dumps({"model": "a", "messages": messages}, separators=separators)
+        sent = json.loads(upstream(parse_call(data.encode()), DEVELOPER))
+        assert sent["messages"] == [
+            message | {"role": "system" if message["role"] == "developer" else "user"}
+            for message in messages
+        ]
+
+
+def test_a_role_that_escapes_hide_is_refused_where_to_find_it_would_take_too_long() -> None:
+    hidden = b'{"rol\\u0065":"developer","content":"%b"},{"x":{"role":"developer"},' % (
+        b"a" * 2**20
+    )
+    call = parse_call(b'{"model":"a","messages":[%b"role":"user","content":""}]}' % hidden)
+    with pytest.raises(RequestError) as caught:
+        upstream(call, DEVELOPER)
+    assert caught.value.param == "messages"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.catalog import Abilities, Adaptation, Catalog, Endpoint, Model
-from hoberproxy.errors import RouteError
+from hoberproxy.errors import RequestError, RouteError
 from hoberproxy.health import TRIAL, Health
 from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
@@ -242,8 +242,133 @@ def test_what_cannot_serve_the_call_is_removed_with_its_reason(
     with pytest.raises(RouteError) as caught:
         make_plan(call("m", **sent), catalog(no))
     error = caught.value
-    assert (error.status, error.code, error.param) == (404, "no_endpoint", param)
-    assert f"no of 'm' ({plan.removed[0].words})" in error.message
+    if filter == "context_length":
+        assert (error.status, error.code) == (400, "context_length_exceeded")
+    else:
+        assert (error.status, error.code) == (404, "no_endpoint")
+        assert f"no of 'm' ({plan.removed[0].words})" in error.message
+    assert error.param == param
+
+
+EMPTY = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]
+BEYOND: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"tool_choice": "any"}, "tool_choice=any", "tool_choice", "invalid_value"),
+    (
+        {"response_format": {"type": "grammar"}},
+        "response_format=grammar",
+        "response_format.type",
+        "invalid_value",
+    ),
+    ({"max_tokens": -1}, "max_tokens=-1", "max_tokens", "invalid_value"),
+    (
+        {"max_completion_tokens": -1},
+        "max_completion_tokens=-1",
+        "max_completion_tokens",
+        "invalid_value",
+    ),
+    ({"messages": EMPTY}, "content=null", "messages[1].content", "invalid_type"),
+]
+BEYOND_IDS = [name for _, name, _, _ in BEYOND]
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+def test_a_value_that_only_some_servers_take_goes_to_those_alone(
+    sent: dict[str, Any], name: str, param: str, code: str
+) -> None:
+    accepting = Abilities(accepts=frozenset([name, "tool_choice=other"]))
+    models = catalog(endpoint("no"), endpoint("yes", abilities=accepting))
+    assert providers(make_plan(call("m"), models)) == ["no", "yes"], "others go to all"
+    plan = make_plan(call("m", **sent), models)
+    assert providers(plan) == ["yes"]
+    assert filters(plan) == {"no": name}
+    assert providers(make_plan(call("m"), models)) == ["no", "yes"], "and still do"
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+def test_where_only_another_model_s_endpoint_takes_a_value_there_is_no_endpoint(
+    sent: dict[str, Any], name: str, param: str, code: str
+) -> None:
+    accepting = endpoint("b", "*", abilities=Abilities(accepts=frozenset([name])))
+    models = Catalog([Model("m", (endpoint("a"),)), Model("o/*", (accepting,))])
+    with pytest.raises(RouteError, match=f"it does not accept {name}") as caught:
+        make_plan(call("m", **sent), models)
+    error = caught.value
+    assert (error.status, error.code) == (404, "no_endpoint")
+    assert (error.param or "").startswith(param.partition("[")[0])
+
+
+@pytest.mark.parametrize(("sent", "name", "param", "code"), BEYOND, ids=BEYOND_IDS)
+@pytest.mark.parametrize("slug", ["m", "unknown", "hober/auto"])
+def test_a_value_that_no_endpoint_takes_is_a_400_that_names_the_field(
+    sent: dict[str, Any], name: str, param: str, code: str, slug: str
+) -> None:
+    accepting = Abilities(accepts=frozenset(["tool_choice=other"]))
+    with pytest.raises(RequestError) as caught:
+        make_plan(call(slug, **sent), catalog(endpoint("a", abilities=accepting)))
+    error = caught.value
+    assert (error.status, error.code, error.param) == (400, code, param)
+
+
+LONG = [{"role": "user", "content": "a" * 6000}]
+
+
+def short_of(sent: Call, models: Catalog) -> tuple[int, str, str | None]:
+    """Status, code and param of the error that there is no endpoint."""
+    with pytest.raises(RouteError) as caught:
+        make_plan(sent, models)
+    return caught.value.status, caught.value.code, caught.value.param
+
+
+def test_a_prompt_too_long_for_all_endpoints_is_told_in_the_words_that_clients_know() -> None:
+    models = catalog(endpoint("a", context_length=900), endpoint("b"), context_length=1000)
+    with pytest.raises(RouteError) as caught:
+        make_plan(call("m", messages=LONG, max_tokens=70), models)
+    error = caught.value
+    assert (error.status, error.type) == (400, "invalid_request_error")
+    assert (error.code, error.param) == ("context_length_exceeded", "messages")
+    assert error.message == (
+        "This model's maximum context length is 1000 tokens. However, you requested about "
+        "1075 tokens (1005 in the messages, 70 in the completion)."
+    )
+
+
+TOO_LONG = (400, "context_length_exceeded", "messages")
+
+
+@pytest.mark.parametrize("slug", ["hober/auto", "hober/auto:cost", "hober/auto:fast:floor"])
+def test_for_a_virtual_model_those_do_not_count_that_cannot_serve_the_call(slug: str) -> None:
+    unable = endpoint("b", abilities=Abilities(tools=False))
+    models = catalog(endpoint("a", context_length=1000), unable)
+    assert short_of(call(slug, messages=LONG, tools=TOOLS), models) == TOO_LONG
+    assert short_of(call("hober/auto", tools=TOOLS), catalog(unable))[:2] == (404, "no_endpoint")
+
+
+def test_of_several_models_the_longest_context_is_told() -> None:
+    models = Catalog(
+        [
+            Model("x", (endpoint("a", "x", context_length=900),)),
+            Model("y", (endpoint("a", "y", context_length=1000),)),
+        ]
+    )
+    assert short_of(call("x", "y", "?", messages=LONG), models) == TOO_LONG
+    with pytest.raises(RouteError, match="length is 1000 tokens"):
+        make_plan(call("x", "y", messages=LONG), models)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"provider": {"ignore": ["b"]}},
+        {"provider": {"only": ["a"]}},
+        {"tools": TOOLS},
+        {"max_tokens": 20},
+    ],
+    ids=["ignored", "not named", "no tools", "long output"],
+)
+def test_where_another_filter_has_a_part_in_it_no_endpoint_is_told(sent: dict[str, Any]) -> None:
+    other = endpoint("b", abilities=Abilities(tools=False), max_output=10)
+    models = catalog(endpoint("a", context_length=1000), other)
+    assert short_of(call("m", messages=LONG, **sent), models)[:2] == (404, "no_endpoint")
 
 
 @pytest.mark.parametrize(
@@ -356,8 +481,8 @@ def test_the_messages_are_bounded() -> None:
     with pytest.raises(RouteError, match="and 492 more") as caught:
         make_plan(call("m", provider={"only": ["z"]}), many)
     assert len(caught.value.message) < 1500
-    with pytest.raises(RouteError, match="and 492 more") as caught:
-        make_plan(call(*(f"{i}" + "z" * 500 for i in range(500))), many)
+    with pytest.raises(RouteError, match="and 24 more") as caught:
+        make_plan(call(*(f"{i}" + "z" * 500 for i in range(32))), many)
     assert len(caught.value.message) < 1500
 
 
@@ -706,7 +831,11 @@ def test_every_plan_keeps_the_rules(
         plan = make_plan(sent, models, health, NOW, random.Random(1).random)
     except RouteError as error:
         none_known = not any(offers(sent, models))
-        assert error.code == ("model_not_found" if none_known else "no_endpoint")
+        if error.code == "context_length_exceeded":
+            assert error.status == 400
+            assert any(each.context_length == 10 for each in all_endpoints(models))
+        else:
+            assert error.code == ("model_not_found" if none_known else "no_endpoint")
         assert len(error.message) < 2500
         return
     assert known
@@ -714,6 +843,10 @@ def test_every_plan_keeps_the_rules(
     check_accounts(plan, sent, models)
     check_filters(plan, sent)
     check_order(plan, sent, health)
+
+
+def all_endpoints(models: Catalog) -> list[Endpoint]:
+    return [each for model in models.models() for each in model.endpoints]
 
 
 def check_accounts(plan: Plan, sent: Call, models: Catalog) -> None:

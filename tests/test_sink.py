@@ -12,6 +12,7 @@ import pytest
 
 from hoberproxy.sink import Sink
 
+from .patience import WAIT
 from .test_downstream import FakeTransport
 
 
@@ -169,7 +170,7 @@ async def test_a_slow_reader_of_a_real_transport_gets_all_in_order(size: int) ->
                 with suppress(BlockingIOError):
                     read += theirs.recv(size * 3)
         transport.close()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT):
             while data := await loop.sock_recv(theirs, 1 << 20):
                 read += data
         assert read == sent

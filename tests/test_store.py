@@ -64,6 +64,7 @@ FULL = Record(
     completion_tokens=2,
     reasoning_tokens=3,
     cached_tokens=4,
+    cache_write_tokens=9,
     has_usage=True,
     estimated=True,
     events=5,
@@ -202,7 +203,10 @@ def test_a_file_of_every_earlier_version_is_brought_forward(
         database_module.Database(path).close()
     db = sqlite3.connect(path)
     if version:
-        db.execute("INSERT INTO keys VALUES ('key_1', x'01', 'x', 'live', 'hint', 1.0, 9.0, NULL)")
+        db.execute(
+            "INSERT INTO keys (id, digest, label, kind, hint, created, expires) "
+            "VALUES ('key_1', x'01', 'x', 'live', 'hint', 1.0, 9.0)"
+        )
         columns = [name for _, name, *_ in db.execute("PRAGMA table_info(records)")]
         values = {"id": "req_old", "requested": '["a/b"]', "failures": "[]", "started": START}
         db.execute(
@@ -361,7 +365,12 @@ def test_usage_adds_tokens_and_averages_the_time_to_first_content(store: Store) 
     store.insert_records(
         [
             record(
-                "r1", prompt_tokens=10, completion_tokens=20, cached_tokens=5, first_content=0.2
+                "r1",
+                prompt_tokens=10,
+                completion_tokens=20,
+                cached_tokens=5,
+                cache_write_tokens=3,
+                first_content=0.2,
             ),
             record("r2", prompt_tokens=1, completion_tokens=9, estimated=True, first_content=0.4),
             record("r3", status=502, code="upstream_error"),
@@ -369,6 +378,7 @@ def test_usage_adds_tokens_and_averages_the_time_to_first_content(store: Store) 
     )
     (row,) = store.sum_usage("provider")
     assert (row.prompt_tokens, row.completion_tokens, row.cached_tokens) == (11, 29, 5)
+    assert row.cache_write_tokens == 3
     assert row.estimated_share == pytest.approx(10 / 40)
     assert row.first_content == pytest.approx(0.3)
 
@@ -644,6 +654,7 @@ def test_sums_stay_when_days_are_summed_and_their_records_deleted(store: Store) 
                 cost=(None, 10**12)[number % 2],
                 attempts=1,
                 prompt_tokens=number,
+                cache_write_tokens=number // 2,
                 first_content=0.5,
             )
             for number in range(40)

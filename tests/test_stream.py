@@ -290,6 +290,18 @@ def test_an_event_ending_in_cr_does_not_wait_for_the_next_byte() -> None:
     assert scanner.feed(data) == renamed(data)
 
 
+@ends_of_lines
+def test_nothing_passes_behind_done_at_any_cut(line_end: bytes) -> None:
+    whole = with_line_ends(ROLE + text("a") + STOP + DONE, line_end)
+    data = whole + with_line_ends(text("never") + USAGE_EVENT + b": never\n\n" + DONE, line_end)
+    expected = read_slowly(whole, wants_usage=True).output
+    for cut in range(len(data) + 1):
+        seen = scan([data[:cut], data[cut:]], wants_usage=True)
+        assert (seen.output, seen.is_done, seen.failure) == (expected, True, None), cut
+        assert seen.usage is None, cut
+    assert scan(byte_by_byte(data)).output == expected
+
+
 def test_a_whole_event_behind_others_is_not_held_for_its_other_line_ends() -> None:
     scanner = StreamScanner(SLUG, wants_usage=False)
     data = text("a") + text("b").replace(b"\n", b"\r")

@@ -26,9 +26,10 @@ from hoberproxy.limits import (
 from hoberproxy.locks import FileLocks, MutexLocks
 from hoberproxy.tallies import Tallies
 
+from .patience import WAIT
+
 NOW = 1_700_000_000.0
 CALL = Demand(1, 1, is_bounded=True, prompt_cost=3, answer_cost=4)
-WAIT = 30.0
 PROCESSES = multiprocessing.get_context("spawn")
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hoberproxy.tls import MAX_RECORD_BYTES, WRITE_BYTES, Tls
 
 from .cuts import cut_at
+from .patience import WAIT
 
 VERSIONS = [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3]
 AUTHORITY = trustme.CA()
@@ -161,7 +162,7 @@ class Link:
             self.tls.data_received(data[start : start + size])
 
     def opened(self) -> None:
-        self.loop.run_until_complete(asyncio.wait_for(self.tls.opened(), 5))
+        self.loop.run_until_complete(asyncio.wait_for(self.tls.opened(), WAIT))
 
     def __enter__(self) -> Link:
         return self

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hoberproxy.exposition import FAMILIES, empty_histogram, render
 
+from .patience import WAIT
 from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -29,7 +30,7 @@ def promtool(*arguments: str, given: bytes = b"") -> str:
     """What it printed; it must have been content."""
     command = [need_tool("promtool"), *arguments]
     ended = subprocess.run(
-        command, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60
+        command, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=WAIT
     )
     said = ended.stdout.decode()
     assert ended.returncode == 0, said

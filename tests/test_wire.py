@@ -14,11 +14,23 @@ from typing import Any
 
 import pytest
 
-from hoberproxy import wire
+from hoberproxy import server, wire
+from hoberproxy.connector import UNREAD_BYTES
 from hoberproxy.http11 import MAX_REQUEST_HEAD_BYTES
+from hoberproxy.listeners import UNSENT_BYTES
 from hoberproxy.wire import MAX_PIPELINED_BYTES, DownstreamConnection, State
 
-from .conftest import QUESTION, ClientAnswer, Proxy, RawClient, StartProxy, chat, get, wait_until
+from .conftest import (
+    QUESTION,
+    SLUG,
+    ClientAnswer,
+    Proxy,
+    RawClient,
+    StartProxy,
+    chat,
+    get,
+    wait_until,
+)
 from .scripted import (
     AwaitRelease,
     ScriptedUpstream,
@@ -73,6 +85,10 @@ def assert_refused(answer: ClientAnswer, status: int = 400, code: str = "invalid
     assert answer.headers["content-type"] == "application/json"
     assert answer.headers["connection"] == "close"
     assert answer.headers["x-request-id"].startswith("req_")
+
+
+def assert_method_refused(answer: ClientAnswer, allowed: str) -> None:
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
 
 
 # Bytes as sockets cut them
@@ -401,6 +417,91 @@ async def test_an_absolute_target_is_its_path(proxy: Proxy, host: str) -> None:
     assert (await client.read_answer()).json()["id"] == "test/model"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1//chat/completions",
+        "//v1/chat/completions",
+        "/v1/chat/completions/",
+        "//chat//completions//",
+        "/api/v1/chat/completions/",
+        "/%76%31/chat/completions",
+        "/v1/ch%61t/completion%73",
+        "/v1/chat/completions?api-version=2024-10-21",
+        "/v1/chat/completions/?x=//y",
+        "http://other.example//v1/chat/completions/",
+    ],
+)
+async def test_slashes_and_escapes_too_many_are_forgiven_of_a_chat_path(
+    proxy: Proxy, path: str
+) -> None:
+    client = await proxy.connect()
+    for _ in range(2):
+        client.send(chat(proxy.key, path=path))
+        assert (await client.read_answer()).status == 200
+    assert {record.path for record in proxy.records} <= {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/api/v1/chat/completions",
+    }
+    client.send(get(path))
+    assert_method_refused(await client.read_answer(), "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "id"),
+    [
+        ("//v1/models", None),
+        ("/v1/models/", None),
+        ("/models/?x=y", None),
+        ("/v1/%6dodels", None),
+        ("/v1//models/test/model", SLUG),
+        ("/v1/models//test//model/", SLUG),
+        ("/v1/models/test%2Fmodel/", SLUG),
+        ("/%76%31/models/t%65st/model", SLUG),
+    ],
+)
+async def test_slashes_and_escapes_too_many_are_forgiven_elsewhere_too(
+    proxy: Proxy, path: str, id: str | None
+) -> None:
+    client = await proxy.connect()
+    client.send(get(path))
+    answer = await client.read_answer()
+    assert (answer.status, answer.json().get("id")) == (200, id)
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/v1/v1/chat/completions", "set the base URL to this proxy's address without /v1"),
+        ("//v1//v1/models", "without /v1"),
+        ("/v1/v1", "without /v1"),
+        ("/api/v1/v1/chat/completions", "without /v1"),
+        ("/v1/api/v1/chat/completions", "without /v1"),
+        ("/v1/chat/completions/chat/completions", "end the base URL with /v1"),
+        ("/v1/chat/completions/models", "end the base URL with /v1"),
+        ("/v1/chat%2Fcompletions", "no such path: /v1/chat%2Fcompletions; this proxy serves"),
+        ("/v1/chat/completions%20", "no such path: /v1/chat/completions%20; this proxy serves"),
+        ("/v1/chat/completions;x", "no such path: /v1/chat/completions;x; this proxy serves"),
+        ("/v1/./chat/completions", "no such path"),
+        ("/V1/chat/completions", "no such path: /V1/chat/completions; this proxy serves"),
+        ("/v1/" + "x" * 20_000, "no such path: /v1/xxx"),
+    ],
+)
+async def test_a_path_that_does_not_exist_is_named_as_it_came(
+    proxy: Proxy, method: str, path: str, words: str
+) -> None:
+    client = await proxy.connect()
+    client.send(get(path, "content-length: 0", method=method))
+    answer = await client.read_answer()
+    message = answer.json()["error"]["message"]
+    assert answer.status == 404
+    assert words in message
+    assert len(message) < 500
+    assert await client.is_open()
+
+
 @both_doors
 @pytest.mark.parametrize(
     "headers",
@@ -583,7 +684,7 @@ async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     fields: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire, "_Handler", None)  # nothing may come to aiohttp
+    monkeypatch.setattr(wire, "Handler", None)  # nothing may come to aiohttp
     first_line = b"POST /v1/chat/completions" if request_to == "chat" else b"GET /v1/models"
     head = first_line + b" HTTP/1.1\r\nhost: localhost\r\n" + fields
     head += b"authorization: Bearer %b\r\n\r\n" % proxy.key.encode()
@@ -817,25 +918,169 @@ async def test_a_refused_connection_does_not_linger_for_ever(
     await wait_until(lambda: not proxy.server._connections)  # although the client stays
 
 
-async def test_a_wrong_key_is_told_after_the_body_and_the_connection_stays(
+# Who is refused by the head alone
+
+
+async def test_a_wrong_key_with_its_whole_body_keeps_the_connection(
     proxy: Proxy, upstream: ScriptedUpstream
 ) -> None:
     client = await proxy.connect()
-    client.send(chat("hb_live_wrong", b"x" * 4_000_000))
-    answer = await client.read_answer()
-    assert (answer.status, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-    assert "connection" not in answer.headers
+    for request in (
+        chat("hb_live_wrong"),
+        chunked_chat("hb_live_wrong", chunked(BODY)),
+        chat("hb_live_wrong", b"", framing="x: y"),
+    ):
+        client.send(request + get("/healthz"))
+        answer = await client.read_answer()
+        assert (answer.status, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert "connection" not in answer.headers
+        assert (await client.read_answer()).status == 200
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     assert len(upstream.requests) == 1
 
 
-async def test_the_body_of_a_caller_without_a_key_is_not_kept(proxy: Proxy) -> None:
+REFUSED_AT_HEAD = {
+    "a wrong key": ("hb_live_wrong", (), 401, "invalid_api_key"),
+    "no key": (None, (), 401, "invalid_api_key"),
+    "a coding": ("right", ("content-encoding: gzip",), 415, "unsupported_media_type"),
+}
+INCOMPLETE = {
+    "nothing of a length": ("content-length: 5000000", b""),
+    "a part of a length": ("content-length: 5000", b'{"model": '),
+    "nothing of chunks": ("transfer-encoding: chunked", b""),
+    "a part of chunks": ("transfer-encoding: chunked", b'a\r\n{"model": '),
+    "no chunk": ("transfer-encoding: chunked", b"zz\r\n"),
+}
+
+
+@both_loops
+@pytest.mark.parametrize("refused", REFUSED_AT_HEAD.values(), ids=REFUSED_AT_HEAD)
+@pytest.mark.parametrize("framing, part", INCOMPLETE.values(), ids=INCOMPLETE)
+async def test_who_is_refused_by_the_head_is_not_waited_for(
+    proxy: Proxy,
+    upstream: ScriptedUpstream,
+    refused: tuple[str | None, tuple[str, ...], int, str],
+    framing: str,
+    part: bytes,
+) -> None:
+    key, headers, status, code = refused
+    request = chat(proxy.key if key == "right" else str(key), b"", *headers, framing=framing)
+    if key is None:
+        request = request.replace(b"authorization: Bearer None\r\n", b"")
     client = await proxy.connect()
-    client.send(chat("hb_live_wrong", b"", framing="content-length: 8000000"))
-    await client.flood(4 * 1024 * 1024)
-    await wait_until(lambda: connection_of(proxy)._body_bytes >= 4 * 1024 * 1024)
+    client.send(request + part)
+    assert_refused(await client.read_answer(), status, code)
+    assert not proxy.gateway.exchanges
     assert connection_of(proxy)._pieces == []
+    assert await client.read_rest() == b""
+    (record,) = proxy.records
+    assert (record.status, record.code) == (status, code)
+    assert upstream.requests == []
+
+
+async def test_a_local_request_that_is_refused_is_not_waited_for(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(keys_required=False)
+    for request, status in (
+        (chat("", b"", framing="content-length: 5000").replace(b"/json", b"/x"), 415),
+        (chat("", b"", framing="content-length: 5000").replace(b"localhost", b"evil.test"), 403),
+    ):
+        client = await proxy.connect()
+        client.send(request)
+        answer = await client.read_answer()
+        assert (answer.status, answer.headers["connection"]) == (status, "close")
+    assert not proxy.gateway.exchanges
+    assert len(proxy.records) == 2
+
+
+async def test_a_request_that_comes_while_draining_is_not_waited_for(proxy: Proxy) -> None:
+    client = await proxy.connect()
+    assert await client.is_open()
+    proxy.gateway.is_draining = proxy.gateway.is_stopping = True
+    client.send(chat(proxy.key, b"", framing="content-length: 5000"))
+    assert_refused(await client.read_answer(), 503, "draining")
+
+
+async def test_a_stranger_that_goes_on_sending_reads_its_refusal(proxy: Proxy) -> None:
+    client = await proxy.connect()
+    client.send(chat("hb_live_wrong", b"", framing="content-length: 20000000"))
+    await client.flood(8 * 1024 * 1024)
+    assert_refused(await client.read_answer(), 401, "invalid_api_key")
+    assert len(proxy.records) == 1
+
+
+@both_doors
+async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
+    start_proxy: StartProxy, request_to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "LINGER", 0.1)
+    monkeypatch.setattr(server, "LINGER", 0.1)
+    proxy = await start_proxy()
+    client = await proxy.connect()
+    client.send(door(request_to, "hb_live_wrong", framing="transfer-encoding: chunked"))
+    answer = await client.read_answer()
+    assert (answer.status, answer.headers.get("connection")) == (
+        (401, "close") if request_to == "chat" else (200, None)
+    )
+    await wait_until(lambda: not proxy.server._connections)  # although the client stays
+    assert not proxy.gateway.exchanges
+
+
+# More connections than files
+
+
+async def test_connections_that_wait_longest_make_room_for_new_ones(
+    proxy: Proxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.add([sse_head(), Stall()])
+    proxy.gateway.room.limit = 6
+    running = await proxy.connect()
+    running.send(chat(proxy.key, STREAMED))
+    await upstream.wait_for_requests(1)
+    clients: list[RawClient] = []
+    for number in range(5):
+        clients.append(await proxy.connect())
+        if number == 1:
+            clients[1].send(b"GET /v1/mo")  # a part of a head is no request either
+        await wait_until(lambda number=number: len(proxy.server._connections) == number + 2)  # type: ignore[misc]
+        await asyncio.sleep(2 * proxy.gateway.wheel.tick)  # by which the waits are told apart
+    new = await proxy.connect()
+    assert await clients[0].read_rest() == b""
+    assert await new.is_open()
+    newer = await proxy.connect()
+    assert await clients[1].read_rest() == b""
+    assert all([await client.is_open() for client in (*clients[2:], new, newer)])
+    assert len(proxy.gateway.exchanges) == 1
+    assert caplog.text.count("closed 1 waiting connections") == 1  # and no more for a while
+
+
+async def test_a_burst_of_connections_that_say_nothing_leaves_room(proxy: Proxy) -> None:
+    proxy.gateway.room.limit = 20
+    most = 0
+    for _ in range(100):
+        await proxy.connect()
+        most = max(most, len(proxy.server._connections))
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    assert most <= 21
+
+
+async def test_where_all_connections_are_busy_a_new_one_is_refused(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    upstream.add([Stall()])
+    proxy.gateway.room.limit = 1
+    running = await proxy.connect()
+    running.send(chat(proxy.key))
+    await upstream.wait_for_requests(1)
+    late = await proxy.connect()
+    answer = await late.read_answer()
+    assert (answer.status, answer.headers["connection"]) == (503, "close")
+    assert answer.json()["error"]["code"] == "overloaded"
+    assert await late.read_rest() == b""
+    assert proxy.gateway.metrics.refused_connections == 1
+    assert len(proxy.gateway.exchanges) == 1
 
 
 # A client that leaves
@@ -937,6 +1182,24 @@ async def test_no_segment_waits_for_another_on_either_leg(
     assert kept._transport is not None
     assert no_delay(downstream.get_extra_info("socket"))
     assert no_delay(kept._transport.get_extra_info("socket"))
+
+
+@both_loops
+async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_leg(
+    proxy: Proxy, upstream: ScriptedUpstream
+) -> None:
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    downstream = connection_of(proxy).transport
+    (kept,) = proxy.gateway.upstreams["scripted"].pool._idle
+    assert downstream is not None
+    assert kept._transport is not None
+    unsent = downstream.get_extra_info("socket")
+    unread = kept._transport.get_extra_info("socket")
+    assert unsent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
+    # Linux doubles what it is told, and keeps to its own maximum.
+    assert unread.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 2 * UNREAD_BYTES
 
 
 async def test_reading_the_client_goes_on_while_it_reads_nothing_itself(

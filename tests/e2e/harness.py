@@ -32,15 +32,16 @@ from hoberproxy.config import (
 )
 from hoberproxy.record import Record
 from hoberproxy.server import Server
-from tests.scripted import WAIT, ScriptedUpstream
+from tests.patience import WAIT, patient
+from tests.scripted import ScriptedUpstream
 
 SLUG = "test/model"
 OTHER_SLUG = "test/other"
 UPSTREAM_MODEL = "upstream-model"
 UPSTREAM_KEY = "sk-upstream-secret"
-LIMITS = TimeLimits(connect=1.0, first_content=5.0, idle=5.0, total=10.0)
+LIMITS = TimeLimits(connect=WAIT, first_content=WAIT, idle=WAIT, total=2 * WAIT)
 # For what is to run out; long enough for a busy machine to do what is to come before.
-SOON = TimeLimits(connect=1.0, first_content=0.2, idle=0.2, total=0.5)
+SOON = TimeLimits(connect=WAIT, first_content=patient(0.5), idle=patient(0.5), total=patient(1.0))
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "hi"}]
 
@@ -69,11 +70,13 @@ def is_usage_event(event: bytes) -> bool:
 
 def error_event_of(body: bytes) -> dict[str, Any]:
     """The one error event a broken stream ends with; asserts that it is the last and the only."""
-    *before, last, rest = body.split(b"\n\n")
+    *before, last, rest = b"\n".join(
+        line for line in body.split(b"\n") if not line.startswith(b":")
+    ).split(b"\n\n")
     assert rest == b"", "the stream must end with a whole event"
     assert b"[DONE]" not in body
     assert not any(event.startswith(b'data: {"error"') for event in before)
-    document = json.loads(last.removeprefix(b"data: "))
+    document = json.loads(last.lstrip(b"\n").removeprefix(b"data: "))
     assert set(document) == {"error"}, "with choices, some clients take the stream for finished"
     error = document["error"]
     assert set(error) >= {"message", "type", "param", "code"}
@@ -297,7 +300,10 @@ def make_config(
     if models is None:
         models = [model_at(SLUG, *(provider.name for provider in providers))]
     settings = ServerSettings(
-        listen=(Address("127.0.0.1", 0),), metrics_listen=None, drain_timeout=0.0
+        listen=(Address("127.0.0.1", 0),),
+        metrics_listen=None,
+        drain_timeout=0.0,
+        comment_after=0.0,  # or a slow machine has them in its streams
     )
     return Config(
         server=replace(settings, **server),
@@ -338,6 +344,7 @@ PROGRAM_CONFIG = """\
 [server]
 listen = "127.0.0.1:0"
 metrics_listen = "off"
+comment_after = 0
 {server}
 
 [keys]
@@ -396,9 +403,17 @@ class Program:
 
 @asynccontextmanager
 async def running_program(
-    folder: Path, upstream: ScriptedUpstream, server: str = "", *, keys: bool = False
+    folder: Path,
+    upstream: ScriptedUpstream,
+    server: str = "",
+    *,
+    keys: bool = False,
+    endpoint: str = "",
 ) -> AsyncIterator[Program]:
-    """`python -m hoberproxy serve`; `server` are lines of that table. `keys`: clients need one."""
+    """`python -m hoberproxy serve`; `server` and `endpoint` are lines of these tables.
+
+    `keys`: clients need one.
+    """
     config = folder / "hoberproxy.toml"
     text = PROGRAM_CONFIG.format(
         server=server,
@@ -407,6 +422,7 @@ async def running_program(
         slug=SLUG,
         upstream_model=UPSTREAM_MODEL,
     )
+    text += endpoint
     config.write_text(text.replace("required = false", "required = true") if keys else text)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),

@@ -16,6 +16,7 @@ import pytest
 
 from hoberproxy.limits import KeyLimits
 from hoberproxy.sqlite_store import SqliteStore as Store
+from tests.patience import WAIT
 from tests.scripted import (
     AwaitRelease,
     Script,
@@ -186,7 +187,7 @@ async def ask_while_locked(port: int, folder: Path) -> None:
             database.execute("ROLLBACK")
         is_over = True
     assert seen.begun == seen.whole
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(WAIT):
         while len(recorded := ids_in(folder)) < len(seen.whole):  # noqa: ASYNC110  # a file
             await asyncio.sleep(0.1)
     assert set(recorded) == seen.whole and set(recorded.values()) == {1}

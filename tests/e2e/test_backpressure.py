@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hoberproxy.config import TimeLimits
+from tests.patience import WAIT, patient
 from tests.scripted import (
     LAST_CHUNK,
     Script,
@@ -25,6 +26,7 @@ from tests.scripted import (
 
 from .conftest import ProxyTo
 from .harness import (
+    LIMITS,
     Client,
     Program,
     as_client_sees,
@@ -61,7 +63,7 @@ class Counted:
 async def is_standing_still(counted: Counted) -> None:
     """Wait until the upstream cannot send any more."""
     before = -1
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT):
         while counted.sent != before:
             before = counted.sent
             await asyncio.sleep(0.1)
@@ -132,7 +134,7 @@ async def test_a_client_that_catches_up_gets_all_of_it(proxy_to: ProxyTo) -> Non
 async def test_the_idle_limit_stands_still_while_the_client_is_the_slower_one(
     proxy_to: ProxyTo,
 ) -> None:
-    limits = TimeLimits(connect=1.0, first_content=5.0, idle=0.1, total=60.0)
+    limits = replace(LIMITS, idle=patient(1.0))
     script = [sse_head(), SendMany(Counted(20 * MB)), *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream:
         limited = provider_for(upstream, limits=limits)
@@ -140,7 +142,7 @@ async def test_the_idle_limit_stands_still_while_the_client_is_the_slower_one(
             client.writer.transport.pause_reading()
             await client.ask(chat(stream=True))
             await eventually(lambda: any(each.is_paused for each in proxy.server._connections))
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(2 * limits.idle)
             client.writer.transport.resume_reading()
             reply = await client.read_reply()
     assert reply.body.endswith(as_client_sees(EVENTS))
@@ -167,9 +169,10 @@ async def test_a_client_that_reads_nothing_is_cut_after_the_write_limit(
 async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(proxy_to: ProxyTo) -> None:
     counted = Counted()
     loop = asyncio.get_running_loop()
+    limit = patient(1.0)
     async with (
         ScriptedUpstream([sse_head(), SendMany(counted)]) as upstream,
-        proxy_to(upstream, server={"write_timeout": 0.4}) as proxy,
+        proxy_to(upstream, server={"write_timeout": limit}) as proxy,
     ):
         with socket.socket() as slow:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
@@ -177,7 +180,7 @@ async def test_a_client_that_reads_slowly_but_steadily_is_not_cut(proxy_to: Prox
             await loop.sock_connect(slow, ("127.0.0.1", proxy.port))
             await loop.sock_sendall(slow, request_bytes(chat(stream=True)))
             await eventually(lambda: any(each.is_paused for each in proxy.server._connections))
-            until = loop.time() + 1.6  # four times the limit
+            until = loop.time() + 3 * limit
             while loop.time() < until:
                 assert await loop.sock_recv(slow, 16 * 1024)
                 await asyncio.sleep(0.02)

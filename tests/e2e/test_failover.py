@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import TimeLimits
+from tests.patience import WAIT, patient
 from tests.scripted import (
     LAST_CHUNK,
     AwaitRelease,
@@ -54,7 +54,7 @@ ROLE, FIRST = EVENTS[0], EVENTS[1]
 WHOLE = completion("hello")
 GOOD: dict[bool, Script] = {True: sse(*EVENTS), False: json_response(200, WHOLE)}
 THEIRS = "words of theirs with sk-upstr...cret"
-COMMENT = b": HOBER PROCESSING\n\n"
+COMMENT = b": HOBER PROCESSING\n"
 
 
 def refusal(status: int, *headers: tuple[str, str]) -> Script:
@@ -79,6 +79,21 @@ EITHER_WAY: dict[str, Case] = {
         "head",
         None,
     ),
+    **{
+        f"{name}, then silence": (
+            [Send(head), Stall()],
+            502,
+            "upstream_invalid_response",
+            "head",
+            None,
+        )
+        for name, head in {
+            "a head whose lines end in LF": b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",
+            "a head whose last line ends in LF": b"HTTP/1.1 200 OK\r\nA: b\r\n\n",
+            "a banner of another protocol": b"SSH-2.0-OpenSSH_9.2\r\n",
+            "an interim head and a bad one": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200\n",
+        }.items()
+    },
     **{
         f"status {status}": (refusal(status), 502, "upstream_error", "head", status)
         for status in (401, 402, 403, 404, 408, 500, 501, 502, 503, 504, 529)
@@ -352,7 +367,7 @@ async def test_a_refusal_of_the_request_goes_to_the_next_model(
 ) -> None:
     models = [model_at(SLUG, "a", "b"), model_at(OTHER_SLUG, "c")]
     async with (
-        ScriptedUpstream(refusal(status)) as first,
+        ScriptedUpstream(json_response(status, {"error": {"message": "no"}})) as first,
         ScriptedUpstream() as second,
         ScriptedUpstream(GOOD[True]) as third,
         proxy_to(first, second, third, models=models) as proxy,
@@ -458,16 +473,36 @@ async def test_a_stream_is_finished_once_done_has_passed(proxy_to: ProxyTo, end:
 
 
 async def test_bytes_keep_a_stream_alive_beyond_the_idle_limit(proxy_to: ProxyTo) -> None:
-    limits = TimeLimits(connect=1.0, first_content=1.0, idle=0.2, total=10.0)
+    limits = replace(LIMITS, idle=patient(0.5))
     script = [sse_head(), *[Send(chunk(FIRST)), Pause(0.06)] * 8, *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
         reply = await proxy.post(chat(stream=True))
     assert reply.body == as_client_sees([*[FIRST] * 8, *EVENTS])
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [b": ping\n\n", FIRST.replace(b" word0", b""), b"event: ping\ndata: {}\n\n"],
+    ids=["comments", "empty texts", "pings"],
+)
+async def test_nothing_but_comments_or_empty_events_is_no_stream_for_ever(
+    proxy_to: ProxyTo, empty: bytes
+) -> None:
+    limits = replace(LIMITS, first_content=patient(0.5))
+    script = [*OPENED, *[Send(chunk(empty)), Pause(0.05)] * 400]
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
+        reply = await proxy.post(chat(stream=True))
+        record = await proxy.wait_for_record()
+        await upstream.wait_for_hangup()
+    error = error_event_of(reply.body)
+    assert (error["code"], record.code) == ("upstream_timeout", "upstream_timeout")
+    assert f"within {limits.first_content:g} s but comments or empty events" in error["message"]
+    assert (record.phase, record.status) == ("content", 200)
+
+
 async def test_a_late_beginning_is_no_failure_within_the_limit(proxy_to: ProxyTo) -> None:
-    limits = replace(LIMITS, idle=0.1, first_content=5.0)  # idle counts from the first content on
-    script = [sse_head(), Pause(0.4), *sse(*EVENTS)[1:]]
+    limits = replace(LIMITS, idle=patient(0.5))  # idle counts from the first content on
+    script = [sse_head(), Pause(2 * limits.idle), *sse(*EVENTS)[1:]]
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, limits=limits) as proxy:
         reply = await proxy.post(chat(stream=True))
     assert reply.body == as_client_sees(EVENTS)
@@ -558,6 +593,63 @@ async def test_no_comment_cuts_an_event_too_long_to_be_held(proxy_to: ProxyTo) -
     assert reply.body == as_client_sees([ROLE, FIRST, long, *EVENTS[2:]])
 
 
+async def test_a_comment_follows_whole_events_of_crlf_lines_and_changes_none(
+    proxy_to: ProxyTo,
+) -> None:
+    events = [each.replace(b"\n", b"\r\n") for each in EVENTS]
+    script = [*sse(*events[:2])[:-1], AwaitRelease("go"), *sse(*events[2:])[1:]]
+    async with (
+        ScriptedUpstream(script) as upstream,
+        proxy_to(upstream, server=COMMENTING) as proxy,
+        proxy.connect() as client,
+    ):
+        await client.ask(chat(stream=True))
+        await client.read_head()
+        begin = await client.read_until(COMMENT)
+        upstream.release("go")
+        rest = await client.read_until(b"[DONE]\r\n\r\n")
+    assert begin == as_client_sees(EVENTS[:2]).replace(b"\n", b"\r\n") + COMMENT
+    assert rest.replace(COMMENT, b"") == as_client_sees(EVENTS[2:]).replace(b"\n", b"\r\n")
+
+
+async def test_no_comment_comes_between_the_cr_and_the_lf_of_an_empty_line(
+    proxy_to: ProxyTo,
+) -> None:
+    # The LF behind the comment would be an empty line of its own.
+    body = b"".join(each.replace(b"\n", b"\r\n") for each in EVENTS)
+    cut = len(b"".join(EVENTS[:2])) + 4 - 1  # each of the two events has two LF
+    script = [
+        sse_head(),
+        Send(chunk(body[:cut])),
+        Pause(0.35),
+        Send(chunk(body[cut:]) + LAST_CHUNK),
+    ]
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, server=COMMENTING) as proxy:
+        reply = await proxy.post(chat(stream=True))
+    assert reply.body == as_client_sees(EVENTS).replace(b"\n", b"\r\n")
+
+
+@pytest.mark.parametrize("fields", [b"", b"id: 7\n", b"event: message\nid: 7\n", b"retry: 9\n"])
+async def test_a_comment_makes_no_client_dispatch_an_event(
+    proxy_to: ProxyTo, fields: bytes
+) -> None:
+    # openai/openai-python#2722 (after an `id:`), openai/openai-go#651 (always, before 3.43).
+    events = [fields + each for each in EVENTS]
+    script = [*sse(*events[:2])[:-1], AwaitRelease("go"), *sse(*events[2:])[1:]]
+    async with (
+        ScriptedUpstream(script) as upstream,
+        proxy_to(upstream, server=COMMENTING) as proxy,
+        proxy.connect() as client,
+    ):
+        await client.ask(chat(stream=True))
+        await client.read_head()
+        body = await client.read_until(COMMENT)
+        upstream.release("go")
+        body += await client.read_until(b"[DONE]\n\n")
+    for block in body.removesuffix(b"\n\n").split(b"\n\n"):
+        assert b"\ndata: " in b"\n" + block, "an empty line stands behind data alone"
+
+
 async def test_a_body_gets_no_comments(proxy_to: ProxyTo) -> None:
     script = [Pause(0.3), *GOOD[False]]
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, server=COMMENTING) as proxy:
@@ -566,7 +658,7 @@ async def test_a_body_gets_no_comments(proxy_to: ProxyTo) -> None:
 
 
 async def test_after_a_comment_falling_over_goes_on_unseen(proxy_to: ProxyTo) -> None:
-    limits = replace(SOON, first_content=0.3, total=5.0)
+    limits = replace(SOON, total=WAIT)
     async with ScriptedUpstream([Stall()]) as first, ScriptedUpstream(GOOD[True]) as second:
         limited = provider_for(first, "a", limits=limits)
         async with proxy_to(limited, provider_for(second, "b"), server=COMMENTING) as proxy:
@@ -591,7 +683,7 @@ async def test_after_a_comment_falling_over_goes_on_unseen(proxy_to: ProxyTo) ->
 async def test_a_failure_after_a_comment_is_told_in_the_stream(
     proxy_to: ProxyTo, script: Script, code: str
 ) -> None:
-    limits = replace(LIMITS, first_content=0.5)
+    limits = replace(LIMITS, first_content=patient(1.5))
     async with (
         ScriptedUpstream(script) as upstream,
         proxy_to(upstream, limits=limits, server=COMMENTING) as proxy,

@@ -20,6 +20,7 @@ from openai import AsyncOpenAI
 from hoberproxy.config import Provider, TimeLimits
 from hoberproxy.health import Health
 from hoberproxy.record import Record
+from tests.patience import patient
 from tests.scripted import (
     LAST_CHUNK,
     Close,
@@ -79,8 +80,12 @@ class Row:
         if not self.is_slow:
             return LIMITS
         if self.phase in ("content", "body"):
-            return replace(LIMITS, idle=0.1)
-        return replace(LIMITS, first_content=0.2) if stream else replace(LIMITS, total=0.2)
+            return replace(LIMITS, idle=patient(0.3))
+        return (
+            replace(LIMITS, first_content=patient(0.3))
+            if stream
+            else replace(LIMITS, total=patient(0.3))
+        )
 
     @property
     def is_final(self) -> bool:
@@ -116,7 +121,9 @@ EITHER: dict[str, Row] = {
     "refuses the connection": Row(None, phase="connect"),
     "resets": Row([Reset()]),
     "hangs up": Row([Close()]),
-    "delays its head": Row([Pause(0.5), *GOOD[True]], 504, "upstream_timeout", is_slow=True),
+    "delays its head": Row(
+        [Pause(patient(1.0)), *GOOD[True]], 504, "upstream_timeout", is_slow=True
+    ),
     "answers 302": status(302, ("Location", "http://127.0.0.1:1/")),
     "answers 401": status(401),
     "answers 404": status(404),

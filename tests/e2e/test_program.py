@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import WAIT
 from tests.scripted import (
     AwaitRelease,
     Script,
@@ -50,7 +51,7 @@ async def is_refused(program: Program) -> bool:
 
 
 async def wait_until_refused(program: Program) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(WAIT):
         while not await is_refused(program):  # noqa: ASYNC110  # no event tells it
             await asyncio.sleep(0.01)
 

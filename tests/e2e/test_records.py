@@ -88,6 +88,59 @@ async def test_whoever_is_killed_each_request_has_one_record(
     assert not list((tmp_path / "records.db-requests").glob("*.segment"))
 
 
+@pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
+async def test_a_hole_in_a_journal_takes_nothing_else_along_whoever_is_killed_then(
+    tmp_path: Path, workers: int | None
+) -> None:
+    folder = tmp_path / "records.db-requests"
+    async with ScriptedUpstream(default=answer) as upstream:
+        async with service(tmp_path, upstream, workers=workers) as running:
+            blocked = sqlite3.connect(tmp_path / "records.db", isolation_level=None)
+            blocked.execute("BEGIN IMMEDIATE")  # so that all of it is in the journals
+            seen = Seen()
+            for _ in range(60):
+                await seen.load_once(running.port)
+            everyone = [running.process.pid, *running.children("hoberproxy")]
+            for pid in everyone:
+                os.kill(pid, signal.SIGKILL)
+            await running.wait()
+            await eventually(lambda: not any(is_alive(pid) for pid in everyone))
+            blocked.close()
+        whole = set[str]()
+        for path in segments(folder):
+            data = bytearray(path.read_bytes())
+            data[4096:8192] = bytes(4096)
+            path.write_bytes(data)
+            for name in seen.whole:
+                place = data.find(name.encode())
+                if 0 <= place < 4096 - 1200 or place >= 8192:  # one of its entries is whole
+                    whole.add(name)
+        holes = sum(b"req_" in path.read_bytes()[8192:] for path in segments(folder))
+        assert holes and len(whole) > 20
+        async with service(tmp_path, upstream, workers=workers) as running:
+            await eventually(lambda: whole <= set(ids_in(tmp_path)))
+            assert len(list(folder.glob("*.unreadable"))) >= holes
+            for pid in writers(running) or [running.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            if workers is not None:
+                await eventually(lambda: writers(running))
+                await running.post(chat())
+                running.process.terminate()
+            await running.wait()
+        async with service(tmp_path, upstream, workers=workers) as running:
+            assert (await running.post(chat())).status == 200
+            running.process.terminate()
+            await running.wait()
+        assert running.log().count("damaged; ") == len(list(folder.glob("*.unreadable")))
+        upstream.failures.clear()
+    assert set(ids_in(tmp_path).values()) == {1}
+
+
+def segments(folder: Path) -> list[Path]:
+    """Files of journals that hold more than their head."""
+    return [path for path in folder.glob("*.segment") if b"req_" in path.read_bytes()]
+
+
 async def test_however_many_workers_one_process_writes(tmp_path: Path) -> None:
     async with (
         ScriptedUpstream(default=answer) as upstream,

@@ -13,10 +13,11 @@ import pytest
 
 from hoberproxy import exchange
 from hoberproxy.attempts import Attempt
-from hoberproxy.config import Endpoint, Model, TimeLimits
+from hoberproxy.config import Endpoint, Model
 from hoberproxy.exchange import Exchange
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import MAX_PIPELINED_BYTES
+from tests.patience import WAIT, patient
 from tests.scripted import (
     AwaitRelease,
     ScriptedUpstream,
@@ -34,6 +35,7 @@ from ..conftest import pure_only
 from .conftest import ProxyTo
 from .harness import (
     CHAT,
+    LIMITS,
     OTHER_SLUG,
     SLUG,
     UPSTREAM_MODEL,
@@ -84,7 +86,7 @@ async def test_a_connection_kept_under_a_full_client_serves_the_next_one(proxy_t
     ):
         await ask_without_reading(proxy, slow)
         assert proxy.pool_of("a").idle == 1
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(WAIT):
             assert (await proxy.post(chat())).status == 200
         assert upstream.connections == 1
 
@@ -99,7 +101,7 @@ async def test_answers_that_are_not_read_do_not_pile_up(proxy_to: ProxyTo) -> No
         (connection,) = proxy.server._connections
         requests = request_bytes({"x": "y"}) * 200  # each is refused: 400
         most = 0
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT):
             while proxy.server._connections:  # who sends on and on is closed
                 client.writer.write(requests)
                 await asyncio.sleep(0.001)
@@ -114,7 +116,7 @@ async def test_answers_that_are_not_read_do_not_pile_up(proxy_to: ProxyTo) -> No
 async def test_a_request_behind_unread_answers_is_sent_when_they_are_read(
     proxy_to: ProxyTo,
 ) -> None:
-    limits = TimeLimits(connect=1.0, first_content=0.2, idle=5.0, total=10.0)
+    limits = replace(LIMITS, first_content=patient(0.2))
     async with (
         ScriptedUpstream(default=LARGE) as upstream,
         proxy_to(upstream, limits=limits) as proxy,
@@ -123,7 +125,9 @@ async def test_a_request_behind_unread_answers_is_sent_when_they_are_read(
         asked = await ask_without_reading(proxy, client)
         upstream.add(sse(*EVENTS))
         await client.ask(chat(stream=True))
-        await asyncio.sleep(0.4)  # beyond the upstream's limit, which has not been asked yet
+        await asyncio.sleep(
+            2 * limits.first_content
+        )  # beyond the upstream's limit, which has not been asked yet
         client.writer.transport.resume_reading()
         for _ in range(asked):
             await client.read_reply()
@@ -318,7 +322,7 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
     refusal = json_response(400, {"error": {"message": "too long", "code": THEIRS}})
     async with (
         ScriptedUpstream(refusal) as upstream,
-        ScriptedUpstream(json_response(500, {})) as other,
+        ScriptedUpstream(json_response(429, {})) as other,
         proxy_to(upstream, other, models=[model_at(SLUG, "a"), model_at(OTHER_SLUG, "b")]) as proxy,
     ):
         reply = await proxy.post(chat(models=models))

@@ -361,3 +361,42 @@ async def test_previous_errors_hold_numbers_and_our_words_only(market: Any, path
     ]
     assert reply.error["metadata"]["provider"] == "d"
     assert THEIRS not in repr(record)
+
+
+# Values beyond the contract's
+
+BEYOND: dict[str, tuple[dict[str, Any], str]] = {
+    "tool_choice=any": ({"tool_choice": "any", "tools": TOOLS}, "tool_choice"),
+    "response_format=regex": (
+        {"response_format": {"type": "regex", "pattern": "a+"}},
+        "response_format.type",
+    ),
+    "max_tokens=-1": ({"max_tokens": -1}, "max_tokens"),
+    "content=null": (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]},
+        "messages[1].content",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+async def test_a_value_that_only_some_servers_take_reaches_those_as_it_is(
+    proxy_to: ProxyTo, name: str
+) -> None:
+    sent, param = BEYOND[name]
+    able = Endpoint("b", UPSTREAM_MODEL, abilities=Abilities(accepts=frozenset([name])))
+    models = [Model(SLUG, (Endpoint("a", UPSTREAM_MODEL), able))]
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(GOOD, GOOD) as second,
+        proxy_to(first, second, models=models) as proxy,
+    ):
+        for _ in range(2):  # the second as it was seen before
+            reply = await proxy.post(chat() | sent)
+            assert reply.status == 200
+        for seen in second.requests:
+            assert seen.json().items() >= sent.items()
+    async with ScriptedUpstream() as upstream, proxy_to(upstream) as proxy:
+        reply = await proxy.post(chat() | sent)
+        assert not upstream.requests
+    assert (reply.status, reply.error["param"]) == (400, param)

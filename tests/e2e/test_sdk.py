@@ -17,6 +17,7 @@ from hoberproxy.config import KeySettings
 from hoberproxy.sqlite_store import SqliteStore as Store
 from tests.scripted import (
     Close,
+    Pause,
     Reset,
     Script,
     ScriptedUpstream,
@@ -39,11 +40,15 @@ CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", 
 
 @asynccontextmanager
 async def keyed_proxy(
-    folder: Path, *upstreams: ScriptedUpstream, **changes: Any
+    folder: Path,
+    *upstreams: ScriptedUpstream,
+    server: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> AsyncIterator[tuple[Proxy, str]]:
     """A proxy that requires keys, and one."""
     named = zip("abc", upstreams, strict=False)
-    config = make_config(folder, *(provider_for(each, name, **changes) for name, each in named))
+    providers = (provider_for(each, name, **changes) for name, each in named)
+    config = make_config(folder, *providers, **(server or {}))
     store = Store(config.records.file)
     try:
         key, _ = store.create_key("sdk")
@@ -178,6 +183,50 @@ async def test_an_unknown_model_raises_not_found(tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             await client.chat.completions.create(model="no/such", messages=QUESTION)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("index", [None, 0])
+async def test_a_stream_made_of_a_body_is_put_together_as_the_body_was(
+    tmp_path: Path, index: int | None
+) -> None:
+    calls = [{"index": index, **CALL}, {"index": index, **CALL, "id": "call_2"}]
+    answer = completion(finish_reason="tool_calls")
+    answer["choices"][0]["message"] = {
+        "role": "assistant",
+        "content": "let me look",
+        "tool_calls": calls,
+        "function_call": None,
+    }
+    async with (
+        ScriptedUpstream(json_response(200, answer)) as upstream,
+        keyed_proxy(tmp_path, upstream) as (proxy, key),
+        sdk(proxy, key) as client,
+    ):
+        async with client.chat.completions.stream(
+            model=SLUG, messages=QUESTION, tools=TOOLS, stream_options={"include_usage": True}
+        ) as stream:
+            whole = await stream.get_final_completion()
+    (choice,) = whole.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "let me look")
+    assert [call.id for call in choice.message.tool_calls] == ["call_1", "call_2"]
+    assert [call.function.arguments for call in choice.message.tool_calls] == ["{}", "{}"]
+    assert (choice.finish_reason, whole.usage.completion_tokens) == ("tool_calls", 3)
+
+
+@pytest.mark.parametrize("fields", [b"", b"id: 7\n"])
+async def test_comment_lines_are_no_events(tmp_path: Path, fields: bytes) -> None:
+    # openai/openai-python#2722: with an empty line behind it, one is, once an `id:` has come.
+    events = [fields + each for each in EVENTS]
+    script = [*sse(*events[:2])[:-1], Pause(0.3), *sse(*events[2:])[1:]]
+    async with (
+        ScriptedUpstream(script) as upstream,
+        keyed_proxy(tmp_path, upstream, server={"comment_after": 0.1}) as (proxy, key),
+        sdk(proxy, key) as client,
+    ):
+        text = ""
+        async for chunk in await ask(client, stream=True):
+            text += chunk.choices[0].delta.content or ""
+    assert text == " word0 word1 word2"
 
 
 BREAKS: dict[str, Script] = {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ssl
+from dataclasses import replace
 
 import pytest
 
 from hoberproxy.catalog import Provider
+from tests.patience import patient
 from tests.scripted import (
     Close,
     ScriptedUpstream,
@@ -23,7 +25,7 @@ from tests.scripted import (
 )
 
 from .conftest import ProxyTo
-from .harness import SLUG, as_client_sees, chat, error_event_of, eventually, provider_for
+from .harness import LIMITS, SLUG, as_client_sees, chat, error_event_of, eventually, provider_for
 
 EVENTS = stream_events(5)
 
@@ -115,7 +117,8 @@ async def test_the_name_is_sent_for_the_server_to_choose_by(
 
 async def test_plain_http_where_tls_is_expected_is_a_502(proxy_to: ProxyTo) -> None:
     async with ScriptedUpstream(default=json_response(200, completion())) as upstream:
-        secure = provider_for(upstream.base_url.replace("http:", "https:"))
+        limits = replace(LIMITS, connect=patient(1.0))
+        secure = provider_for(upstream.base_url.replace("http:", "https:"), limits=limits)
         async with proxy_to(secure) as proxy:
             # What TLS sends is no request: the scripted upstream waits, so the limit ends it.
             reply = await proxy.post(chat())

@@ -50,7 +50,7 @@ EVENTS = stream_events(3)
 GOOD = json_response(200, completion())
 WAITING: Script = [*sse(*EVENTS)[:3], AwaitRelease("go"), *sse(*EVENTS)[3:]]
 # Under load every start of a process is slow on a machine with few cores.
-PATIENCE = 60.0
+PATIENCE = WAIT
 
 
 class Service(Program):

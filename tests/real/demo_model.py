@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import patient
+
 from .model_server import CONTEXT_TOKENS, UPSTREAM_MODEL, run_model_server
 
 SLUG = "smollm2/135m-instruct"
 PROVIDER = "llamacpp"
-START_LIMIT = 30.0  # seconds
+START_LIMIT = patient(60.0)  # seconds
 
 CONFIG = """\
 [server]
@@ -80,7 +82,7 @@ class RunningProxy:
 def run_command(*arguments: str) -> str:
     """Run the installed `hoberproxy` command to its end; returns its output."""
     done = subprocess.run(
-        [_command(), *arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=60
+        [_command(), *arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=START_LIMIT
     )
     return done.stdout
 
@@ -126,7 +128,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+            with urllib.request.urlopen(f"{url}/readyz", timeout=START_LIMIT):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.05)

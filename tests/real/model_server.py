@@ -20,11 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.patience import patient
+
 ROOT = Path(__file__).resolve().parents[2]
 UPSTREAM_MODEL = "smollm2"
 SLOTS = 2
 CONTEXT_TOKENS = 4096  # of each slot
-START_LIMIT = 120.0  # seconds; it takes one or two, but on a loaded machine nobody knows
+START_LIMIT = patient(120.0)  # seconds; it takes one or two, but on a loaded machine nobody knows
 
 # SmolLM2's own template has no tools. Two turns that call the first tool make a model of this
 # size call it reliably at temperature 0; the argument is the tool's first required one.

@@ -16,13 +16,13 @@ import pytest
 from openai import OpenAI
 
 from hoberproxy.sqlite_store import SqliteStore as Store
+from tests.patience import WAIT
 
 from .demo_model import PROVIDER, SLUG, RunningProxy, run_command
 from .model_server import UPSTREAM_MODEL
 
 pytestmark = pytest.mark.real
 
-WAIT = 10.0  # seconds
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 # What makes two answers of the model equal: the greedy choice, and no reuse of an earlier prompt,
 # which is computed in other batches and so rounds otherwise.
@@ -52,7 +52,7 @@ def wait_until(holds: Callable[[], Any]) -> Any:
 
 def post(base: str, body: dict[str, Any], key: str = "") -> tuple[http.client.HTTPMessage, bytes]:
     """One request without any SDK: the response's headers and its body, only un-chunked."""
-    connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(base).netloc, timeout=WAIT)
     try:
         headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
         connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
@@ -64,7 +64,7 @@ def post(base: str, body: dict[str, Any], key: str = "") -> tuple[http.client.HT
 
 
 def busy_slots(direct_url: str) -> int:
-    with urllib.request.urlopen(f"{direct_url}/slots", timeout=5) as response:
+    with urllib.request.urlopen(f"{direct_url}/slots", timeout=WAIT) as response:
         return sum(slot["is_processing"] for slot in json.load(response))
 
 

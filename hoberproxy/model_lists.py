@@ -1,0 +1,134 @@
+"""The models behind wildcards, for GET /v1/models: their providers are asked now and then.
+
+In the background, one task a process. A provider that does not answer, or with no list of models,
+keeps the one that it gave before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final
+
+import orjson
+
+from .catalog import Catalog, TimeLimits
+from .errors import UpstreamError
+from .gateway import Gateway, Upstream
+from .listing import list_models
+
+logger = logging.getLogger("hoberproxy.upstream")
+
+LIMITS: Final = TimeLimits(connect=5.0, first_content=10.0, idle=10.0, total=10.0)
+FIRST_RETRY: Final = 15.0  # seconds, doubled with each failure in a row
+MAX_MODELS: Final = 2000  # of one provider; the longest list known has some 500
+JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
+
+
+class ModelLists:
+    """`start` it when clients are served, `refresh` it with a new config, `aclose` it last."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._asked: dict[str, Upstream] = {}  # who was asked last under a provider's name
+        self._due: dict[str, float] = {}  # loop time
+        self._failures: dict[str, int] = {}  # in a row
+        self._woken = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Ask from now on."""
+        self._task = self._gateway.loop.create_task(self._run(), name="list models")
+
+    def refresh(self) -> None:
+        """The config is another: forget providers that are gone or changed, and ask new ones."""
+        upstreams = self._gateway.upstreams
+        for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
+            for known in (self._asked, self._due, self._failures):
+                known.pop(name, None)
+            self._publish(name, ())
+        self._woken.set()
+
+    async def aclose(self) -> None:
+        """End the task."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        loop = self._gateway.loop
+        while not self._gateway.is_draining:
+            self._woken.clear()
+            now = loop.time()
+            wanted = self._wanted()
+            due = [name for name in wanted if self._due.get(name, now) <= now]
+            await asyncio.gather(*(self._ask(name) for name in due))
+            following = min((self._due[name] for name in wanted if name in self._due), default=None)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(following):
+                    await self._woken.wait()
+
+    def _wanted(self) -> list[str]:
+        """The providers that a wildcard names."""
+        if not self._gateway.config.server.models_refresh:
+            return []
+        models = self._gateway.config.models
+        wild = [endpoint for model in models if model.is_wildcard for endpoint in model.endpoints]
+        return list(dict.fromkeys(endpoint.provider for endpoint in wild))
+
+    async def _ask(self, name: str) -> None:
+        """Ask one provider; never raises."""
+        upstream = self._gateway.upstreams.get(name)
+        if upstream is None:
+            return  # a reload came first
+        self._asked[name] = upstream
+        names: list[str] | None = None
+        reason = "no list of models in its answer"
+        try:
+            names = await list_models(upstream, LIMITS)
+        except UpstreamError as error:
+            reason = error.recorded_code
+        except Exception:
+            logger.exception("listing the models of provider %s failed", name)
+        if self._gateway.upstreams.get(name) is not upstream:
+            return  # a reload came meanwhile
+        if names is not None:
+            self._failures[name] = 0
+            self._publish(name, tuple(names[:MAX_MODELS]))
+        else:
+            self._failures[name] = failures = self._failures.get(name, 0) + 1
+            if failures == 1:
+                logger.info("provider %s: its models are not known: %s", name, reason)
+        self._due[name] = self._gateway.loop.time() + self._wait(name)
+
+    def _wait(self, name: str) -> float:
+        wait = self._gateway.config.server.models_refresh
+        if failures := self._failures[name]:
+            wait = min(wait, FIRST_RETRY * 2.0 ** min(failures - 1, 20))
+        return wait * (1 - JITTER + 2 * JITTER * self._gateway.draw())
+
+    def _publish(self, name: str, models: tuple[str, ...]) -> None:
+        gateway = self._gateway
+        if gateway.listed.get(name, ()) != models:
+            gateway.listed = {**gateway.listed, name: models}  # another object: see ModelsPage
+
+
+class ModelsPage:
+    """The body of GET /v1/models, made anew only when something in it may have changed."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._made_of: tuple[Catalog, dict[str, tuple[str, ...]]] | None = None
+        self._body = b""
+
+    def body(self) -> bytes:
+        """The list as JSON."""
+        catalog, listed = self._gateway.catalog, self._gateway.listed
+        made_of = self._made_of
+        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
+            document: dict[str, Any] = {"object": "list", "data": catalog.listing(listed)}
+            self._body = orjson.dumps(document)
+            self._made_of = catalog, listed
+        return self._body

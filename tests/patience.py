@@ -1,0 +1,22 @@
+"""How long tests wait. A test waits for an event; the limits here only end a test that fails.
+
+`HOBERPROXY_TEST_PATIENCE` multiplies every limit, for machines that are busier than these limits
+allow for: at 1, the default, the suite passes beside eight other busy processes on two cores.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+SCALE: Final = float(os.environ.get("HOBERPROXY_TEST_PATIENCE", "1"))
+
+
+def patient(seconds: float) -> float:
+    """Return `seconds` as long as this machine needs them to be."""
+    return seconds * SCALE
+
+
+WAIT: Final = patient(60.0)  # seconds until an event is taken for one that never comes
+TEST_LIMIT: Final = patient(300.0)  # seconds of a whole test with its fixtures
+LONG_TEST_LIMIT: Final = patient(900.0)  # … of one that installs, boots or loads for minutes
