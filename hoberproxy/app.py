@@ -101,6 +101,9 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
 
 
 async def _list_models(request: web.Request) -> web.Response:
+    wait = request.app[GATEWAY].wait_for_models
+    if wait is not None:
+        await wait()
     body = request.app[MODELS_PAGE].body()
     return web.Response(body=body, content_type="application/json")
 

@@ -11,7 +11,7 @@ import random
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -134,6 +134,7 @@ class Gateway:
     is_stopping: bool = False  # and nobody takes over: further requests are refused
     room: ConnectionRoom = field(default_factory=lambda: ConnectionRoom(UNBOUNDED))
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # provider → its models
+    wait_for_models: Callable[[], Awaitable[None]] | None = None  # until these are known
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""

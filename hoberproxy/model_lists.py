@@ -1,7 +1,8 @@
 """The models behind wildcards, for GET /v1/models: their providers are asked now and then.
 
-In the background, one task a process. A provider that does not answer, or with no list of models,
-keeps the one that it gave before.
+In the background, one task a process, which begins when the list is wanted for the first time, or a
+while after the start: many a process serves no list in its life. A provider that does not answer, or
+with no list of models, keeps the one that it gave before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .listing import list_models
 logger = logging.getLogger("hoberproxy.upstream")
 
 LIMITS: Final = TimeLimits(connect=5.0, first_content=10.0, idle=10.0, total=10.0)
+BEGIN_AFTER: Final = 15.0  # seconds from the start, if nobody wants a list before
+FIRST_WAIT: Final = 3.0  # seconds that an answer waits for the providers' first answers
 FIRST_RETRY: Final = 15.0  # seconds, doubled with each failure in a row
 MAX_MODELS: Final = 2000  # of one provider; the longest list known has some 500
 JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
@@ -35,11 +38,21 @@ class ModelLists:
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
         self._woken = asyncio.Event()
+        self._is_wanted = asyncio.Event()
+        self._has_asked = asyncio.Event()  # all providers, once
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Ask from now on."""
         self._task = self._gateway.loop.create_task(self._run(), name="list models")
+
+    async def wait(self) -> None:
+        """Wait until all providers were asked once, FIRST_WAIT seconds at most."""
+        self._is_wanted.set()
+        if not self._has_asked.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_WAIT):
+                    await self._has_asked.wait()
 
     def refresh(self) -> None:
         """The config is another: forget providers that are gone or changed, and ask new ones."""
@@ -59,12 +72,16 @@ class ModelLists:
 
     async def _run(self) -> None:
         loop = self._gateway.loop
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._vary(BEGIN_AFTER)):
+                await self._is_wanted.wait()
         while not self._gateway.is_draining:
             self._woken.clear()
             now = loop.time()
             wanted = self._wanted()
             due = [name for name in wanted if self._due.get(name, now) <= now]
             await asyncio.gather(*(self._ask(name) for name in due))
+            self._has_asked.set()
             following = min((self._due[name] for name in wanted if name in self._due), default=None)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(following):
@@ -107,6 +124,9 @@ class ModelLists:
         wait = self._gateway.config.server.models_refresh
         if failures := self._failures[name]:
             wait = min(wait, FIRST_RETRY * 2.0 ** min(failures - 1, 20))
+        return self._vary(wait)
+
+    def _vary(self, wait: float) -> float:
         return wait * (1 - JITTER + 2 * JITTER * self._gateway.draw())
 
     def _publish(self, name: str, models: tuple[str, ...]) -> None:

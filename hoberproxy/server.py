@@ -131,6 +131,7 @@ class Server(Timed):
         await self._admin.start()
         self._model_lists = ModelLists(gateway)
         self._model_lists.start()
+        gateway.wait_for_models = self._model_lists.wait
         self._beat(gateway.loop.time())
 
     async def _listen_on(

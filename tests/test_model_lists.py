@@ -14,6 +14,7 @@ from hoberproxy.catalog import Endpoint, Model, Provider
 from hoberproxy.listing import parse_listing
 
 from .conftest import SLUG, Proxy, StartProxy, chat, get, wait_until
+from .patience import WAIT
 from .scripted import (
     AwaitRelease,
     Close,
@@ -68,7 +69,8 @@ def models(*names: str) -> Script:
 
 
 async def start(start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Proxy:
-    """A proxy that asks, and asks again in a moment."""
+    """A proxy that asks at its start, and asks again in a moment."""
+    monkeypatch.setattr(model_lists, "BEGIN_AFTER", 0.0)
     monkeypatch.setattr(model_lists, "FIRST_RETRY", 0.02)
     return await start_proxy(**({"models_refresh": 0.05} | settings))
 
@@ -106,6 +108,22 @@ async def test_models_behind_a_wildcard_are_listed_and_served(
 
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+async def test_the_first_who_wants_the_list_gets_all_of_it_and_nobody_is_asked_before(
+    start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_lists, "BEGIN_AFTER", 3600.0)
+    monkeypatch.setattr(model_lists, "FIRST_WAIT", WAIT)
+    proxy = await start_proxy(models_refresh=600.0)
+    client = await proxy.connect()
+    client.send(chat(proxy.key))
+    assert (await client.read_answer()).status == 200
+    assert [seen.method for seen in upstream.requests] == ["POST"]
+    upstream._default = models("m-1")
+    assert await slugs(proxy) == [SLUG, "any/m-1"]
+    upstream._default = models("m-2")
+    assert await slugs(proxy) == [SLUG, "any/m-1"], "the next look is in ten minutes"
 
 
 async def test_the_virtual_models_choose_among_named_ones_alone(
@@ -174,6 +192,7 @@ async def test_an_empty_list_is_a_list(
 async def test_a_provider_that_hangs_delays_neither_start_nor_requests_nor_the_end(
     start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(model_lists, "FIRST_WAIT", 0.05)
     upstream.add([Stall()])
     proxy = await start(start_proxy, monkeypatch, models_refresh=600.0)
     await upstream.wait_for_requests(1)
