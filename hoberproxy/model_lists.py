@@ -1,8 +1,8 @@
 """The models behind wildcards, for GET /v1/models: their providers are asked now and then.
 
-In the background, one task a process, which begins when the list is wanted for the first time, or a
-while after the start: many a process serves no list in its life. A provider that does not answer, or
-with no list of models, keeps the one that it gave before.
+In the background, one task a process, which begins when the list is wanted for the first time, or
+a while after the start: many a process serves no list in its life. A provider that does not answer,
+or with no list of models, keeps the one that it gave before.
 """
 
 from __future__ import annotations
