@@ -10,11 +10,11 @@ TEST_JOBS ?= 2
 SOURCES := pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install compiled tools run test test-compiled test-kills test-load test-real test-systemd demo-model fmt \
+.PHONY: help install compiled tools run test test-compiled test-kills test-properties test-load test-real test-systemd demo-model fmt \
 	lint types check bench bench-pure bench-micro bench-readme clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # Each stamp is a finished install; a changed pyproject.toml makes them stale.
 $(VENV)/.core: pyproject.toml
@@ -81,6 +81,10 @@ test-compiled: $(COMPILED)/.stamp ## the same tests, of the compiled package
 test-kills: $(VENV)/.dev ## fifty kills and a store locked for a minute, under load: no record is lost
 	HOBERPROXY_TEST_KILLS=50 HOBERPROXY_TEST_LOCKED=60 $(BIN)/python -m pytest -n $(TEST_JOBS) \
 		-k 'killed or locked' tests/e2e/test_account.py tests/e2e/test_records.py $(TEST_ARGS)
+
+test-properties: $(VENV)/.dev ## thirty times as many examples of streams, damaged journals and calls at once
+	HOBERPROXY_TEST_EXAMPLES=30 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/test_plain_reader.py \
+		tests/test_journal_damage.py tests/test_overspending.py $(TEST_ARGS)
 
 test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
 	$(BIN)/python -m pytest -m load $(TEST_ARGS)

@@ -1,7 +1,10 @@
-"""How long tests wait. A test waits for an event; the limits here only end a test that fails.
+"""How long tests wait, and how many examples they try.
+
+A test waits for an event; the limits here only end a test that fails.
 
 `HOBERPROXY_TEST_PATIENCE` multiplies every limit, for machines that are busier than these limits
 allow for: at 1, the default, the suite passes beside eight other busy processes on two cores.
+`HOBERPROXY_TEST_EXAMPLES` multiplies the examples of property tests.
 """
 
 from __future__ import annotations
@@ -20,3 +23,10 @@ def patient(seconds: float) -> float:
 WAIT: Final = patient(60.0)  # seconds until an event is taken for one that never comes
 TEST_LIMIT: Final = patient(300.0)  # seconds of a whole test with its fixtures
 LONG_TEST_LIMIT: Final = patient(900.0)  # … of one that installs, boots or loads for minutes
+
+_EXAMPLES: Final = float(os.environ.get("HOBERPROXY_TEST_EXAMPLES", "1"))
+
+
+def examples(usual: int) -> int:
+    """Return how many examples a property test tries that tries `usual` of them in CI."""
+    return max(1, round(usual * _EXAMPLES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,9 +18,9 @@ from hoberproxy import journal as journal_module
 from hoberproxy.journal import ENTRY, MARK, MARK_PLACE, _Segment
 from hoberproxy.journals import UNREADABLE, Journals
 
-# How many times as many examples as a run of all tests has.
-SCALE = float(os.environ.get("HOBERPROXY_TEST_EXAMPLES", "1"))
-EXAMPLES = max(1, round(100 * SCALE))
+from .patience import TEST_LIMIT, examples, patient
+
+EXAMPLES = examples(100)
 SEGMENT = 64 * 1024  # small, so that a page is a part of it
 PAGE = 4096
 
@@ -184,7 +183,7 @@ def damaged(written: Written, rng: random.Random, damage: list[Damage]) -> File:
     return file
 
 
-@pytest.mark.timeout(120 + EXAMPLES)
+@pytest.mark.timeout(TEST_LIMIT + patient(EXAMPLES))
 @settings(max_examples=EXAMPLES)
 @given(
     seed=st.integers(0, 2**32),

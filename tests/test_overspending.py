@@ -8,7 +8,6 @@ what the limits have to hold; what they give back has to be exact.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -48,8 +47,10 @@ from hoberproxy.tallies import Limiter, Tallies
 from hoberproxy.upstream_body import make_upstream_body
 from hoberproxy.usage import Usage
 
+from .patience import TEST_LIMIT, examples, patient
+
 NOW = 1_700_000_000.0
-EXAMPLES = 300 * int(os.environ.get("HOBERPROXY_TEST_EXAMPLES", "1"))
+EXAMPLES = examples(300)
 ASSUMED = 300  # tokens of an answer that nothing limits
 MAXIMA = ("max_tokens", "max_completion_tokens")
 ADAPTATIONS = (
@@ -312,7 +313,7 @@ class Mix:
             assert len(self.under_way) + len(self.waiting) <= limits.concurrency
 
 
-@pytest.mark.timeout(120 + EXAMPLES / 20)  # of a longer run
+@pytest.mark.timeout(TEST_LIMIT + patient(EXAMPLES))
 @settings(max_examples=EXAMPLES)
 @given(seed=st.integers(0, 2**64 - 1), steps=st.integers(10, 120))
 def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(

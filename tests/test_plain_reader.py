@@ -1,12 +1,8 @@
-"""The scanner against a plain reader, on random streams: events of a byte to a megabyte, any cut.
-
-`HOBERPROXY_TEST_EXAMPLES` is the number of streams of each test; in a longer run it is thousands.
-"""
+"""The scanner against a plain reader, on random streams of any cut: events of a byte to a megabyte."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 from typing import Any
 
@@ -18,16 +14,17 @@ from hoberproxy.opening import Opening
 from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at
+from .patience import TEST_LIMIT, examples, patient
 from .plain_reader import HELD_EVENT, HELD_OPENING, Reading, read_plainly
 from .test_stream import SLUG, Seen, scan
 
-EXAMPLES = int(os.environ.get("HOBERPROXY_TEST_EXAMPLES", "150"))
+EXAMPLES = examples(150)
 many = settings(
     max_examples=EXAMPLES,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-pytestmark = pytest.mark.timeout(120 + EXAMPLES)
+pytestmark = pytest.mark.timeout(TEST_LIMIT + patient(EXAMPLES))
 
 UPSTREAM = "upstream-name"
 WORDS = [
