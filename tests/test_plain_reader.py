@@ -1,4 +1,4 @@
-"""The scanner against a plain reader, on random streams of any cut: events of a byte to a megabyte."""
+"""The scanner against a plain reader, on random streams: events of a byte to a megabyte."""
 
 from __future__ import annotations
 
