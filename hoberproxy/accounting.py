@@ -32,7 +32,7 @@ from .usage import Usage
 
 logger = logging.getLogger("hoberproxy.upstream")
 
-MAX_SILENT: Final = 256  # endpoints that the log names: behind wildcards, clients name them
+MAX_SILENT = 256  # endpoints that the log names: behind wildcards, clients name them
 MAX_PLANS = 256  # whose offers are remembered
 ASSUMED_OUTPUT: Final = KeySettings().assumed_output
 _NO_DEMAND: Final = Demand(0, 0, True)

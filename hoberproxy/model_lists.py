@@ -73,7 +73,7 @@ class ModelLists:
     async def _run(self) -> None:
         loop = self._gateway.loop
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._vary(BEGIN_AFTER)):
+            async with asyncio.timeout(self._vary(BEGIN_AFTER) if self._wanted() else 0.0):
                 await self._is_wanted.wait()
         while not self._gateway.is_draining:
             self._woken.clear()

@@ -208,10 +208,10 @@ def adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, in
         sizes.pop(name, None)
     for name, value in adaptation.set:
         if name in maxima or name in CHOICES:
-            size = orjson.loads(value)
-            if type(size) is int:
+            ours: object = orjson.loads(value)
+            if type(ours) is int:
                 # An endpoint may refuse ours, and then gets the client's: the larger is held.
-                sizes[name] = max(size, sizes.get(name, 0))
+                sizes[name] = max(ours, sizes.get(name, 0))
             else:
                 sizes.pop(name, None)
     return output_limits(sizes.items(), maxima)
