@@ -152,6 +152,7 @@ def _parse_usual(usage: dict[str, Any], prompt: int, completion: int) -> Usage |
         if isinstance(details, dict):
             cached = _count(details.get("cached_tokens")) or 0
             if len(details) > 1 + ("audio_tokens" in details):
+                cached = _read_cached(details)
                 written = _read_written(details)
     if (details := usage.get("completion_tokens_details")) is not None:
         members += 1
@@ -204,7 +205,7 @@ class _Reading:
         for name in _PROMPT_DETAILS:
             details = usage.get(name)
             if isinstance(details, dict):
-                self.cached = self.cached or _count(details.get("cached_tokens")) or 0
+                self.cached = self.cached or _read_cached(details)
                 self.written = self.written or _read_written(details)
         self.cached = self.cached or _first(usage, _FLAT_CACHED)
         if not self.cached and (count := _count(usage.get("cache_read_input_tokens"))):
@@ -277,7 +278,21 @@ _WRITTEN: Final = (
     "cache_write_tokens",  # OpenAI, OpenRouter
     "cache_creation_input_tokens",  # Anthropic, DashScope
     "cache_creation_tokens",  # LiteLLM
+    "cached_creation_tokens",  # new-api
+    "cached_write_tokens",  # Bifrost
 )
+
+
+def _read_cached(details: dict[str, Any]) -> int:
+    """How many tokens of the prompt came from a cache.
+
+    Bifrost's `cached_tokens` is the sum of the other two, of which it leaves out those of zero.
+    """
+    both = _count(details.get("cached_tokens")) or 0
+    read, written = details.get("cached_read_tokens"), details.get("cached_write_tokens")
+    if (count := _count(read)) is not None:
+        return count
+    return max(0, both - (_count(written) or 0))
 
 
 def _read_written(details: dict[str, Any]) -> int:
