@@ -27,6 +27,7 @@ from .upstream import Loss, Receiver
 from .usage import Usage, parse_usage
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
+STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
 
 
 class Outcome:
@@ -259,7 +260,8 @@ class BodyRelay(Relay):
     """A JSON body in; out as it is, or as a stream where the client asked for one.
 
     Collected and checked up to COLLECT_LIMIT_BYTES. A longer body is passed on in pieces, and if
-    it breaks then the connection is cut, since its status is spent.
+    it breaks then the connection is cut, since its status is spent. One to be made into a stream
+    is collected up to STREAM_LIMIT_BYTES.
     """
 
     _bytes = 0
@@ -273,6 +275,7 @@ class BodyRelay(Relay):
         self._answer = answer
         self._slug = slug
         self._as_stream = as_stream
+        self._limit = STREAM_LIMIT_BYTES if as_stream else COLLECT_LIMIT_BYTES
         self._wants_usage = wants_usage
         self._collected: list[bytes] = []
 
@@ -282,7 +285,7 @@ class BodyRelay(Relay):
             self._write(self._rewriter.feed(data))
             return
         self._collected.append(data)
-        if self._bytes > COLLECT_LIMIT_BYTES:
+        if self._bytes > self._limit:
             self._pass_on()
 
     def on_end(self) -> None:
@@ -295,7 +298,7 @@ class BodyRelay(Relay):
 
     def on_whole(self, data: bytes) -> None:
         self._bytes = len(data)
-        if self._bytes > COLLECT_LIMIT_BYTES:
+        if self._bytes > self._limit:
             self._collected.append(data)
             self._pass_on()
             if self._rewriter is not None:
@@ -347,7 +350,7 @@ class BodyRelay(Relay):
         if self._as_stream:
             self._attempt.fail(
                 self._attempt.broken(
-                    f"expected a stream, got a JSON body of more than {COLLECT_LIMIT_BYTES} bytes",
+                    f"expected a stream, got a JSON body of more than {STREAM_LIMIT_BYTES} bytes",
                     is_invalid=True,
                 )
             )
