@@ -112,7 +112,7 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     """The usage of a stream with one event more, `known` being that of the events before it.
 
     The last one counts; but zeros, which some servers send before the first text or behind the
-    last, do not take the place of numbers.
+    last, do not take the place of numbers, nor does the same without what was cached or reasoned.
     """
     usage = read_usage(document)
     if usage is None:
@@ -123,7 +123,16 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
         return known
     if known.choices is not None and usage.choices is not None:
         return _add_up(known.choices | usage.choices)  # each tells its own with its last event
-    return usage
+    return known if _says_less(usage, known) else usage
+
+
+def _says_less(usage: Usage, known: Usage) -> bool:
+    """Whether both tell the same counts, and `usage` none of their parts."""
+    return (
+        usage.prompt_tokens == known.prompt_tokens
+        and usage.completion_tokens == known.completion_tokens
+        and not (usage.cached_tokens or usage.reasoning_tokens or usage.cache_write_tokens)
+    )
 
 
 def parse_usage(usage: dict[str, Any]) -> Usage | None:
