@@ -12,7 +12,15 @@ from typing import Final
 
 import orjson
 
-from .completion import Completion, CompletionError, parse_completion, serialize_as_stream
+from .completion import (
+    TAIL_BYTES,
+    Completion,
+    CompletionError,
+    find_finish_reason,
+    find_usage,
+    parse_completion,
+    serialize_as_stream,
+)
 from .downstream import Answer
 from .errors import UpstreamError
 from .http11 import ResponseHead
@@ -265,6 +273,7 @@ class BodyRelay(Relay):
     """
 
     _bytes = 0
+    _tail = b""  # of a body that is passed on
     _completion: Completion | None = None
     _rewriter: MemberRewriter | None = None
 
@@ -340,7 +349,8 @@ class BodyRelay(Relay):
             )
         if self._rewriter is not None:
             return Outcome(
-                usage=_parse_captured_usage(self._rewriter.captured),
+                usage=_parse_captured_usage(self._rewriter.captured) or find_usage(self._tail),
+                finish_reason=find_finish_reason(self._tail),
                 upstream_model=decode_string(self._rewriter.original or b""),
                 content_bytes=self._bytes,
             )
@@ -379,6 +389,7 @@ class BodyRelay(Relay):
 
     def _write(self, data: bytes) -> None:
         if data:
+            self._tail = (self._tail + data)[-TAIL_BYTES:]
             self._answer.write(data)
 
 
