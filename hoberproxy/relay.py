@@ -413,6 +413,11 @@ class RefusalReader(Relay):
         if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
             self.on_end()
 
+    @property
+    def has_begun(self) -> bool:
+        """Some of the body has come."""
+        return bool(self._collected)
+
     def on_end(self) -> None:
         self._attempt.refuse(bytes(self._collected[:MAX_BODY_BYTES]))
 
