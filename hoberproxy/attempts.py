@@ -43,6 +43,8 @@ _BOM: Final = b"\xef\xbb\xbf"
 # The part of `first_content` after which a stream is watched again, for so long: one event of it is
 # looked at in some minutes, and one that stalls ends this much later than it might.
 WATCH_AFTER: Final = 0.25
+# Seconds of silence that end the body of a refusal which has begun: some servers leave it open.
+REFUSAL_WAIT: Final = 2.0
 # As globals: a look-up on the enum class costs as much as a small function.
 _CONNECT: Final = Phase.CONNECT
 _HEAD: Final = Phase.HEAD
@@ -403,7 +405,13 @@ class Attempt(Reporter):
         """Loop time at which a limit will have passed if nothing comes before."""
         limits, due = self.limits, self.started + self.limits.total
         if self.phase in _BEFORE_CONTENT:
-            return min(due, self.started + limits.first_content) if self._is_stream else due
+            if self._is_stream:
+                due = min(due, self.started + limits.first_content)
+            relay = self._relay
+            if isinstance(relay, RefusalReader):
+                wait = min(limits.idle, REFUSAL_WAIT) if relay.has_begun else limits.idle
+                due = min(due, self.idle_since + wait)
+            return due
         if self._is_paused:
             return due
         due = min(due, self.idle_since + limits.idle)

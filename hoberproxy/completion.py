@@ -5,7 +5,9 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
+import json
 import re
+from itertools import islice
 from typing import Any, Final
 
 import orjson
@@ -14,10 +16,14 @@ from .error_document import describes_error
 from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
 from .members import find_member, model_member, replace_member
-from .usage import Usage, read_usage
+from .usage import MAX_CHOICES, Usage, read_usage
 
 _DONE_BEHIND: Final = re.compile(rb"\s*data: ?\[DONE\]\s*\Z")
 _DONE_ROOM: Final = 64  # bytes
+TAIL_BYTES: Final = 32 * 1024  # of a body that is not parsed; what servers tell stands at its end
+# Within a string the quotes would have backslashes before them.
+_USAGE_MEMBER: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
+_FINISH_MEMBER: Final = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,64})"')
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
@@ -60,7 +66,8 @@ class Completion:
 def parse_completion(body: bytes, slug: str) -> Completion:
     """Check a non-streaming answer and give it the catalog's name for its model.
 
-    Raises CompletionError for anything but a JSON object with a non-empty `choices` array.
+    Raises CompletionError for anything but a JSON object with an answer in its `choices` array: a
+    message that says something, or a finish reason.
     """
     try:
         document = load_json(body)
@@ -70,16 +77,12 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     if not isinstance(document, dict):
         raise _no_completion(document, "expected a JSON object as the body")
     get = document.get
-    if get("error"):
+    if (error := get("error")) and _says_something(error):
         raise _error_body(document)
     choices = get("choices")
     if not isinstance(choices, list) or not choices:
         raise _no_completion(document, "expected `choices` in the body, got none")
-    for choice in choices:
-        if isinstance(choice, dict) and (
-            choice.get("error") or choice.get("finish_reason") == "error"
-        ):
-            raise _error_body(choice)
+    _check_choices(document, choices)
     choice, model = choices[0], get("model")
     return Completion(
         _rename(body, model, slug) if isinstance(model, str) else body,
@@ -89,6 +92,46 @@ def parse_completion(body: bytes, slug: str) -> Completion:
         _text(model),
         _text(get("id")),
     )
+
+
+def _check_choices(document: dict[str, Any], choices: list[Any]) -> None:
+    """Raise CompletionError where no choice holds an answer, or one of them an error."""
+    has_answer = False
+    for choice in choices:
+        if isinstance(choice, dict):
+            error = choice.get("error")
+            if (error and _says_something(error)) or choice.get("finish_reason") == "error":
+                raise _error_body(choice)
+            has_answer = has_answer or _is_answer(choice)
+    if not has_answer:
+        raise _no_completion(document, "expected an answer in `choices`, got none")
+    base = document.get("base_resp")  # MiniMax', beside choices where its filter struck
+    if isinstance(base, dict) and base.get("status_code"):
+        raise _error_body(document)
+
+
+def _says_something(error: object) -> bool:
+    """Whether an error is one: some servers have an object of nulls where there is none."""
+    return any(error.values()) if isinstance(error, dict) else bool(error)
+
+
+def _is_answer(choice: dict[str, Any]) -> bool:
+    """As of a stream: any finish reason, or anything of a message but its role."""
+    if choice.get("finish_reason") or choice.get("text"):
+        return True
+    for name, value in _message_of(choice).items():
+        if value and name != "role":
+            return True
+    return False
+
+
+def _message_of(choice: dict[str, Any]) -> dict[str, Any]:
+    """The message of a choice; a few servers call it as in a stream."""
+    for name in ("message", "delta"):
+        message = choice.get(name)
+        if isinstance(message, dict):
+            return message
+    return {}
 
 
 def _error_body(document: object) -> CompletionError:
@@ -114,12 +157,34 @@ def _load_rest(body: bytes) -> Any:
         raise CompletionError("expected a JSON body, got something else or a part of one") from None
 
 
+def find_usage(tail: bytes) -> Usage | None:
+    """The usage in the last bytes of a completion: of its choices, as a rule."""
+    decode = json.JSONDecoder().raw_decode
+    choices = []
+    for match in islice(_USAGE_MEMBER.finditer(tail), MAX_CHOICES):
+        try:
+            usage, _ = decode(tail[match.end() :].decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            continue
+        choices.append({"usage": usage})
+    found = read_usage({"choices": choices})
+    if found is not None:
+        found.is_beside_text = True
+    return found
+
+
+def find_finish_reason(tail: bytes) -> str:
+    """The finish reason in the last bytes of a completion, the last where it has several."""
+    found: list[bytes] = _FINISH_MEMBER.findall(tail)
+    return found[-1].decode() if found else ""
+
+
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:
     """The same answer as a stream of one chunk, and the usage event if it was asked for."""
     chunk = {
         name: value
         for name, value in completion.document.items()
-        if name not in ("usage", "model", "error")  # of which the last is null
+        if name not in ("usage", "model", "error") and value is not None
     }
     chunk["object"] = "chat.completion.chunk"
     chunk["model"] = slug
@@ -143,7 +208,12 @@ def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
         {
             "index": index,
             "finish_reason": None,  # chunks always have one
-            **{name: choice[name] for name in choice if name not in ("message", "index")},
+            **{
+                name: value
+                for name, value in choice.items()
+                if name not in ("message", "delta", "index", "error")
+                and (value is not None or name == "logprobs")
+            },
             "delta": _delta(choice),
         }
         for index, choice in zip(indexes, objects, strict=True)
@@ -152,8 +222,8 @@ def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
 
 def _delta(choice: dict[str, Any]) -> dict[str, Any]:
     """The message of a choice as a delta: clients put a stream's answer together by indexes."""
-    message = choice.get("message")
-    if not isinstance(message, dict):
+    message = _message_of(choice)
+    if not message:
         return {}
     # Deltas of OpenAI have null for these two alone, and some clients refuse it elsewhere.
     delta = {

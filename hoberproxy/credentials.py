@@ -5,6 +5,7 @@ Such a text is no business of the client: its request was right. Whoever asks de
 
 from __future__ import annotations
 
+import base64
 import html
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -24,9 +25,13 @@ _NO_KEYS: Final = frozenset(
 
 _SECRET_HEADER: Final = re.compile(r"key|token|auth|secret|credential|password|cookie", re.I)
 # How servers show a key that they do not take: the first and last characters around a mask.
-_MASK: Final = re.compile(r"\*{2,}|\.{3,}|…+|•{2,}|[xX]{4,}|\[\w{1,16}\]|<\w{1,16}>")
+_MASK: Final = re.compile(
+    r"\*{2,}|\.{3,}|…+|•{2,}|[xX]{4,}|\[\w{1,16}\]|<\w{1,16}>"
+    r"|\bend(?:ing|s)? (?:in|with):? [\"'`]?"
+)
 _MOST_MASKS: Final = 64  # in a text
 _ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.S)  # of JSON
+_URL_SAFE: Final = str.maketrans("+/", "-_")  # the other alphabet of base64
 _SHOWN_BY_MASK: Final = 4  # characters, of both ends together
 
 # Codes, types and reasons, in the spelling of error_document.py.
@@ -38,7 +43,7 @@ _WORDS: Final = frozenset(
     " billing_not_active billing_hard_limit_reached insufficient_quota insufficient_balance"
     " exceeded_current_quota rate_limit_exceeded arrearage".split()
 )
-_KEY: Final = r"(?<![\w.\-\"'`])(?:x-)?(?:api|subscription)[ -]?(?:keys?|tokens?)(?![\w\"'`])"
+_KEY: Final = r"(?<![\w.\-\"'`])(?:x-)?(?:api|subscription)[ _-]?(?:keys?|tokens?)(?![\w\"'`])"
 _NEAR: Final = r"[^.;{}]{0,40}?"
 _BEFORE: Final = (
     r"\b(?:invalid|incorrect|wrong|bad|missing|expired|revoked|malformed|unknown|disabled|inactive"
@@ -62,16 +67,25 @@ _TEXT: Final = re.compile(
     r"|\bjwt (?:is )?(?:expired|malformed|invalid)\b|\bbearer token\b|\bauthorization header\b"
     r"|\bauthentication (?:fail|error|(?:is )?required|credential)\w*"
     r"|\binvalid username or password\b|\bkey (?:is )?not allowed to access\b"
-    r"|\b(?:invalid|incorrect|missing|no|expired|wrong|default) credentials?\b"
+    r"|\b(?:invalid|incorrect|missing|no|expired|wrong|default|valid) credentials?\b"
     r"|\bcredentials? (?:(?:is|are|was|were|have|has)(?: been)? )?"
     r"(?:invalid|incorrect|missing|expired|revoked|not (?:found|valid|provided|set))\b"
     r"|\bcredit balance\b|\binsufficient (?:balance|credits?|funds|quota)\b|\bcurrent quota\b"
-    r"|\bbilling (?:account|details|hard|limit|plan|settings|status|is)\b|/billing\b"
+    r"|\bbilling (?:account|details|hard|limit|plan|settings|status|is|not)\b|/billing\b"
+    r"|\bquota\b[^.;]{0,30}?\b(?:not enough|insufficient|exhausted|exceeded|used up)\b"
+    r"|\b(?:exhausted|exceeded|not enough|out of)\b[^.;]{0,30}?\bquota\b"
+    r"|\brequires? more credits\b|\bkey limit exceeded\b|\barrears?\b|\barrearage\b"
     r"|\b(?:plans? (?:&|and)|enable|your) billing\b"
     r"|\b(?:account|organi[sz]ation|project)\b[^.;]{0,60}?"
     r"\b(?:not active|inactive|deactivated|suspended|disabled|restricted)\b"
     r"|\borgani[sz]ation must be verified\b|\bgood standing\b|\busage limits?\b"
-    r"|\buser location is not supported\b|\btokens per (?:minute|day)\b",
+    r"|\buser location is not supported\b|\btokens per (?:minute|day)\b"
+    # one-api, new-api, Zhipu and others: a token (of theirs) or key that is invalid, expired, used
+    # up or disabled; authentication failed; no balance, no quota, in arrears.
+    r"|(?:无效|过期|失效|禁用|错误)的?(?:令牌|密钥|API ?Key)"
+    r"|(?:令牌|密钥|API ?Key)[\w ]{0,12}?(?:无效|过期|失效|用尽|禁用|不可用|不存在|不正确|错误)"
+    r"|未提供令牌|(?:身份验证|身份认证|鉴权|认证)失败|未授权|无权访问"
+    r"|(?:余额|额度|配额)(?:已)?(?:不足|用尽|耗尽)|欠费",
     re.I,
 )
 # The same, unless it is said of what the model server was to fetch for the client.
@@ -89,6 +103,7 @@ _FETCHED: Final = re.compile(
 _SUBJECT: Final = re.compile(
     r"(?:api|subscription)[ _-]?(?:key|token)|credential|auth|jwt|bearer|username|password|token"
     r"|credit|balance|fund|quota|billing|account|organi[sz]ation|project|usage|location|standing|key"
+    r"|arrear|令牌|密钥|身份|鉴权|认证|授权|无权|余额|额度|配额|欠费"
 )
 
 
@@ -125,11 +140,14 @@ def may_be_quoted(text: str, sent: bytes) -> bool:
 def holds_secret(text: str, secrets: Iterable[str], sent: Callable[[], bytes] = bytes) -> bool:
     """Whether `text` holds one of `secrets`, a piece that identifies it, or both ends of it.
 
+    Also in base64, in hex, or with letters of another case.
+
     What stands in the client's own request, which `sent` returns, does not count: an upstream may
     quote it, and a client could try out pieces of a key by what becomes of the error.
     """
     readings = _readings(text)
     found = {piece for each in secrets for reading in readings for piece in _find(reading, each)}
+    found |= {piece for each in secrets for piece in _find_encoded(text, each)}
     if not found:
         return False
     request = _plain(sent())
@@ -186,6 +204,33 @@ def _holds_short(text: str, secret: str) -> bool:
     if len(secret) < _SHORT_KEY or secret.lower() in _NO_KEYS:
         return False
     return re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", text) is not None
+
+
+def _find_encoded(text: str, secret: str) -> Iterator[str]:
+    """The pieces of `text` that are of `secret` in base64, in hex, or in other cases of letters."""
+    if len(secret) < PIECE:
+        return
+    for encoded in _encodings(secret.encode("utf-8", "replace")):
+        yield from _find_long(text, encoded)
+    yield from _find_long(text.upper(), secret.upper())
+
+
+def _find_long(text: str, secret: str) -> Iterator[str]:
+    for start in range(len(secret) - _LONG_PIECE + 1):
+        piece = secret[start : start + _LONG_PIECE]
+        if piece in text:
+            yield piece
+
+
+def _encodings(secret: bytes) -> Iterator[str]:
+    """What of `secret` is the same wherever it stands in a text that is encoded."""
+    yield secret.hex()
+    yield secret.hex().upper()
+    for before in range(3):  # bytes in front, of the three that become four characters
+        encoded = base64.b64encode(bytes(before) + secret).decode()
+        fixed = encoded[-(-8 * before // 6) : (before + len(secret)) * 8 // 6]
+        yield fixed
+        yield fixed.translate(_URL_SAFE)
 
 
 def _is_random(piece: str) -> bool:

@@ -27,8 +27,15 @@ _MOST_MESSAGES: Final = 8  # of a list; FastAPI names every field at fault
 _MOST_DATA_LINES: Final = 64
 
 # Where one error holds another. `raw` is OpenRouter's, within `metadata`; `innererror` Azure's.
-_INNER: Final = ("error", "errors", "detail", "details", "message", "msg", "metadata", "raw")
-_TEXTS: Final = ("message", "msg", "detail", "details", "raw", "error_description", "status_msg")
+_INNER: Final = (
+    *("error", "errors", "detail", "details", "message", "msg", "metadata", "raw", "base_resp"),
+)
+_TEXTS: Final = (
+    *("message", "msg", "detail", "details", "raw", "error_description", "status_msg"),
+    # Baidu, AWS' gateways, and some smaller ones.
+    *("error_message", "error_msg", "errorMessage", "errorMsg", "description", "reason"),
+    "base_resp",
+)
 # Words of a status line: who sends nothing else says less than our own words do.
 _PHRASES: Final = frozenset(
     (
@@ -91,6 +98,14 @@ _STATUSES: Final = {
     504: ("timeout", "deadline_exceeded", "gateway_timeout"),
 }
 _STATUS_OF: Final = {word: status for status, words in _STATUSES.items() for word in words}
+
+# MiniMax' own numbers, beside its `status_msg`: platform.minimax.io/docs/api-reference/errorcode.
+_MINIMAX: Final = {
+    **dict.fromkeys((1002, 1039, 1041, 2045, 2056), 429),
+    **dict.fromkeys((1004, 2049), 401),
+    1008: 402,
+    **dict.fromkeys((1026, 1027, 1042, 2013), 400),
+}
 
 # A prompt that is too long. The first are codes and types that say nothing else.
 _LENGTH_WORDS: Final = frozenset(
@@ -260,6 +275,9 @@ def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: st
         for name in _STATUS_NAMES:
             if (status := _as_status(layer.get(name))) is not None:
                 return status
+        number = layer.get("status_code")
+        if type(number) is int and number in _MINIMAX and "status_msg" in layer:
+            return _MINIMAX[number]
     for word in words:
         if (known := _STATUS_OF.get(word)) is not None:
             return known

@@ -12,7 +12,15 @@ from typing import Final
 
 import orjson
 
-from .completion import Completion, CompletionError, parse_completion, serialize_as_stream
+from .completion import (
+    TAIL_BYTES,
+    Completion,
+    CompletionError,
+    find_finish_reason,
+    find_usage,
+    parse_completion,
+    serialize_as_stream,
+)
 from .downstream import Answer
 from .editor import decode_string
 from .errors import UpstreamError
@@ -28,6 +36,7 @@ from .upstream import Loss, Receiver
 from .usage import Usage, parse_usage
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
+STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
 
 
 class Outcome:
@@ -260,10 +269,12 @@ class BodyRelay(Relay):
     """A JSON body in; out as it is, or as a stream where the client asked for one.
 
     Collected and checked up to COLLECT_LIMIT_BYTES. A longer body is passed on in pieces, and if
-    it breaks then the connection is cut, since its status is spent.
+    it breaks then the connection is cut, since its status is spent. One to be made into a stream
+    is collected up to STREAM_LIMIT_BYTES.
     """
 
     _bytes = 0
+    _tail = b""  # of a body that is passed on
     _completion: Completion | None = None
     _rewriter: MemberRewriter | None = None
 
@@ -274,6 +285,7 @@ class BodyRelay(Relay):
         self._answer = answer
         self._slug = slug
         self._as_stream = as_stream
+        self._limit = STREAM_LIMIT_BYTES if as_stream else COLLECT_LIMIT_BYTES
         self._wants_usage = wants_usage
         self._collected: list[bytes] = []
 
@@ -283,7 +295,7 @@ class BodyRelay(Relay):
             self._write(self._rewriter.feed(data))
             return
         self._collected.append(data)
-        if self._bytes > COLLECT_LIMIT_BYTES:
+        if self._bytes > self._limit:
             self._pass_on()
 
     def on_end(self) -> None:
@@ -296,7 +308,7 @@ class BodyRelay(Relay):
 
     def on_whole(self, data: bytes) -> None:
         self._bytes = len(data)
-        if self._bytes > COLLECT_LIMIT_BYTES:
+        if self._bytes > self._limit:
             self._collected.append(data)
             self._pass_on()
             if self._rewriter is not None:
@@ -338,7 +350,8 @@ class BodyRelay(Relay):
             )
         if self._rewriter is not None:
             return Outcome(
-                usage=_parse_captured_usage(self._rewriter.captured),
+                usage=_parse_captured_usage(self._rewriter.captured) or find_usage(self._tail),
+                finish_reason=find_finish_reason(self._tail),
                 upstream_model=decode_string(self._rewriter.original or b""),
                 content_bytes=self._bytes,
             )
@@ -348,7 +361,7 @@ class BodyRelay(Relay):
         if self._as_stream:
             self._attempt.fail(
                 self._attempt.broken(
-                    f"expected a stream, got a JSON body of more than {COLLECT_LIMIT_BYTES} bytes",
+                    f"expected a stream, got a JSON body of more than {STREAM_LIMIT_BYTES} bytes",
                     is_invalid=True,
                 )
             )
@@ -377,6 +390,7 @@ class BodyRelay(Relay):
 
     def _write(self, data: bytes) -> None:
         if data:
+            self._tail = (self._tail + data)[-TAIL_BYTES:]
             self._answer.write(data)
 
 
@@ -399,6 +413,11 @@ class RefusalReader(Relay):
         # An event says all there is: some servers leave the body of such a stream open.
         if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
             self.on_end()
+
+    @property
+    def has_begun(self) -> bool:
+        """Some of the body has come."""
+        return bool(self._collected)
 
     def on_end(self) -> None:
         self._attempt.refuse(bytes(self._collected[:MAX_BODY_BYTES]))

@@ -112,7 +112,7 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     """The usage of a stream with one event more, `known` being that of the events before it.
 
     The last one counts; but zeros, which some servers send before the first text or behind the
-    last, do not take the place of numbers.
+    last, do not take the place of numbers, nor does the same without what was cached or reasoned.
     """
     usage = read_usage(document)
     if usage is None:
@@ -123,7 +123,16 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
         return known
     if known.choices is not None and usage.choices is not None:
         return _add_up(known.choices | usage.choices)  # each tells its own with its last event
-    return usage
+    return known if _says_less(usage, known) else usage
+
+
+def _says_less(usage: Usage, known: Usage) -> bool:
+    """Whether both tell the same counts, and `usage` none of their parts."""
+    return (
+        usage.prompt_tokens == known.prompt_tokens
+        and usage.completion_tokens == known.completion_tokens
+        and not (usage.cached_tokens or usage.reasoning_tokens or usage.cache_write_tokens)
+    )
 
 
 def parse_usage(usage: dict[str, Any]) -> Usage | None:
@@ -152,6 +161,7 @@ def _parse_usual(usage: dict[str, Any], prompt: int, completion: int) -> Usage |
         if isinstance(details, dict):
             cached = _count(details.get("cached_tokens")) or 0
             if len(details) > 1 + ("audio_tokens" in details):
+                cached = _read_cached(details)
                 written = _read_written(details)
     if (details := usage.get("completion_tokens_details")) is not None:
         members += 1
@@ -204,7 +214,7 @@ class _Reading:
         for name in _PROMPT_DETAILS:
             details = usage.get(name)
             if isinstance(details, dict):
-                self.cached = self.cached or _count(details.get("cached_tokens")) or 0
+                self.cached = self.cached or _read_cached(details)
                 self.written = self.written or _read_written(details)
         self.cached = self.cached or _first(usage, _FLAT_CACHED)
         if not self.cached and (count := _count(usage.get("cache_read_input_tokens"))):
@@ -277,7 +287,21 @@ _WRITTEN: Final = (
     "cache_write_tokens",  # OpenAI, OpenRouter
     "cache_creation_input_tokens",  # Anthropic, DashScope
     "cache_creation_tokens",  # LiteLLM
+    "cached_creation_tokens",  # new-api
+    "cached_write_tokens",  # Bifrost
 )
+
+
+def _read_cached(details: dict[str, Any]) -> int:
+    """How many tokens of the prompt came from a cache.
+
+    Bifrost's `cached_tokens` is the sum of the other two, of which it leaves out those of zero.
+    """
+    both = _count(details.get("cached_tokens")) or 0
+    read, written = details.get("cached_read_tokens"), details.get("cached_write_tokens")
+    if (count := _count(read)) is not None:
+        return count
+    return max(0, both - (_count(written) or 0))
 
 
 def _read_written(details: dict[str, Any]) -> int:

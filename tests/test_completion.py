@@ -6,8 +6,16 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hoberproxy.completion import CompletionError, parse_completion, serialize_as_stream
+from hoberproxy.completion import (
+    CompletionError,
+    find_finish_reason,
+    find_usage,
+    parse_completion,
+    serialize_as_stream,
+)
 from hoberproxy.stream import StreamScanner
 from hoberproxy.usage import Usage
 
@@ -60,17 +68,21 @@ def test_a_completion_tells_its_usage_finish_reason_and_names() -> None:
     ("raw", "expected"),
     [
         pytest.param(
-            b' {"choices":[1.0] ,\t"model" : "m" , "x":{"model":"m"}, "n":1e2}\n',
-            b' {"choices":[1.0] ,\t"model" : "%b" , "x":{"model":"m"}, "n":1e2}\n',
+            b' {"choices":[1.0,{"text":"x"}] ,\t"model" : "m" , "x":{"model":"m"}, "n":1e2}\n',
+            b' {"choices":[1.0,{"text":"x"}] ,\t"model" : "%b" , "x":{"model":"m"}, "n":1e2}\n',
             id="all else byte for byte",
         ),
         pytest.param(
-            b'{"m\\u006fdel":"m","choices":["\\ud83d\\ude00"]}',
-            b'{"m\\u006fdel":"%b","choices":["\\ud83d\\ude00"]}',
+            b'{"m\\u006fdel":"m","choices":[{"text":"\\ud83d\\ude00"}]}',
+            b'{"m\\u006fdel":"%b","choices":[{"text":"\\ud83d\\ude00"}]}',
             id="a name with escapes",
         ),
-        pytest.param(b'{"model":null,"choices":[0]}', b'{"model":null,"choices":[0]}', id="null"),
-        pytest.param(b'{"choices":[{}]}', b'{"choices":[{}]}', id="no model"),
+        pytest.param(
+            b'{"model":null,"choices":[0,{"text":"x"}]}',
+            b'{"model":null,"choices":[0,{"text":"x"}]}',
+            id="null",
+        ),
+        pytest.param(b'{"choices":[{"text":1}]}', b'{"choices":[{"text":1}]}', id="no model"),
     ],
 )
 def test_only_the_models_name_is_replaced(raw: bytes, expected: bytes) -> None:
@@ -126,14 +138,88 @@ def test_a_null_error_is_none() -> None:
     assert parse_completion(body(error=None), SLUG).finish_reason == "stop"
 
 
-@pytest.mark.parametrize("choice", [None, "text", [], {"finish_reason": None}, {}], ids=repr)
+@pytest.mark.parametrize(
+    "error", [{}, "", 0, {"message": None, "code": None}, {"code": 0}], ids=str
+)
+def test_an_error_that_says_nothing_is_none(error: Any) -> None:
+    choice = DOCUMENT["choices"][0] | {"error": error}
+    assert parse_completion(body(error=error, choices=[choice]), SLUG).finish_reason == "stop"
+    (chunk,) = as_stream(error=error, choices=[choice])
+    assert "error" not in chunk and "error" not in chunk["choices"][0]
+
+
+STRANGE = [None, "text", [], {"finish_reason": None}, {}, {"message": None}, {"message": {}}]
+
+
+@pytest.mark.parametrize("choice", STRANGE, ids=repr)
 def test_a_strange_choice_has_no_finish_reason(choice: Any) -> None:
-    assert parse_completion(body(choices=[choice]), SLUG).finish_reason == ""
-    chunk = as_stream(choices=[choice])[0]
+    answer = {"message": {"content": "x"}}
+    assert parse_completion(body(choices=[choice, answer]), SLUG).finish_reason == ""
+    (chunk,) = as_stream(choices=[choice, answer])
+    assert chunk["choices"][-1]["delta"]["content"] == "x"
+    others = chunk["choices"][:-1]
     if isinstance(choice, dict):
-        assert chunk["choices"] == [{"index": 0, "delta": {}, "finish_reason": None}]
+        assert others == [{"index": 0, "delta": {}, "finish_reason": None}]
     else:
-        assert chunk["choices"] == [], "no client reads anything but objects there"
+        assert others == [], "no client reads anything but objects there"
+
+
+@pytest.mark.parametrize(
+    "choice", [*STRANGE, {"message": {"role": "assistant", "content": ""}}], ids=repr
+)
+def test_choices_without_an_answer_are_no_completion(choice: Any) -> None:
+    with pytest.raises(CompletionError, match="expected an answer") as caught:
+        parse_completion(body(choices=[choice]), SLUG)
+    assert not caught.value.is_error_body
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"message": {"content": "x"}},
+        {"message": {"content": None, "reasoning_content": "x"}},
+        {"message": {"tool_calls": [{"id": "1"}]}},
+        {"message": {"role": "assistant", "content": ""}, "finish_reason": "stop"},
+        {"finish_reason": "content_filter"},
+        {"delta": {"content": "x"}},
+        {"text": "x"},
+    ],
+    ids=repr,
+)
+def test_an_answer_says_something_or_has_a_finish_reason(choice: dict[str, Any]) -> None:
+    assert parse_completion(body(choices=[choice]), SLUG).document["choices"] == [choice]
+
+
+def test_a_number_of_minimax_is_an_error_beside_an_answer_too() -> None:
+    said = {"status_code": 1027, "status_msg": "output new_sensitive"}
+    with pytest.raises(CompletionError) as caught:
+        parse_completion(body(base_resp=said), SLUG)
+    assert caught.value.is_error_body
+    assert parse_completion(body(base_resp={"status_code": 0, "status_msg": ""}), SLUG).usage
+
+
+# The last bytes of one that is too long
+
+
+def test_usage_and_finish_reason_are_found_in_the_last_bytes_alone() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 5, "cached_tokens": 4}
+    text = json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+    choice = {"message": {"content": text}, "finish_reason": "length", "usage": usage}
+    for choices, completion_tokens in (([choice], 5), ([choice, choice], 10)):
+        tail = json.dumps({"choices": choices})[-len(text) * 8 :].encode()[5:]
+        assert find_usage(tail) == Usage(7, completion_tokens, 4)
+        assert find_finish_reason(tail) == "length"
+
+
+@given(st.binary() | st.text().map(lambda text: f'"usage":{{{text}'.encode()))
+def test_no_last_bytes_are_too_strange(tail: bytes) -> None:
+    assert find_usage(tail) is None or isinstance(find_usage(tail), Usage)
+    assert isinstance(find_finish_reason(tail), str)
+
+
+def test_deep_last_bytes_are_none() -> None:
+    assert find_usage(b'"usage":{"a":' * 2000) is None
+    assert find_usage(b'"usage":' + b'{"a":' * 6000) is None
 
 
 # As a stream
@@ -187,6 +273,20 @@ def test_tool_calls_are_numbered_whatever_the_server_says(said: dict[str, Any]) 
         ],
     }
     assert type(delta["tool_calls"][0]["index"]) is int
+
+
+def test_a_message_that_is_called_as_in_a_stream_is_passed_on() -> None:
+    message = {"role": "assistant", "content": "x"}
+    (chunk,) = as_stream(choices=[{"index": 0, "delta": message, "finish_reason": "stop"}])
+    assert chunk["choices"] == [{"index": 0, "delta": message, "finish_reason": "stop"}]
+
+
+def test_members_that_are_null_are_left_out_around_a_delta() -> None:
+    answer = {"index": 0, "message": {"content": "x"}, "logprobs": None, "stop_reason": None}
+    (chunk,) = as_stream(choices=[answer], service_tier=None, kv_transfer_params=None)
+    assert "service_tier" not in chunk and "kv_transfer_params" not in chunk
+    (choice,) = chunk["choices"]
+    assert set(choice) == {"index", "delta", "logprobs", "finish_reason"}
 
 
 def test_members_that_clients_refuse_as_null_are_left_out_of_a_delta() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -79,6 +80,23 @@ OURS = {
     "Anthropic's limits": "You have reached your specified API usage limits.",
     # help.aliyun.com, error code Arrearage
     "DashScope": "Access denied, please make sure your account is in good standing.",
+    "a parameter's name": "The api_key is invalid",
+    "billing": "Billing not enabled",
+    # github.com/songquanpeng/one-api, model/token.go and relay/controller
+    "one-api's quota": "token quota is not enough",
+    "a quota that is used up": "User quota exhausted",
+    "one-api": "无效的令牌",
+    "one-api, expired": "该令牌已过期",
+    "one-api, used up": "该令牌额度已用尽",
+    "one-api, state": "该令牌状态不可用",  # QuantumNous/new-api#3302
+    "Zhipu": "身份验证失败。",
+    "Zhipu's balance": "您的账户已欠费,请充值后重试。",
+    "balance": "余额不足",
+    # openrouter.ai/docs/api-reference/errors
+    "OpenRouter's credits": "This request requires more credits, or fewer max_tokens.",
+    "OpenRouter's limit": "Key limit exceeded (total limit).",
+    "valid credentials": "Please provide valid credentials",
+    "arrears": "Arrearage",
 }
 
 
@@ -138,6 +156,9 @@ THEIRS = [
     "An assistant message with 'tool_calls' must be followed by tool messages",
     "messages: text content blocks must be non-empty",
     "Unrecognized request argument supplied: reasoning_effort",
+    "tools[0].function.parameters: 'api_key' must be an object",
+    "输入超过最大令牌数",
+    "提示词包含敏感内容",
 ]
 
 
@@ -192,6 +213,14 @@ def test_secrets_are_the_key_and_what_stands_in_such_headers() -> None:
         "sk-proj-T3**********",
         "sk-pXXXXXXXX2Lp8",
         "key:sk-pr***Lp8.",
+        "the key ending in 2Lp8",
+        'that ends with "2Lp8"',
+        KEY.upper(),
+        KEY.lower(),
+        KEY.encode().hex(),
+        KEY.encode().hex().upper(),
+        *(b64encode(before + KEY.encode()).decode() for before in (b"", b":", b"u:", b"Bearer ")),
+        urlsafe_b64encode(f"x:{KEY}:y".encode()).decode(),
     ],
 )
 def test_a_text_that_shows_a_part_of_the_key_is_found(shown: str) -> None:
@@ -207,6 +236,8 @@ def test_a_text_that_shows_a_part_of_the_key_is_found(shown: str) -> None:
         (KEY, "at most 1 image per prompt, 8 tokens"),
         (KEY, "sk-"),
         (KEY, "a ** b ** c"),
+        (KEY, "a list ending in 2, or 2Lp"),
+        (KEY, b64encode(b"sk-live-another-one").decode()),
         ("sk-upstream-secret", "upstream-model takes no upstream images, dear secretary"),
         ("k", "k is not known, kk"),
         ("EMPTY", "messages must not be EMPTY"),

@@ -222,6 +222,17 @@ FORMS: dict[str, tuple[Any, str]] = {
         "gateways before gateways",
     ),
     "a JSON text": (WHY, "gateways"),
+    "MiniMax": (
+        {"id": "1", "choices": None, "base_resp": {"status_code": 2013, "status_msg": WHY}},
+        "https://platform.minimax.io/docs/api-reference/errorcode",
+    ),
+    "Baidu": (
+        {"error_code": 336003, "error_msg": WHY, "id": "as-1"},
+        "https://cloud.baidu.com/doc/WENXINWORKSHOP/s/tlmyncueh",
+    ),
+    "AWS Lambda": ({"errorMessage": WHY, "errorType": "ValueError"}, "docs.aws.amazon.com/lambda"),
+    "a description": ({"error": {"code": 3, "description": WHY}}, "gateways"),
+    "a reason": ({"error": {"reason": WHY}}, "gateways"),
 }
 
 
@@ -366,6 +377,13 @@ STATUSES: list[tuple[Any, int | None]] = [
     ({"detail": [{"loc": ["body", "messages"], "msg": "field required"}]}, 422),
     ({"error": {"message": "Rate limit exceeded: free-models-per-min."}}, 429),
     ({"error": "Too Many Requests"}, 429),
+    ({"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, 429),
+    ({"choices": None, "base_resp": {"status_code": 1004, "status_msg": "login fail"}}, 401),
+    ({"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}, 402),
+    ({"base_resp": {"status_code": 2013, "status_msg": "invalid params"}}, 400),
+    ({"base_resp": {"status_code": 1000, "status_msg": "unknown error"}}, None),
+    ({"base_resp": {"status_code": 0, "status_msg": ""}}, None),
+    ({"status_code": 1002}, None),
     ({"error": {"code": True}}, None),
     ({"error": {"code": 200}}, None),
     ({"error": {"code": 4000}}, None),

@@ -238,7 +238,7 @@ TOOL_ANSWERS = {
     "text cut before a call": (said("let me th", "length"), "cut"),
     "a refusal": (refusal(400), "refused"),
     "an error of the server": (refusal(500), "failed"),
-    "choices of another kind": (json_response(200, {"choices": ["OK"]}), "no call"),
+    "choices of another kind": (json_response(200, {"choices": ["OK"]}), "failed"),
 }
 JSON_ANSWERS = {
     "an object": (said('{"ok": true}'), "yes"),

@@ -171,6 +171,28 @@ def test_zeros_do_not_take_the_place_of_numbers(place: Any) -> None:
     assert newest_usage(prompt, zeros) == Usage(7, 0)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"prompt_tokens_details": {"cached_tokens": 4}},
+        {"completion_tokens_details": {"reasoning_tokens": 3}},
+        {"cache_creation_input_tokens": 2},
+    ],
+    ids=str,
+)
+def test_the_same_counts_without_their_parts_take_no_place(parts: dict[str, Any]) -> None:
+    """A server's last two events may both tell usage, one of them no more than the counts."""
+    whole, bare, other = (
+        on_top(chunk({}), usage) for usage in (PLAIN | parts, PLAIN, PLAIN | {"prompt_tokens": 8})
+    )
+    for events in ([whole, bare], [bare, whole], [other, whole, bare]):
+        usage = None
+        for each in events:
+            usage = newest_usage(usage, each)
+        assert usage == parse_usage(PLAIN | parts)
+    assert newest_usage(read_usage(whole), other) == read_usage(other)
+
+
 def test_zeros_on_top_hide_no_usage_elsewhere() -> None:
     assert read_usage(in_a_choice(chunk({}), PLAIN) | {"usage": ZEROS}) == Usage(7, 5)
     timings = {"prompt_n": 3, "cache_n": 4, "predicted_n": 5}

@@ -414,6 +414,48 @@ FORMS = (
         "0.00026675",
     ),
     Form(
+        ("new-api",),
+        "what was written to Claude's cache, inside the prompt",
+        "https://github.com/QuantumNous/new-api/blob/main/dto/openai_response.go",
+        told(100, 20, prompt_tokens_details={"cached_tokens": 30, "cached_creation_tokens": 20}),
+        (100, 20, 30, 0, 20),
+        "0.000278",
+    ),
+    Form(
+        ("bifrost",),
+        "both parts of the cache under names of its own",
+        "https://github.com/maximhq/bifrost/pull/1872",
+        told(
+            *(100, 20),
+            prompt_tokens_details={"cached_read_tokens": 30, "cached_write_tokens": 20},
+        ),
+        (100, 20, 30, 0, 20),
+        "0.000278",
+    ),
+    Form(
+        ("bifrost",),
+        "what was read and what was written together as cached",
+        "https://github.com/maximhq/bifrost/issues/4816",
+        told(
+            *(100, 20),
+            prompt_tokens_details={
+                "cached_tokens": 50,
+                "cached_read_tokens": 30,
+                "cached_write_tokens": 20,
+            },
+        ),
+        (100, 20, 30, 0, 20),
+        "0.000278",
+    ),
+    Form(
+        ("bifrost",),
+        "nothing but written as cached",
+        "https://github.com/maximhq/bifrost/issues/4816",
+        told(100, 20, prompt_tokens_details={"cached_tokens": 20, "cached_write_tokens": 20}),
+        (100, 20, 0, 0, 20),
+        "0.000305",
+    ),
+    Form(
         ("ollama",),
         "three counts, of llama.cpp's own",
         "https://github.com/ollama/ollama/pull/5371",

@@ -164,6 +164,33 @@ async def test_a_json_body_is_one_under_any_label(
     assert (record.code, record.completion_tokens, record.finish_reason) == ("", 3, "stop")
 
 
+@pytest.mark.parametrize("many", [3 << 19, 7 << 20])
+async def test_a_body_with_an_image_is_made_into_a_stream(proxy_to: ProxyTo, many: int) -> None:
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{'A' * many}"}}
+    whole = completion("hello")
+    whole["choices"][0]["message"]["images"] = [image]
+    script = with_length("application/json", json.dumps(whole).encode())
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream) as proxy:
+        reply = await proxy.post(chat(stream=True))
+        record = await proxy.wait_for_record()
+    assert reply.body.endswith(DONE)
+    document = json.loads(reply.body.split(b"\n\n")[0].removeprefix(b"data: "))
+    assert document["choices"][0]["delta"]["images"] == [image]
+    assert (record.code, record.completion_tokens) == ("", 3)
+
+
+@pytest.mark.parametrize("framed", ["with its length", "in pieces"])
+async def test_a_body_too_long_for_a_stream_falls_over(proxy_to: ProxyTo, framed: str) -> None:
+    body = json.dumps(completion("x" * (9 << 20))).encode()
+    pieces = [body[at : at + 65536] for at in range(0, len(body), 65536)]
+    label = "application/json"
+    long = with_length(label, body) if framed == "with its length" else labelled(label, *pieces)
+    async with ScriptedUpstream(long) as first, ScriptedUpstream(sse(*EVENTS)) as second:
+        async with proxy_to(first, second) as proxy:
+            reply = await proxy.post(chat(stream=True))
+    assert reply.body == as_client_sees(EVENTS)
+
+
 def trimmed(script: list[Step]) -> list[Step]:
     """Without the chunks of no bytes, which would end the body."""
     return [*(each for each in script[:-1] if each != Send(LAST_CHUNK)), script[-1]]

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from hoberproxy.catalog import TimeLimits
+from tests.patience import WAIT
 from tests.scripted import (
     LAST_CHUNK,
     Close,
@@ -287,6 +289,23 @@ async def test_a_refusal_as_an_event_is_not_waited_for_any_longer(
         proxy_to(upstream) as proxy,
     ):
         reply = await proxy.post(chat(stream=True))
+        await upstream.wait_for_hangup()
+    assert (reply.status, reply.error["message"]) == (400, WHY)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "body", [json.dumps(failing(400)).encode(), WHY.encode()], ids=["JSON", "a text"]
+)
+async def test_a_refusal_whose_body_is_left_open_is_told_soon(
+    proxy_to: ProxyTo, body: bytes, stream: bool
+) -> None:
+    """Not after `total`, the only limit of a call that is no stream and has no answer yet."""
+    head = serialize_head(400, [("Content-Type", "application/json")])
+    limits = TimeLimits(connect=WAIT, first_content=10 * WAIT, idle=1, total=10 * WAIT)
+    async with ScriptedUpstream([Send(head), Send(body), Stall()]) as upstream:
+        async with proxy_to(provider_for(upstream, limits=limits)) as proxy:
+            reply = await proxy.post(chat(stream=stream))
         await upstream.wait_for_hangup()
     assert (reply.status, reply.error["message"]) == (400, WHY)
 

@@ -21,7 +21,7 @@ from tests.scripted import (
     sse,
     stream_events,
 )
-from tests.usage_forms import FORMS, PRICES, Document, Form, in_a_choice, on_top
+from tests.usage_forms import FORMS, PRICES, Document, Form, in_a_choice, in_x_groq, on_top
 
 from .conftest import ProxyTo
 from .harness import SLUG, UPSTREAM_MODEL, Proxy, chat
@@ -182,3 +182,19 @@ async def test_a_body_too_long_to_be_collected_is_no_different(
     assert record.completion_tokens > 0
     if counts is not None:
         assert counts_of(record)[:3] == counts
+
+
+@pytest.mark.parametrize("place", [in_a_choice, in_x_groq])
+@pytest.mark.parametrize("indent", [None, 1])
+async def test_usage_elsewhere_in_a_body_too_long_to_be_collected_is_found(
+    proxy_to: ProxyTo, place: Any, indent: int | None
+) -> None:
+    text = 'x "usage":{"prompt_tokens":1,"completion_tokens":1} ' * 30_000
+    document = place(completion(text, usage=None), USAGE | {"cached_tokens": 60})
+    script = json_response(200, json.dumps(document, indent=indent).encode())
+    async with ScriptedUpstream(script) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
+        reply = await proxy.post(chat())
+        record = await proxy.wait_for_record()
+    assert reply.is_complete and len(reply.body) > 1 << 20
+    assert counts_of(record)[:3] == (70, 5, 60)
+    assert (record.estimated, record.finish_reason) == (False, "stop")
