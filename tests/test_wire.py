@@ -1183,6 +1183,7 @@ async def test_every_chat_request_ends_in_one_record_and_nothing_else_does(
         record = (await proxy.wait_for_records(number + 1))[number]
         assert record.status == status
         assert record.is_failure is (status not in (200, 499))
+        assert (record.key_id == "") is (status == 401), "whose key it was stands in all others"
     assert len({record.id for record in proxy.records}) == len(requests)
     assert not proxy.gateway.exchanges
 
