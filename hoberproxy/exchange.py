@@ -139,8 +139,8 @@ class Exchange(Owner):
                 or gateway.is_stopping
             ):
                 known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
-            self._caller = caller = known.caller
-            record.key_id, record.key_label = caller.key_id, caller.label
+            else:
+                self._note_caller(known.caller)
             self._group = gateway.admission.admit(
                 self._head, len(gateway.exchanges) + 1, self._client.address_group
             )
@@ -175,8 +175,13 @@ class Exchange(Owner):
         else:
             check_local_request(head)
             caller = ANONYMOUS
+        self._note_caller(caller)  # first: what is refused from here on is in the key's records
         _check_media_type(head)
         return caller
+
+    def _note_caller(self, caller: Caller) -> None:
+        self._caller = caller
+        self.record.key_id, self.record.key_label = caller.key_id, caller.label
 
     # Parse, route
 

@@ -8,7 +8,7 @@ of one at all is checked with the rest of the body, in request.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from .errors import RequestError
@@ -59,14 +59,18 @@ def param_of(extension: str, place: int | None = None) -> str:
 
 
 def check_accepted(
-    extensions: Iterable[str], place: int | None, is_accepted: Callable[[str], bool]
+    extensions: Sequence[str],
+    place: int | None,
+    is_accepted: Callable[[str], bool],
+    filters: set[str],
 ) -> None:
-    """Raise RequestError for the first of `extensions` that no endpoint at all accepts.
+    """Raise RequestError for the first of `extensions` that kept a call from every endpoint.
 
-    `place` is that of a message without content.
+    Either none of the catalog's accepts it, or nothing but extensions is among the `filters` that
+    removed the endpoints of the models asked for. `place` is that of a message without content.
     """
     for extension in extensions:
-        if not is_accepted(extension):
+        if not is_accepted(extension) or (extension in filters and filters.issubset(extensions)):
             raise _refused(extension, place)
 
 
@@ -81,7 +85,7 @@ def _refused(extension: str, place: int | None) -> RequestError:
     else:
         allowed = TOOL_CHOICES if name == "tool_choice" else RESPONSE_FORMATS
         expected, got = _one_of(allowed), "another string"
-    message = f"{param}: expected {expected}, got {got}, which no endpoint here accepts"
+    message = f"{param}: expected {expected}, got {got}, which no endpoint of this model accepts"
     return RequestError(message, code="invalid_value", param=param)
 
 

@@ -14,6 +14,10 @@ from .http11_head import FIELD_LINE, TOKEN, VALUE, FramingKind, RequestHead, Res
 
 MAX_SIZE_LINE_BYTES: Final = 4 * 1024
 MAX_TRAILER_BYTES: Final = 16 * 1024
+# Of a request's body in chunks: so many are free, further ones have so many bytes on average. Each
+# costs about a microsecond, and one turn of the loop may bring megabytes of them.
+FREE_CHUNKS: Final = 16 * 1024
+MIN_CHUNK_BYTES: Final = 256
 
 _CR: Final = 0x0D
 _LF: Final = 0x0A
@@ -64,7 +68,7 @@ class BodyReader:
 def body_reader(head: RequestHead | ResponseHead) -> BodyReader:
     """A new reader for the body that follows this head."""
     if head.kind is _CHUNKED:
-        return ChunkedBody()
+        return RequestChunks() if isinstance(head, RequestHead) else ChunkedBody()
     if head.kind is _UNTIL_EOF:
         return UntilEofBody()
     return NoBody() if head.length is None else LengthBody(head.length)
@@ -317,3 +321,26 @@ class ChunkedBody(BodyReader):
             raise FramingError(f"expected {self._step.value} ending in CR LF, got something else")
         self._partial = data[at:]
         return len(data)
+
+
+class RequestChunks(ChunkedBody):
+    """A chunked body of a request, whose client may not cut it into tiny chunks without end."""
+
+    __slots__ = ("_body_bytes", "_chunks")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._chunks = 0
+        self._body_bytes = 0
+
+    def feed(self, data: bytes) -> list[bytes]:
+        pieces = super().feed(data)
+        self._chunks += max(0, len(pieces) - 1)  # one a read is the network's doing
+        self._body_bytes += sum(map(len, pieces))
+        if self._chunks > FREE_CHUNKS + self._body_bytes // MIN_CHUNK_BYTES:
+            self._step = _FAILED
+            raise FramingError(
+                f"expected chunks of {MIN_CHUNK_BYTES} bytes or more on average, got smaller ones; "
+                "send the body with content-length, or in larger chunks"
+            )
+        return pieces

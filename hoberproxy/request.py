@@ -591,10 +591,15 @@ def _check_parts(index: int, parts: list[Any]) -> tuple[bool, int]:
 
 def _media_excess(media: object) -> int:
     """Return by how many bytes the longest text of an image or a sound is over MEDIA_BYTES."""
-    texts = media.values() if type(media) is dict else (media,)
     # In base64 a character is a byte of the body; other texts (a URL) are short.
-    longest = max((len(text) for text in texts if type(text) is str), default=0)
-    return max(0, longest - MEDIA_BYTES)
+    if type(media) is str:
+        return max(0, len(media) - MEDIA_BYTES)
+    longest = MEDIA_BYTES
+    if type(media) is dict:
+        for text in media.values():  # no generator: there may be as many images as values
+            if type(text) is str and len(text) > longest:
+                longest = len(text)
+    return longest - MEDIA_BYTES
 
 
 def _speaks_without_content(message: JsonObject) -> bool:

@@ -135,7 +135,8 @@ def make_plan(
         sort = terms.provider.sort or sort
         steps += _arrange(offers, sort, terms.provider, health, now, draw)
     if not steps:
-        check_accepted(_extensions(call), call.place_without_content, catalog.accepts)
+        removing = {each.filter for each in removed}
+        check_accepted(_extensions(call), call.place_without_content, catalog.accepts, removing)
         raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
         removed += [_fallback(step) for step in steps[1:]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import math
+import re
 import sys
 import termios
 from enum import Enum
@@ -50,6 +51,8 @@ SMALL_PIECE_BYTES: Final = 4096  # of a body; smaller ones are joined, or object
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # aiohttp's parser refuses other methods in a form of its own.
+# An empty line, but not one that ends a head.
+_find_bare_end: Final = re.compile(rb"\n\r?\n").search
 METHODS: Final = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
 
 
@@ -243,8 +246,8 @@ class DownstreamConnection(Client):
         if len(buffer) > MAX_REQUEST_HEAD_BYTES:
             too_large = f"expected a head of at most {MAX_REQUEST_HEAD_BYTES} bytes, got more"
             self._refuse_head(HeadError(too_large, 431))
-        elif buffer.find(b"\n\n", max(0, self._searched - 1)) >= 0:
-            # Its empty line ends in bare LF: we would wait for another one until the time limit.
+        elif _find_bare_end(buffer, max(0, self._searched - 2)) is not None:
+            # A line before its end ends in bare LF: we would wait for another until the time limit.
             self._refuse_head(HeadError("expected lines that end with CR LF, got a bare LF"))
 
     def _refuse_head(self, error: HeadError, head: RequestHead | None = None) -> None:
@@ -262,6 +265,8 @@ class DownstreamConnection(Client):
         retry_after = refusal.retry_after
         origins = self._gateway.config.server.cors_origins
         origin = head.get(b"origin") if head is not None else None
+        # The target of what is no request, as far as it can be told.
+        path = head.path if head is not None else self._buffer[:64].lstrip().partition(b" ")[2]
         self._buffer = b""
         self._answer_early()
         answer = self._answer(version_minor=1, keep_alive=False)
@@ -281,7 +286,7 @@ class DownstreamConnection(Client):
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
                 *cors_headers(origins, origin),
             ],
-            serialize_error(refusal),
+            serialize_error(refusal, numeric_code=path.startswith(b"/api/")),
         )
 
     def _answer(self, *, version_minor: int, keep_alive: bool) -> Answer:

@@ -112,6 +112,12 @@ BODIES: dict[str, Callable[[int], bytes]] = {
     },
     "messages": lambda size: b'{"model":"a/b","messages":[%b]}' % b",".join([USER] * (size // 31)),
     "parts": lambda size: content(array(b'{"type":"text","text":"a"}')(size)[:-3] + b"]"),
+    "images": lambda size: content(
+        array(b'{"type":"image_url","image_url":{"url":"a"}}')(size)[:-3] + b"]"
+    ),
+    "sounds": lambda size: content(
+        array(b'{"type":"input_audio","input_audio":"a"}')(size)[:-3] + b"]"
+    ),
     "parts of nothing": lambda size: content(array(b"{}")(size)[:-3] + b"]"),
     "top-level members": lambda size: member(
         b"0," + b",".join([b'"k%d":0' % number for number in range(size // 10)])

@@ -20,6 +20,7 @@ from hoberproxy.http11 import (
     Headers,
     LengthBody,
     NoBody,
+    RequestChunks,
     RequestHead,
     ResponseHead,
     ResponseHeads,
@@ -760,6 +761,46 @@ def test_chunks_out_of_shape_are_refused_however_cut(raw: bytes, step: int) -> N
         reader.feed(b"5\r\nhello\r\n0\r\n\r\n")
 
 
+def chunked_request() -> BodyReader:
+    return body_reader(parse_request_head(request(b"Transfer-Encoding: chunked")))
+
+
+@pytest.mark.parametrize("line", [b"1\r\n", b"1;a=b\r\n"], ids=["plain", "with an extension"])
+def test_a_request_in_tiny_chunks_is_refused_once_they_are_too_many(line: bytes) -> None:
+    reader = chunked_request()
+    read = (line + b"x\r\n") * 1000
+    with pytest.raises(FramingError, match="chunks of 256 bytes or more on average"):
+        for _ in range(20):
+            assert len(reader.feed(read)) == 1000
+    with pytest.raises(FramingError, match="after a framing error"):
+        reader.feed(read)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [(1, 16_000), (256, 40_000)],
+    ids=["tiny, but not many", "many, but not tiny"],
+)
+def test_a_request_in_chunks_of_other_sizes_is_read_to_its_end(size: int, count: int) -> None:
+    reader, read = chunked_request(), (b"%x\r\n" % size + b"x" * size + b"\r\n") * 1000
+    assert sum(len(reader.feed(read)) for _ in range(count // 1000)) == count
+    reader.feed(b"0\r\n\r\n")
+    assert reader.is_complete
+
+
+def test_a_large_chunk_of_a_request_may_come_in_any_reads() -> None:
+    reader = chunked_request()
+    reader.feed(b"%x\r\n" % 30_000)
+    for _ in range(30_000):
+        assert reader.feed(b"x") == [b"x"]
+
+
+def test_an_answer_may_come_in_any_number_of_tiny_chunks() -> None:
+    reader = ChunkedBody()
+    for _ in range(20):
+        assert len(reader.feed(b"1\r\nx\r\n" * 1000)) == 1000
+
+
 @pytest.mark.parametrize(
     "beginning",
     [
@@ -858,7 +899,7 @@ def test_a_body_until_eof_is_complete_only_then() -> None:
         pytest.param(request(), NoBody, id="no framing"),
         pytest.param(request(LENGTH), LengthBody, id="length"),
         pytest.param(request(b"Content-Length: 0"), LengthBody, id="length of nothing"),
-        pytest.param(request(CHUNKED), ChunkedBody, id="chunked"),
+        pytest.param(request(CHUNKED), RequestChunks, id="chunked"),
     ],
 )
 def test_the_reader_of_a_request_body_follows_its_head(raw: bytes, reader: type) -> None:

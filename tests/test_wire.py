@@ -710,6 +710,7 @@ async def test_a_transfer_coding_in_http_1_0_is_refused(proxy: Proxy, request_to
     [
         pytest.param(b"GET /healthz HTTP/1.1\nhost: x\n\n", 400, id="all lines end in bare LF"),
         pytest.param(b"GET /healthz HTTP/1.1\r\nhost: x\n\n", 400, id="the last two lines do"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\nhost: x\n\r\n", 400, id="the last but one does"),
         pytest.param(b"GET /healthz HTTP/1.1\r\n\r\n", 400, id="no host"),
         pytest.param(b"\r\n\r\n", 400, id="two empty lines"),
         pytest.param(b"GET  /healthz HTTP/1.1\r\nhost: x\r\n\r\n", 400, id="two spaces"),
@@ -727,6 +728,30 @@ async def test_what_is_no_request_is_refused_without_waiting_for_more(
     client.send(head)
     assert_refused(await client.read_answer(), status)
     assert await client.read_rest() == b""
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        pytest.param(b"/api/v1/chat/completions", 400, id="OpenRouter's"),
+        pytest.param(b"/v1/chat/completions", "invalid_request", id="OpenAI's"),
+    ],
+)
+@pytest.mark.parametrize(
+    "rest",
+    [
+        pytest.param(b" HTTP/1.1\r\n\r\n", id="no host"),
+        pytest.param(b" HTTP/1.1\nhost: x\n\n", id="bare LF"),
+        pytest.param(b" HTTP/1.1\r\nhost: x\r\nx y: z\r\n\r\n", id="a wrong name"),
+    ],
+)
+async def test_a_bad_head_is_refused_in_the_form_of_its_path(
+    proxy: Proxy, path: bytes, code: object, rest: bytes
+) -> None:
+    client = await proxy.connect()
+    client.send(b"POST " + path + rest)
+    answer = await client.read_answer()
+    assert (answer.status, json.loads(answer.body)["error"]["code"]) == (400, code)
 
 
 BAD_CHUNKS = {
@@ -1158,6 +1183,7 @@ async def test_every_chat_request_ends_in_one_record_and_nothing_else_does(
         record = (await proxy.wait_for_records(number + 1))[number]
         assert record.status == status
         assert record.is_failure is (status not in (200, 499))
+        assert (record.key_id == "") is (status == 401), "whose key it was stands in all others"
     assert len({record.id for record in proxy.records}) == len(requests)
     assert not proxy.gateway.exchanges
 
