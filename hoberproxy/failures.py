@@ -98,7 +98,7 @@ def error_field(value: bytes) -> StreamFailure | None:
         document = load_json(value)
     except ValueError:
         document = value.decode("utf-8", "replace")
-    return None if is_empty(document) else error_event(document)
+    return None if is_empty(document) else find_error(document) or error_event(document)
 
 
 def _find_choice_error(choices: list[Any]) -> StreamFailure | None:

@@ -145,6 +145,11 @@ class StreamScanner:
         elif self._tail:
             event, self._tail = self._tail, b""
             self._take_event(event, out)
+            if self.failure is None and _is_cut(event):
+                out = []
+                self.failure = StreamFailure(
+                    "the body ended in the middle of an event", is_error_event=False
+                )
         if self._is_odd and not self.has_content and self.failure is None:
             self.failure = _not_an_object()
         return self._release(out)
@@ -548,6 +553,12 @@ def _says_more(data: bytes) -> bool:
     )
 
 
+def _is_cut(event: bytes) -> bool:
+    """Whether an event that no empty line ends has a part of a JSON object as its data."""
+    data = parse_event(event)
+    return data is not None and data.payload[:1] == b"{" and parse_json(data.payload) is None
+
+
 def _check_lines(data: Data) -> None:
     """Raise the failure that the lines of an event tell, other than its data."""
     if data.error_line:
@@ -556,7 +567,9 @@ def _check_lines(data: Data) -> None:
             raise failure
     if data.is_error:
         document = parse_json(data.payload)
-        raise error_event(data.payload.decode("utf-8", "replace") if document is None else document)
+        if document is None:
+            raise error_event(data.payload.decode("utf-8", "replace"))
+        raise find_error(document) or error_event(document)
 
 
 def _check_odd(document: Any, payload: bytes, *, is_opening: bool) -> None:

@@ -1377,3 +1377,18 @@ def test_what_is_copied_grows_with_the_bytes_and_no_faster(other: bytes) -> None
     scanner = knowing()
     scanner.feed(data)
     assert copied < 10 * len(data)
+
+
+@pytest.mark.parametrize("before", [b"", text("a"), text("a") + STOP], ids=["", "text", "finish"])
+def test_a_body_that_ends_in_the_middle_of_an_event_is_broken(before: bytes) -> None:
+    for end in range(len(b"data: {"), len(USAGE_EVENT) - 3):
+        seen = scan([ROLE + before + USAGE_EVENT[:end]], wants_usage=True)
+        assert seen.output == (renamed(ROLE + before) if before else b""), end
+        assert seen.failure == (False, None), end
+
+
+@pytest.mark.parametrize("line", [b"event: error\ndata: ", b"error: "])
+def test_an_error_in_a_choice_of_an_error_event_is_found(line: bytes) -> None:
+    chunk = b'{"choices":[{"index":0,"delta":{},"error":{"message":"x","code":400}}]}'
+    seen = scan([ROLE + line + chunk + b"\n\n"])
+    assert seen.failure == (True, 400)
