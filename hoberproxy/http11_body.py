@@ -16,7 +16,7 @@ MAX_SIZE_LINE_BYTES: Final = 4 * 1024
 MAX_TRAILER_BYTES: Final = 16 * 1024
 # Of a request's body in chunks: so many are free, further ones have so many bytes on average. Each
 # costs about a microsecond, and one turn of the loop may bring megabytes of them.
-FREE_CHUNKS: Final = 16 * 1024
+FREE_CHUNKS: Final = 32 * 1024
 MIN_CHUNK_BYTES: Final = 256
 
 _CR: Final = 0x0D

@@ -770,7 +770,7 @@ def test_a_request_in_tiny_chunks_is_refused_once_they_are_too_many(line: bytes)
     reader = chunked_request()
     read = (line + b"x\r\n") * 1000
     with pytest.raises(FramingError, match="chunks of 256 bytes or more on average"):
-        for _ in range(20):
+        for _ in range(40):
             assert len(reader.feed(read)) == 1000
     with pytest.raises(FramingError, match="after a framing error"):
         reader.feed(read)
@@ -778,7 +778,7 @@ def test_a_request_in_tiny_chunks_is_refused_once_they_are_too_many(line: bytes)
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [(1, 16_000), (256, 40_000)],
+    [(1, 32_000), (256, 80_000)],
     ids=["tiny, but not many", "many, but not tiny"],
 )
 def test_a_request_in_chunks_of_other_sizes_is_read_to_its_end(size: int, count: int) -> None:
@@ -790,8 +790,8 @@ def test_a_request_in_chunks_of_other_sizes_is_read_to_its_end(size: int, count:
 
 def test_a_large_chunk_of_a_request_may_come_in_any_reads() -> None:
     reader = chunked_request()
-    reader.feed(b"%x\r\n" % 30_000)
-    for _ in range(30_000):
+    reader.feed(b"%x\r\n" % 40_000)
+    for _ in range(40_000):
         assert reader.feed(b"x") == [b"x"]
 
 
