@@ -315,7 +315,8 @@ class StreamScanner:
     def _pass_ending(self, data: bytes, at: int, out: list[bytes]) -> int:
         """The last events of a stream as far as they are as in other ones, and where they end."""
         ending = self.stencil.ending
-        if ending is None:
+        # An event that is known is not asked for the names of the answer and of the model.
+        if ending is None or not self._raw_id or not self._editor.model:
             return at
         lead = self.stencil.lead
         lead_size = len(lead)

@@ -284,6 +284,14 @@ def stream_starts(draw: st.DrawFn) -> list[bytes]:
     return events
 
 
+# The names of the answer and of the model stand on the last event alone.
+NAMED_LAST = [
+    b'data: {"choices":[{"index":0,"delta":{"content":"a"}}]}\n\n',
+    b'data: {"id":"c-1","model":"m","choices":[{"index":0,"delta":{}}],'
+    b'"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n',
+]
+
+
 @given(
     earlier=st.lists(stream_starts(), max_size=3),
     later=stream_starts(),
@@ -291,6 +299,7 @@ def stream_starts(draw: st.DrawFn) -> list[bytes]:
     cuts=st.lists(st.integers(0, 2000), max_size=4),
 )
 @example([[role(), content("Hi")]], [role(), content('"')], False, [])
+@example([], NAMED_LAST, True, [])
 def test_the_scanner_says_the_same_with_an_opening(
     earlier: list[list[bytes]], later: list[bytes], repeats: bool, cuts: list[int]
 ) -> None:
