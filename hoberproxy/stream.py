@@ -65,6 +65,7 @@ class StreamScanner:
         self.failure: StreamFailure | None = None
         self.has_content = False
         self.is_done = False  # [DONE] was seen
+        self.is_cut = False  # the body ended in the middle of an event
         self._content_events = 0  # without the stencil's
         self.usage: Usage | None = None
         self.finish_reason = ""
@@ -98,7 +99,7 @@ class StreamScanner:
     @property
     def is_finished(self) -> bool:
         """The stream said that its answer is complete, in one way or the other."""
-        return self.is_done or bool(self.finish_reason)
+        return (self.is_done or bool(self.finish_reason)) and not self.is_cut
 
     @property
     def content_events(self) -> int:
@@ -146,10 +147,7 @@ class StreamScanner:
             event, self._tail = self._tail, b""
             self._take_event(event, out)
             if self.failure is None and _is_cut(event):
-                out = []
-                self.failure = StreamFailure(
-                    "the body ended in the middle of an event", is_error_event=False
-                )
+                self.is_cut, out = True, []
         if self._is_odd and not self.has_content and self.failure is None:
             self.failure = _not_an_object()
         return self._release(out)

@@ -172,6 +172,15 @@ def test_what_came_before_a_failure_in_the_last_piece_goes_out_first(last: bytes
     assert not relayed.sent.answer.is_ended
 
 
+def test_half_an_event_behind_the_finish_reason_is_a_broken_answer() -> None:
+    relayed = Relayed()
+    whole = [*OPENING, *REST[:-1]]
+    relayed.relay.on_body(b"".join([*whole, b'data: {"cut']))
+    relayed.relay.on_end()
+    assert relayed.attempt.told[-1][0] == "fail: the stream ended in the middle of its answer"
+    assert relayed.payload == as_seen(whole)
+
+
 def test_a_stream_whose_only_piece_breaks_off_after_content_has_been_answered() -> None:
     relayed = Relayed()
     relayed.relay.on_last(b"".join(OPENING))
