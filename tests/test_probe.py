@@ -26,7 +26,7 @@ from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
 
-from .patience import WAIT
+from .patience import WAIT, patient
 from .scripted import (
     DONE,
     LAST_CHUNK,
@@ -97,7 +97,7 @@ def config_of(providers: list[Provider], *models: Model) -> Config:
     )
 
 
-async def probed(config: Config, *, limit: float = 10.0, concurrency: int = 8) -> list[Report]:
+async def probed(config: Config, *, limit: float = WAIT, concurrency: int = 8) -> list[Report]:
     """All reports, none of which tells a key or an upstream's text."""
     reports = await probe(
         config, limit=limit, concurrency=concurrency, tell=lambda done, total: None
@@ -108,7 +108,7 @@ async def probed(config: Config, *, limit: float = 10.0, concurrency: int = 8) -
     return reports
 
 
-async def report_of(upstream: ScriptedUpstream, limit: float = 10.0, **settings: Any) -> Report:
+async def report_of(upstream: ScriptedUpstream, limit: float = WAIT, **settings: Any) -> Report:
     (report,) = await probed(config_of([provider(upstream.port, **settings)]), limit=limit)
     return report
 
@@ -165,7 +165,7 @@ async def test_progress_is_told_after_each_endpoint() -> None:
     async with ScriptedUpstream(default=able) as upstream:
         providers = [provider(upstream.port, name) for name in ("one", "two", "three")]
         await probe(
-            config_of(providers), limit=10.0, concurrency=8, tell=lambda *args: told.append(args)
+            config_of(providers), limit=WAIT, concurrency=8, tell=lambda *args: told.append(args)
         )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
@@ -306,7 +306,8 @@ async def test_an_endpoint_that_fails_is_asked_once_and_told(
     answer: Script, cell: str, advice: str
 ) -> None:
     async with ScriptedUpstream(answer) as upstream:
-        report = await report_of(upstream, limit=0.2)
+        limit = patient(0.2) if cell == "time limit" else WAIT
+        report = await report_of(upstream, limit=limit)
     assert report.reachable == f"no ({cell})"
     assert report.is_unreachable
     assert (report.tools, report.json_mode, report.usage) == ("-", "-", "-")
@@ -402,7 +403,7 @@ def wildcard(pattern: str = "*") -> Model:
 
 async def wildcard_report(upstream: ScriptedUpstream, pattern: str = "*") -> Report:
     only = provider(upstream.port)
-    (report,) = await probed(config_of([only], wildcard(pattern)), limit=0.5)
+    (report,) = await probed(config_of([only], wildcard(pattern)), limit=WAIT)
     return report
 
 
