@@ -403,7 +403,7 @@ def wildcard(pattern: str = "*") -> Model:
 
 async def wildcard_report(upstream: ScriptedUpstream, pattern: str = "*") -> Report:
     only = provider(upstream.port)
-    (report,) = await probed(config_of([only], wildcard(pattern)), limit=WAIT)
+    (report,) = await probed(config_of([only], wildcard(pattern)), limit=patient(2.0))
     return report
 
 
