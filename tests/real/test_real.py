@@ -219,8 +219,9 @@ def test_a_prompt_too_long_is_refused_with_the_upstreams_status(client: OpenAI) 
 
 def test_a_prompt_far_too_long_is_refused_before_the_upstream(client: OpenAI) -> None:
     endless: list[Any] = [{"role": "user", "content": "word " * 20_000}]
-    with pytest.raises(openai.NotFoundError, match="context is 4096 tokens"):
+    with pytest.raises(openai.BadRequestError, match="context length is 4096 tokens") as caught:
         client.chat.completions.create(model=SLUG, messages=endless, stream=True)
+    assert caught.value.code == "context_length_exceeded"
 
 
 # Hang-ups
