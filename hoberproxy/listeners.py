@@ -135,12 +135,8 @@ async def listen_for_clients(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
     """`bind` for clients, once the address is free. Raises StartError."""
-
-    async def listen() -> list[socket.socket]:
-        return bind(address)
-
     try:
-        return await listen_when_free(listen, has_predecessor)
+        return await _bind_when_free(address, has_predecessor)
     except StartError as error:
         raise StartError(f"{error}; choose another with --listen") from error
 
@@ -149,15 +145,20 @@ async def listen_for_metrics(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
     """`bind` for scrapers, once the address is free. Raises StartError."""
-
-    async def listen() -> list[socket.socket]:
-        return bind(address)
-
     try:
-        return await listen_when_free(listen, has_predecessor)
+        return await _bind_when_free(address, has_predecessor)
     except StartError as error:
         advice = 'choose another, or "off", as server.metrics_listen'
         raise StartError(f"metrics: {error}; {advice}") from error
+
+
+async def _bind_when_free(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    async def listen() -> list[socket.socket]:
+        return bind(address)
+
+    return await listen_when_free(listen, has_predecessor)
 
 
 def _is_in_use(error: BaseException | None) -> bool:
