@@ -41,11 +41,6 @@ class Data:
         return self.starts[line] + offset - (self.payload.rfind(b"\n", 0, offset) + 1)
 
 
-def is_one_event(data: bytes) -> bool:
-    """Whether it is one line, an empty one and no more, both ended by LF."""
-    return data.endswith(b"\n\n") and data.count(b"\n") == 2 and _CR not in data
-
-
 def blank_line_end(data: bytes, start: int, *, has_cr: bool) -> int:
     """Offset past the first empty line from `start` on, the end of an event; -1 without one."""
     if not has_cr:  # as nearly all servers write; a tenth of the cost
