@@ -394,12 +394,12 @@ def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]
 
 
 def _parse_listen(text: str) -> Address:
-    from .catalog import Refusal, parse_host_and_port
+    from .values import InvalidValue, parse_host_and_port
 
     try:
         return Address(*parse_host_and_port(text))
-    except Refusal as refusal:
-        raise ConfigError([f"--listen: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"--listen: {error}"]) from None
 
 
 def _set_up_logging(level: str) -> None:

@@ -104,7 +104,7 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     added = {name.lower().encode(): value.encode() for name, value in provider.headers}
-    # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
+    # The config may name another user agent; the rest of ours it can't (values.py refuses it).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
     return serialize_request_head(method, path.encode(), headers)[:-2]

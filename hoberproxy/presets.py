@@ -16,16 +16,12 @@ from .catalog import (
     NO_ADAPTATION,
     Abilities,
     Adaptation,
-    BaseUrl,
-    ConfigError,
     Endpoint,
     Model,
     Provider,
-    Refusal,
     bracketed,
-    parse_base_url,
-    parse_key,
 )
+from .values import BaseUrl, ConfigError, InvalidValue, parse_base_url, parse_key
 
 T = TypeVar("T")
 
@@ -218,8 +214,8 @@ def _wildcard(provider: Provider) -> Model:
 def _read(variable: str, environ: Mapping[str, str], parse: Callable[[str], T]) -> T:
     try:
         return parse(environ[variable].strip())
-    except Refusal as refusal:
-        raise ConfigError([f"{variable}: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"{variable}: {error}"]) from None
 
 
 def _local_url(text: str) -> BaseUrl:

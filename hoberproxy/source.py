@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .catalog import Refusal, parse_host_and_port
 from .config import Address, Config, ConfigError, parse_config
+from .values import InvalidValue, parse_host_and_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +70,5 @@ def parse_listen(text: str) -> Address:
     """The address of --listen. Raises ConfigError."""
     try:
         return Address(*parse_host_and_port(text))
-    except Refusal as refusal:
-        raise ConfigError([f"--listen: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"--listen: {error}"]) from None

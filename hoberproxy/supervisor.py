@@ -26,7 +26,6 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .catalog import ConfigError
 from .channel import Message
 from .child import (
     STEADY,
@@ -58,6 +57,7 @@ from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally
 from .tally import SLOTS
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")

@@ -13,7 +13,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from .catalog import Refusal
+from .values import InvalidValue
 
 T = TypeVar("T")
 D = TypeVar("D", int, None)
@@ -38,20 +38,20 @@ class Table:
     def know(self, name: str) -> None:
         self._known[name] = None
 
-    def note(self, name: str, problem: Refusal) -> None:
+    def note(self, name: str, problem: InvalidValue) -> None:
         self._problems.append(f"{self._at(name)}: {problem}")
 
     def finish(self) -> None:
         for name in self.values:
             if name not in self._known:
                 advice = nearest(name, self._known)
-                self.note(name, Refusal("a known setting", "an unknown name", advice))
+                self.note(name, InvalidValue("a known setting", "an unknown name", advice))
         for table in self._below:
             table.finish()
 
     def require(self, name: str, expected: str, advice: str) -> None:
         if name not in self.values or self.values[name] in ([], {}):
-            self.note(name, Refusal(expected, "none", advice))
+            self.note(name, InvalidValue(expected, "none", advice))
 
     def take(self, name: str, kind: type[T] | tuple[type[T], ...], expected: str) -> T | None:
         """The value if it is of that kind, None if absent or refused. TOML has no null."""
@@ -61,7 +61,7 @@ class Table:
         if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
         if value is not None:
-            self.note(name, Refusal(expected, shown(value), _ADVICE[expected]))
+            self.note(name, InvalidValue(expected, shown(value), _ADVICE[expected]))
         return None
 
     def boolean(self, name: str, default: B) -> bool | B:
@@ -72,7 +72,7 @@ class Table:
         value = self.take(name, int, "an integer")
         if value is None or low <= value <= high:
             return default if value is None else value
-        self.note(name, Refusal(f"{low} to {high}", shown(value), "choose one in this range"))
+        self.note(name, InvalidValue(f"{low} to {high}", shown(value), "choose one in this range"))
         return default
 
     def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
@@ -84,14 +84,14 @@ class Table:
         return None if number is None else float(number)
 
     def parse(self, name: str, default: T, parse: Callable[[str], T]) -> T:
-        """A string, as what `parse` makes of it; its Refusal becomes a problem."""
+        """A string, as what `parse` makes of it; its InvalidValue becomes a problem."""
         text = self.take(name, str, "a string")
         if text is None:
             return default
         try:
             return parse(text)
-        except Refusal as refusal:
-            self.note(name, refusal)
+        except InvalidValue as error:
+            self.note(name, error)
             return default
 
     def strings(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
@@ -104,7 +104,7 @@ class Table:
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
         def parse(text: str) -> str:
             if text not in choices:
-                raise Refusal("a known choice", "another string", nearest(text, choices))
+                raise InvalidValue("a known choice", "another string", nearest(text, choices))
             return text
 
         return self.parse(name, default, parse)
@@ -135,7 +135,7 @@ class Table:
         if not number.is_nan() and Decimal(low) <= number <= Decimal(high):
             return number
         expected = f"{low} to {high}{unit}"
-        self.note(name, Refusal(expected, shown(value), "choose one in this range"))
+        self.note(name, InvalidValue(expected, shown(value), "choose one in this range"))
         return None
 
     def _at(self, name: str) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import parse_base_url
 from hoberproxy.config import (
     Address,
     Config,
@@ -32,6 +31,7 @@ from hoberproxy.config import (
 )
 from hoberproxy.record import Record
 from hoberproxy.server import Server
+from hoberproxy.values import parse_base_url
 from tests.patience import WAIT, patient
 from tests.scripted import ScriptedUpstream
 
