@@ -20,20 +20,12 @@ from typing import TYPE_CHECKING, TypeVar
 from . import __version__
 from .commands_keys import add_keys
 from .commands_usage import add_usage
-from .config import (
-    EXAMPLE,
-    Address,
-    Config,
-    ConfigError,
-    KeySettings,
-    LogSettings,
-    RecordSettings,
-    ServerSettings,
-    parse_config,
-)
 from .printing import print_table
+from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .source import read_example, read_source
 from .store import Store, StoreError
 from .stores import open_store
+from .values import ConfigError
 
 if TYPE_CHECKING:
     from .server import Server
@@ -351,7 +343,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _print_example(arguments: argparse.Namespace) -> int:
-    print(EXAMPLE, end="")
+    print(read_example(), end="")
     return EXIT_OK
 
 
@@ -367,17 +359,7 @@ def _load_config(arguments: argparse.Namespace) -> Config | None:
         if not Path(DEFAULT_CONFIG).exists():
             return None
         path = DEFAULT_CONFIG
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError([f"{path}: cannot be read: {exc.strerror}"]) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError([f"{path}: expected UTF-8, got other bytes"]) from exc
-    return parse_config(
-        text,
-        environ=os.environ,
-        read_file=lambda name: Path(name).read_text(encoding="utf-8"),
-    )
+    return read_source(path)[1]
 
 
 def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]:

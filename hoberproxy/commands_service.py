@@ -11,7 +11,7 @@ from typing import Any
 
 from . import status
 from .admin import AdminError, admin_path, ask
-from .config import Config
+from .settings import Config
 from .store import StoreError
 from .stores import open_store
 

@@ -22,7 +22,6 @@ from .accesslog import AccessLog
 from .accounting import Accounts
 from .admission import Admission, BodyMemory, ConnectionRoom
 from .catalog import Catalog, Provider
-from .config import Config, ConfigError
 from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
@@ -32,6 +31,8 @@ from .limits import Lease
 from .metrics import Metrics
 from .pool import Pool
 from .record import Record
+from .settings import Config
+from .values import ConfigError
 
 if TYPE_CHECKING:
     from .exchange import Exchange

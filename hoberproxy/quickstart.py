@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .catalog import Endpoint, Model, Provider
-from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .demo import DemoModel
 from .presets import PRESETS, presets_from_environment
 from .prices import Prices
+from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .stores import open_store
 
 DEMO_PROVIDER = "demo"

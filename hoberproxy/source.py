@@ -10,10 +10,12 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
-from .config import Address, Config, ConfigError, parse_config
-from .values import InvalidValue, parse_host_and_port
+from .reader import parse_config
+from .settings import Address, Config
+from .values import ConfigError, InvalidValue, parse_host_and_port
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,11 @@ def read_text(path: str) -> str:
         raise ConfigError([f"{path}: cannot be read: {exc.strerror}"]) from exc
     except UnicodeDecodeError as exc:
         raise ConfigError([f"{path}: expected UTF-8, got other bytes"]) from exc
+
+
+def read_example() -> str:
+    """Return the commented config that `hoberproxy config --example` prints."""
+    return resources.files(__package__).joinpath("example.toml").read_text(encoding="utf-8")
 
 
 def parse_listen(text: str) -> Address:

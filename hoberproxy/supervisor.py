@@ -39,7 +39,6 @@ from .child import (
     spawn,
     try_installed,
 )
-from .config import Config
 from .exposition import Snapshot, merge, render
 from .folder import count_living
 from .listeners import (
@@ -53,6 +52,7 @@ from .listeners import (
 from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.config import ServerSettings
 from hoberproxy.demo import (
     MODEL,
     DemoModel,
@@ -26,6 +25,7 @@ from hoberproxy.demo import (
 )
 from hoberproxy.errors import RequestError
 from hoberproxy.quickstart import embedded_config
+from hoberproxy.settings import ServerSettings
 
 from .patience import WAIT
 

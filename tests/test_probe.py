@@ -14,17 +14,11 @@ import pytest
 
 from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Provider, TimeLimits
 from hoberproxy.cli import _tell_progress, main
-from hoberproxy.config import (
-    Config,
-    KeySettings,
-    LogSettings,
-    RecordSettings,
-    ServerSettings,
-)
 from hoberproxy.connector import Connector
 from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
+from hoberproxy.settings import Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 
 from .patience import WAIT, patient
 from .scripted import (

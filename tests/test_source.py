@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.config import ConfigError
 from hoberproxy.source import ConfigSource, read_source
+from hoberproxy.values import ConfigError
 
 TEXT = """\
 [providers.a]

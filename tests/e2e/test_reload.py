@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Address, Config, ConfigError, KeySettings, Provider
+from hoberproxy.catalog import Provider
 from hoberproxy.connector import Connector
 from hoberproxy.server import Server
+from hoberproxy.settings import Address, Config, KeySettings
+from hoberproxy.values import ConfigError
 from tests.scripted import (
     AwaitRelease,
     Script,
