@@ -1,7 +1,7 @@
-"""What an endpoint can do and how bodies are changed for it, read from a table of the config.
+"""Read abilities and adaptation of a provider or an endpoint from its table in the config.
 
-Providers and endpoints have the same settings here: what is said nearer to the endpoint wins, name
-by name. What the changes do to a body is in upstream_body.py.
+Both have the same settings; an endpoint's win over its provider's, name by name. upstream_body.py
+applies an adaptation to a body.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from .tables import Table, nearest, shown
 from .values import InvalidValue
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-# Members that the proxy answers for, each with the reason it is not to be changed.
+# Members that no rule may change, each with the reason.
 _UNTOUCHED = {
     "model": "the endpoint's model names it",
-    "models": "it is the router's and never goes upstream",
-    "messages": "it is the prompt, of which roles alone can be changed, by roles",
-    "stream": "the answer is read as the client asked for it",
-    "provider": "it is the router's and never goes upstream",
-    "usage": "it is read here and never goes upstream",
+    "models": "the router reads it and it never goes upstream",
+    "messages": "it is the prompt, of which only roles can be changed, by roles",
+    "stream": "the proxy reads the answer as the client requested it",
+    "provider": "the router reads it and it never goes upstream",
+    "usage": "the proxy reads it and it never goes upstream",
     "stream_options": "the provider's stream_options says whether it is sent",
 }
 
 
 def read_abilities(table: Table, default: Abilities) -> Abilities:
+    """Return the abilities in `table`, and those of `default` for what it leaves out."""
     own = Abilities(
         tools=table.boolean("tools", None),
         json_mode=table.boolean("json_mode", None),
@@ -40,7 +41,7 @@ def read_abilities(table: Table, default: Abilities) -> Abilities:
     )
     parameters = frozenset(table.strings("parameters", _parse_name))
     accepts = frozenset(table.strings("accepts", _parse_extension))
-    # An empty list says that it supports none.
+    # An empty list says that the endpoint supports none.
     if "parameters" in table.values:
         own = replace(own, parameters=parameters)
     if "accepts" in table.values:
@@ -49,6 +50,7 @@ def read_abilities(table: Table, default: Abilities) -> Abilities:
 
 
 def read_adaptation(table: Table, default: Adaptation) -> Adaptation:
+    """Return the rules in `table`, and those of `default` for the members it leaves out."""
     renames, values, roles = (table.table(name) for name in ("rename", "set", "roles"))
     own = Adaptation(
         rename=_read_renames(renames),
@@ -106,7 +108,7 @@ def _is_member(table: Table, name: str) -> bool:
     return True
 
 
-# What the rules may not say together
+# Rules that contradict each other
 
 
 def _check_renames(table: Table, pairs: tuple[tuple[str, str], ...]) -> None:
@@ -151,8 +153,8 @@ def _parse_extension(text: str) -> str:
 
 
 def _parse_member(name: str) -> str:
-    """The name of a member that may be changed. Raises InvalidValue."""
-    # In any case of letters: a body never holds a second spelling of a parameter.
+    """Return `name` if it is a member that a rule may change. Raises InvalidValue."""
+    # Compared in lower case: a body never holds a second spelling of a parameter.
     reason = _UNTOUCHED.get(_parse_name(name).lower())
     if reason is not None:
         raise InvalidValue("another member", f'"{name}"', f"take it out: {reason}")
@@ -166,7 +168,7 @@ def _parse_role(role: str) -> str:
 
 
 def _json_text(value: Any) -> str:
-    """A TOML value as JSON, numbers with the digits they were written with. Raises InvalidValue."""
+    """Serialize a TOML value as JSON, numbers with their own digits. Raises InvalidValue."""
     if isinstance(value, dict):
         return f"{{{','.join(f'{json.dumps(k)}:{_json_text(v)}' for k, v in value.items())}}}"
     if isinstance(value, list):

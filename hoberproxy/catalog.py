@@ -187,7 +187,7 @@ def bracketed(host: str) -> str:
 
 
 def is_visible(text: str) -> bool:
-    """Not empty, and only ASCII characters that leave ink: safe in a header and in a log."""
+    """Return whether `text` is not empty and all visible ASCII: safe in a header and a log."""
     return _VISIBLE.fullmatch(text) is not None
 
 

@@ -1,8 +1,8 @@
-"""The TOML file as frozen values, with every problem named by its dotted path.
+"""Parse a config's TOML into settings; name every problem by its dotted path.
 
-Environment and files are handed in, so nothing here touches the machine; the caller opens the
-config file and resolves relative paths. Secrets come by reference and are never in a message: what
-a user may have pasted into the wrong place (a URL, a header, a variable's name) is not quoted.
+Callers pass the environment and a reader of files, so this module touches nothing of the machine.
+Secrets come by reference and are never in a message: what a user may have pasted into the wrong
+place (a URL, a header, a variable's name) is not quoted.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ T = TypeVar("T")
 def parse_config(
     text: str, *, environ: Mapping[str, str], read_file: Callable[[str], str]
 ) -> Config:
-    """The config that `text` (TOML) describes. Raises ConfigError with all problems at once.
+    """Parse `text` (TOML) as a config. Raises ConfigError with all problems at once.
 
-    `read_file` returns a file's text and raises OSError; it is called for key files and, to see
-    that they are readable, for certificate files.
+    `read_file` returns a file's text or raises OSError. It is called for key files, and for
+    certificate files to check that they are readable.
     """
     problems: list[str] = []
     root = Table(_load(text), "", problems)
@@ -77,7 +77,7 @@ def _load(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.removeprefix("\ufeff"), parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
-        # The parser's words hold a place and at most a character or a key, never a value.
+        # The message of tomllib holds a place and at most a character or a key, never a value.
         words = str(error)
         line = re.search(r"line [0-9]+", words)
         place = line[0] if line else f"line {len(text.splitlines())}"  # at its end
@@ -87,12 +87,12 @@ def _load(text: str) -> dict[str, Any]:
     raise ConfigError([f"{place}: {problem}"])
 
 
-# What each part of the file holds
+# The sections of the file
 
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The machine, as far as the config may ask it."""
+    """The environment and the files that a config may refer to."""
 
     environ: Mapping[str, str]
     read_file: Callable[[str], str]
@@ -212,7 +212,7 @@ def _read_log(table: Table) -> LogSettings:
 def _read_providers(table: Table, sources: _Sources) -> dict[str, Provider]:
     providers = {}
     for name, below in table.each_table():
-        if not _PROVIDER_NAME.fullmatch(name):  # it is a header's value and a metric's label
+        if not _PROVIDER_NAME.fullmatch(name):  # a header's value and a metric's label hold it
             expected = "a name of up to 64 letters, digits, dots, hyphens and underscores"
             table.note(name, InvalidValue(expected, "another name", "rename it"))
         providers[name] = _read_provider(name, below, sources)
@@ -298,7 +298,7 @@ def _from_environment(
     preset: Preset,
     sources: _Sources,
 ) -> T | None:
-    """What a preset's variable holds; its problems go under `preset`."""
+    """Return `read` of a preset's variable; note its problems under `preset`."""
     try:
         return read(preset, sources.environ)
     except ConfigError as error:
@@ -308,10 +308,10 @@ def _from_environment(
 
 def _variable_reader(sources: _Sources) -> Callable[[str], str]:
     def read(name: str) -> str:
-        # A key that was pasted here in place of a name is of mixed case: it is not shown.
-        shown = name if _VARIABLE.fullmatch(name) else "a variable (not shown: is it the key?)"
+        # A key that was pasted in place of the name has small letters: it is not quoted.
+        quoted = name if _VARIABLE.fullmatch(name) else "a variable (not quoted: is it the key?)"
         if not sources.environ.get(name, "").strip():
-            raise InvalidValue("the name of a variable that is set", f"{shown}, not set", "set it")
+            raise InvalidValue("the name of a variable that is set", f"{quoted}, not set", "set it")
         return parse_key(sources.environ[name])
 
     return read
@@ -454,10 +454,10 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
     return Decimal(0)
 
 
-# Texts to values; the rules of providers and models are in values.py
+# Parsers of texts; those that presets share are in values.py
 
 _PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Of web pages, and of desktop apps and extensions, whose schemes are their own.
+# Of web pages, and of desktop apps and extensions, which have schemes of their own.
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")

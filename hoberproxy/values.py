@@ -1,4 +1,4 @@
-"""What the texts of a config may say: each parser returns a value or raises InvalidValue.
+"""Parse the texts of a config: each parser returns a value or raises InvalidValue.
 
 The config file and the presets share these rules for URLs, keys, headers and slugs. No message
 quotes what may be a secret.
@@ -42,14 +42,14 @@ NOT_RETURNED: Final = _HOP_BY_HOP | frozenset(
 
 
 class InvalidValue(ValueError):
-    """One value is wrong: what was expected, what came (never a secret), what to do."""
+    """A value is wrong; the message holds `expected`, `got` (never a secret) and `advice`."""
 
     def __init__(self, expected: str, got: str, advice: str) -> None:
         super().__init__(f"expected {expected}, got {got}; {advice}")
 
 
 class ConfigError(Exception):
-    """All that is wrong with a config, each problem as "dotted.path: expected …, got …; do …"."""
+    """A config has `problems`, each as "dotted.path: expected …, got …; do …"."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -57,6 +57,8 @@ class ConfigError(Exception):
 
 
 class BaseUrl(NamedTuple):
+    """A provider's URL in parts; the fields are those of `Provider`."""
+
     scheme: str
     host: str
     port: int
@@ -64,7 +66,7 @@ class BaseUrl(NamedTuple):
 
 
 def parse_host_and_port(text: str) -> tuple[str, int]:
-    """host:port or [IPv6]:port. Raises InvalidValue."""
+    """Parse `text` as host:port or [IPv6]:port. Raises InvalidValue."""
     match = _ADDRESS.fullmatch(text)
     if match is None:
         raise InvalidValue("host:port", "something else", 'write it like "127.0.0.1:8080"')
@@ -72,7 +74,7 @@ def parse_host_and_port(text: str) -> tuple[str, int]:
 
 
 def parse_base_url(text: str) -> BaseUrl:
-    """A server's address up to and including the API's version. Raises InvalidValue."""
+    """Parse `text` as a provider's URL that ends in the API's version. Raises InvalidValue."""
     match = _URL.fullmatch(text)
     if match is None or not is_visible(text):
         raise InvalidValue("a URL", "something else", 'write it like "https://host/v1"')
@@ -80,15 +82,19 @@ def parse_base_url(text: str) -> BaseUrl:
     if scheme not in DEFAULT_PORTS:
         raise InvalidValue("http:// or https://", "another scheme", "use one of them")
     if match["rest"]:
-        raise InvalidValue("a URL without query or fragment", "one with it", "end it with the path")
+        raise InvalidValue(
+            "a URL without query or fragment", "a URL with one", "end it with the path"
+        )
     path = match["path"].rstrip("/")
     if path.endswith("/chat/completions"):
-        raise InvalidValue("the URL up to its version", "the path of a call", "end it before /chat")
+        raise InvalidValue(
+            "a URL that ends in the version", "the path of a call", "end it before /chat"
+        )
     return BaseUrl(scheme, *_authority_of(match["authority"], scheme), path)
 
 
 def parse_key(text: str) -> str:
-    """Return `text` as a provider's key, without the white space around it. Raises InvalidValue."""
+    """Parse `text` as a provider's key, without the white space around it. Raises InvalidValue."""
     key = text.strip()
     if not key:
         raise InvalidValue("a key", "nothing", "put the provider's key there")
@@ -98,8 +104,8 @@ def parse_key(text: str) -> str:
     return key
 
 
-def header_name_parser(refused: frozenset[str]) -> Callable[[str], str]:
-    """A parser of header names, to lower case; it refuses those in `refused` and our own."""
+def header_name_parser(reserved: frozenset[str]) -> Callable[[str], str]:
+    """Return a parser of header names, to lower case; `reserved` and x-hober-* are invalid."""
 
     def parse(text: str) -> str:
         # Before lower(): the Kelvin sign becomes an ASCII k.
@@ -108,24 +114,23 @@ def header_name_parser(refused: frozenset[str]) -> Callable[[str], str]:
                 "a header's name", "something else", "use letters, digits and hyphens"
             )
         name = text.lower()
-        if name in refused or name.startswith("x-hober-"):
-            raise InvalidValue(
-                "another header", f'"{name}"', "take it out: the proxy sees to this one"
-            )
+        if name in reserved or name.startswith("x-hober-"):
+            raise InvalidValue("another header", f'"{name}"', "take it out: the proxy sets it")
         return name
 
     return parse
 
 
 def parse_header_value(text: str) -> str:
+    """Return `text` if it can be a header's value. Raises InvalidValue."""
     if not _HEADER_VALUE.fullmatch(text):
-        got = "an empty one, a line break or another character"
-        raise InvalidValue("one line of visible ASCII", got, "write it without")
+        got = "nothing, a line break or another character"
+        raise InvalidValue("one line of visible ASCII", got, "take that character out")
     return text
 
 
 def parse_slug(slug: str) -> str:
-    """A model's name for clients, or "prefix/*". Raises InvalidValue."""
+    """Return `slug` if it can be a model's slug or a wildcard's "prefix/*". Raises InvalidValue."""
     stem = slug.removesuffix("/*")
     if not is_visible(stem) or "*" in stem or len(slug) > MAX_SLUG_LENGTH:
         expected = f'visible ASCII, at most {MAX_SLUG_LENGTH}, "*" only in a "/*" at the end'
@@ -140,7 +145,7 @@ def parse_slug(slug: str) -> str:
 
 
 def upstream_model_parser(slug: str) -> Callable[[str], str]:
-    """A parser of the name that a provider has for the model under `slug`."""
+    """Return a parser of the name that a provider has for the model under `slug`."""
     stars = 1 if slug.endswith("/*") else 0
 
     def parse(name: str) -> str:
@@ -160,7 +165,7 @@ def upstream_model_parser(slug: str) -> Callable[[str], str]:
 def _authority_of(text: str, scheme: str) -> tuple[str, int]:
     if "@" in text:
         raise InvalidValue(
-            "a URL without user name", "one with it", "use api_key_env or api_key_file"
+            "a URL without user name", "a user name", "use api_key_env or api_key_file"
         )
     match = _AUTHORITY.fullmatch(text)
     if match is None:
