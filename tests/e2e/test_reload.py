@@ -300,7 +300,7 @@ async def test_sighup_reads_the_config_again_and_a_bad_one_changes_nothing(tmp_p
             assert (await program.post(chat(model=OTHER_SLUG))).status == 200
             (tmp_path / "hoberproxy.toml").unlink()
             program.process.send_signal(signal.SIGHUP)
-            await eventually(lambda: "cannot be read" in log())
+            await eventually(lambda: "expected a readable file" in log())
             assert (await program.post(chat(model=OTHER_SLUG))).status == 200
             assert "changed listener" not in log(), "--listen has not changed"
 
