@@ -15,7 +15,6 @@ from typing import Final
 
 from .access import Caller
 from .catalog import NO_ADAPTATION, Adaptation, Endpoint
-from .config import KeySettings
 from .counting import TokenCounter
 from .errors import AccessError
 from .estimates import Estimates
@@ -26,6 +25,7 @@ from .prices import Prices
 from .record import Record
 from .request import Call, Terms
 from .routing import Plan
+from .settings import KeySettings
 from .tallies import Limiter
 from .upstream_body import adapted_output
 from .usage import Usage

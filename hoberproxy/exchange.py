@@ -19,7 +19,6 @@ from .accounting import permitted
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
-from .config import Config
 from .counting import KeptAnswer
 from .downstream import Answer, Client
 from .errors import (
@@ -41,6 +40,7 @@ from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .refusal import choose_error
 from .request import Call
 from .routing import Plan, make_plan
+from .settings import Config
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")

@@ -22,7 +22,6 @@ from .accesslog import AccessLog
 from .accounting import Accounts
 from .admission import Admission, BodyMemory, ConnectionRoom
 from .catalog import Catalog, Provider
-from .config import Config, ConfigError
 from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
@@ -32,6 +31,8 @@ from .limits import Lease
 from .metrics import Metrics
 from .pool import Pool
 from .record import Record
+from .settings import Config
+from .values import ConfigError
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -104,7 +105,7 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     added = {name.lower().encode(): value.encode() for name, value in provider.headers}
-    # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
+    # The config may name another user agent; the rest of ours it can't (values.py refuses it).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
     return serialize_request_head(method, path.encode(), headers)[:-2]

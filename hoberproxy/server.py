@@ -28,7 +28,6 @@ from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
-from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
 from .files import connections_limit, raise_file_limit
@@ -50,9 +49,11 @@ from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_
 from .metrics import Metrics
 from .model_lists import ModelLists
 from .notify import Notifier
+from .settings import Address, Config
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
+from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")

@@ -13,10 +13,10 @@ from typing import Any
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
 from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.gateway import Gateway, make_upstreams
 from hoberproxy.metrics import Metrics
+from hoberproxy.reader import parse_config
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 
