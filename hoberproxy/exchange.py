@@ -37,10 +37,11 @@ from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
-from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .record import CLIENT_CLOSED, Record
 from .refusal import choose_error
 from .request import Call
 from .routing import Plan, make_plan
+from .text import clip_text, escape_client_text
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")

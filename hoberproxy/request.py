@@ -31,7 +31,6 @@ from .extensions import (
 )
 from .http11_body import LARGE_BYTES
 from .members import Member
-from .record import clip_text
 from .request_errors import MAX_NAME_LENGTH
 from .request_errors import missing as _missing
 from .request_errors import one_of as _one_of
@@ -47,6 +46,7 @@ from .spans import (
     TangledMembers,
     find_members,
 )
+from .text import clip_text, is_parameter_name
 
 JsonObject = dict[str, Any]
 
@@ -83,8 +83,6 @@ _MEDIA: Final = frozenset(("image_url", "input_audio", "video_url"))
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
-# Names are told in messages only if they look like a parameter's: a name may be a slipped prompt.
-_match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
 _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
 
 
@@ -380,7 +378,7 @@ def _find_members(
 
 
 def _duplicate(name: str, start: int) -> RequestError:
-    param = name if _match_tellable_name(name) else None
+    param = name if is_parameter_name(name) else None
     message = f"{param or 'a name'} is given twice (again at byte {start}): give it once"
     return RequestError(message, code="duplicate_parameter", param=param)
 
