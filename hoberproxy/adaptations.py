@@ -13,8 +13,9 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from .catalog import ROLES, Abilities, Adaptation, Refusal
+from .catalog import Abilities, Adaptation, Refusal
 from .extensions import is_extension
+from .request import ROLES
 from .tables import Table, nearest, shown
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")

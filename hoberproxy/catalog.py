@@ -21,7 +21,6 @@ DEFAULT_CREATED: Final = 1709000000
 MAX_SLUG_LENGTH: Final = 256
 ROUTING_SUFFIXES: Final = (":nitro", ":floor")  # of what clients ask for; no slug ends in one
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 
 
 class Refusal(ValueError):

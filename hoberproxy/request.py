@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import orjson
 
-from .catalog import ROLES, Adaptation
 from .errors import RequestError
 from .extensions import (
     NO_CONTENT,
@@ -55,6 +54,7 @@ _loads: Final = orjson.loads
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
 _NO_ENDS: Final[dict[int, int]] = {}
+ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 MAX_REQUESTED: Final = 16  # slugs that a record tells
 MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
 MAXIMA: Final = ("max_completion_tokens", "max_tokens")  # of one answer, in tokens
@@ -103,38 +103,6 @@ class ProviderPreferences:
 NO_PREFERENCES: Final = ProviderPreferences()
 
 
-class Around:
-    """What goes upstream before and behind the messages, and what it was made from."""
-
-    __slots__ = (
-        "adaptation",
-        "after",
-        "before",
-        "injected",
-        "model",
-        "stream_options",
-        "without",
-    )
-
-    def __init__(
-        self,
-        model: str,
-        stream_options: bool,
-        adaptation: Adaptation,
-        without: frozenset[str],
-        before: bytes,
-        after: bytes,
-        injected: frozenset[str],
-    ) -> None:
-        self.model = model
-        self.stream_options = stream_options
-        self.adaptation = adaptation
-        self.without = without
-        self.before = before
-        self.after = after
-        self.injected = injected  # members that are ours, not the client's
-
-
 class Terms:
     """What a body says beside its messages, checked. Calls with the same frame share it."""
 
@@ -153,7 +121,7 @@ class Terms:
     extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject) -> None:
-        self.around: list[Around] = []  # as it went upstream; upstream_body.py's
+        self.prepared: list[Any] = []  # what upstream_body.py made of it, for later calls
         self.members: list[Member] = []  # of the body that this was read from
         self.given = frozenset([name for name, value in document.items() if value is not None])
         self.candidates = candidates = _candidates(document)
