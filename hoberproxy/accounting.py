@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 from .access import Caller
-from .catalog import NO_ADAPTATION, Adaptation, Endpoint
+from .catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from .config import KeySettings
 from .counting import TokenCounter
 from .errors import AccessError
@@ -22,7 +22,6 @@ from .estimates import Estimates
 from .health import Key
 from .ledger import Ledger
 from .limits import Demand, Lease
-from .prices import Prices
 from .record import Record
 from .request import Call, Terms
 from .routing import Plan
@@ -197,7 +196,7 @@ class Accounts:
         record.estimated = usage.is_estimated
         if prices is not None:
             record.price = prices.text
-            record.cost = prices.cost(usage)
+            record.cost = cost_of(usage, prices)
 
     def _note_silent(self, endpoint: Endpoint) -> None:
         """Say once of an endpoint that a whole answer of its came without usage."""
@@ -246,7 +245,7 @@ class Accounts:
         settled_tokens, settled_cost = _used(record)
 
         def amend(prompt: int, completion: int) -> None:
-            cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
+            cost = prices.cost(prompt, completion) if prices is not None else None
             self._ledger.amend(name, prompt, completion, cost)
             if lease is not None:
                 more_tokens = prompt + completion - settled_tokens
@@ -268,6 +267,17 @@ class Accounts:
     def limit_lines(self, caller: Caller, now: float) -> bytes:
         """The x-ratelimit-* lines in the head of an answer to a caller with limits."""
         return self._limiter.lines(caller, now)
+
+
+def cost_of(usage: Usage, prices: Prices) -> int:
+    """Return the picodollars of `usage` at `prices`."""
+    return prices.cost(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+        usage.reasoning_tokens,
+        usage.cache_write_tokens,
+    )
 
 
 def _used(record: Record) -> tuple[int, int]:

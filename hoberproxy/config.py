@@ -29,6 +29,7 @@ from .catalog import (
     ConfigError,
     Endpoint,
     Model,
+    Prices,
     Provider,
     Refusal,
     TimeLimits,
@@ -43,7 +44,6 @@ from .catalog import (
 )
 from .example import EXAMPLE
 from .presets import PRESETS, Preset, first_set, preset_key, preset_url
-from .prices import Prices
 from .tables import Table, nearest, plain_number, shown
 
 __all__ = [

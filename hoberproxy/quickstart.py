@@ -11,11 +11,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .catalog import Endpoint, Model, Provider
+from .catalog import Endpoint, Model, Prices, Provider
 from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .demo import DemoModel
 from .presets import PRESETS, presets_from_environment
-from .prices import Prices
 from .stores import open_store
 
 DEMO_PROVIDER = "demo"

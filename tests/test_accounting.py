@@ -12,12 +12,11 @@ import pytest
 from hoberproxy import accounting as accounting_module
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import ASSUMED_OUTPUT, Accounts, permitted
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.errors import AccessError
 from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
-from hoberproxy.prices import Prices
 from hoberproxy.record import CLIENT_CLOSED, Record
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step

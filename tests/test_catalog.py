@@ -16,11 +16,11 @@ from hoberproxy.catalog import (
     Catalog,
     Endpoint,
     Model,
+    Prices,
     Provider,
     Refusal,
     parse_base_url,
 )
-from hoberproxy.prices import Prices
 
 
 def model(slug: str, *names: str, **fields: Any) -> Model:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.prices import Prices
 from hoberproxy.record import Record
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
