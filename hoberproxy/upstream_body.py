@@ -15,7 +15,7 @@ from .catalog import NO_ADAPTATION, Adaptation
 from .errors import RequestError
 from .http11_body import Parts
 from .members import scan_elements, scan_members
-from .request import CHOICES, MAXIMA, Call, JsonObject, Terms, output_limits
+from .request import Call, JsonObject, Terms
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
@@ -223,34 +223,6 @@ def _adapt(
             _leave_to_client(changes, call, name)
         else:
             changes[name] = (None, value)
-
-
-def adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, int]:
-    """Return the tokens that one answer may take, and how many answers, by the body that goes up.
-
-    That is the client's body as `adaptation` changes it: one that takes the maximum out, or puts
-    one in, changes what a request can cost. None: nothing in it limits an answer.
-    """
-    if adaptation is NO_ADAPTATION:
-        return terms.max_output, terms.choices
-    sizes, maxima = dict(terms.sizes), set(MAXIMA)
-    for old, new in adaptation.rename:
-        size = sizes.pop(old, None)
-        if size is not None and new not in terms.given:
-            sizes[new] = size
-            if old in maxima:
-                maxima.add(new)
-    for name in adaptation.drop:
-        sizes.pop(name, None)
-    for name, value in adaptation.set:
-        if name in maxima or name in CHOICES:
-            ours: object = orjson.loads(value)
-            if type(ours) is int:
-                # An endpoint may refuse ours, and then gets the client's: the larger is held.
-                sizes[name] = max(ours, sizes.get(name, 0))
-            else:
-                sizes.pop(name, None)
-    return output_limits(sizes.items(), maxima)
 
 
 def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:

@@ -88,7 +88,7 @@ def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
     """A ledger, the accounts on it, and what has to be told of each record."""
     ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
     ledger.journal.prepare()
-    return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
+    return ledger, Accounts(ledger, Tallies(folder / "limits"), 8192), Drain(ledger, folder)
 
 
 def temporary_folder() -> Path:
