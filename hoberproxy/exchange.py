@@ -15,7 +15,6 @@ from dataclasses import asdict
 from typing import Final, NamedTuple
 
 from .access import ANONYMOUS, Caller
-from .accounting import permitted
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
@@ -31,16 +30,18 @@ from .errors import (
     serialize_error,
     serialize_error_event,
 )
+from .filters import keep_permitted
 from .frames import STEPPED_BYTES
 from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
-from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .record import CLIENT_CLOSED, Record
 from .refusal import choose_error
 from .request import Call
 from .routing import Plan, make_plan
 from .settings import Config
+from .text import clip_text, escape_client_text
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
@@ -251,10 +252,13 @@ class Exchange(Owner):
         self.record.streamed = terms.stream
         self.record.requested = terms.requested
         self._prompt_bytes = call.prompt_bytes
-        self._plan = plan = permitted(self._make_plan(call), self._caller)
+        plan, caller = self._make_plan(call), self._caller
+        if caller.models:
+            plan = keep_permitted(plan, caller.may_use, caller.models)
+        self._plan = plan
         self._upstreams = self._gateway.upstreams
         self._lease = self._gateway.accounts.open(
-            self.record, self._caller, call, plan, unix_time(), self._lease
+            self.record, caller, call, plan, unix_time(), self._lease
         )
         self._quiet_since = self.now
 

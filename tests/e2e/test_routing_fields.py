@@ -12,9 +12,9 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from hoberproxy.prices import Prices
 
 from hoberproxy.catalog import Abilities, Endpoint, Model
-from hoberproxy.prices import Prices
 from hoberproxy.settings import RoutingSettings
 from tests.scripted import (
     Answer,
