@@ -32,8 +32,8 @@ from .config import (
     parse_config,
 )
 from .printing import print_table
+from .sqlite_store import open_store
 from .store import Store, StoreError
-from .stores import open_store
 
 if TYPE_CHECKING:
     from .server import Server

@@ -12,8 +12,8 @@ from typing import Any
 from . import status
 from .admin import AdminError, admin_path, ask
 from .config import Config
+from .sqlite_store import open_store
 from .store import StoreError
-from .stores import open_store
 
 UPGRADE_LIMIT = 120.0  # seconds
 DAY = 86400.0

@@ -16,7 +16,7 @@ from .config import Address, Config, KeySettings, LogSettings, RecordSettings, S
 from .demo import DemoModel
 from .presets import PRESETS, presets_from_environment
 from .prices import Prices
-from .stores import open_store
+from .sqlite_store import open_store
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"
