@@ -18,9 +18,10 @@ from aiohttp import web
 
 from .account_pages import AccountPages
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
+from .exposition import CONTENT_TYPE
 from .gateway import Gateway
 from .memory import resident_bytes
-from .metrics import CONTENT_TYPE, Gauges
+from .metrics import Gauges
 from .model_lists import ModelsPage
 from .origin import cors_headers
 

@@ -14,7 +14,8 @@ from .catalog import TimeLimits
 from .credentials import secrets_of
 from .downstream import Answer
 from .errors import Phase, UpstreamError
-from .http11 import Parts, ResponseHead
+from .http11_body import Parts
+from .http11_head import ResponseHead
 from .lenient import dump_json
 from .native import mypyc_attr
 from .pool import Pool

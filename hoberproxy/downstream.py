@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .admission import NO_GROUP
 from .deadlines import Timed
-from .http11 import Headers, begin_response_head, size_line
+from .http11_body import size_line
+from .http11_head import Headers, begin_response_head
 from .native import mypyc_attr
 from .sink import Shortcut, Sink
 from .stencil import Stencil

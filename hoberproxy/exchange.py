@@ -33,7 +33,7 @@ from .errors import (
 from .filters import keep_permitted
 from .frames import STEPPED_BYTES
 from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
-from .http11 import Headers, RequestHead, ResponseHead
+from .http11_head import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
 from .record import CLIENT_CLOSED, Record

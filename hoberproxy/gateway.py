@@ -25,7 +25,8 @@ from .catalog import Catalog, Provider
 from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
-from .http11 import LARGE_BYTES, Parts, serialize_fields, serialize_request_head
+from .http11_body import LARGE_BYTES, Parts
+from .http11_head import serialize_fields, serialize_request_head
 from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics

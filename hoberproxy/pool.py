@@ -13,7 +13,7 @@ from typing import Any, Final
 from .catalog import Provider
 from .connector import Connector
 from .deadlines import Timed, Wheel
-from .http11 import ResponseHeads
+from .http11_head import ResponseHeads
 from .opening import Opening
 from .upstream import UpstreamConnection
 

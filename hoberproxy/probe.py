@@ -22,7 +22,7 @@ from .diagnosis import Report
 from .downstream import Answer, Client
 from .errors import UpstreamError
 from .gateway import Upstream, make_upstreams
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
 from .listing import list_models
 from .request import parse_call
 from .routing import Step

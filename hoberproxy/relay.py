@@ -24,7 +24,7 @@ from .completion import (
 from .downstream import Answer
 from .editor import decode_string
 from .errors import UpstreamError
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
 from .native import mypyc_attr

@@ -33,7 +33,7 @@ from .errors import UnavailableError
 from .files import connections_limit, raise_file_limit
 from .folder import count_living
 from .gateway import Gateway, make_upstreams
-from .http11 import MAX_REQUEST_HEAD_BYTES
+from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
 from .ledger import Ledger
 from .listeners import (

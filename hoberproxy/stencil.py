@@ -13,7 +13,7 @@ import re
 from typing import Any, Final
 
 from .ending import Ending
-from .http11 import SIZE_LINES, size_line, whole_chunk
+from .http11_body import SIZE_LINES, size_line, whole_chunk
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A

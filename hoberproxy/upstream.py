@@ -11,17 +11,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from .deadlines import Wheel
-from .http11 import (
+from .http11_body import BodyReader, FramingError, Parts, body_reader, whole_chunk
+from .http11_head import (
     MAX_RESPONSE_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    Parts,
     ResponseHead,
-    body_reader,
     check_response_head,
     find_head_end,
-    whole_chunk,
 )
 from .native import mypyc_attr
 from .sink import Outlet, Shortcut, Sink

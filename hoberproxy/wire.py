@@ -23,16 +23,13 @@ from .downstream import Answer, Client
 from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Admitted, Exchange
 from .gateway import Gateway
-from .http11 import (
+from .http11_body import BodyReader, FramingError, LengthBody, body_reader
+from .http11_head import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    LengthBody,
     RepeatedHead,
     RequestHead,
-    body_reader,
     find_head_end,
     parse_request_head,
     repeated_head,

@@ -16,7 +16,7 @@ from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
 from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ResponseHead
+from hoberproxy.http11_head import ResponseHead
 from hoberproxy.reader import parse_config
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection

@@ -11,7 +11,7 @@ from bench.micro.path import NullTransport
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import Phase, UpstreamError
 from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ResponseHead
+from hoberproxy.http11_head import ResponseHead
 from hoberproxy.pool import Pool
 from hoberproxy.reader import parse_config
 from hoberproxy.relay import Reporter, StreamRelay

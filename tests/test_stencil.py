@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hoberproxy.http11 import ChunkedBody
+from hoberproxy.http11_body import ChunkedBody
 from hoberproxy.stencil import FIRST_LESSONS, WORTH_A_LESSON, Stencil
 from hoberproxy.stream import StreamScanner
 
