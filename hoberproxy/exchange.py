@@ -18,8 +18,8 @@ from .access import ANONYMOUS, Caller
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
-from .counting import KeptAnswer
-from .downstream import Answer, Client
+from .counting import MAX_KEPT_BYTES
+from .downstream import Answer, Client, KeptAnswer, ResponseBody
 from .errors import (
     FailedAttempt,
     Phase,
@@ -319,11 +319,14 @@ class Exchange(Owner):
         request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
         if self._attempt is not None:
             self._attempt.forget()
-        answer, self._kept = self._answer, None
+        answer: ResponseBody = self._answer
+        self._kept = None
         if step.endpoint.usage == "count":
-            answer = self._kept = KeptAnswer(answer)
+            answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, request, injected)
+        is_stream = call.terms.stream
+        opening = self._gateway.opening(provider.name, step.slug) if is_stream else None
+        return Attempt(self, call, step, upstream.pool, answer, request, injected, opening)
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
         head = self._head
