@@ -17,16 +17,16 @@ import orjson
 from aiohttp import web
 
 from .account_pages import AccountPages
+from .context import ServerContext
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
-from .gateway import Gateway
-from .memory import resident_bytes
+from .exposition import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
 from .model_lists import ModelsPage
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
 
-GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
+CONTEXT: web.AppKey[ServerContext] = web.AppKey("context", ServerContext)
 MODELS_PAGE: web.AppKey[ModelsPage] = web.AppKey("models_page", ModelsPage)
 PREFIXES = ("/v1", "", "/api/v1")
 _NOT_SERVED = frozenset(
@@ -46,13 +46,13 @@ _CORS_PREFLIGHT = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(gateway: Gateway) -> web.Application:
+def make_app(context: ServerContext) -> web.Application:
     """The application behind the door of every request that is no chat POST."""
     app = web.Application(middlewares=[_in_the_contracts_form])
-    app[GATEWAY] = gateway
-    app[MODELS_PAGE] = ModelsPage(gateway)
+    app[CONTEXT] = context
+    app[MODELS_PAGE] = ModelsPage(context)
     app.on_response_prepare.append(_finish_head)
-    pages = AccountPages(gateway)
+    pages = AccountPages(context)
     app.on_cleanup.append(pages.aclose)
     for prefix in PREFIXES:
         pages.add_to(app, prefix)
@@ -65,11 +65,13 @@ def make_app(gateway: Gateway) -> web.Application:
     return app
 
 
-def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> web.Application:
+def make_metrics_app(
+    context: ServerContext, count_connections: Callable[[], int]
+) -> web.Application:
     """The application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = gateway.metrics.render(gauges_of(gateway, count_connections()))
+        body = context.metrics.render(gauges_of(context, count_connections()))
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
@@ -77,23 +79,23 @@ def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> 
     return app
 
 
-def gauges_of(gateway: Gateway, connections: int) -> Gauges:
+def gauges_of(context: ServerContext, connections: int) -> Gauges:
     """What is so now."""
-    log = gateway.access_log
+    log = context.access_log
     return Gauges(
-        streams_open=len(gateway.exchanges),
+        streams_open=len(context.exchanges),
         connections_open=connections,
         upstream_connections={
             name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-            for name, upstream in gateway.upstreams.items()
+            for name, upstream in context.upstreams.items()
         },
-        records_queued=gateway.ledger.depth,
-        records_lost=gateway.ledger.lost,
-        journal_lost=gateway.ledger.journal_lost,
-        journals_unreadable=gateway.ledger.unreadable,
+        records_queued=context.ledger.depth,
+        records_lost=context.ledger.lost,
+        journal_lost=context.ledger.journal_lost,
+        journals_unreadable=context.ledger.unreadable,
         log_lines_lost=log.lost if log is not None else 0,
         resident_bytes=resident_bytes(),
-        body_bytes=gateway.bodies.held,
+        body_bytes=context.bodies.held,
     )
 
 
@@ -101,7 +103,7 @@ def gauges_of(gateway: Gateway, connections: int) -> Gauges:
 
 
 async def _list_models(request: web.Request) -> web.Response:
-    wait = request.app[GATEWAY].wait_for_models
+    wait = request.app[CONTEXT].wait_for_models
     if wait is not None:
         await wait()
     body = request.app[MODELS_PAGE].body()
@@ -111,7 +113,7 @@ async def _list_models(request: web.Request) -> web.Response:
 async def _show_model(request: web.Request) -> web.Response:
     # A slug contains a slash, which clients send plain or as %2F.
     slug = unquote(request.match_info["slug"])
-    entry = request.app[GATEWAY].catalog.describe(slug)
+    entry = request.app[CONTEXT].catalog.describe(slug)
     if entry is None:
         raise RouteError(
             f"no model {slug[:128]!r} in the catalog; GET /v1/models lists what there is",
@@ -127,7 +129,7 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _ready(request: web.Request) -> web.Response:
     # A worker that drains for its successor answers for a service that is ready.
-    if request.app[GATEWAY].is_stopping:
+    if request.app[CONTEXT].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
     return _json({"status": "ready"})
 
@@ -216,11 +218,11 @@ async def _finish_head(request: web.Request, response: web.StreamResponse) -> No
     The connection itself goes on under wire.py, which learns here whether it may.
     """
     del response.headers["Server"]
-    response.headers["X-Request-Id"] = request.app[GATEWAY].new_request_id()
+    response.headers["X-Request-Id"] = request.app[CONTEXT].new_request_id()
     response.headers.update(_cors(request))
     transport = request.transport
     if transport is not None and hasattr(transport, "wants_keep_alive"):
-        is_open = transport.wants_keep_alive and not request.app[GATEWAY].is_draining
+        is_open = transport.wants_keep_alive and not request.app[CONTEXT].is_draining
         transport.keep_alive = is_open  # type: ignore[attr-defined]
         if not is_open:
             response.headers["Connection"] = "close"
@@ -228,7 +230,7 @@ async def _finish_head(request: web.Request, response: web.StreamResponse) -> No
 
 
 def _cors(request: web.Request) -> dict[str, str]:
-    origins = request.app[GATEWAY].config.server.cors_origins
+    origins = request.app[CONTEXT].config.server.cors_origins
     origin = request.headers.get("Origin")
     if not origins or origin is None:
         return {}

@@ -20,6 +20,7 @@ from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
 from .config import Config
+from .context import ServerContext
 from .counting import KeptAnswer
 from .downstream import Answer, Client
 from .errors import (
@@ -33,10 +34,10 @@ from .errors import (
     serialize_error_event,
 )
 from .frames import STEPPED_BYTES
-from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, cors_headers
+from .provider import SSE_TYPE, Upstream
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .refusal import choose_error
 from .request import Call
@@ -53,6 +54,7 @@ RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new pro
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
 _monotonic: Final = time.monotonic
+_unix_time: Final = time.time
 NOTHING_REFUSED: Final[frozenset[str]] = frozenset()
 _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = (b"content-type", SSE_TYPE)
@@ -101,15 +103,17 @@ class Exchange(Owner):
     _unread_bytes = 0
     _is_closed = False
     _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
-    _provider: Provider  # of the attempt; a reload may replace the gateway's
+    _provider: Provider  # of the attempt; a reload may replace the context's
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, answer: Answer) -> None:
-        self._gateway = gateway
+    def __init__(
+        self, context: ServerContext, client: Client, head: RequestHead, answer: Answer
+    ) -> None:
+        self._context = context
         self._client = client
         self._head = head
         self._answer = answer
         self._clock_start = _monotonic()
-        self.record = Record(gateway.new_request_id(), unix_time(), head.path.decode("latin-1"))
+        self.record = Record(context.new_request_id(), _unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
@@ -129,25 +133,25 @@ class Exchange(Owner):
         `max_streams` and for its address, from the moment it is known to be a caller's: others
         would take the callers' room.
         """
-        gateway, record = self._gateway, self.record
+        context, record = self._context, self.record
         try:
             if (
                 known is None
-                or known.keyring_version != gateway.keyring.version
-                or known.config is not gateway.config
+                or known.keyring_version != context.keyring.version
+                or known.config is not context.config
                 or known.caller.has_expired(record.started)
-                or gateway.is_stopping
+                or context.is_stopping
             ):
-                known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+                known = Admitted(self._authenticate(), context.keyring.version, context.config)
             else:
                 self._note_caller(known.caller)
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges) + 1, self._client.address_group
+            self._group = context.admission.admit(
+                self._head, len(context.exchanges) + 1, self._client.address_group
             )
         except ProxyError as error:
             self._refusal = error
             return None
-        gateway.exchanges.add(self)
+        context.exchanges.add(self)
         return known
 
     def enter(self) -> bool:
@@ -156,22 +160,22 @@ class Exchange(Owner):
         Returns False where the limits of the caller's key let no body pass: `run` then refuses it.
         """
         try:
-            self._lease = self._gateway.accounts.enter(self._caller, unix_time())
+            self._lease = self._context.accounts.enter(self._caller, _unix_time())
         except ProxyError as error:
             self._refusal = error
             return False
         return True
 
     def _authenticate(self) -> Caller:
-        gateway, head = self._gateway, self._head
-        if gateway.is_stopping:
+        context, head = self._context, self._head
+        if context.is_stopping:
             raise UnavailableError(
                 "this process is shutting down; try again",
                 code="draining",
                 retry_after=RETRY_AFTER_DRAIN,
             )
-        if gateway.config.keys.required:
-            caller = gateway.keyring.authenticate_head(head, self.record.started)
+        if context.config.keys.required:
+            caller = context.keyring.authenticate_head(head, self.record.started)
         else:
             check_local_request(head)
             caller = ANONYMOUS
@@ -187,11 +191,11 @@ class Exchange(Owner):
 
     def hold_body(self, size: int) -> None:
         """So many bytes of the body are here. Raises UnavailableError where all are too many."""
-        self._gateway.bodies.hold(size - self._held_bytes)
+        self._context.bodies.hold(size - self._held_bytes)
         self._held_bytes = size
 
     def _release_body(self) -> None:
-        self._gateway.bodies.release(self._held_bytes)
+        self._context.bodies.release(self._held_bytes)
         self._held_bytes = 0
 
     def run(self, body: bytes, *, close: bool = False) -> None:
@@ -200,12 +204,12 @@ class Exchange(Owner):
         if self._refusal is not None:
             self.refuse(self._refusal, close=close)
             return
-        frames, key_id = self._gateway.frames, self._caller.key_id
+        frames, key_id = self._context.frames, self._caller.key_id
         try:
             self.hold_body(len(body))
             if len(body) > STEPPED_BYTES:
                 self._reading = frames.read_in_steps(body, key_id)
-                self._gateway.loop.call_later(REST, self._read_on)
+                self._context.loop.call_later(REST, self._read_on)
                 return
             self._open(frames.read(body, key_id))
         except ProxyError as error:
@@ -229,7 +233,7 @@ class Exchange(Owner):
                 self._open(end.value)
             else:
                 # Not at the loop's next turn: an answer of another takes several of them.
-                self._gateway.loop.call_later(REST, self._read_on)
+                self._context.loop.call_later(REST, self._read_on)
                 return
         except ProxyError as error:
             self.refuse(error)
@@ -252,17 +256,17 @@ class Exchange(Owner):
         self.record.requested = terms.requested
         self._prompt_bytes = call.prompt_bytes
         self._plan = plan = permitted(self._make_plan(call), self._caller)
-        self._upstreams = self._gateway.upstreams
-        self._lease = self._gateway.accounts.open(
-            self.record, self._caller, call, plan, unix_time(), self._lease
+        self._upstreams = self._context.upstreams
+        self._lease = self._context.accounts.open(
+            self.record, self._caller, call, plan, _unix_time(), self._lease
         )
         self._quiet_since = self.now
 
     def _make_plan(self, call: Call) -> Plan:
-        gateway = self._gateway
-        health = gateway.health
-        now = self.now if health.is_calm else gateway.loop.time()
-        return make_plan(call, gateway.catalog, health, now, gateway.draw)
+        context = self._context
+        health = context.health
+        now = self.now if health.is_calm else context.loop.time()
+        return make_plan(call, context.catalog, health, now, context.draw)
 
     # Connect, relay
 
@@ -270,7 +274,7 @@ class Exchange(Owner):
         assert self._plan is not None
         self._position = position
         key = self._plan.steps[position].endpoint.key
-        self._without = self._gateway.refused_options.get(key, NOTHING_REFUSED)
+        self._without = self._context.refused_options.get(key, NOTHING_REFUSED)
         self.record.attempts += 1
         self._try_step()
 
@@ -292,9 +296,9 @@ class Exchange(Owner):
             self._fail_ourselves()
             return
         # From here on the model server is at work: nobody waits for what is done now.
-        self._gateway.health.begin(attempt.step.endpoint.key, self.now)
+        self._context.health.begin(attempt.step.endpoint.key, self.now)
         # A plan may be older than the config: only the first try is surely within its limits.
-        wait = self._gateway.shortest_wait if is_first else self._longest_wait(attempt)
+        wait = self._context.shortest_wait if is_first else self._longest_wait(attempt)
         self._client.hasten(self.now + wait)
 
     def _make_attempt(self) -> Attempt:
@@ -338,7 +342,7 @@ class Exchange(Owner):
     @property
     def now(self) -> float:
         """Loop time, as of the wheel's last turn."""
-        return self._gateway.wheel.now
+        return self._context.wheel.now
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
         """The first content is here."""
@@ -362,16 +366,16 @@ class Exchange(Owner):
         self._call = None
         if self._kept is None:
             self._release_body()
-        attempt, gateway = self._attempt, self._gateway
+        attempt, context = self._attempt, self._context
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
         # A body's first content comes with its last: better than nothing to sort by, no more.
-        if is_stream or gateway.health.first_content(key, now) is None:
+        if is_stream or context.health.first_content(key, now) is None:
             is_first = self.record.attempts == 1  # whose start is known more precisely than a tick
             waited = self.record.first_content if is_first else now - attempt.started
-        gateway.health.observe_success(key, now, waited)
-        if self._without and not self._without <= gateway.refused_options.get(key, NOTHING_REFUSED):
-            gateway.learn_refused(key, self._without)  # that it answers now proves it
+        context.health.observe_success(key, now, waited)
+        if self._without and not self._without <= context.refused_options.get(key, NOTHING_REFUSED):
+            context.learn_refused(key, self._without)  # that it answers now proves it
 
     def _answer_head(self, head: ResponseHead, *, is_stream: bool) -> tuple[Headers, bytes]:
         """The fields of an answer: those that vary, and those that most answers have, ready."""
@@ -394,10 +398,10 @@ class Exchange(Owner):
         """The lines about the limits of the caller's key; well-formed, being ours."""
         if self._caller.limits is None:
             return b""
-        return self._gateway.accounts.limit_lines(self._caller, unix_time())
+        return self._context.accounts.limit_lines(self._caller, _unix_time())
 
     def _cors_headers(self) -> Headers:
-        origins = self._gateway.config.server.cors_origins
+        origins = self._context.config.server.cors_origins
         return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
     # What the attempt reports
@@ -416,16 +420,16 @@ class Exchange(Owner):
         if record.streamed and record.has_usage and record.first_content is not None:
             seconds = record.total - record.first_content
             if seconds >= SHORTEST_MEASURED and record.completion_tokens > 1:
-                self._gateway.health.observe_throughput(
+                self._context.health.observe_throughput(
                     attempt.step.endpoint.key,
-                    self._gateway.loop.time(),
+                    self._context.loop.time(),
                     record.completion_tokens / seconds,
                 )
 
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
         """Once more without an option of ours, another endpoint, another model, or the end."""
         if error.refused_option is not None:
-            self._gateway.health.abandon(attempt.step.endpoint.key)
+            self._context.health.abandon(attempt.step.endpoint.key)
             self._without |= {error.refused_option}
             self._try_step()
             return
@@ -438,7 +442,7 @@ class Exchange(Owner):
 
     def _following_step(self, error: UpstreamError) -> int | None:
         """Where to go on after a failure; None if it is the end."""
-        plan, routing = self._plan, self._gateway.config.routing
+        plan, routing = self._plan, self._context.config.routing
         assert plan is not None
         if error.is_refusal:
             self._refused_slugs |= {plan.steps[self._position].slug}
@@ -452,9 +456,9 @@ class Exchange(Owner):
 
     def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
         health, key, now = (
-            self._gateway.health,
+            self._context.health,
             attempt.step.endpoint.key,
-            self._gateway.loop.time(),
+            self._context.loop.time(),
         )
         is_ours = error.code == "upstream_timeout" and self._client.is_paused
         # It works, as far as this tells: the request was wrong, or the client slow.
@@ -467,7 +471,7 @@ class Exchange(Owner):
                 retry_after=error.retry_after,
                 is_rate_limit=error.upstream_status == 429,
                 was_answering=error.phase is Phase.CONTENT,
-                draw=self._gateway.draw,
+                draw=self._context.draw,
             )
         error.metadata["provider"] = attempt.step.endpoint.provider
         self._errors += (error,)
@@ -505,7 +509,7 @@ class Exchange(Owner):
     def _next_trial(self) -> float:
         """Seconds until the first endpoint of the plan may be tried again; one at least."""
         assert self._plan is not None
-        health, now = self._gateway.health, self._gateway.loop.time()
+        health, now = self._context.health, self._context.loop.time()
         ends = [health.cooldown_ends(step.endpoint.key) or now for step in self._plan.steps]
         return max(min(ends) - now, 1.0)
 
@@ -567,7 +571,7 @@ class Exchange(Owner):
             return
         if self._attempt is not None:
             self._attempt.abort()
-            self._gateway.health.abandon(self._attempt.step.endpoint.key)
+            self._context.health.abandon(self._attempt.step.endpoint.key)
         self.record.code = "client_closed"
         self._account(CLIENT_CLOSED)
 
@@ -587,7 +591,7 @@ class Exchange(Owner):
 
     def _longest_wait(self, attempt: Attempt) -> float:
         """Seconds in which no limit can pass that begins later: so long we need not be asked."""
-        settings, limits = self._gateway.config.server, attempt.limits
+        settings, limits = self._context.config.server, attempt.limits
         return min(limits.shortest, settings.write_timeout, settings.comment_after or math.inf)
 
     def on_deadline(self, now: float) -> float | None:
@@ -621,10 +625,10 @@ class Exchange(Owner):
     def _stall_due(self) -> float:
         if not self._client.is_paused:
             return math.inf
-        return self._paused_since + self._gateway.config.server.write_timeout
+        return self._paused_since + self._context.config.server.write_timeout
 
     def _comment_due(self) -> float:
-        attempt, after = self._attempt, self._gateway.config.server.comment_after
+        attempt, after = self._attempt, self._context.config.server.comment_after
         if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
@@ -645,21 +649,21 @@ class Exchange(Owner):
     def _account(self, status: int) -> None:
         """Close the record; the exchange is over."""
         self._is_closed = True
-        gateway, record, attempt = self._gateway, self.record, self._attempt
-        gateway.exchanges.discard(self)
+        context, record, attempt = self._context, self.record, self._attempt
+        context.exchanges.discard(self)
         self._release_body()
-        gateway.admission.note_streams(len(gateway.exchanges))
-        gateway.admission.leave(self._group)
+        context.admission.note_streams(len(context.exchanges))
+        context.admission.leave(self._group)
         self.seal(status)
         if attempt is not None:
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
         self._attempt = self._call = self._refusal = self._reading = None
-        gateway.close_record(record, self._caller, self._lease)
+        context.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint
             kept = self._kept_body, self._kept.kept
-            gateway.accounts.count(record, self._caller, self._lease, endpoint, *kept)
+            context.accounts.count(record, self._caller, self._lease, endpoint, *kept)
 
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.
@@ -678,7 +682,7 @@ class Exchange(Owner):
             record.failures = self._failures
         if self._attempt is not None:
             self._account_answer(self._attempt)
-        self._gateway.accounts.seal(record)
+        self._context.accounts.seal(record)
 
     def _account_answer(self, attempt: Attempt) -> None:
         record, outcome = self.record, attempt.outcome()
@@ -688,7 +692,7 @@ class Exchange(Owner):
         record.upstream_id = clip_text(outcome.upstream_id)
         record.finish_reason = clip_text(outcome.finish_reason)
         record.events = outcome.content_events
-        self._gateway.accounts.fill(
+        self._context.accounts.fill(
             record,
             attempt.step.endpoint,
             outcome.usage,

@@ -15,9 +15,10 @@ from typing import Any, Final
 import orjson
 
 from .catalog import Catalog, TimeLimits
+from .context import ServerContext
 from .errors import UpstreamError
-from .gateway import Gateway, Upstream
 from .listing import list_models
+from .provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -32,8 +33,8 @@ JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
 class ModelLists:
     """`start` it when clients are served, `refresh` it with a new config, `aclose` it last."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self._asked: dict[str, Upstream] = {}  # who was asked last under a provider's name
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
@@ -44,7 +45,7 @@ class ModelLists:
 
     def start(self) -> None:
         """Ask from now on."""
-        self._task = self._gateway.loop.create_task(self._run(), name="list models")
+        self._task = self._context.loop.create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
         """Wait until all providers were asked once, FIRST_WAIT seconds at most."""
@@ -56,7 +57,7 @@ class ModelLists:
 
     def refresh(self) -> None:
         """The config is another: forget providers that are gone or changed, and ask new ones."""
-        upstreams = self._gateway.upstreams
+        upstreams = self._context.upstreams
         for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
             for known in (self._asked, self._due, self._failures):
                 known.pop(name, None)
@@ -71,11 +72,11 @@ class ModelLists:
                 await self._task
 
     async def _run(self) -> None:
-        loop = self._gateway.loop
+        loop = self._context.loop
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._vary(BEGIN_AFTER) if self._wanted() else 0.0):
                 await self._is_wanted.wait()
-        while not self._gateway.is_draining:
+        while not self._context.is_draining:
             self._woken.clear()
             now = loop.time()
             wanted = self._wanted()
@@ -89,15 +90,15 @@ class ModelLists:
 
     def _wanted(self) -> list[str]:
         """The providers that a wildcard names."""
-        if not self._gateway.config.server.models_refresh:
+        if not self._context.config.server.models_refresh:
             return []
-        models = self._gateway.config.models
+        models = self._context.config.models
         wild = [endpoint for model in models if model.is_wildcard for endpoint in model.endpoints]
         return list(dict.fromkeys(endpoint.provider for endpoint in wild))
 
     async def _ask(self, name: str) -> None:
         """Ask one provider; never raises."""
-        upstream = self._gateway.upstreams.get(name)
+        upstream = self._context.upstreams.get(name)
         if upstream is None:
             return  # a reload came first
         self._asked[name] = upstream
@@ -109,7 +110,7 @@ class ModelLists:
             reason = error.recorded_code
         except Exception:
             logger.exception("listing the models of provider %s failed", name)
-        if self._gateway.upstreams.get(name) is not upstream:
+        if self._context.upstreams.get(name) is not upstream:
             return  # a reload came meanwhile
         if names is not None:
             self._failures[name] = 0
@@ -118,34 +119,34 @@ class ModelLists:
             self._failures[name] = failures = self._failures.get(name, 0) + 1
             if failures == 1:
                 logger.info("provider %s: its models are not known: %s", name, reason)
-        self._due[name] = self._gateway.loop.time() + self._wait(name)
+        self._due[name] = self._context.loop.time() + self._wait(name)
 
     def _wait(self, name: str) -> float:
-        wait = self._gateway.config.server.models_refresh
+        wait = self._context.config.server.models_refresh
         if failures := self._failures[name]:
             wait = min(wait, FIRST_RETRY * 2.0 ** min(failures - 1, 20))
         return self._vary(wait)
 
     def _vary(self, wait: float) -> float:
-        return wait * (1 - JITTER + 2 * JITTER * self._gateway.draw())
+        return wait * (1 - JITTER + 2 * JITTER * self._context.draw())
 
     def _publish(self, name: str, models: tuple[str, ...]) -> None:
-        gateway = self._gateway
-        if gateway.listed.get(name, ()) != models:
-            gateway.listed = {**gateway.listed, name: models}  # another object: see ModelsPage
+        context = self._context
+        if context.listed.get(name, ()) != models:
+            context.listed = {**context.listed, name: models}  # another object: see ModelsPage
 
 
 class ModelsPage:
     """The body of GET /v1/models, made anew only when something in it may have changed."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self._made_of: tuple[Catalog, dict[str, tuple[str, ...]]] | None = None
         self._body = b""
 
     def body(self) -> bytes:
         """The list as JSON."""
-        catalog, listed = self._gateway.catalog, self._gateway.listed
+        catalog, listed = self._context.catalog, self._context.listed
         made_of = self._made_of
         if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
             document: dict[str, Any] = {"object": "list", "data": catalog.listing(listed)}

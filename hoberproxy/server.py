@@ -29,11 +29,12 @@ from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
 from .config import Address, Config, ConfigError
+from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
 from .folder import count_living
-from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
 from .ledger import Ledger
@@ -46,10 +47,11 @@ from .listeners import (
     listen_for_metrics,
     listen_when_free,
 )
-from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
+from .memory import collect_rarely, keep_freed_memory, machine_memory
 from .metrics import Metrics
 from .model_lists import ModelLists
 from .notify import Notifier
+from .provider import make_upstreams
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
@@ -97,7 +99,7 @@ class Server(Timed):
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._sweeps = 0
-        self._gateway: Gateway | None = None
+        self._gateway: ServerContext | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
         self._model_lists: ModelLists | None = None
@@ -147,7 +149,7 @@ class Server(Timed):
                 listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
 
-    def _build(self) -> Gateway:
+    def _build(self) -> ServerContext:
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
@@ -160,7 +162,7 @@ class Server(Timed):
             keep_days=config.records.keep_days,
         )
         self._tallies = tallies = _open_tallies(config.records.file)
-        return Gateway(
+        return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
@@ -224,7 +226,7 @@ class Server(Timed):
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
 
-    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
+    async def _listen_for_metrics(self, gateway: ServerContext, given: list[socket.socket]) -> None:
         address = self._config.server.metrics_listen
         if address is None and not given:
             return
@@ -437,7 +439,7 @@ class Server(Timed):
                 close=True,
             )
 
-    async def _wait_for_connections(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, gateway: ServerContext) -> None:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         deadline = begun + self._config.server.drain_timeout
@@ -487,7 +489,7 @@ class Server(Timed):
         if gateway.access_log is not None:
             gateway.access_log.close()
 
-    async def _flush_connections(self, gateway: Gateway) -> None:
+    async def _flush_connections(self, gateway: ServerContext) -> None:
         """Give the last answers a moment to reach their clients."""
         for connection in list(self._connections):
             connection.close_if_idle()

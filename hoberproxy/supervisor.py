@@ -41,7 +41,7 @@ from .child import (
     try_installed,
 )
 from .config import Config
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -51,7 +51,6 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
 from .source import ConfigSource

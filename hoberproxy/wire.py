@@ -19,10 +19,10 @@ from typing import Any, Final
 from aiohttp import web
 
 from .aiohttp_bridge import Handler
+from .context import ServerContext
 from .downstream import Answer, Client
 from .errors import ProxyError, RequestError, UnavailableError, serialize_error
 from .exchange import Admitted, Exchange
-from .gateway import Gateway
 from .http11 import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
@@ -82,8 +82,8 @@ class DownstreamConnection(Client):
     An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
     """
 
-    def __init__(self, gateway: Gateway, handlers: web.Server, connections: set[Any]) -> None:
-        self._gateway = gateway
+    def __init__(self, context: ServerContext, handlers: web.Server, connections: set[Any]) -> None:
+        self._context = context
         self._handlers = handlers
         self._connections = connections
         self._transport: asyncio.Transport | None = None
@@ -113,12 +113,12 @@ class DownstreamConnection(Client):
         try:
             peer = transport.get_extra_info("peername")
             address = peer[0] if isinstance(peer, tuple) else ""
-            room = self._gateway.room
+            room = self._context.room
             if len(self._connections) > room.limit:
-                room.make(self._connections, self, self._gateway.loop.time())
-            self.address_group = self._gateway.admission.enter(address)
+                room.make(self._connections, self, self._context.loop.time())
+            self.address_group = self._context.admission.enter(address)
         except UnavailableError as error:
-            self._gateway.metrics.refused_connections += 1
+            self._context.metrics.refused_connections += 1
             self._refuse(error.status, error)
         else:
             self._await_request()
@@ -161,8 +161,8 @@ class DownstreamConnection(Client):
         self._shut()
         self._transport = self._sink = None
         self._connections.discard(self)
-        self._gateway.admission.leave(self.address_group)
-        self._gateway.wheel.cancel(self)
+        self._context.admission.leave(self.address_group)
+        self._context.wheel.cancel(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.abandon()
@@ -194,21 +194,21 @@ class DownstreamConnection(Client):
         self._state = _HEAD
         self._searched = 0
         self._is_overrun = False
-        gateway = self._gateway
+        context = self._context
         # Also while draining: one more answer, which tells the client to connect anew. A request
         # may be on its way already, and closing would reset it.
         if self._buffer or self.is_paused:
             if not self.is_paused:
                 # Not from here: an answer may just be ending in the caller.
-                gateway.loop.call_soon(self._read_head)
+                context.loop.call_soon(self._read_head)
             self._wait()
         else:
-            self._waiting_since = now = gateway.wheel.now
-            gateway.wheel.hasten(self, now + gateway.config.server.keepalive_timeout)
+            self._waiting_since = now = context.wheel.now
+            context.wheel.hasten(self, now + context.config.server.keepalive_timeout)
 
     def _wait(self) -> None:
         """From now on the client has to do something, within the limit of the state we are in."""
-        wheel = self._gateway.wheel
+        wheel = self._context.wheel
         self._waiting_since = wheel.now
         wheel.hasten(self, self._due())
 
@@ -255,7 +255,7 @@ class DownstreamConnection(Client):
 
         `head` is that of the request if it is one as far as that.
         """
-        self._gateway.metrics.bad_heads += 1
+        self._context.metrics.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
         self._refuse(status, RequestError(str(error), code=code, status=status), head)
@@ -263,7 +263,7 @@ class DownstreamConnection(Client):
     def _refuse(self, status: int, refusal: ProxyError, head: RequestHead | None = None) -> None:
         """Answer before there is a request, and close."""
         retry_after = refusal.retry_after
-        origins = self._gateway.config.server.cors_origins
+        origins = self._context.config.server.cors_origins
         origin = head.get(b"origin") if head is not None else None
         # The target of what is no request, as far as it can be told.
         path = head.path if head is not None else self._buffer[:64].lstrip().partition(b" ")[2]
@@ -274,7 +274,7 @@ class DownstreamConnection(Client):
             status,
             [
                 (b"content-type", b"application/json"),
-                (b"x-request-id", self._gateway.new_request_id().encode()),
+                (b"x-request-id", self._context.new_request_id().encode()),
                 *(
                     [(b"x-should-retry", b"false")]
                     if retry_after is None
@@ -297,22 +297,22 @@ class DownstreamConnection(Client):
 
     def _begin_chat(self, head: RequestHead, length: int | None, rest: bytes) -> None:
         """A chat request's head has come, with `length` (None: chunked, or without a body)."""
-        gateway = self._gateway
+        context = self._context
         assert self._sink is not None
         answer = Answer(
             self._sink,
             self,
             version_minor=head.version_minor,
-            keep_alive=head.keep_alive and not gateway.is_draining,
+            keep_alive=head.keep_alive and not context.is_draining,
         )
-        self._exchange = exchange = Exchange(gateway, self, head, answer)
+        self._exchange = exchange = Exchange(context, self, head, answer)
         self._admitted = exchange.admit(self._admitted)
-        if length == len(rest) and length <= gateway.config.server.max_body_bytes:
+        if length == len(rest) and length <= context.config.server.max_body_bytes:
             self._state = _ANSWERING
             exchange.run(rest)
         elif self._admitted is None:
             self._refuse_at_head(head, length, rest)
-        elif length is not None and length > gateway.config.server.max_body_bytes:
+        elif length is not None and length > context.config.server.max_body_bytes:
             self._refuse_body()
         elif not exchange.enter():
             self._refuse_at_head(head, length, rest)
@@ -432,7 +432,7 @@ class DownstreamConnection(Client):
 
     def _begin_handler(self, head: RequestHead, rest: bytes) -> None:
         self._state = _HANDLER
-        keep_alive = head.keep_alive and not self._gateway.is_draining
+        keep_alive = head.keep_alive and not self._context.is_draining
         body = body_reader(head)
         if head.expects_continue and not rest and not body.is_complete:
             self._write_continue()
@@ -460,7 +460,7 @@ class DownstreamConnection(Client):
     @property
     def max_body_bytes(self) -> int:
         """The limit of any request's body."""
-        return self._gateway.config.server.max_body_bytes
+        return self._context.config.server.max_body_bytes
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -538,10 +538,10 @@ class DownstreamConnection(Client):
 
     def hasten(self, when: float) -> None:
         """The exchange wants to be asked by `when` (loop time)."""
-        self._gateway.wheel.hasten(self, when)
+        self._context.wheel.hasten(self, when)
 
     def _due(self) -> float:
-        settings, state, since = self._gateway.config.server, self._state, self._waiting_since
+        settings, state, since = self._context.config.server, self._state, self._waiting_since
         if self.is_paused and (state is _HEAD or state is _HANDLER):
             return since + settings.write_timeout
         if state is _HEAD:
@@ -567,7 +567,7 @@ class DownstreamConnection(Client):
             self._exchange.refuse(
                 RequestError(
                     "expected the whole body within "
-                    f"{self._gateway.config.server.body_timeout:g} s, got a part of it",
+                    f"{self._context.config.server.body_timeout:g} s, got a part of it",
                     code="request_timeout",
                     status=408,
                 ),

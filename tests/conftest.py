@@ -36,7 +36,7 @@ from hoberproxy.config import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.gateway import Gateway
+from hoberproxy.context import ServerContext
 from hoberproxy.record import Record
 from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
@@ -241,7 +241,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: Gateway
+    gateway: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended

@@ -16,8 +16,8 @@ from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
-from hoberproxy.gateway import make_upstreams
 from hoberproxy.http11 import ResponseHead
+from hoberproxy.provider import make_upstreams
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection
 

@@ -1286,7 +1286,7 @@ async def test_nothing_is_written_to_a_lost_connections_socket_whose_number_may_
     ours, theirs = socket.socketpair()
     with ours, theirs:
         transport: Any = SocketTransport(ours)
-        connection = DownstreamConnection(other._gateway, other._handlers, set())
+        connection = DownstreamConnection(other._context, other._handlers, set())
         connection.connection_made(transport)
         sink = connection.sink
         assert sink is not None

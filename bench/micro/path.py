@@ -14,9 +14,10 @@ from hoberproxy.access import Caller, Keyring, generate_key, hash_key
 from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.config import parse_config
+from hoberproxy.context import ServerContext
 from hoberproxy.deadlines import Wheel
-from hoberproxy.gateway import Gateway, make_upstreams
 from hoberproxy.metrics import Metrics
+from hoberproxy.provider import make_upstreams
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 
@@ -109,7 +110,7 @@ class _Path:
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
         ledger, accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
-        self._gateway = gateway = Gateway(
+        self._gateway = gateway = ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
