@@ -21,10 +21,28 @@ from .context import ServerContext
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .exposition import resident_bytes
 from .metrics import CONTENT_TYPE, Gauges
-from .model_lists import ModelsPage
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
+
+
+class ModelsPage:
+    """The body of GET /v1/models, made anew only when something in it may have changed."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._made_of: tuple[object, object] | None = None
+        self._body = b""
+
+    def body(self) -> bytes:
+        """Return the list as JSON."""
+        catalog, listed = self._context.catalog, self._context.model_lists.listed
+        made_of = self._made_of
+        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
+            self._body = orjson.dumps({"object": "list", "data": catalog.listing(listed)})
+            self._made_of = catalog, listed
+        return self._body
+
 
 CONTEXT: web.AppKey[ServerContext] = web.AppKey("context", ServerContext)
 MODELS_PAGE: web.AppKey[ModelsPage] = web.AppKey("models_page", ModelsPage)
@@ -96,6 +114,8 @@ def gauges_of(context: ServerContext, connections: int) -> Gauges:
         log_lines_lost=log.lost if log is not None else 0,
         resident_bytes=resident_bytes(),
         body_bytes=context.bodies.held,
+        bad_heads=context.bad_heads,
+        refused_connections=context.refused_connections,
     )
 
 
@@ -103,9 +123,7 @@ def gauges_of(context: ServerContext, connections: int) -> Gauges:
 
 
 async def _list_models(request: web.Request) -> web.Response:
-    wait = request.app[CONTEXT].wait_for_models
-    if wait is not None:
-        await wait()
+    await request.app[CONTEXT].model_lists.wait()
     body = request.app[MODELS_PAGE].body()
     return web.Response(body=body, content_type="application/json")
 
@@ -230,7 +248,7 @@ async def _finish_head(request: web.Request, response: web.StreamResponse) -> No
 
 
 def _cors(request: web.Request) -> dict[str, str]:
-    origins = request.app[CONTEXT].config.server.cors_origins
+    origins = request.app[CONTEXT].settings.cors_origins
     origin = request.headers.get("Origin")
     if not origins or origin is None:
         return {}

@@ -8,10 +8,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import secrets
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 from .access import Caller, Keyring
 from .accesslog import AccessLog
@@ -25,74 +23,60 @@ from .health import Health, Key
 from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
+from .model_lists import ModelLists
 from .provider import Upstream
 from .record import Record
+from .request_handler import UNBOUNDED, ConnectionContext, RequestHandler
 
-if TYPE_CHECKING:
-    from .exchange import Exchange
-
-UNBOUNDED: Final = 2**62  # bytes or connections, where no limit is set
 MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
-_BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
 
 
-@dataclass(slots=True)
-class ServerContext:
+class ServerContext(ConnectionContext):
     """One per process; every exchange has it."""
 
-    config: Config
-    loop: asyncio.AbstractEventLoop
-    wheel: Wheel
-    catalog: Catalog
-    keyring: Keyring
-    ledger: Ledger
-    accounts: Accounts
-    access_log: AccessLog | None
-    metrics: Metrics
-    upstreams: dict[str, Upstream]
-    admission: Admission
-    bodies: BodyMemory = field(default_factory=lambda: BodyMemory(UNBOUNDED))
-    health: Health = field(default_factory=Health)
-    frames: Frames = field(default_factory=Frames)
-    draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
-    exchanges: set[Exchange] = field(default_factory=set)
-    is_draining: bool = False  # every connection ends with its next answer
-    is_stopping: bool = False  # and nobody takes over: further requests are refused
-    room: ConnectionRoom = field(default_factory=lambda: ConnectionRoom(UNBOUNDED))
-    listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # provider → its models
-    wait_for_models: Callable[[], Awaitable[None]] | None = None  # until these are known
-    refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
-    _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
-    _id_start: str = ""
-    _last_id: int = 0
-    _waits_of: Config | None = None
-    _shortest_wait: float = 0.0
+    is_stopping = False  # no other process takes over: further requests are refused
 
-    def new_request_id(self) -> str:
-        """Ours for one request: 64 random bits of this process and a count."""
-        self._last_id = number = self._last_id + 1
-        low = number & 0xFF
-        if not low or not self._id_start:  # what goes before the last two digits
-            self._id_start = f"req_{self._id_prefix}{number >> 8:06x}"
-        return self._id_start + _BYTE_DIGITS[low]
+    def __init__(
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        wheel: Wheel,
+        catalog: Catalog,
+        keyring: Keyring,
+        ledger: Ledger,
+        accounts: Accounts,
+        access_log: AccessLog | None,
+        metrics: Metrics,
+        upstreams: dict[str, Upstream],
+        admission: Admission,
+        bodies: BodyMemory | None = None,
+        room: ConnectionRoom | None = None,
+    ) -> None:
+        super().__init__(config.server, loop, wheel, admission, room)
+        self.catalog = catalog
+        self.keyring = keyring
+        self.ledger = ledger
+        self.accounts = accounts
+        self.access_log = access_log
+        self.metrics = metrics
+        self.bodies = bodies or BodyMemory(UNBOUNDED)
+        self.health = Health()
+        self.frames = Frames()
+        self.draw: Callable[[], float] = random.random  # for weights and jitter
+        self.model_lists = ModelLists()
+        self.exchanges: set[RequestHandler] = set()
+        self.refused_options: dict[Key, frozenset[str]] = {}
+        self.configure(config, upstreams)
 
-    @property
-    def shortest_wait(self) -> float:
-        """Seconds in which no time limit of any request can pass, by the config of now."""
-        config = self.config
-        if self._waits_of is not config:
-            settings = config.server
-            waits = [settings.write_timeout, settings.comment_after or math.inf]
-            waits += [each.provider.limits.shortest for each in self.upstreams.values()]
-            waits += [
-                endpoint.limits.shortest
-                for model in config.models
-                for endpoint in model.endpoints
-                if endpoint.limits is not None
-            ]
-            self._shortest_wait = min(waits)
-            self._waits_of = config
-        return self._shortest_wait
+    def configure(self, config: Config, upstreams: dict[str, Upstream]) -> None:
+        """Serve by `config` from now on, with these `upstreams` made of it."""
+        self.config = config
+        self.settings = config.server
+        self.upstreams = upstreams
+        self.shortest_wait = _shortest_wait(config)
+        self.model_lists.configure(
+            _behind_wildcards(config, upstreams), self.settings.models_refresh
+        )
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
         """An endpoint answers without these members that we would put in: leave them out too."""
@@ -107,3 +91,27 @@ class ServerContext:
         self.accounts.close(record, caller, lease)
         if self.access_log is not None:
             self.access_log.write(record)
+
+
+def _shortest_wait(config: Config) -> float:
+    """Return the seconds in which no time limit of any request can pass."""
+    settings = config.server
+    waits = [settings.write_timeout, settings.comment_after or math.inf]
+    waits += [provider.limits.shortest for provider in config.providers.values()]
+    waits += [
+        endpoint.limits.shortest
+        for model in config.models
+        for endpoint in model.endpoints
+        if endpoint.limits is not None
+    ]
+    return min(waits)
+
+
+def _behind_wildcards(config: Config, upstreams: dict[str, Upstream]) -> dict[str, Upstream]:
+    """Return the upstreams that a wildcard names; none if their models are not to be listed."""
+    if not config.server.models_refresh:
+        return {}
+    wild = [
+        endpoint for model in config.models if model.is_wildcard for endpoint in model.endpoints
+    ]
+    return {endpoint.provider: upstreams[endpoint.provider] for endpoint in wild}

@@ -12,14 +12,13 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import asdict
-from typing import Final, NamedTuple
+from typing import Final
 
 from .access import ANONYMOUS, Caller
 from .accounting import permitted
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
-from .config import Config
 from .context import ServerContext
 from .counting import KeptAnswer
 from .downstream import Answer, Client
@@ -41,6 +40,7 @@ from .provider import SSE_TYPE, Upstream
 from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
 from .refusal import choose_error
 from .request import Call
+from .request_handler import Admitted
 from .routing import Plan, make_plan
 from .upstream_body import make_upstream_body
 
@@ -60,14 +60,6 @@ _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = (b"content-type", SSE_TYPE)
 _TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
 _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
-
-
-class Admitted(NamedTuple):
-    """Who sent a head. It holds for the same head again, while keys and config are the same."""
-
-    caller: Caller
-    keyring_version: int
-    config: Config
 
 
 class Exchange(Owner):
@@ -120,8 +112,11 @@ class Exchange(Owner):
             self._paused_since, self._unread_bytes = self.now, client.unread_bytes
 
     @property
+    def key_label(self) -> str:
+        return self.record.key_label
+
+    @property
     def content_events(self) -> int:
-        """Tokens so far, as near as events tell them."""
         return 0 if self._attempt is None else self._attempt.outcome().content_events
 
     # Authenticate
@@ -202,7 +197,7 @@ class Exchange(Owner):
         """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
         if self._refusal is not None:
-            self.refuse(self._refusal, close=close)
+            self.fail(self._refusal, close=close)
             return
         frames, key_id = self._context.frames, self._caller.key_id
         try:
@@ -213,7 +208,7 @@ class Exchange(Owner):
                 return
             self._open(frames.read(body, key_id))
         except ProxyError as error:
-            self.refuse(error)
+            self.fail(error)
             return
         except Exception:
             self._fail_ourselves()
@@ -236,7 +231,7 @@ class Exchange(Owner):
                 self._context.loop.call_later(REST, self._read_on)
                 return
         except ProxyError as error:
-            self.refuse(error)
+            self.fail(error)
             return
         except Exception:
             self._fail_ourselves()
@@ -246,7 +241,7 @@ class Exchange(Owner):
     def _fail_ourselves(self) -> None:
         """A fault of the proxy: ours to answer for, not to be taken for a client that left."""
         logger.exception("request %s failed", self.record.id)
-        self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
+        self.fail(ProxyError("an error in the proxy itself", code="internal_error"))
 
     def _open(self, call: Call) -> None:
         """Route the call and count it in. Raises ProxyError."""
@@ -288,7 +283,7 @@ class Exchange(Owner):
                 self.record.overhead = _monotonic() - self._run_start
             attempt.start()
         except RequestError as error:  # a body that the endpoint's rules cannot be applied to
-            self.refuse(error)
+            self.fail(error)
             return
         except Exception:
             if self._attempt is not None:
@@ -401,7 +396,7 @@ class Exchange(Owner):
         return self._context.accounts.limit_lines(self._caller, _unix_time())
 
     def _cors_headers(self) -> Headers:
-        origins = self._context.config.server.cors_origins
+        origins = self._context.settings.cors_origins
         return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
     # What the attempt reports
@@ -436,7 +431,7 @@ class Exchange(Owner):
         self._note_failure(attempt, error)
         following = self._following_step(error)
         if following is None:
-            self._fail(error)
+            self._answer_failure(error)
             return
         self._begin_step(following)
 
@@ -485,7 +480,7 @@ class Exchange(Owner):
             ),
         )
 
-    def _fail(self, error: UpstreamError) -> None:
+    def _answer_failure(self, error: UpstreamError) -> None:
         """Answer with the last attempt's error, or an earlier one, and with what else was tried."""
         chosen = error
         if self._call is not None:  # else the client has a part of this very answer
@@ -499,7 +494,7 @@ class Exchange(Owner):
             chosen.retry_after = self._next_trial()
         if others:
             chosen.metadata["previous_errors"] = [asdict(failure) for failure in others]
-        self.refuse(chosen)
+        self.fail(chosen)
 
     def _is_all_cooling(self) -> bool:
         return self._plan is not None and all(
@@ -515,7 +510,7 @@ class Exchange(Owner):
 
     # Refuse: the ends that are not an answer
 
-    def refuse(self, error: ProxyError, *, close: bool = False) -> None:
+    def fail(self, error: ProxyError, *, close: bool = False) -> None:
         """Tell the client that its request failed, in the form that is still possible."""
         if self._is_closed:
             return
@@ -591,7 +586,7 @@ class Exchange(Owner):
 
     def _longest_wait(self, attempt: Attempt) -> float:
         """Seconds in which no limit can pass that begins later: so long we need not be asked."""
-        settings, limits = self._context.config.server, attempt.limits
+        settings, limits = self._context.settings, attempt.limits
         return min(limits.shortest, settings.write_timeout, settings.comment_after or math.inf)
 
     def on_deadline(self, now: float) -> float | None:
@@ -625,10 +620,10 @@ class Exchange(Owner):
     def _stall_due(self) -> float:
         if not self._client.is_paused:
             return math.inf
-        return self._paused_since + self._context.config.server.write_timeout
+        return self._paused_since + self._context.settings.write_timeout
 
     def _comment_due(self) -> float:
-        attempt, after = self._attempt, self._context.config.server.comment_after
+        attempt, after = self._attempt, self._context.settings.comment_after
         if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:

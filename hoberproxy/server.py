@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -32,6 +33,7 @@ from .config import Address, Config, ConfigError
 from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .exchange import Exchange
 from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
 from .folder import count_living
@@ -49,7 +51,6 @@ from .listeners import (
 )
 from .memory import collect_rarely, keep_freed_memory, machine_memory
 from .metrics import Metrics
-from .model_lists import ModelLists
 from .notify import Notifier
 from .provider import make_upstreams
 from .status import combine
@@ -102,7 +103,6 @@ class Server(Timed):
         self._gateway: ServerContext | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
-        self._model_lists: ModelLists | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
         self.addresses: list[Address] = []  # where it really listens
@@ -116,9 +116,10 @@ class Server(Timed):
         self._ticker = Ticker(gateway.wheel, gateway.loop)
         gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
         handlers = await self._handlers(make_app(gateway))
+        begin = partial(Exchange, gateway)
 
         def connection() -> Any:  # a Protocol by its methods
-            return DownstreamConnection(gateway, handlers, self._connections)
+            return DownstreamConnection(gateway, begin, handlers, self._connections)
 
         if given is not None:
             await self._listen_on(connection, given)
@@ -131,9 +132,7 @@ class Server(Timed):
         await self._listen_for_metrics(gateway, given.metrics if given else [])
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
-        self._model_lists = ModelLists(gateway)
-        self._model_lists.start()
-        gateway.wait_for_models = self._model_lists.wait
+        gateway.model_lists.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -273,7 +272,8 @@ class Server(Timed):
         ):
             logger.warning("a changed listener or records file is used from the next start on")
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
-        self._config = gateway.config = config
+        self._config = config
+        gateway.configure(config, upstreams)
         gateway.ledger.keep_days = config.records.keep_days
         gateway.accounts.assume_output(config.keys.assumed_output)
         gateway.admission = self._make_admission(config)
@@ -282,12 +282,9 @@ class Server(Timed):
             gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
-        gateway.upstreams = upstreams
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
-        if self._model_lists is not None:
-            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
@@ -305,7 +302,7 @@ class Server(Timed):
             "resident_bytes": resident_bytes(),
             "events": gateway.metrics.events
             + sum(exchange.content_events for exchange in gateway.exchanges),
-            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "keys": Counter(exchange.key_label for exchange in gateway.exchanges),
             "health": [
                 {
                     "provider": each.provider,
@@ -422,6 +419,7 @@ class Server(Timed):
         assert gateway is not None
         gateway.is_draining = True
         gateway.is_stopping = not is_handover
+        gateway.model_lists.stop()
         for listener in self._listeners:
             listener.close()
         running = len(gateway.exchanges)
@@ -430,7 +428,7 @@ class Server(Timed):
         await self._wait_for_connections(gateway)
         gateway.is_stopping = gateway.is_stopping or bool(self._connections)
         for exchange in list(gateway.exchanges):
-            exchange.refuse(
+            exchange.fail(
                 UnavailableError(
                     "this process is shutting down and the answer took too long",
                     code="draining",
@@ -473,8 +471,7 @@ class Server(Timed):
         gateway = self._gateway
         if gateway is None:
             return
-        if self._model_lists is not None:
-            await self._model_lists.aclose()
+        await gateway.model_lists.aclose()
         await self._flush_connections(gateway)
         for runner in self._runners:
             await runner.cleanup()

@@ -204,7 +204,7 @@ async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["connection"] == "close"
     assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("1", "1000")
-    assert proxy.gateway.metrics.refused_connections == 1
+    assert proxy.gateway.refused_connections == 1
     first.send(get())
     assert (await first.read_answer()).status == 200
     await first.aclose()

@@ -17,7 +17,8 @@ SHELL = frozenset(
     " attempts channel child cli commands_keys commands_service commands_usage connector"
     " context counting database demo diagnosis downstream exchange exposition files folder joining"
     " journal journals keytable ledger listeners listing locks memory metrics model_lists"
-    " notify origin pool printing provider probe quickstart relay scrape server service sink source"
+    " notify origin pool printing provider probe quickstart relay request_handler"
+    " scrape server service sink source"
     " sqlite_store stores succession supervisor tallies tls upstream wire worker writer"
     " writer_process writers".split()
 )
@@ -27,8 +28,8 @@ SHELL_LIBRARIES = frozenset(
     " time uvloop".split()
 )
 TOP = (
-    "exchange",
     "wire",
+    "exchange",
     "app",
     "server",
     "worker",

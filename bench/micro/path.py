@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
@@ -16,6 +17,7 @@ from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.config import parse_config
 from hoberproxy.context import ServerContext
 from hoberproxy.deadlines import Wheel
+from hoberproxy.exchange import Exchange
 from hoberproxy.metrics import Metrics
 from hoberproxy.provider import make_upstreams
 from hoberproxy.upstream import UpstreamConnection
@@ -124,7 +126,7 @@ class _Path:
             upstreams=make_upstreams(config, loop, wheel),
         )
         handlers: Any = None
-        self.client = DownstreamConnection(gateway, handlers, set())
+        self.client = DownstreamConnection(gateway, partial(Exchange, gateway), handlers, set())
         transport: Any = NullTransport()
         self.client.connection_made(transport)
         pool = gateway.upstreams["upstream"].pool
