@@ -7,7 +7,6 @@ for a listener of its own.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,8 +17,16 @@ from aiohttp import web
 
 from .account_pages import AccountPages
 from .context import ServerContext
-from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
+from .errors import (
+    ProxyError,
+    RequestError,
+    RouteError,
+    UnavailableError,
+    retry_headers,
+    serialize_error,
+)
 from .exposition import resident_bytes
+from .http11 import Headers
 from .metrics import CONTENT_TYPE, Gauges
 from .origin import cors_headers
 
@@ -222,10 +229,8 @@ def _unknown_path(path: str) -> RequestError:
 def _refusal(request: web.Request, error: ProxyError) -> web.Response:
     body = serialize_error(error, numeric_code=request.path.startswith("/api/"))
     response = web.Response(status=error.status, body=body, content_type="application/json")
-    if error.retry_after is not None:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
-        response.headers["Retry-After-Ms"] = str(math.ceil(error.retry_after * 1000))
-    elif error.status < 500:
+    response.headers.update(_decoded(retry_headers(error)))
+    if error.retry_after is None and error.status < 500:
         response.headers["X-Should-Retry"] = "false"
     return response
 
@@ -252,7 +257,10 @@ def _cors(request: web.Request) -> dict[str, str]:
     origin = request.headers.get("Origin")
     if not origins or origin is None:
         return {}
-    fields = cors_headers(origins, origin.encode("latin-1", "replace"))
+    return _decoded(cors_headers(origins, origin.encode("latin-1", "replace")))
+
+
+def _decoded(fields: Headers) -> dict[str, str]:
     return {name.decode(): value.decode("latin-1") for name, value in fields}
 
 

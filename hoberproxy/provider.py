@@ -12,9 +12,18 @@ from . import __version__
 from .catalog import Provider
 from .config import Config, ConfigError
 from .deadlines import Wheel
-from .http11 import LARGE_BYTES, Parts, serialize_fields, serialize_request_head
+from .http11 import (
+    LARGE_BYTES,
+    Headers,
+    Parts,
+    RequestHead,
+    ResponseHead,
+    serialize_fields,
+    serialize_request_head,
+)
 from .pool import Pool
 
+_TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context
 MAX_HEADS: Final = 4096  # of answers, for clients name the models behind wildcards
 SSE_TYPE: Final = b"text/event-stream; charset=utf-8"
 USER_AGENT: Final = f"hoberproxy/{__version__}"
@@ -30,6 +39,29 @@ class Upstream:
         self._stream_head = _request_head(provider, *chat, accept=b"text/event-stream")
         self._json_head = _request_head(provider, *chat, accept=b"application/json")
         self._answer_fields: dict[tuple[str, bool], bytes] = {}
+
+    def forwarded_headers(self, head: RequestHead) -> Headers:
+        """Return the fields of a client's head that are passed on to this provider."""
+        names = self.provider.forward_headers
+        has_trace = head.get(b"traceparent") is not None
+        if not names and not has_trace:
+            return []
+        # `tracestate` is a list that may come in several lines, in order.
+        forwarded = [each for each in head.headers if has_trace and each[0] in _TRACE_HEADERS]
+        for text in names:
+            name = text.encode()
+            if (value := head.get(name)) is not None and name not in _TRACE_HEADERS:
+                forwarded.append((name, value))
+        return forwarded
+
+    def passed_headers(self, head: ResponseHead) -> Headers:
+        """Return the fields of this provider's response that are passed on to the client."""
+        passed: Headers = []
+        for text in self.provider.response_headers:
+            name = text.encode()
+            if (value := head.get(name)) is not None:
+                passed.append((name, value))
+        return passed
 
     def serialize_request(
         self, body: Parts, extra: list[tuple[bytes, bytes]], *, stream: bool

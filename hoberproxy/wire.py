@@ -20,7 +20,7 @@ from aiohttp import web
 
 from .aiohttp_bridge import Handler
 from .downstream import Answer, Client
-from .errors import ProxyError, RequestError, UnavailableError, serialize_error
+from .errors import ProxyError, RequestError, UnavailableError, retry_headers, serialize_error
 from .http11 import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
@@ -269,7 +269,6 @@ class DownstreamConnection(Client):
 
     def _refuse(self, status: int, refusal: ProxyError, head: RequestHead | None = None) -> None:
         """Answer before there is a request, and close."""
-        retry_after = refusal.retry_after
         origins = self._context.settings.cors_origins
         origin = head.get(b"origin") if head is not None else None
         # The target of what is no request, as far as it can be told.
@@ -282,14 +281,7 @@ class DownstreamConnection(Client):
             [
                 (b"content-type", b"application/json"),
                 (b"x-request-id", self._context.new_request_id().encode()),
-                *(
-                    [(b"x-should-retry", b"false")]
-                    if retry_after is None
-                    else [
-                        (b"retry-after", b"%d" % math.ceil(retry_after)),
-                        (b"retry-after-ms", b"%d" % math.ceil(retry_after * 1000)),
-                    ]
-                ),
+                *(retry_headers(refusal) or [(b"x-should-retry", b"false")]),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
                 *cors_headers(origins, origin),
             ],
