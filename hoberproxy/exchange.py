@@ -166,10 +166,6 @@ class Exchange(Owner):
         self._context.bodies.hold(size - self._held_bytes)
         self._held_bytes = size
 
-    def _release_body(self) -> None:
-        self._context.bodies.release(self._held_bytes)
-        self._held_bytes = 0
-
     def run(self, body: bytes, *, close: bool = False) -> None:
         self._run_start = _monotonic()
         if self._refusal is not None:
@@ -262,8 +258,6 @@ class Exchange(Owner):
             self.fail(error)
             return
         except Exception:
-            if self._attempt is not None:
-                self._attempt.abort()
             self._fail_ourselves()
             return
         # From here on the model server is at work: nobody waits for what is done now.
@@ -319,7 +313,7 @@ class Exchange(Owner):
     def note_opened(self, *, is_stream: bool) -> None:
         self._call = None  # nor is another endpoint needed any more
         if self._kept is None:
-            self._release_body()
+            self.hold_body(0)
         attempt, context = self._attempt, self._context
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
@@ -545,7 +539,7 @@ class Exchange(Owner):
         self._is_closed = True
         context, record, attempt = self._context, self.record, self._attempt
         context.exchanges.discard(self)
-        self._release_body()
+        self.hold_body(0)
         context.admission.note_streams(len(context.exchanges))
         context.admission.leave(self._group)
         self.seal(status)
