@@ -23,6 +23,7 @@ from .pool import Pool
 from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
+from .request_handler import RequestHandler
 from .routing import Step
 from .stream import StreamScanner
 from .upstream import ChunkTaker, Loss, UpstreamConnection
@@ -56,8 +57,11 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Owner:
-    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it."""
+class Owner(RequestHandler):
+    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it.
+
+    A request handler, for what is compiled derives from one class.
+    """
 
     @property
     def now(self) -> float:

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, settings
 
 from hoberproxy import stencil
 from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.gateway import Gateway
+from hoberproxy.context import ServerContext
 from hoberproxy.record import Record
 from hoberproxy.server import Server
 from hoberproxy.settings import (
@@ -241,7 +241,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: Gateway
+    gateway: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended

@@ -15,8 +15,8 @@ from hoberproxy.catalog import TimeLimits
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
-from hoberproxy.gateway import make_upstreams
 from hoberproxy.http11_head import ResponseHead
+from hoberproxy.provider import make_upstreams
 from hoberproxy.reader import parse_config
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection
