@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -28,13 +29,14 @@ from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
-from .config import Address, Config, ConfigError
+from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .exchange import Exchange
+from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
 from .folder import count_living
-from .gateway import Gateway, make_upstreams
-from .http11 import MAX_REQUEST_HEAD_BYTES
+from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
 from .ledger import Ledger
 from .listeners import (
@@ -46,13 +48,15 @@ from .listeners import (
     listen_for_metrics,
     listen_when_free,
 )
-from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
+from .memory import collect_rarely, keep_freed_memory, machine_memory
 from .metrics import Metrics
-from .model_lists import ModelLists
 from .notify import Notifier
+from .provider import make_upstreams
+from .settings import Address, Config
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
+from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")
@@ -97,10 +101,9 @@ class Server(Timed):
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._sweeps = 0
-        self._gateway: Gateway | None = None
+        self._gateway: ServerContext | None = None
         self._tallies: Tallies | None = None
         self._ticker: Ticker | None = None
-        self._model_lists: ModelLists | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
         self.addresses: list[Address] = []  # where it really listens
@@ -114,9 +117,10 @@ class Server(Timed):
         self._ticker = Ticker(gateway.wheel, gateway.loop)
         gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
         handlers = await self._handlers(make_app(gateway))
+        begin = partial(Exchange, gateway)
 
         def connection() -> Any:  # a Protocol by its methods
-            return DownstreamConnection(gateway, handlers, self._connections)
+            return DownstreamConnection(gateway, begin, handlers, self._connections)
 
         if given is not None:
             await self._listen_on(connection, given)
@@ -129,9 +133,7 @@ class Server(Timed):
         await self._listen_for_metrics(gateway, given.metrics if given else [])
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
-        self._model_lists = ModelLists(gateway)
-        self._model_lists.start()
-        gateway.wait_for_models = self._model_lists.wait
+        gateway.model_lists.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -147,7 +149,7 @@ class Server(Timed):
                 listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
 
-    def _build(self) -> Gateway:
+    def _build(self) -> ServerContext:
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
@@ -160,7 +162,7 @@ class Server(Timed):
             keep_days=config.records.keep_days,
         )
         self._tallies = tallies = _open_tallies(config.records.file)
-        return Gateway(
+        return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
@@ -224,7 +226,7 @@ class Server(Timed):
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
 
-    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
+    async def _listen_for_metrics(self, gateway: ServerContext, given: list[socket.socket]) -> None:
         address = self._config.server.metrics_listen
         if address is None and not given:
             return
@@ -271,7 +273,8 @@ class Server(Timed):
         ):
             logger.warning("a changed listener or records file is used from the next start on")
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
-        self._config = gateway.config = config
+        self._config = config
+        gateway.configure(config, upstreams)
         gateway.ledger.keep_days = config.records.keep_days
         gateway.accounts.assume_output(config.keys.assumed_output)
         gateway.admission = self._make_admission(config)
@@ -280,12 +283,9 @@ class Server(Timed):
             gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
-        gateway.upstreams = upstreams
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
-        if self._model_lists is not None:
-            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
@@ -303,7 +303,7 @@ class Server(Timed):
             "resident_bytes": resident_bytes(),
             "events": gateway.metrics.events
             + sum(exchange.content_events for exchange in gateway.exchanges),
-            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "keys": Counter(exchange.key_label for exchange in gateway.exchanges),
             "health": [
                 {
                     "provider": each.provider,
@@ -420,6 +420,7 @@ class Server(Timed):
         assert gateway is not None
         gateway.is_draining = True
         gateway.is_stopping = not is_handover
+        gateway.model_lists.stop()
         for listener in self._listeners:
             listener.close()
         running = len(gateway.exchanges)
@@ -428,7 +429,7 @@ class Server(Timed):
         await self._wait_for_connections(gateway)
         gateway.is_stopping = gateway.is_stopping or bool(self._connections)
         for exchange in list(gateway.exchanges):
-            exchange.refuse(
+            exchange.fail(
                 UnavailableError(
                     "this process is shutting down and the answer took too long",
                     code="draining",
@@ -437,7 +438,7 @@ class Server(Timed):
                 close=True,
             )
 
-    async def _wait_for_connections(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, gateway: ServerContext) -> None:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         deadline = begun + self._config.server.drain_timeout
@@ -471,8 +472,7 @@ class Server(Timed):
         gateway = self._gateway
         if gateway is None:
             return
-        if self._model_lists is not None:
-            await self._model_lists.aclose()
+        await gateway.model_lists.aclose()
         await self._flush_connections(gateway)
         for runner in self._runners:
             await runner.cleanup()
@@ -487,7 +487,7 @@ class Server(Timed):
         if gateway.access_log is not None:
             gateway.access_log.close()
 
-    async def _flush_connections(self, gateway: Gateway) -> None:
+    async def _flush_connections(self, gateway: ServerContext) -> None:
         """Give the last answers a moment to reach their clients."""
         for connection in list(self._connections):
             connection.close_if_idle()

@@ -26,7 +26,6 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .catalog import ConfigError
 from .channel import Message
 from .child import (
     STEADY,
@@ -40,8 +39,7 @@ from .child import (
     spawn,
     try_installed,
 )
-from .config import Config
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -51,13 +49,14 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally
 from .tally import SLOTS
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")

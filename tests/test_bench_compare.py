@@ -40,7 +40,7 @@ from bench.scenarios import (
     shortened,
 )
 from hoberproxy.cli import BENCH_PARTS, main
-from hoberproxy.config import parse_config
+from hoberproxy.reader import parse_config
 from tests.processes import all_below, is_alive
 
 from .patience import WAIT

@@ -17,16 +17,14 @@ from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.prices import Prices
-from hoberproxy.record import Record
+from hoberproxy.record import Record, make_row
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
-from hoberproxy.rows import make_row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.tallies import Tallies
 from hoberproxy.usage import Usage
@@ -89,7 +87,7 @@ def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
     """A ledger, the accounts on it, and what has to be told of each record."""
     ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
     ledger.journal.prepare()
-    return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
+    return ledger, Accounts(ledger, Tallies(folder / "limits"), 8192), Drain(ledger, folder)
 
 
 def temporary_folder() -> Path:
@@ -132,7 +130,7 @@ def _writing() -> Callable[[], object]:
         nonlocal written
         prefix = f"req_{written:016x}"
         written += 1
-        store.insert_rows([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
+        store.write([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
 
     return write
 
