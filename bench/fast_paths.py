@@ -243,11 +243,10 @@ class Program:
             got = done.stdout.strip() or done.stderr[-500:]
             raise StartError(f"expected the package in {self.folder}, got {got}")
 
-    def check_process(self, pid: int) -> None:
-        """Raise StartError unless what is mapped into a process is the copy's compiled code."""
-        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        mapped = {line.split(maxsplit=5)[5] for line in lines if "__mypyc" in line}
-        inside = {path for path in mapped if Path(path).is_relative_to(self.folder)}
+    def check_processes(self, tree: ProcessTree) -> None:
+        """Raise StartError unless what is mapped into processes is the copy's compiled code."""
+        mapped = tree.compiled_modules()
+        inside = {path for path in mapped if path.is_relative_to(self.folder)}
         if self.is_compiled != bool(inside) or mapped - inside:
             raise StartError(f"expected compiled code of {self.folder} alone, got {sorted(mapped)}")
 
@@ -293,7 +292,7 @@ def started(
     _, *arguments = PROXIES[0].command(program.python, wiring)
     config = folder / "hoberproxy.toml"
     keys = (create_key(config, has_limits=False), create_key(config, has_limits=True))
-    command = [program.python, "-P", *arguments, *serve_args]
+    command = [program.python, *arguments, *serve_args]
     switch = SWITCHES.get(name)
     off, more = (name, dict(switch.variables)) if switch else ("", {})
     variables = program.variables(off, more)
@@ -301,9 +300,7 @@ def started(
         wait_listening(process, wiring.port, log)
         time.sleep(SETTLE)
         tree = ProcessTree([process.pid])
-        if program.is_compiled:
-            for pid in sorted(tree.pids())[-1:]:
-                program.check_process(pid)
+        program.check_processes(tree)
         yield Server(name, wiring.port, keys, tree)
 
 
