@@ -12,8 +12,8 @@ import math
 from operator import attrgetter
 from typing import Any, Final, Protocol
 
-from .config import ServerSettings
 from .errors import UnavailableError
+from .settings import ServerSettings
 from .tally import Tally
 
 logger = logging.getLogger("hoberproxy.server")

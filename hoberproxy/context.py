@@ -16,7 +16,6 @@ from .accesslog import AccessLog
 from .accounting import Accounts
 from .admission import Admission, BodyMemory, ConnectionRoom
 from .catalog import Catalog
-from .config import Config
 from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
@@ -27,6 +26,7 @@ from .model_lists import ModelLists
 from .provider import Upstream
 from .record import Record
 from .request_handler import UNBOUNDED, ConnectionContext, RequestHandler
+from .settings import Config
 
 MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
 

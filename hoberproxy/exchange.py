@@ -14,7 +14,6 @@ from collections.abc import Generator
 from typing import Final
 
 from .access import ANONYMOUS, Caller
-from .accounting import permitted
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .context import ServerContext
@@ -31,15 +30,17 @@ from .errors import (
     serialize_error_event,
 )
 from .failover import NOTHING_REFUSED, Failover
+from .filters import keep_permitted
 from .frames import STEPPED_BYTES
 from .http11 import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, check_media_type, cors_headers
 from .provider import SSE_TYPE, Upstream
-from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
+from .record import CLIENT_CLOSED, Record
 from .request import Call
 from .request_handler import Admitted
 from .routing import Plan, make_plan
+from .text import clip_text, escape_client_text
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
@@ -219,11 +220,12 @@ class Exchange(Owner):
     # Route
 
     def _route(self, call: Call) -> Plan:
-        context = self._context
+        context, caller = self._context, self._caller
         health = context.health
         now = self.now if health.is_calm else context.loop.time()
         plan = make_plan(call, context.catalog, health, now, context.draw)
-        plan = permitted(plan, self._caller)
+        if caller.models:
+            plan = keep_permitted(plan, caller.may_use, caller.models)
         self._upstreams = context.upstreams
         self._failover = Failover(plan, context.config.routing)
         return plan

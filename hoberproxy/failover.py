@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Final
 
-from .config import RoutingSettings
 from .errors import FailedAttempt, UpstreamError
 from .health import Health
 from .refusal import choose_error
 from .routing import Plan, Step
+from .settings import RoutingSettings
 
 NOTHING_REFUSED: Final[frozenset[str]] = frozenset()
 

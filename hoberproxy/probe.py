@@ -17,7 +17,6 @@ import uvloop
 
 from .attempts import Attempt, Owner
 from .catalog import Endpoint, Model, TimeLimits
-from .config import Config
 from .deadlines import Ticker, Wheel
 from .diagnosis import Report
 from .downstream import Answer, Client
@@ -27,6 +26,7 @@ from .listing import list_models
 from .provider import Upstream, make_upstreams
 from .request import parse_call
 from .routing import Step
+from .settings import Config
 from .sink import Sink
 from .upstream_body import make_upstream_body
 

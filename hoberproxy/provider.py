@@ -10,7 +10,6 @@ from typing import Final
 
 from . import __version__
 from .catalog import Provider
-from .config import Config, ConfigError
 from .deadlines import Wheel
 from .http11 import (
     LARGE_BYTES,
@@ -22,6 +21,8 @@ from .http11 import (
     serialize_request_head,
 )
 from .pool import Pool
+from .settings import Config
+from .values import ConfigError
 
 _TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context
 MAX_HEADS: Final = 4096  # of answers, for clients name the models behind wildcards
@@ -112,7 +113,7 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     added = {name.lower().encode(): value.encode() for name, value in provider.headers}
-    # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
+    # The config may name another user agent; the rest of ours it can't (values.py refuses it).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
     return serialize_request_head(method, path.encode(), headers)[:-2]

@@ -12,12 +12,12 @@ from typing import Final, NamedTuple
 
 from .access import Caller
 from .admission import Admission, ConnectionRoom
-from .config import Config, ServerSettings
 from .deadlines import Wheel
 from .downstream import Answer, Client
 from .errors import ProxyError
 from .http11 import RequestHead
 from .native import mypyc_attr
+from .settings import Config, ServerSettings
 
 UNBOUNDED: Final = 2**62  # bytes or connections, where no limit is set
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]

@@ -13,7 +13,8 @@ from typing import Any, Final
 import orjson
 
 from .errors import FailedAttempt
-from .record import FIELDS, Record, clip_text
+from .record import FIELDS, Record
+from .text import clip_text
 
 Row = tuple[str | int | float | None, ...]
 

@@ -29,7 +29,6 @@ from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
 from .app import gauges_of, make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
-from .config import Address, Config, ConfigError
 from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
@@ -53,9 +52,11 @@ from .memory import collect_rarely, keep_freed_memory, machine_memory
 from .metrics import Metrics
 from .notify import Notifier
 from .provider import make_upstreams
+from .settings import Address, Config
 from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
+from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
 
 logger = logging.getLogger("hoberproxy.server")

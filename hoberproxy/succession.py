@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .child import Child, State
-from .config import Address
 from .listeners import Listeners, flat
+from .settings import Address
 from .source import ConfigSource
 from .tally import TALLY_BYTES, Tally, new_tally_memory
 

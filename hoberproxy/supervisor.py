@@ -26,7 +26,6 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .catalog import ConfigError
 from .channel import Message
 from .child import (
     STEADY,
@@ -40,7 +39,6 @@ from .child import (
     spawn,
     try_installed,
 )
-from .config import Config
 from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
@@ -53,10 +51,12 @@ from .listeners import (
 )
 from .notify import Notifier
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally
 from .tally import SLOTS
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")

@@ -23,13 +23,13 @@ from collections.abc import Sequence
 
 from .admin import OFF
 from .channel import Channel, Message, read_first_message
-from .config import ConfigError
 from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
 from .store import StoreError
 from .tally import TALLY_BYTES, Tally
+from .values import ConfigError
 
 logger = logging.getLogger("hoberproxy.server")
 

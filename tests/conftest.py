@@ -28,7 +28,10 @@ from hypothesis import HealthCheck, settings
 
 from hoberproxy import stencil
 from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.config import (
+from hoberproxy.context import ServerContext
+from hoberproxy.record import Record
+from hoberproxy.server import Server
+from hoberproxy.settings import (
     Address,
     Config,
     KeySettings,
@@ -36,9 +39,6 @@ from hoberproxy.config import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.context import ServerContext
-from hoberproxy.record import Record
-from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT

@@ -17,8 +17,8 @@ from hoberproxy.admission import (
     ConnectionRoom,
     body_memory_limit,
 )
-from hoberproxy.config import ServerSettings
 from hoberproxy.errors import UnavailableError
+from hoberproxy.settings import ServerSettings
 from hoberproxy.tally import Tally, new_tally_memory
 
 from .conftest import QUESTION, Proxy, RawClient, StartProxy, chat, get, wait_until

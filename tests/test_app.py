@@ -282,7 +282,7 @@ async def test_metrics_are_on_an_application_of_their_own(
 async def test_the_server_listens_for_metrics_where_the_config_says(
     start_proxy: StartProxy,
 ) -> None:
-    from hoberproxy.config import Address
+    from hoberproxy.settings import Address
 
     with_metrics = await start_proxy(metrics_listen=Address("127.0.0.1", 0))
     (runner,) = with_metrics.server._runners[1:]

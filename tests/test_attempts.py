@@ -12,12 +12,12 @@ import pytest
 from bench.micro.path import NullTransport
 from hoberproxy.attempts import Attempt, Owner
 from hoberproxy.catalog import TimeLimits
-from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
 from hoberproxy.http11 import ResponseHead
 from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection
 

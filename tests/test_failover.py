@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from hoberproxy.catalog import Endpoint
-from hoberproxy.config import RoutingSettings
 from hoberproxy.errors import Phase, UpstreamError
 from hoberproxy.failover import Failover
 from hoberproxy.health import Health
 from hoberproxy.routing import Plan, Step
+from hoberproxy.settings import RoutingSettings
 
 
 def failover(*slugs: str, reason: str = "config", **settings: Any) -> Failover:

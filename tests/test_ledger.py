@@ -16,10 +16,9 @@ import orjson
 import pytest
 
 from hoberproxy.access import Keyring
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.errors import AccessError
 from hoberproxy.ledger import Ledger
-from hoberproxy.prices import Prices
 from hoberproxy.record import Record
 from hoberproxy.rows import Row
 from hoberproxy.sqlite_store import SqliteStore as Store

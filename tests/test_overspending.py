@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from hoberproxy.access import Caller, Keyring
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint
+from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from hoberproxy.errors import AccessError
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import (
@@ -40,7 +40,6 @@ from hoberproxy.limits import (
     Lease,
     spent_in,
 )
-from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
 from hoberproxy.routing import Plan, Step
 from hoberproxy.tallies import Limiter, Tallies
@@ -282,7 +281,11 @@ class Mix:
         longest, choices = longest_answer(call, endpoint)
         share = self.order.choice(shares)
         usage = Usage(prompt, max(0, int(longest * choices * share)))
-        cost = endpoint.prices.cost(usage) if endpoint.prices is not None else 0
+        cost = (
+            endpoint.prices.cost(usage.prompt_tokens, usage.completion_tokens)
+            if endpoint.prices is not None
+            else 0
+        )
         used = usage.prompt_tokens + usage.completion_tokens
         if share < 0:  # no endpoint answered
             used = cost = 0

@@ -9,12 +9,12 @@ import pytest
 
 from hoberproxy.access import ANONYMOUS
 from hoberproxy.admission import Admission
-from hoberproxy.config import Config, ServerSettings
 from hoberproxy.deadlines import Wheel
 from hoberproxy.downstream import Answer, Client
 from hoberproxy.errors import ProxyError, UnavailableError
 from hoberproxy.http11 import RequestHead
 from hoberproxy.request_handler import Admitted, ConnectionContext, RequestHandler
+from hoberproxy.settings import Config, ServerSettings
 from hoberproxy.wire import DownstreamConnection
 
 from .test_downstream import FakeTransport

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller, Keyring
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.prices import Prices
 from hoberproxy.record import Record
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
@@ -89,7 +88,7 @@ def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
     """A ledger, the accounts on it, and what has to be told of each record."""
     ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
     ledger.journal.prepare()
-    return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
+    return ledger, Accounts(ledger, Tallies(folder / "limits"), 8192), Drain(ledger, folder)
 
 
 def temporary_folder() -> Path:

@@ -14,12 +14,12 @@ from typing import Any
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
 from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.config import parse_config
 from hoberproxy.context import ServerContext
 from hoberproxy.deadlines import Wheel
 from hoberproxy.exchange import Exchange
 from hoberproxy.metrics import Metrics
 from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 

@@ -17,21 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import parse_base_url
-from hoberproxy.config import (
-    Address,
-    Config,
-    Endpoint,
-    KeySettings,
-    LogSettings,
-    Model,
-    Provider,
-    RecordSettings,
-    ServerSettings,
-    TimeLimits,
-)
+from hoberproxy.catalog import Endpoint, Model, Provider, TimeLimits
 from hoberproxy.record import Record
 from hoberproxy.server import Server
+from hoberproxy.settings import (
+    Address,
+    Config,
+    KeySettings,
+    LogSettings,
+    RecordSettings,
+    ServerSettings,
+)
+from hoberproxy.values import parse_base_url
 from tests.patience import WAIT, patient
 from tests.scripted import ScriptedUpstream
 

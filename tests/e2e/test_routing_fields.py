@@ -12,8 +12,10 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from hoberproxy.prices import Prices
 
-from hoberproxy.config import Abilities, Endpoint, Model, Prices, RoutingSettings
+from hoberproxy.catalog import Abilities, Endpoint, Model
+from hoberproxy.settings import RoutingSettings
 from tests.scripted import (
     Answer,
     Close,
