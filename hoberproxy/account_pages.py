@@ -28,8 +28,8 @@ from .limits import (
 )
 from .origin import is_local_host
 from .record import CLIENT_CLOSED, Record
+from .sqlite_store import open_store
 from .store import KeyUsage, Store, StoreError
-from .stores import open_store
 
 T = TypeVar("T")
 

@@ -25,9 +25,9 @@ from .errors import (
     retry_headers,
     serialize_error,
 )
-from .exposition import resident_bytes
-from .http11 import Headers
-from .metrics import CONTENT_TYPE, Gauges
+from .exposition import CONTENT_TYPE, resident_bytes
+from .http11_head import Headers
+from .metrics import Gauges
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")

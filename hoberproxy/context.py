@@ -23,11 +23,13 @@ from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
 from .model_lists import ModelLists
+from .opening import Opening
 from .provider import Upstream
 from .record import Record
 from .request_handler import UNBOUNDED, ConnectionContext, RequestHandler
 from .settings import Config
 
+MAX_OPENINGS: Final = 1024
 MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
 
 
@@ -65,6 +67,7 @@ class ServerContext(ConnectionContext):
         self.draw: Callable[[], float] = random.random  # for weights and jitter
         self.model_lists = ModelLists()
         self.exchanges: set[RequestHandler] = set()
+        self.openings: dict[tuple[str, str], Opening] = {}  # by provider and slug
         self.refused_options: dict[Key, frozenset[str]] = {}
         self.configure(config, upstreams)
 
@@ -84,6 +87,15 @@ class ServerContext(ConnectionContext):
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options
+
+    def opening(self, provider: str, slug: str) -> Opening:
+        """Return what is known of how this provider's streams under `slug` begin."""
+        opening = self.openings.get((provider, slug))
+        if opening is None:
+            if len(self.openings) >= MAX_OPENINGS:
+                self.openings.clear()
+            opening = self.openings[provider, slug] = Opening()
+        return opening
 
     def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Account for a request that has ended; nothing may change its record after this."""

@@ -17,8 +17,8 @@ from .access import ANONYMOUS, Caller
 from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .context import ServerContext
-from .counting import KeptAnswer
-from .downstream import Answer, Client
+from .counting import MAX_KEPT_BYTES
+from .downstream import Answer, Client, KeptAnswer, ResponseBody
 from .errors import (
     Phase,
     ProxyError,
@@ -32,7 +32,7 @@ from .errors import (
 from .failover import NOTHING_REFUSED, Failover
 from .filters import keep_permitted
 from .frames import STEPPED_BYTES
-from .http11 import Headers, RequestHead, ResponseHead
+from .http11_head import Headers, RequestHead, ResponseHead
 from .limits import Lease
 from .origin import check_local_request, check_media_type, cors_headers
 from .provider import SSE_TYPE, Upstream
@@ -220,12 +220,12 @@ class Exchange(Owner):
     # Route
 
     def _route(self, call: Call) -> Plan:
-        context, caller = self._context, self._caller
+        context = self._context
         health = context.health
         now = self.now if health.is_calm else context.loop.time()
         plan = make_plan(call, context.catalog, health, now, context.draw)
-        if caller.models:
-            plan = keep_permitted(plan, caller.may_use, caller.models)
+        if self._caller.models:
+            plan = keep_permitted(plan, self._caller.may_use, self._caller.models)
         self._upstreams = context.upstreams
         self._failover = Failover(plan, context.config.routing)
         return plan
@@ -285,11 +285,14 @@ class Exchange(Owner):
         request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
         if self._attempt is not None:
             self._attempt.forget()
-        answer, self._kept = self._answer, None
+        answer: ResponseBody = self._answer
+        self._kept = None
         if step.endpoint.usage == "count":
-            answer = self._kept = KeptAnswer(answer)
+            answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, request, injected)
+        is_stream = call.terms.stream
+        opening = self._context.opening(upstream.provider.name, step.slug) if is_stream else None
+        return Attempt(self, call, step, upstream.pool, answer, request, injected, opening)
 
     # Relay: what the attempt reports of an answer that passes
 

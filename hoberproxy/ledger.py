@@ -22,8 +22,8 @@ from .access import Caller, Keyring
 from .folder import journal_directory
 from .journal import Journal
 from .record import Record
+from .sqlite_store import open_store
 from .store import Keys, StoreError
-from .stores import open_store
 from .writer import BATCH_SIZE, BUSY_TIMEOUT, FINISH_LIMIT, TICK, Writer
 
 logger = logging.getLogger("hoberproxy.ledger")

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Final
 
 from .errors import AccessError, RequestError
-from .http11 import Headers, RequestHead
+from .http11_head import Headers, RequestHead
 
 # What of an answer a page may read, each by its name: no wildcard holds for part of one.
 _EXPOSED: Final = b", ".join(

@@ -21,7 +21,7 @@ from .deadlines import Ticker, Wheel
 from .diagnosis import Report
 from .downstream import Answer, Client
 from .errors import UpstreamError
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
 from .listing import list_models
 from .provider import Upstream, make_upstreams
 from .request import parse_call

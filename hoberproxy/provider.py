@@ -11,10 +11,9 @@ from typing import Final
 from . import __version__
 from .catalog import Provider
 from .deadlines import Wheel
-from .http11 import (
-    LARGE_BYTES,
+from .http11_body import LARGE_BYTES, Parts
+from .http11_head import (
     Headers,
-    Parts,
     RequestHead,
     ResponseHead,
     serialize_fields,

@@ -15,7 +15,7 @@ from .admission import Admission, ConnectionRoom
 from .deadlines import Wheel
 from .downstream import Answer, Client
 from .errors import ProxyError
-from .http11 import RequestHead
+from .http11_head import RequestHead
 from .native import mypyc_attr
 from .settings import Config, ServerSettings
 

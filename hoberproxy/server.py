@@ -36,7 +36,7 @@ from .exchange import Exchange
 from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
 from .folder import count_living
-from .http11 import MAX_REQUEST_HEAD_BYTES
+from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
 from .ledger import Ledger
 from .listeners import (

@@ -21,16 +21,13 @@ from aiohttp import web
 from .aiohttp_bridge import Handler
 from .downstream import Answer, Client
 from .errors import ProxyError, RequestError, UnavailableError, retry_headers, serialize_error
-from .http11 import (
+from .http11_body import BodyReader, FramingError, LengthBody, body_reader
+from .http11_head import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    LengthBody,
     RepeatedHead,
     RequestHead,
-    body_reader,
     find_head_end,
     parse_request_head,
     repeated_head,

@@ -21,10 +21,9 @@ from typing import TypeVar
 from .catalog import parse_prices
 from .folder import journal_directory
 from .journals import Batch, Journals, Remains, Segment, Values
-from .record import LOST, Record
-from .rows import COLUMNS, KEY_ID, STARTED, Row, make_row, row_of
+from .record import COLUMNS, KEY_ID, LOST, STARTED, Record, Row, make_row, row_of
+from .sqlite_store import open_store
 from .store import DAY, Amendment, Records, StoreError
-from .stores import open_store
 
 logger = logging.getLogger("hoberproxy.ledger")
 

@@ -11,7 +11,7 @@ import pytest
 
 from hoberproxy.errors import UnavailableError
 from hoberproxy.exchange import Exchange
-from hoberproxy.http11 import parse_request_head
+from hoberproxy.http11_head import parse_request_head
 from hoberproxy.record import CLIENT_CLOSED
 from hoberproxy.request_handler import Admitted
 

@@ -17,10 +17,9 @@ SHELL = frozenset(
     " attempts channel child cli commands_keys commands_service commands_usage connector"
     " context counting database demo diagnosis downstream exchange exposition files folder joining"
     " journal journals keytable ledger listeners listing locks memory metrics model_lists"
-    " notify origin pool printing provider probe quickstart relay request_handler"
-    " scrape server service sink source"
-    " sqlite_store stores succession supervisor tallies tls upstream wire worker writer"
-    " writer_process writers".split()
+    " notify opening origin pool printing probe quickstart relay scrape server service sink source"
+    " sqlite_store stencil stores stream succession supervisor tallies tls upstream wire worker"
+    " writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(

@@ -19,13 +19,13 @@ from hoberproxy.access import Keyring
 from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.errors import AccessError
 from hoberproxy.ledger import Ledger
-from hoberproxy.record import Record
-from hoberproxy.rows import Row
+from hoberproxy.record import Record, Row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 from hoberproxy.writer import BUSY_TIMEOUT, Writer
 
 from .patience import WAIT
+from .stores import write_records
 
 PATIENCE = WAIT
 
@@ -486,7 +486,7 @@ def test_records_of_another_process_are_no_reason_to_load_keys(
     store = Store(path)
     for number in range(3):
         seen = len(looks)
-        store.insert_records([record(number)])
+        write_records(store, [record(number)])
         wait_until(lambda seen=seen: len(looks) > seen)
     store.close()
     time.sleep(0.05)  # several turns more
@@ -568,7 +568,7 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
             dead.journal.seal(one)
     die(dead)
     store = Store(path)
-    store.insert_records([record(0), record(1)])
+    write_records(store, [record(0), record(1)])
     make().start()
     assert [one.status for one in store.export_records()] == [200, 200]
     store.close()

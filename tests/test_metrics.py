@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.errors import FailedAttempt
-from hoberproxy.metrics import CONTENT_TYPE, FIRST_CONTENT_BUCKETS, Gauges, Metrics
+from hoberproxy.exposition import CONTENT_TYPE, FIRST_CONTENT_BUCKETS
+from hoberproxy.metrics import Gauges, Metrics
 from hoberproxy.record import CLIENT_CLOSED, Record
 
 GAUGES = Gauges(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hoberproxy.record import CLIENT_CLOSED, FIELDS, Record
+from hoberproxy.record import CLIENT_CLOSED, COLUMNS, Record
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_a_failure_is_what_failed_the_client(status: int, code: str, failed: boo
 
 def test_a_record_has_a_value_in_every_field_from_the_beginning() -> None:
     record = Record("a", 1.0)
-    assert [record.id, record.started] == [getattr(record, name) for name in FIELDS[:2]]
-    assert not any(getattr(record, name) for name in FIELDS[2:])
+    assert [record.id, record.started] == [getattr(record, name) for name in COLUMNS[:2]]
+    assert not any(getattr(record, name) for name in COLUMNS[2:])
 
 
 def test_a_field_that_no_record_has_is_refused() -> None:

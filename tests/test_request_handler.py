@@ -12,7 +12,7 @@ from hoberproxy.admission import Admission
 from hoberproxy.deadlines import Wheel
 from hoberproxy.downstream import Answer, Client
 from hoberproxy.errors import ProxyError, UnavailableError
-from hoberproxy.http11 import RequestHead
+from hoberproxy.http11_head import RequestHead
 from hoberproxy.request_handler import Admitted, ConnectionContext, RequestHandler
 from hoberproxy.settings import Config, ServerSettings
 from hoberproxy.wire import DownstreamConnection

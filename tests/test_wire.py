@@ -16,7 +16,7 @@ import pytest
 
 from hoberproxy import server, wire
 from hoberproxy.connector import UNREAD_BYTES
-from hoberproxy.http11 import MAX_REQUEST_HEAD_BYTES
+from hoberproxy.http11_head import MAX_REQUEST_HEAD_BYTES
 from hoberproxy.listeners import UNSENT_BYTES
 from hoberproxy.wire import MAX_PIPELINED_BYTES, DownstreamConnection, State
 

@@ -22,10 +22,9 @@ from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
 from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.record import Record
+from hoberproxy.record import Record, make_row
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
-from hoberproxy.rows import make_row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.tallies import Tallies
 from hoberproxy.usage import Usage
@@ -131,7 +130,7 @@ def _writing() -> Callable[[], object]:
         nonlocal written
         prefix = f"req_{written:016x}"
         written += 1
-        store.insert_rows([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
+        store.write([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
 
     return write
 

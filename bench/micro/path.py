@@ -132,7 +132,7 @@ class _Path:
         pool = gateway.upstreams["upstream"].pool
         self.upstream = UpstreamConnection(pool)
         self.upstream.connection_made(transport)
-        pool.release(self.upstream, None)
+        pool.on_idle(self.upstream, None)
 
 
 def _request(prompt_bytes: int, **members: object) -> bytes:

@@ -12,9 +12,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hoberproxy.prices import Prices
 
-from hoberproxy.catalog import Abilities, Endpoint, Model
+from hoberproxy.catalog import Abilities, Endpoint, Model, Prices
 from hoberproxy.settings import RoutingSettings
 from tests.scripted import (
     Answer,
