@@ -19,8 +19,7 @@ from aiohttp import web
 from .account_pages import AccountPages
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .gateway import Gateway
-from .memory import resident_bytes
-from .metrics import CONTENT_TYPE, Gauges
+from .metrics import CONTENT_TYPE
 from .model_lists import ModelsPage
 from .origin import cors_headers
 
@@ -65,36 +64,15 @@ def make_app(gateway: Gateway) -> web.Application:
     return app
 
 
-def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> web.Application:
-    """The application of the metrics listener."""
+def make_metrics_app(render: Callable[[], bytes]) -> web.Application:
+    """Make the application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = gateway.metrics.render(gauges_of(gateway, count_connections()))
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=render(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.router.add_get("/metrics", show)
     return app
-
-
-def gauges_of(gateway: Gateway, connections: int) -> Gauges:
-    """What is so now."""
-    log = gateway.access_log
-    return Gauges(
-        streams_open=len(gateway.exchanges),
-        connections_open=connections,
-        upstream_connections={
-            name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-            for name, upstream in gateway.upstreams.items()
-        },
-        records_queued=gateway.ledger.depth,
-        records_lost=gateway.ledger.lost,
-        journal_lost=gateway.ledger.journal_lost,
-        journals_unreadable=gateway.ledger.unreadable,
-        log_lines_lost=log.lost if log is not None else 0,
-        resident_bytes=resident_bytes(),
-        body_bytes=gateway.bodies.held,
-    )
 
 
 # The paths

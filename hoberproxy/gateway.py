@@ -27,7 +27,6 @@ from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
 from .http11 import LARGE_BYTES, Parts, serialize_fields, serialize_request_head
-from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
 from .pool import Pool
@@ -119,7 +118,6 @@ class Gateway:
     wheel: Wheel
     catalog: Catalog
     keyring: Keyring
-    ledger: Ledger
     accounts: Accounts
     access_log: AccessLog | None
     metrics: Metrics
@@ -129,6 +127,7 @@ class Gateway:
     health: Health = field(default_factory=Health)
     frames: Frames = field(default_factory=Frames)
     draw: Callable[[], float] = random.random  # for weights and jitter; tests put theirs here
+    on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
     exchanges: set[Exchange] = field(default_factory=set)
     is_draining: bool = False  # every connection ends with its next answer
     is_stopping: bool = False  # and nobody takes over: further requests are refused
@@ -181,6 +180,8 @@ class Gateway:
         self.accounts.close(record, caller, lease)
         if self.access_log is not None:
             self.access_log.write(record)
+        if self.on_closed is not None:
+            self.on_closed(record)
 
 
 def make_upstreams(
