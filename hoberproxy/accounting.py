@@ -1,9 +1,8 @@
 """A request's account: may it begin, what is held for it, what it used and cost in the end.
 
-Brings together who knows: the limits, the journal and the ledger, and what was learnt of an
-endpoint's answers. The exchange calls `enter` where a request's body is still to come, `open`
-before its first attempt, `seal` before the last byte of the answer goes out, and `close` at the
-end, however it came.
+Brings together who knows: the limits, the journal, and what was learnt of an endpoint's answers.
+The exchange calls `enter` where a request's body is still to come, `open` before its first attempt,
+`seal` before the last byte of the answer goes out, and `close` at the end, however it came.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from .catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from .counting import TokenCounter
 from .estimates import Estimates
 from .health import Key
-from .ledger import Ledger
+from .journal import Journal
 from .limits import Demand, Lease
 from .record import Record
 from .request import CHOICES, MAXIMA, Call, Terms, output_limits
@@ -51,10 +50,9 @@ class _Offer:
 class Accounts:
     """One per process; to be used on the loop's thread."""
 
-    def __init__(self, ledger: Ledger, limiter: Limiter, assumed_output: int) -> None:
+    def __init__(self, journal: Journal, limiter: Limiter, assumed_output: int) -> None:
         """Assume `assumed_output` tokens of an answer that neither request nor endpoint limits."""
-        self._ledger = ledger
-        self._journal = ledger.journal
+        self._journal = journal
         self._limiter = limiter
         self._estimates = Estimates()
         self._assumed_output = assumed_output
@@ -212,8 +210,9 @@ class Accounts:
         self._journal.seal(record)
 
     def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
-        """Hand the record over, and settle what was held."""
-        self._ledger.put(record)
+        """Seal the record unless it is, and settle what was held."""
+        if not record.is_sealed:
+            self._journal.seal(record)
         if lease is None:
             return
         if not lease.is_reserved:
@@ -241,7 +240,7 @@ class Accounts:
 
         def amend(prompt: int, completion: int) -> None:
             cost = prices.cost(prompt, completion) if prices is not None else None
-            self._ledger.amend(name, prompt, completion, cost)
+            self._journal.amend([name, prompt, completion, cost])
             if lease is not None:
                 more_tokens = prompt + completion - settled_tokens
                 self._limiter.amend(
@@ -251,7 +250,7 @@ class Accounts:
         self._counter.count(body, answer, amend)
 
     def shut(self) -> None:
-        """The last request has ended; before the ledger's closing."""
+        """Count no more tokens: the last request has ended, and the journal ends next."""
         if self._counter is not None:
             self._counter.close()
 

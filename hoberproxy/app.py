@@ -25,9 +25,8 @@ from .errors import (
     retry_headers,
     serialize_error,
 )
-from .exposition import CONTENT_TYPE, resident_bytes
+from .exposition import CONTENT_TYPE
 from .http11_head import Headers
-from .metrics import Gauges
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
@@ -90,40 +89,15 @@ def make_app(context: ServerContext) -> web.Application:
     return app
 
 
-def make_metrics_app(
-    context: ServerContext, count_connections: Callable[[], int]
-) -> web.Application:
-    """The application of the metrics listener."""
+def make_metrics_app(render: Callable[[], bytes]) -> web.Application:
+    """Make the application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = context.metrics.render(gauges_of(context, count_connections()))
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=render(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.router.add_get("/metrics", show)
     return app
-
-
-def gauges_of(context: ServerContext, connections: int) -> Gauges:
-    """What is so now."""
-    log = context.access_log
-    return Gauges(
-        streams_open=len(context.exchanges),
-        connections_open=connections,
-        upstream_connections={
-            name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-            for name, upstream in context.upstreams.items()
-        },
-        records_queued=context.ledger.depth,
-        records_lost=context.ledger.lost,
-        journal_lost=context.ledger.journal_lost,
-        journals_unreadable=context.ledger.unreadable,
-        log_lines_lost=log.lost if log is not None else 0,
-        resident_bytes=resident_bytes(),
-        body_bytes=context.bodies.held,
-        bad_heads=context.bad_heads,
-        refused_connections=context.refused_connections,
-    )
 
 
 # The paths

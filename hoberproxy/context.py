@@ -19,7 +19,6 @@ from .catalog import Catalog
 from .deadlines import Wheel
 from .frames import Frames
 from .health import Health, Key
-from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
 from .model_lists import ModelLists
@@ -45,7 +44,6 @@ class ServerContext(ConnectionContext):
         wheel: Wheel,
         catalog: Catalog,
         keyring: Keyring,
-        ledger: Ledger,
         accounts: Accounts,
         access_log: AccessLog | None,
         metrics: Metrics,
@@ -57,7 +55,6 @@ class ServerContext(ConnectionContext):
         super().__init__(config.server, loop, wheel, admission, room)
         self.catalog = catalog
         self.keyring = keyring
-        self.ledger = ledger
         self.accounts = accounts
         self.access_log = access_log
         self.metrics = metrics
@@ -65,6 +62,7 @@ class ServerContext(ConnectionContext):
         self.health = Health()
         self.frames = Frames()
         self.draw: Callable[[], float] = random.random  # for weights and jitter
+        self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
         self.model_lists = ModelLists()
         self.exchanges: set[RequestHandler] = set()
         self.openings: dict[tuple[str, str], Opening] = {}  # by provider and slug
@@ -103,6 +101,8 @@ class ServerContext(ConnectionContext):
         self.accounts.close(record, caller, lease)
         if self.access_log is not None:
             self.access_log.write(record)
+        if self.on_closed is not None:
+            self.on_closed(record)
 
 
 def _shortest_wait(config: Config) -> float:

@@ -300,8 +300,7 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         gateway = server._gateway
         assert gateway is not None
         records: list[Record] = []
-        put = gateway.ledger.put
-        gateway.ledger.put = lambda record: (records.append(record), put(record))  # type: ignore
+        gateway.on_closed = records.append
         proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
         started.append(proxy)
         return proxy

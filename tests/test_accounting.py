@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from hoberproxy import accounting as accounting_module
-from hoberproxy.access import Caller, Keyring
+from hoberproxy.access import Caller
 from hoberproxy.accounting import Accounts
 from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.errors import AccessError
+from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
-from hoberproxy.ledger import Ledger
 from hoberproxy.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
 from hoberproxy.record import CLIENT_CLOSED, Record
 from hoberproxy.request import parse_call
@@ -39,16 +39,16 @@ def tallies(tmp_path: Path) -> Iterator[Tallies]:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    ledger = Ledger(tmp_path / "store.db", Keyring(), has_writer=False)
-    ledger.journal.prepare()
-    yield ledger
-    ledger.close()
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    journal = Journal(tmp_path / "store.db-requests")
+    journal.prepare()
+    yield journal
+    journal.close()
 
 
 @pytest.fixture
-def accounts(ledger: Ledger, tallies: Tallies) -> Accounts:
-    return Accounts(ledger, tallies, ASSUMED)
+def accounts(journal: Journal, tallies: Tallies) -> Accounts:
+    return Accounts(journal, tallies, ASSUMED)
 
 
 def record(**values: object) -> Record:
@@ -80,13 +80,13 @@ def test_a_wish_for_a_short_answer_holds_as_much(accounts: Accounts, tallies: Ta
 
 
 def test_a_refused_request_is_not_in_the_journal(
-    accounts: Accounts, ledger: Ledger, tmp_path: Path
+    accounts: Accounts, journal: Journal, tmp_path: Path
 ) -> None:
     strict = replace(LIMITED, limits=KeyLimits(concurrency=1))
     accounts.open(record(), strict, CALL, PLAN, NOW)
     with pytest.raises(AccessError):
         accounts.open(record(id="req_2"), strict, CALL, PLAN, NOW)
-    ledger.close()
+    journal.close()
     journals = Journals(tmp_path / "store.db-requests")
     (remains,) = journals.dead()
     assert list(remains.opened) == ["req_1"]

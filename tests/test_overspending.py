@@ -22,11 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.access import Caller, Keyring
+from hoberproxy.access import Caller
 from hoberproxy.accounting import Accounts
 from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from hoberproxy.errors import AccessError
-from hoberproxy.ledger import Ledger
+from hoberproxy.journal import Journal
 from hoberproxy.limits import (
     DAY_MS,
     DAY_REQUESTS,
@@ -89,11 +89,11 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     folder = tmp_path_factory.mktemp("limits")
-    ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
-    processes = Processes(folder, Accounts(ledger, Limiter(), ASSUMED))
+    journal = Journal(folder / "store.db-requests")
+    processes = Processes(folder, Accounts(journal, Limiter(), ASSUMED))
     yield processes
     processes.close()
-    ledger.close()
+    journal.close()
 
 
 def call_with(members: Mapping[str, object]) -> Call:

@@ -110,7 +110,7 @@ class _Path:
         caller = Caller("key_1", "bench", "test", None, None)
         keyring.replace({hash_key(_KEY): caller})
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
-        ledger, accounts, self.drain = accounts_in(temporary_folder())
+        accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
         self._gateway = gateway = ServerContext(
             config=config,
@@ -118,7 +118,6 @@ class _Path:
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
-            ledger=ledger,
             accounts=accounts,
             admission=Admission(config.server),
             access_log=None,
