@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from hoberproxy.catalog import Endpoint, Model, TimeLimits
-from hoberproxy.context import MAX_LEARNT
+from hoberproxy.context import MAX_LEARNT, shortest_wait_of
 
-from .conftest import Proxy, StartProxy
+from .conftest import Proxy, make_config
 
 
 async def test_ids_of_requests_are_all_different_and_of_one_form(proxy: Proxy) -> None:
@@ -16,17 +17,14 @@ async def test_ids_of_requests_are_all_different_and_of_one_form(proxy: Proxy) -
     assert {len(each) for each in ids} == {len("req_") + 16 + 8}
 
 
-async def test_the_shortest_of_all_limits_is_known(start_proxy: StartProxy) -> None:
-    proxy = await start_proxy(write_timeout=50.0, comment_after=0.0)
-    context = proxy.gateway
-    assert context.shortest_wait == 50.0
+def test_the_shortest_of_all_limits_is_known(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "records.db", 9, write_timeout=50.0, comment_after=0.0)
+    assert shortest_wait_of(config) == 50.0
     own = Endpoint("scripted", "m", limits=TimeLimits(idle=7.0))
-    config = replace(context.config, models=(*context.config.models, Model("a/b", (own,))))
-    context.configure(config, context.upstreams)
-    assert context.shortest_wait == 7.0
+    config = replace(config, models=(*config.models, Model("a/b", (own,))))
+    assert shortest_wait_of(config) == 7.0
     settings = replace(config.server, comment_after=3.0)
-    context.configure(replace(config, server=settings), context.upstreams)
-    assert context.shortest_wait == 3.0
+    assert shortest_wait_of(replace(config, server=settings)) == 3.0
 
 
 async def test_refused_options_add_up_and_the_oldest_endpoint_is_forgotten(proxy: Proxy) -> None:
