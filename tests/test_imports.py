@@ -17,9 +17,9 @@ SHELL = frozenset(
     " attempts channel child cli commands_keys commands_service commands_usage connector"
     " context counting database demo diagnosis downstream exchange exposition files folder joining"
     " journal journals key_loader keytable listeners listing locks memory metrics model_lists"
-    " notify opening origin pool printing probe provider quickstart relay"
-    " request_handler scrape server service sink source sqlite_store stencil stream"
-    " succession supervisor tallies tls upstream wire worker"
+    " notify opening origin pool printing probe quickstart relay scrape server service sink source"
+    " sqlite_store stencil provider request_handler stream succession supervisor tallies tls"
+    " upstream wire worker"
     " writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
