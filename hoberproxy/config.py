@@ -104,9 +104,7 @@ class ServerSettings:
     comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
     cors_origins: tuple[str, ...] = ()
     max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
-    max_connections_per_address: int = 0  # 0 is no limit
     models_refresh: float = 600.0  # between looks at what providers behind wildcards have; 0: none
-    trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +213,7 @@ def _read_config(root: Table, sources: _Sources) -> Config:
 
 def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
+    _refuse_limit_per_address(table)
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
     if metrics is not None and metrics.port and metrics in listen:
@@ -243,12 +242,16 @@ def _read_server(table: Table) -> ServerSettings:
         comment_after=table.seconds("comment_after", default.comment_after, low="0"),
         cors_origins=table.strings("cors_origins", _parse_origin),
         max_streams=table.integer("max_streams", default.max_streams, 0, 10**7),
-        max_connections_per_address=table.integer(
-            "max_connections_per_address", default.max_connections_per_address, 0, 10**6
-        ),
         models_refresh=table.seconds("models_refresh", default.models_refresh, low="0"),
-        trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
+
+
+def _refuse_limit_per_address(table: Table) -> None:
+    for name in ("max_connections_per_address", "trusted_proxies"):
+        if name in table.values:
+            table.know(name)
+            advice = "set limit_conn in the front proxy; deploy/ has nginx and Caddy"
+            table.note(name, Refusal("a known setting", "a limit per address", advice))
 
 
 def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
@@ -572,14 +575,6 @@ def _parse_origin(text: str) -> str:
     if not _ORIGIN.fullmatch(text):
         raise Refusal("an origin", "something else", 'write it like "https://host", without path')
     return text.lower()  # as browsers send it
-
-
-def _parse_network(text: str) -> str:
-    try:
-        return str(ipaddress.ip_network(text))
-    except ValueError:
-        advice = 'write it like "10.0.0.0/8" or "127.0.0.1"'
-        raise Refusal("an address or network", "something else", advice) from None
 
 
 def _parse_owner(text: str) -> str:

@@ -27,8 +27,6 @@ EXAMPLE = """\
 #cors_origins = []
 # over it new requests are refused with 503, running ones go on; 0 is no limit
 #max_streams = 10000
-#max_connections_per_address = 0
-#trusted_proxies = []
 # providers behind wildcards are asked for their models so often; 0 is never
 #models_refresh = 600
 

@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 
 from .access import ANONYMOUS, Caller
 from .accounting import permitted
-from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .catalog import Provider
 from .config import Config
@@ -79,7 +78,6 @@ class Exchange(Owner):
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
     _refusal: ProxyError | None = None
     _caller = ANONYMOUS
-    _group = NO_GROUP  # where its address is counted
     _lease: Lease | None = None
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
@@ -125,9 +123,9 @@ class Exchange(Owner):
     def admit(self, known: Admitted | None = None) -> Admitted | None:
         """Who may go on to the body; if None, `run` tells the client why not.
 
-        `known` is what an exchange with the same head was told. A request counts, as one of
-        `max_streams` and for its address, from the moment it is known to be a caller's: others
-        would take the callers' room.
+        `known` is what an exchange with the same head was told. A request counts as one of
+        `max_streams` from the moment it is known to be a caller's: others would take the callers'
+        room.
         """
         gateway, record = self._gateway, self.record
         try:
@@ -141,9 +139,7 @@ class Exchange(Owner):
                 known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
             else:
                 self._note_caller(known.caller)
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges) + 1, self._client.address_group
-            )
+            gateway.admission.admit(len(gateway.exchanges) + 1)
         except ProxyError as error:
             self._refusal = error
             return None
@@ -649,7 +645,6 @@ class Exchange(Owner):
         gateway.exchanges.discard(self)
         self._release_body()
         gateway.admission.note_streams(len(gateway.exchanges))
-        gateway.admission.leave(self._group)
         self.seal(status)
         if attempt is not None:
             attempt.forget()

@@ -111,12 +111,9 @@ class DownstreamConnection(Client):
         self._sink = Sink(ours, -1 if socket is None else socket.fileno())
         self._connections.add(self)
         try:
-            peer = transport.get_extra_info("peername")
-            address = peer[0] if isinstance(peer, tuple) else ""
             room = self._gateway.room
             if len(self._connections) > room.limit:
                 room.make(self._connections, self, self._gateway.loop.time())
-            self.address_group = self._gateway.admission.enter(address)
         except UnavailableError as error:
             self._gateway.metrics.refused_connections += 1
             self._refuse(error.status, error)
@@ -161,7 +158,6 @@ class DownstreamConnection(Client):
         self._shut()
         self._transport = self._sink = None
         self._connections.discard(self)
-        self._gateway.admission.leave(self.address_group)
         self._gateway.wheel.cancel(self)
         exchange, self._exchange = self._exchange, None
         if exchange is not None:

@@ -18,7 +18,7 @@ SHELL = frozenset(
     " counting database demo diagnosis downstream exchange files folder gateway joining"
     " journal journals keytable ledger listeners listing locks memory metrics model_lists"
     " notify origin pool printing probe quickstart relay scrape server service sink source"
-    " sqlite_store stores succession supervisor tallies tls upstream wire worker writer"
+    " sqlite_store succession supervisor tallies tls upstream wire worker writer"
     " writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.

@@ -117,7 +117,7 @@ class _Path:
             keyring=keyring,
             ledger=ledger,
             accounts=accounts,
-            admission=Admission(config.server),
+            admission=Admission(config.server.max_streams),
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),
