@@ -16,7 +16,7 @@ SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
     " attempts channel child cli commands_keys commands_service commands_usage connector"
     " counting database demo diagnosis downstream exchange files folder gateway joining"
-    " journal journals keytable ledger listeners listing locks memory metrics model_lists"
+    " journal journals keytable ledger listeners listing memory metrics model_lists"
     " notify origin pool printing probe quickstart relay scrape server service sink source"
     " sqlite_store succession supervisor tallies tls upstream wire worker writer"
     " writer_process writers".split()
