@@ -26,13 +26,14 @@ class Traffic:
     warmup: int = 0  # requests before, which are not counted
     stream: bool = False
     events: int | None = None  # of a stream
-    event_bytes: int | None = None  # the mock's are at least 236
+    event_bytes: int | None = None  # the mock's are at least 352, plain ones 236
     pace: float | None = None  # between the events of a stream
     block_bytes: int | None = None  # that the mock hands over at once without a pace; 0: each alone
     prompt_bytes: int | None = None
     ramp: float | None = None  # over which the connections start
     new_connection: bool = False
     read_rate: int | None = None  # bytes per second and connection
+    plain_events: bool = False  # answers without what OpenAI adds: as older results were measured
 
     def options(self) -> list[str]:
         """As arguments of `bench.load`."""

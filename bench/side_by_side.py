@@ -178,10 +178,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def chosen(options: argparse.Namespace) -> list[Scenario]:
     """The scenarios named, in the order of the table, shortened for a quick run."""
     return [
-        replace(each, variants=tuple(map(shortened, each.variants))) if options.quick else each
+        replace(each, variants=tuple(_adapted(variant, options) for variant in each.variants))
         for each in SCENARIOS
         if each.name in options.scenario
     ]
+
+
+def _adapted(variant: Variant, options: argparse.Namespace) -> Variant:
+    if options.plain_events:
+        variant = replace(variant, traffic=replace(variant.traffic, plain_events=True))
+    return shortened(variant) if options.quick else variant
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -199,6 +205,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         help=f"some of {', '.join(names)} (all)",
     )
     add("--rounds", type=int, default=4, help="of each target (4)")
+    add(
+        "--plain-events",
+        action="store_true",
+        help="answers without what OpenAI adds and changes, to compare with results of before",
+    )
     add("--quick", action="store_true", help="a few seconds, to see that it works")
     add(
         "--peers",

@@ -8,8 +8,8 @@ from mmap import mmap
 from operator import attrgetter
 from typing import Any, Final, Protocol
 
-from .config import ServerSettings
 from .errors import UnavailableError
+from .settings import ServerSettings
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -36,7 +36,10 @@ class BodyMemory:
         self.held = 0
 
     def hold(self, more: int) -> None:
-        """Hold `more` bytes, or raise UnavailableError and hold none of them."""
+        """Hold `more` bytes, or release some where it is negative.
+
+        Raises UnavailableError where they are too many, and then holds none of them.
+        """
         held = self.held + more
         if more > 0 and held > self.limit:
             raise UnavailableError(
@@ -45,10 +48,6 @@ class BodyMemory:
                 retry_after=RETRY_AFTER,
             )
         self.held = held
-
-    def release(self, count: int) -> None:
-        """Hold `count` bytes less."""
-        self.held -= count
 
 
 class Connection(Protocol):

@@ -387,6 +387,11 @@ class Journal:
             segments.append(self._current)
         return segments
 
+    @property
+    def depth(self) -> int:
+        """Closed requests that are not yet in the store."""
+        return self.closed - self.stored
+
     # The other thread
 
     def prepare(self) -> None:

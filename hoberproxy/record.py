@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from .errors import FailedAttempt
+from .text import clip_text
 
 LOST: Final = "lost"  # the code of a request whose end nobody saw: its process was killed
 CLIENT_CLOSED: Final = 499  # nginx's number for a client that went away; never sent, only recorded
@@ -118,36 +119,6 @@ class Record:  # no dataclass, whose making is not compiled
         if self.status == CLIENT_CLOSED:
             return False
         return self.code != "" or not 200 <= self.status < 400
-
-
-def clip_text(text: str, limit: int = 128) -> str:
-    """Return at most `limit` characters of an upstream's text, fit for any encoding."""
-    if text.isascii():
-        return text[:limit]
-    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
-    return text[:limit].encode("utf-8", "replace").decode("utf-8")
-
-
-# One entry a byte. The backslash is escaped too, so that "\x0a" in the text is not taken for ours.
-_ESCAPED: Final = tuple(
-    chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in range(256)
-)
-
-
-def escape_client_text(raw: bytes, limit_bytes: int = 128) -> str:
-    """Return a header value of the client as printable ASCII, other bytes as `\\xNN`.
-
-    The result has at most `limit_bytes` characters and is never cut inside an escape.
-    """
-    pieces: list[str] = []
-    room = limit_bytes
-    for byte in raw[:limit_bytes]:  # a byte gives a character at least
-        piece = _ESCAPED[byte]
-        room -= len(piece)
-        if room < 0:
-            break
-        pieces.append(piece)
-    return "".join(pieces)
 
 
 # Rows

@@ -21,18 +21,17 @@ from .completion import (
     parse_completion,
     serialize_as_stream,
 )
-from .downstream import Answer
+from .downstream import ResponseBody
 from .editor import decode_string
 from .errors import UpstreamError
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
 from .lenient import load_json
 from .members import MemberRewriter
 from .native import mypyc_attr
 from .progress import has_progress
 from .refusal import MAX_BODY_BYTES
-from .sink import Shortcut
 from .stream import StreamScanner
-from .upstream import Loss, Receiver
+from .upstream import ChunkTaker, Loss, Receiver
 from .usage import Usage, parse_usage
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
@@ -122,7 +121,7 @@ class Reporter(Receiver):
 class Relay(Receiver):
     """One attempt, one answer: a Receiver that has its head already."""
 
-    def __init__(self, attempt: Reporter, answer: Answer) -> None:
+    def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
         self._attempt = attempt
         self._answer = answer
 
@@ -144,13 +143,13 @@ class Relay(Receiver):
 class StreamRelay(Relay):
     """SSE in, SSE out."""
 
-    def __init__(self, attempt: Reporter, answer: Answer, scanner: StreamScanner) -> None:
+    def __init__(self, attempt: Reporter, answer: ResponseBody, scanner: StreamScanner) -> None:
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
         self._is_watched = False
         self._unsent = b""  # of the last piece: it goes with the end
-        self._shortcut: Shortcut | None = None
+        self._taker: ChunkTaker | None = None  # where the response takes chunks framed already
 
     @property
     def is_at_boundary(self) -> bool:
@@ -162,7 +161,7 @@ class StreamRelay(Relay):
         """The client has whole events only, and no half of a line end either."""
         return self._scanner.is_at_boundary and not self._scanner.may_end_line
 
-    def on_body(self, data: bytes) -> Shortcut | None:
+    def on_body(self, data: bytes) -> ChunkTaker | None:
         scanner = self._scanner
         out = scanner.feed(data)
         if scanner.is_done:
@@ -175,7 +174,7 @@ class StreamRelay(Relay):
             return None
         if self._is_watched and not self._has_progress(out):
             return None
-        return self._shortcut if scanner.is_ready_for_stencil else None
+        return self._taker if scanner.is_ready_for_stencil else None
 
     def watch(self) -> None:
         """Look for content in what comes, until there is some; nothing may pass beside us."""
@@ -253,7 +252,10 @@ class StreamRelay(Relay):
     def _open(self) -> None:
         self._is_open = True
         self._attempt.open_answer(is_stream=True)
-        self._shortcut = self._answer.open_shortcut(self._scanner.stencil)
+        sink = self._answer.open_sink()
+        if sink is not None:
+            self._scanner.stencil.open(sink, self._answer)
+            self._taker = self._scanner.stencil
 
     def _fail_stream(self) -> None:
         failure = self._scanner.failure
@@ -279,7 +281,13 @@ class BodyRelay(Relay):
     _rewriter: MemberRewriter | None = None
 
     def __init__(
-        self, attempt: Reporter, answer: Answer, slug: str, *, as_stream: bool, wants_usage: bool
+        self,
+        attempt: Reporter,
+        answer: ResponseBody,
+        slug: str,
+        *,
+        as_stream: bool,
+        wants_usage: bool,
     ) -> None:
         self._attempt = attempt  # not by super(): one is made with every request
         self._answer = answer
@@ -404,7 +412,7 @@ _match_error_event: Final = re.compile(
 class RefusalReader(Relay):
     """The body of an answer other than 200, for the message in it; a broken one is as good."""
 
-    def __init__(self, attempt: Reporter, answer: Answer) -> None:
+    def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
         super().__init__(attempt, answer)
         self._collected = bytearray()
 

@@ -7,10 +7,10 @@ import logging
 import os
 
 from .admission import MAX_WORKERS
-from .config import Config
 from .joining import LOG_FORMAT
 from .listeners import passed_by_systemd
 from .notify import Notifier
+from .settings import Config
 from .source import ConfigSource, read_source
 from .succession import take_legacy
 from .supervisor import Supervisor

@@ -18,8 +18,8 @@ from typing import Any
 
 from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .child import Child, State
-from .config import Address
 from .listeners import Listeners, flat
+from .settings import Address
 from .source import ConfigSource
 
 STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the state is read from

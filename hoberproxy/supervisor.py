@@ -27,7 +27,6 @@ from typing import Any
 from . import __version__
 from .admin import AdminSocket, admin_path
 from .admission import MAX_PROCESSES, MAX_WORKERS
-from .catalog import ConfigError
 from .channel import Message
 from .child import (
     STEADY,
@@ -41,8 +40,7 @@ from .child import (
     spawn,
     try_installed,
 )
-from .config import Config
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -52,12 +50,13 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource
 from .status import combine
 from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_stream_counts
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")

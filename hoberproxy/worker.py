@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from .admin import OFF
 from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .channel import Channel, Message, read_first_message
-from .config import ConfigError
 from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
 from .store import StoreError
+from .values import ConfigError
 
 logger = logging.getLogger("hoberproxy.server")
 

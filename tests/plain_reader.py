@@ -203,7 +203,8 @@ def _read_choices(document: dict[str, Any], reading: Reading) -> None:
         reading.finish_reason = choice.get("finish_reason") or reading.finish_reason
         delta = {**(choice.get("delta") or {}), **(choice.get("message") or {})}
         has_text = has_text or bool(choice.get("text"))
-        has_text = has_text or any(value for name, value in delta.items() if name != "role")
+        values = [value for name, value in delta.items() if name != "role"]
+        has_text = has_text or any(isinstance(each, str | list | dict) and each for each in values)
         if choice.get("finish_reason"):
             reading.has_content = True
     reading.fewest += has_text

@@ -19,8 +19,8 @@ from hoberproxy.admission import (
     StreamCounts,
     body_memory_limit,
 )
-from hoberproxy.config import ServerSettings
 from hoberproxy.errors import UnavailableError
+from hoberproxy.settings import ServerSettings
 
 from .conftest import QUESTION, Proxy, RawClient, StartProxy, chat, wait_until
 from .scripted import (
@@ -203,7 +203,7 @@ def test_bytes_are_held_up_to_the_limit_and_come_back() -> None:
     assert memory.held == 60
     memory.hold(40)
     memory.hold(-30)
-    memory.release(70)
+    memory.hold(-70)
     assert memory.held == 0
 
 
@@ -272,7 +272,7 @@ async def test_a_whole_body_for_which_there_is_no_room_keeps_its_connection(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert "connection" not in answer.headers
     assert proxy.gateway.bodies.held == MIB - 10
-    proxy.gateway.bodies.release(MIB - 10)
+    proxy.gateway.bodies.hold(10 - MIB)
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     assert proxy.gateway.bodies.held == 0

@@ -161,7 +161,7 @@ def test_every_problem_of_a_config_is_told_at_once(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        pytest.param(None, "cannot be read: No such file", id="not there"),
+        pytest.param(None, "expected a readable file, got no such file", id="not there"),
         pytest.param(b"\xff\xfe", "expected UTF-8", id="not text"),
         pytest.param(b"[server", "line 1", id="not TOML"),
     ],
@@ -218,7 +218,7 @@ def test_a_key_is_shown_once_listed_by_its_hint_and_revoked(
     key = shown.out.strip()
     assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}", key)
     key_id = shown.err.split()[0]
-    assert "shown this once" in shown.err
+    assert "printed only this once" in shown.err
 
     assert main(["keys", "list"]) == 0
     listing = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_reading_where_nothing_was_kept_makes_no_file(
     config: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command) == 1
-    assert "no keys or records at records.db yet" in capsys.readouterr().err
+    assert "expected keys and records at records.db" in capsys.readouterr().err
     assert not (config.parent / "records.db").exists()
 
 
@@ -341,7 +341,7 @@ def test_usage_is_summed_by_each_group(
     assert main(["usage", "--by", by]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith(by)
-    assert lines.pop().startswith("~ some of these tokens are estimates")
+    assert lines.pop().startswith("~ includes estimates")
     assert {line.split()[0] for line in lines} == first_cells
     requests = [int(re.split(r" {2,}", line)[1]) for line in lines]
     assert sum(requests) == 3
@@ -544,7 +544,7 @@ def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
     assert printed.returncode == 0, printed.stderr
     assert "10" in printed.stdout
 
-    (shown,) = re.findall(r"What was used: +(.+)", quickstart.output.read_text())
+    (shown,) = re.findall(r"Usage so far: +(.+)", quickstart.output.read_text())
 
     def used() -> str:
         return run(["bash", "-c", shown]).stdout
@@ -703,7 +703,7 @@ def test_usage_shows_money_as_bars(costs: None, capsys: pytest.CaptureFixture[st
     assert "USD" in head
     assert "0.000000000003+" in two and "▏" in two
     assert "1.0000" in one and one.endswith("█" * 20)
-    assert note.startswith("+ some")
+    assert note.startswith("+ excludes requests")
 
 
 def test_usage_is_written_for_programs(costs: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,28 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.config import (
-    EXAMPLE,
-    Abilities,
-    Adaptation,
+from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Prices, Provider, TimeLimits
+from hoberproxy.reader import parse_config
+from hoberproxy.settings import (
     Address,
     Config,
-    ConfigError,
-    Endpoint,
     KeySettings,
     LogSettings,
-    Model,
-    Prices,
-    Provider,
     RecordSettings,
     RoutingSettings,
     ServerSettings,
-    TimeLimits,
-    parse_config,
 )
+from hoberproxy.source import read_example
+from hoberproxy.values import ConfigError
 
 SETTINGS = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
 SECRET = "sk-hunter2"
+EXAMPLE = read_example()
 ENVIRON = {"DEEPSEEK_API_KEY": SECRET, "EXAMPLE_API_KEY": SECRET, "EMPTY": " ", "BAD": "a b"}
 
 PROVIDER = '[providers.p]\nbase_url = "https://host/v1"\n'
