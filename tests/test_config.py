@@ -938,6 +938,12 @@ def test_every_field_has_a_documented_setting(section: str) -> None:
     assert settings <= set(documented(section))
 
 
+@pytest.mark.parametrize("section", ["server", "keys", "records", "routing", "log"])
+def test_the_example_has_every_setting_of_the_proxy_itself(section: str) -> None:
+    tables = tomllib.loads(re.sub(r"(?m)^#(?! )", "", EXAMPLE))
+    assert set(tables[section]) == set(documented(section))
+
+
 def shown(value: object) -> str:
     """A default as the documentation shows it."""
     if isinstance(value, bool):
