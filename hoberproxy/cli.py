@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from . import __version__
+from .admission import MAX_WORKERS
 from .commands_keys import add_keys
 from .commands_usage import add_usage
 from .printing import print_table
@@ -87,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--workers",
         metavar="COUNT",
-        type=_number_parser(int, 0, 256),
+        type=_number_parser(int, 0, MAX_WORKERS),
         help="processes that serve, under one that watches them; 0 is one per core. "
         "Without it a single process serves",
     )
