@@ -14,6 +14,7 @@ from dataclasses import replace
 from .catalog import Endpoint, Model, Provider
 from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .demo import DemoModel
+from .native import describe_build
 from .presets import PRESETS, presets_from_environment
 from .prices import Prices
 from .stores import open_store
@@ -68,7 +69,7 @@ def make_key(records_file: str) -> str:
 
 
 _WELCOME = """\
-hoberproxy listens on {base_url}
+{build} listens on {base_url}
 models: {models}
 {absent}
 Your key for the next 24 hours:
@@ -106,6 +107,7 @@ def welcome(config: Config, address: Address, key: str, program: str) -> str:
     """What to do now: lines that work as they are, copied. `program` is how to call this one."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return _WELCOME.format(
+        build=describe_build(),
         base_url=f"http://{Address(host, address.port)}",
         models=", ".join(model.slug for model in config.models),
         absent=_absent_providers(config),

@@ -52,6 +52,7 @@ from .listeners import (
     name_of,
 )
 from .memory import resident_bytes
+from .native import describe_build
 from .notify import Notifier
 from .scrape import MetricsListener
 from .source import ConfigSource
@@ -191,7 +192,7 @@ class Supervisor:
     def _announce(self) -> None:
         self._tell_ready(self._serving)
         for address in self._listeners.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
 
     async def _bind(self, config: Config, has_predecessor: Callable[[], bool]) -> None:
         """Listen where the config says, too; what is not in it any more goes with `_unbind`."""
