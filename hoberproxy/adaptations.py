@@ -15,7 +15,7 @@ from typing import Any
 
 from .catalog import ROLES, Abilities, Adaptation
 from .extensions import is_extension
-from .tables import Table, nearest, shown
+from .tables import Table, describe_value, nearest
 from .values import InvalidValue
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
@@ -177,7 +177,7 @@ def _json_text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | Decimal):
         return _number_text(value)
-    raise InvalidValue("a value that JSON has", shown(value), "write it as a string")
+    raise InvalidValue("a value that JSON has", describe_value(value), "write it as a string")
 
 
 def _number_text(value: int | Decimal) -> str:
@@ -186,4 +186,6 @@ def _number_text(value: int | Decimal) -> str:
         return str(value)
     if isinstance(value, Decimal) and value.is_finite() and math.isfinite(float(value)):
         return str(value)
-    raise InvalidValue("a number of 64 bits", shown(value), "write a smaller one, or a string")
+    raise InvalidValue(
+        "a number of 64 bits", describe_value(value), "write a smaller one, or a string"
+    )

@@ -321,10 +321,13 @@ def _check(arguments: argparse.Namespace) -> int:
 def _check_live(config: Config, arguments: argparse.Namespace) -> int:
     """Check all endpoints; return EXIT_FAILED if one cannot be reached."""
     from .diagnosis import COLUMNS
-    from .probe import run_probe
+    from .probe import run_live_check
 
-    reports = run_probe(
-        config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_print_progress
+    reports = run_live_check(
+        config,
+        limit=arguments.timeout,
+        concurrency=arguments.concurrency,
+        on_progress=_print_progress,
     )
     print_table(COLUMNS, [report.cells for report in reports])
     if any(model.is_wildcard for model in config.models):

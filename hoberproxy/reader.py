@@ -36,7 +36,7 @@ from .settings import (
     RoutingSettings,
     ServerSettings,
 )
-from .tables import Table, nearest, plain_number, shown
+from .tables import Table, describe_value, nearest, plain_number
 from .values import (
     NOT_FORWARDED,
     NOT_RETURNED,
@@ -449,7 +449,7 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
     if _PRICE.fullmatch(text):
         return Decimal(text)
     expected = f"{unit}, 0 to 9999999, at most 12 decimals"
-    got = "another string" if isinstance(value, str) else shown(value)
+    got = "another string" if isinstance(value, str) else describe_value(value)
     table.note(name, InvalidValue(expected, got, 'write it like "0.14"'))
     return Decimal(0)
 

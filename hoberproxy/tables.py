@@ -66,7 +66,7 @@ class Table:
         if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
         if value is not None:
-            self.note(name, InvalidValue(expected, shown(value), _ADVICE[expected]))
+            self.note(name, InvalidValue(expected, describe_value(value), _ADVICE[expected]))
         return None
 
     def boolean(self, name: str, default: B) -> bool | B:
@@ -79,7 +79,10 @@ class Table:
         value = self.take(name, int, "an integer")
         if value is None or low <= value <= high:
             return default if value is None else value
-        self.note(name, InvalidValue(f"{low} to {high}", shown(value), "choose one in this range"))
+        self.note(
+            name,
+            InvalidValue(f"{low} to {high}", describe_value(value), "choose one in this range"),
+        )
         return default
 
     def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
@@ -147,7 +150,7 @@ class Table:
         if not number.is_nan() and Decimal(low) <= number <= Decimal(high):
             return number
         expected = f"{low} to {high}{unit}"
-        self.note(name, InvalidValue(expected, shown(value), "choose one in this range"))
+        self.note(name, InvalidValue(expected, describe_value(value), "choose one in this range"))
         return None
 
     def _at(self, name: str) -> str:
@@ -171,7 +174,7 @@ _ADVICE = {
 }
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describe `value` for a message: a number as it is, anything else by its type."""
     if isinstance(value, bool):
         return "true" if value else "false"
