@@ -31,7 +31,7 @@ from .peers import PEERS, PROXIES, Peer
 from .processes import StartError
 from .ratios import Table, judge, summarize
 from .report import print_report
-from .runner import Run, Runner, Target
+from .runner import Run, Runner, Target, lacking
 from .scenarios import DIRECT, SCENARIOS, Scenario, Variant, limited, shortened
 
 
@@ -166,7 +166,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     report = describe_run(options, cores, missing)
     os.sched_setaffinity(0, {cores.load})  # only the server under test is on its core
     versions = {each.name: each.peer.version(each.program) for each in targets if each.peer}
-    parts = [measure(each, targets, options, cores, most) for each in chosen(options)]
+    parts = []
+    for scenario in chosen(options):
+        if lack := lacking(scenario):
+            print(f"{scenario.name} is left out: expected {lack}, got none", file=sys.stderr)
+        else:
+            parts.append(measure(scenario, targets, options, cores, most))
     return report | {
         "peers": versions,
         "warnings": warn(report["machine"], cores, options.quick),

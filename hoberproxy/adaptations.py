@@ -13,8 +13,9 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from .catalog import ROLES, Abilities, Adaptation
+from .catalog import Abilities, Adaptation
 from .extensions import is_extension
+from .request import ROLES
 from .tables import Table, describe_value, nearest
 from .values import InvalidValue
 

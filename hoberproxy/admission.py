@@ -37,7 +37,10 @@ class BodyMemory:
         self.held = 0
 
     def hold(self, more: int) -> None:
-        """So many bytes more. Raises UnavailableError where they are too many, and holds none."""
+        """Hold `more` bytes, or release some where it is negative.
+
+        Raises UnavailableError where they are too many, and then holds none of them.
+        """
         held = self.held + more
         if more > 0 and held > self.limit:
             raise UnavailableError(
@@ -46,10 +49,6 @@ class BodyMemory:
                 retry_after=RETRY_AFTER,
             )
         self.held = held
-
-    def release(self, count: int) -> None:
-        """So many bytes less."""
-        self.held -= count
 
 
 class Connection(Protocol):

@@ -12,16 +12,18 @@ from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from typing import Any, ClassVar, Final
 
-from .prices import Prices
-
 # `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
 # GET /v1/models the same across restarts and workers.
 DEFAULT_CREATED: Final = 1709000000
 MAX_SLUG_LENGTH: Final = 256
 ROUTING_SUFFIXES: Final = (":nitro", ":floor")  # of what clients ask for; no slug ends in one
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+# A price has up to 12 decimals per million tokens: in attodollars (1e-18 USD) a token's is whole.
+_PER_TOKEN: Final = 10**12
+_PER_REQUEST: Final = 10**18
+_ATTO_IN_PICO: Final = 10**6
 _VISIBLE: Final = re.compile(r"[!-~]+")  # ASCII without spaces and controls
-ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
+_ALWAYS: Final = frozenset(("prompt", "completion"))  # prices that are told even if they are 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,90 @@ class Provider:
         """The Host header (RFC 9110 section 7.2): the scheme's default port is left out."""
         host = bracketed(self.host)
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """USD per million tokens, and per request; at most 12 decimals.
+
+    Where they are None, `cached` and `cache_write` input cost as `prompt` does, and `reasoning` as
+    `completion`.
+    """
+
+    prompt: Decimal = Decimal(0)
+    completion: Decimal = Decimal(0)
+    cached: Decimal | None = None
+    reasoning: Decimal | None = None
+    request: Decimal = Decimal(0)
+    cache_write: Decimal | None = None
+    text: str = field(init=False, repr=False, compare=False)  # of records: `prompt=0.14 …`
+    _rates: tuple[int, int, int, int, int, int] = field(init=False, repr=False, compare=False)
+    _most_rates: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        cached = self.prompt if self.cached is None else self.cached
+        written = self.prompt if self.cache_write is None else self.cache_write
+        reasoning = self.completion if self.reasoning is None else self.reasoning
+        per_token = (self.prompt, cached, written, self.completion, reasoning)
+        rates = (
+            *(int(price * _PER_TOKEN) for price in per_token),
+            int(self.request * _PER_REQUEST),
+        )
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        given = {name: price for name, price in named.items() if price or name in _ALWAYS}
+        text = " ".join(f"{name}={price:f}" for name, price in given.items() if price is not None)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "_rates", rates)
+        most = (max(rates[:3]), max(rates[3:5]), rates[5])
+        object.__setattr__(self, "_most_rates", most)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no part of a request costs anything."""
+        return not any(self._rates)
+
+    def cost(
+        self,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        cache_write_tokens: int = 0,
+    ) -> int:
+        """Return the picodollars of one request, rounded half up.
+
+        `cached_tokens` and `cache_write_tokens` are parts of `prompt_tokens`, `reasoning_tokens`
+        are a part of `completion_tokens`.
+        """
+        prompt, cached, written, completion, reasoning, request = self._rates
+        # Upstreams that count the parts apart from the whole must not make it negative.
+        cached_tokens = min(cached_tokens, prompt_tokens)
+        cache_write_tokens = min(cache_write_tokens, prompt_tokens - cached_tokens)
+        reasoning_tokens = min(reasoning_tokens, completion_tokens)
+        atto = (
+            (prompt_tokens - cached_tokens - cache_write_tokens) * prompt
+            + cached_tokens * cached
+            + cache_write_tokens * written
+            + (completion_tokens - reasoning_tokens) * completion
+            + reasoning_tokens * reasoning
+            + request
+        )
+        return (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+
+    def most(self, prompt_tokens: int, answer_tokens: int) -> tuple[int, int]:
+        """Return the most picodollars that a prompt costs, and that an answer adds to them."""
+        prompt, answer, request = self._most_rates
+        atto = prompt_tokens * prompt + request
+        before = (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+        atto += answer_tokens * answer
+        # Rounded as a whole, like the cost: rounded each for itself, the parts could be less.
+        return before, (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO - before
+
+
+def parse_prices(text: str) -> Prices:
+    """Return the prices that wrote `text`. Raises ValueError or ArithmeticError for other texts."""
+    pairs = dict(part.split("=", 1) for part in text.split())
+    return Prices(**{name: Decimal(value) for name, value in pairs.items()})
 
 
 @dataclass(frozen=True, slots=True)

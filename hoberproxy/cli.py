@@ -23,8 +23,8 @@ from .commands_usage import add_usage
 from .printing import print_table
 from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .source import read_example, read_source
+from .sqlite_store import open_store
 from .store import Store, StoreError
-from .stores import open_store
 from .values import ConfigError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import Any
 from .admin import AdminError, admin_path, ask
 from .printing import print_table
 from .settings import Config
+from .sqlite_store import open_store
 from .store import StoreError
-from .stores import open_store
 
 UPGRADE_LIMIT = 120.0  # seconds
 DAY = 86400.0

@@ -16,8 +16,7 @@ import orjson
 from .commands_keys import Commands, OpenStore
 from .limits import format_dollars
 from .printing import bar, dollars, parse_day, parse_since, print_table
-from .record import Record
-from .rows import COLUMNS
+from .record import COLUMNS, Record
 from .store import UsageRow
 
 GROUPS = ("key", "model", "provider", "day", "status")

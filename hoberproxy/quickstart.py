@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 
-from .catalog import Endpoint, Model, Provider
+from .catalog import Endpoint, Model, Prices, Provider
 from .demo import DemoModel
 from .presets import PRESETS, presets_from_environment
-from .prices import Prices
 from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
-from .stores import open_store
+from .sqlite_store import open_store
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"

@@ -22,11 +22,11 @@ from .catalog import (
     NO_ADAPTATION,
     Endpoint,
     Model,
+    Prices,
     Provider,
     TimeLimits,
 )
 from .presets import PRESETS, Preset, first_set, preset_key, preset_url
-from .prices import Prices
 from .settings import (
     Address,
     Config,

@@ -39,7 +39,7 @@ from .child import (
     spawn,
     try_installed,
 )
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -49,7 +49,6 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
 from .notify import Notifier
 from .scrape import MetricsListener
 from .settings import Config

@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, settings
 
 from hoberproxy import stencil
 from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.gateway import Gateway
+from hoberproxy.context import ServerContext
 from hoberproxy.record import Record
 from hoberproxy.server import Server
 from hoberproxy.settings import (
@@ -241,7 +241,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: Gateway
+    gateway: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended
@@ -300,8 +300,7 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         gateway = server._gateway
         assert gateway is not None
         records: list[Record] = []
-        put = gateway.ledger.put
-        gateway.ledger.put = lambda record: (records.append(record), put(record))  # type: ignore
+        gateway.on_closed = records.append
         proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
         started.append(proxy)
         return proxy

@@ -204,7 +204,7 @@ async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["connection"] == "close"
     assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("1", "1000")
-    assert proxy.gateway.metrics.refused_connections == 1
+    assert proxy.gateway.refused_connections == 1
     first.send(get())
     assert (await first.read_answer()).status == 200
     await first.aclose()
@@ -284,7 +284,7 @@ def test_bytes_are_held_up_to_the_limit_and_come_back() -> None:
     assert memory.held == 60
     memory.hold(40)
     memory.hold(-30)
-    memory.release(70)
+    memory.hold(-70)
     assert memory.held == 0
 
 
@@ -353,7 +353,7 @@ async def test_a_whole_body_for_which_there_is_no_room_keeps_its_connection(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert "connection" not in answer.headers
     assert proxy.gateway.bodies.held == MIB - 10
-    proxy.gateway.bodies.release(MIB - 10)
+    proxy.gateway.bodies.hold(10 - MIB)
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     assert proxy.gateway.bodies.held == 0

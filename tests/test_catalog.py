@@ -16,9 +16,9 @@ from hoberproxy.catalog import (
     Catalog,
     Endpoint,
     Model,
+    Prices,
     Provider,
 )
-from hoberproxy.prices import Prices
 from hoberproxy.values import InvalidValue, parse_base_url
 
 

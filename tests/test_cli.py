@@ -29,6 +29,7 @@ from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .patience import WAIT
+from .stores import write_records
 
 PATIENCE = WAIT
 COMMAND = [str(Path(sys.executable).with_name("hoberproxy"))]
@@ -300,23 +301,26 @@ def records(config: Path) -> None:
     store = Store("records.db")
     _, row = store.create_key("laptop")
     days = [DAY, DAY, DAY + 86400]
-    store.insert_records(
-        Record(
-            id=f"req_{number}",
-            started=started,
-            key_id=row.key_id,
-            key_label=row.label,
-            slug="one/model" if number else "one/other",
-            provider="one",
-            status=200 if number else 502,
-            prompt_tokens=1000,
-            completion_tokens=50,
-            has_usage=number != 2,
-            estimated=number == 2,
-            first_content=0.25,
-            total=1.0,
-        )
-        for number, started in enumerate(days)
+    write_records(
+        store,
+        [
+            Record(
+                id=f"req_{number}",
+                started=started,
+                key_id=row.key_id,
+                key_label=row.label,
+                slug="one/model" if number else "one/other",
+                provider="one",
+                status=200 if number else 502,
+                prompt_tokens=1000,
+                completion_tokens=50,
+                has_usage=number != 2,
+                estimated=number == 2,
+                first_content=0.25,
+                total=1.0,
+            )
+            for number, started in enumerate(days)
+        ],
     )
     store.close()
 
@@ -357,8 +361,8 @@ def test_what_was_written_to_caches_has_a_column_where_there_is_any(
     assert main(["usage", "--by", "provider"]) == 0
     assert "cache write" not in capsys.readouterr().out
     with closing(Store("records.db")) as store:
-        store.insert_records(
-            [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
+        write_records(
+            store, [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
         )
     assert main(["usage", "--by", "provider"]) == 0
     head, line, _ = capsys.readouterr().out.splitlines()
@@ -667,25 +671,28 @@ def test_a_rotation_prints_the_new_key_and_until_when_the_old_one_works(
 @pytest.fixture
 def costs(config: Path) -> None:
     store = Store("records.db")
-    store.insert_records(
-        Record(
-            id=f"req_{number}",
-            started=1_700_000_000.0 + number,
-            key_id="key_1",
-            key_label="team",
-            slug="a/b",
-            provider=provider,
-            status=200,
-            attempts=1,
-            streamed=True,
-            requested=("a/b", "c/d"),
-            prompt_tokens=10,
-            completion_tokens=30,
-            first_content=0.5,
-            total=2.0,
-            cost=cost,
-        )
-        for number, (provider, cost) in enumerate([("one", 10**12), ("two", 3), ("two", None)])
+    write_records(
+        store,
+        [
+            Record(
+                id=f"req_{number}",
+                started=1_700_000_000.0 + number,
+                key_id="key_1",
+                key_label="team",
+                slug="a/b",
+                provider=provider,
+                status=200,
+                attempts=1,
+                streamed=True,
+                requested=("a/b", "c/d"),
+                prompt_tokens=10,
+                completion_tokens=30,
+                first_content=0.5,
+                total=2.0,
+                cost=cost,
+            )
+            for number, (provider, cost) in enumerate([("one", 10**12), ("two", 3), ("two", None)])
+        ],
     )
     store.close()
 

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Provider, TimeLimits
-from hoberproxy.prices import Prices
+from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Prices, Provider, TimeLimits
 from hoberproxy.reader import parse_config
 from hoberproxy.settings import (
     Address,

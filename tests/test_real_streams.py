@@ -20,7 +20,7 @@ from .data.make_streams import STREAMS, make
 from .plain_reader import read_plainly, split_events
 from .scripted import chunk
 from .test_plain_reader import agree
-from .test_stencil import unframed
+from .test_stencil import Passing, unframed
 from .test_stream import SLUG, scan
 
 FOLDER = Path(__file__).parent / "data"
@@ -93,12 +93,13 @@ def pieces_at_random(data: bytes, name: str) -> list[list[bytes]]:
 
 def pass_as_received(scanner: StreamScanner, data: bytes) -> bytes:
     """Hand over the stream as servers send it: an event a chunk, a chunk a read."""
-    out = []
+    out, passing = [], Passing(scanner.stencil)
     for event in split_events(data):
-        passed: bytes | None = None
+        passed = b""
         if scanner.is_ready_for_stencil:
-            passed = scanner.stencil.pass_chunks(chunk(event.raw))
-        out.append(scanner.feed(event.raw) if passed is None else unframed(passed))
+            passed, rest = passing.take(chunk(event.raw))
+            assert (rest == b"") is (passed != b""), "all of it or nothing"
+        out.append(unframed(passed) if passed else scanner.feed(event.raw))
     return b"".join([*out, scanner.feed_eof()])
 
 

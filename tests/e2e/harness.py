@@ -246,12 +246,7 @@ class Proxy:
         self.port = server.addresses[0].port
         self.url = f"http://127.0.0.1:{self.port}"
         self.records: list[Record] = []
-        self._put = gateway.ledger.put
-        gateway.ledger.put = self._note  # type: ignore[method-assign]
-
-    def _note(self, record: Record) -> None:
-        self.records.append(record)
-        self._put(record)
+        gateway.on_closed = self.records.append
 
     async def wait_for_record(self, count: int = 1) -> Record:
         """Wait until `count` requests have ended; returns the last of their records."""

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Abilities, Endpoint, Model
-from hoberproxy.prices import Prices
+from hoberproxy.catalog import Abilities, Endpoint, Model, Prices
 from hoberproxy.settings import RoutingSettings
 from tests.scripted import (
     Answer,
