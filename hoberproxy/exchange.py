@@ -14,7 +14,6 @@ from collections.abc import Generator
 from typing import Final
 
 from .access import ANONYMOUS, Caller
-from .admission import NO_GROUP
 from .attempts import Attempt, Owner
 from .context import ServerContext
 from .counting import MAX_KEPT_BYTES
@@ -65,7 +64,6 @@ class Exchange(Owner):
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
     _refusal: ProxyError | None = None
     _caller = ANONYMOUS
-    _group = NO_GROUP  # where its address is counted
     _lease: Lease | None = None
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
@@ -109,8 +107,8 @@ class Exchange(Owner):
     # Authenticate
 
     def admit(self, known: Admitted | None = None) -> Admitted | None:
-        # A request counts, as one of `max_streams` and for its address, from the moment it is known
-        # to be a caller's: others would take the callers' room.
+        # A request counts as one of `max_streams` from the moment it is known to be a caller's:
+        # others would take the callers' room.
         context, record = self._context, self.record
         try:
             if (
@@ -123,9 +121,7 @@ class Exchange(Owner):
                 known = Admitted(self._authenticate(), context.keyring.version, context.config)
             else:
                 self._note_caller(known.caller)
-            self._group = context.admission.admit(
-                self._head, len(context.exchanges) + 1, self._client.address_group
-            )
+            context.admission.admit(len(context.exchanges) + 1)
         except ProxyError as error:
             self._refusal = error
             return None
@@ -546,7 +542,6 @@ class Exchange(Owner):
         context.exchanges.discard(self)
         self.hold_body(0)
         context.admission.note_streams(len(context.exchanges))
-        context.admission.leave(self._group)
         self.seal(status)
         if attempt is not None:
             attempt.forget()

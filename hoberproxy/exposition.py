@@ -100,7 +100,7 @@ FAMILIES = (
     Family(
         "refused_connections",
         "counter",
-        "Connections over the limit of their address, or of open files.",
+        "Connections over the limit of open files.",
     ),
     Family(
         "usage_missing",

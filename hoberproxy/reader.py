@@ -7,7 +7,6 @@ place (a URL, a header, a variable's name) is not quoted.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -117,6 +116,7 @@ def _read_config(root: Table, sources: _Sources) -> Config:
 
 def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
+    _refuse_limit_per_address(table)
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
     if metrics is not None and metrics.port and metrics in listen:
@@ -142,12 +142,16 @@ def _read_server(table: Table) -> ServerSettings:
         comment_after=table.seconds("comment_after", default.comment_after, low="0"),
         cors_origins=table.strings("cors_origins", _parse_origin),
         max_streams=table.integer("max_streams", default.max_streams, 0, 10**7),
-        max_connections_per_address=table.integer(
-            "max_connections_per_address", default.max_connections_per_address, 0, 10**6
-        ),
         models_refresh=table.seconds("models_refresh", default.models_refresh, low="0"),
-        trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
+
+
+def _refuse_limit_per_address(table: Table) -> None:
+    for name in ("max_connections_per_address", "trusted_proxies"):
+        if name in table.values:
+            table.know(name)
+            advice = "set limit_conn in the front proxy; deploy/ has nginx and Caddy"
+            table.note(name, InvalidValue("a known setting", "a limit per address", advice))
 
 
 def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
@@ -475,14 +479,6 @@ def _parse_origin(text: str) -> str:
             "an origin", "something else", 'write it like "https://host", without path'
         )
     return text.lower()  # as browsers send it
-
-
-def _parse_network(text: str) -> str:
-    try:
-        return str(ipaddress.ip_network(text))
-    except ValueError:
-        advice = 'write it like "10.0.0.0/8" or "127.0.0.1"'
-        raise InvalidValue("an address or network", "something else", advice) from None
 
 
 def _parse_owner(text: str) -> str:

@@ -27,7 +27,7 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
+from .admission import Admission, BodyMemory, ConnectionRoom, StreamCounts, body_memory_limit
 from .app import make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
@@ -58,7 +58,6 @@ from .provider import make_upstreams
 from .settings import Address, Config
 from .status import combine
 from .tallies import Tallies
-from .tally import Tally, new_tally_memory
 from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
 from .writer import FINISH_LIMIT, Writer
@@ -83,12 +82,12 @@ class Server(Timed):
         config: Config,
         listeners: Listeners | None = None,
         notifier: Notifier | None = None,
-        tally: Tally | None = None,
+        counts: StreamCounts | None = None,
         has_writer: bool = True,
         workers: int = 1,
     ) -> None:
         self._workers = workers  # this one among them: they share the machine
-        self._tally = tally
+        self._counts = counts
         self._config = config
         self._given = listeners
         self._notifier = notifier or Notifier({})
@@ -191,9 +190,7 @@ class Server(Timed):
         return body_memory_limit(config.server, machine_memory(), self._workers)
 
     def _make_admission(self, config: Config) -> Admission:
-        if self._tally is None and config.server.max_connections_per_address:
-            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
-        return Admission(config.server, self._tally)
+        return Admission(config.server.max_streams, self._counts)
 
     async def _handlers(self, app: web.Application) -> web.Server:
         runner = web.AppRunner(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 
+from .admission import MAX_WORKERS
 from .joining import LOG_FORMAT
 from .listeners import passed_by_systemd
 from .notify import Notifier
@@ -35,7 +36,7 @@ def serve_with_workers(path: str, listen: str | None, count: int) -> None:
             load,
             source,
             config,
-            count or count_cores(),
+            count or min(count_cores(), MAX_WORKERS),
             Notifier(os.environ),
             passed,
             legacy,

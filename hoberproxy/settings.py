@@ -47,9 +47,7 @@ class ServerSettings:
     comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
     cors_origins: tuple[str, ...] = ()
     max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
-    max_connections_per_address: int = 0  # 0 is no limit
     models_refresh: float = 600.0  # between reads of the lists of wildcards' providers; 0: never
-    trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,12 +115,9 @@ class DownstreamConnection(Client):
         self._sink = Sink(ours, -1 if socket is None else socket.fileno())
         self._connections.add(self)
         try:
-            peer = transport.get_extra_info("peername")
-            address = peer[0] if isinstance(peer, tuple) else ""
             room = self._context.room
             if len(self._connections) > room.limit:
                 room.make(self._connections, self, self._context.loop.time())
-            self.address_group = self._context.admission.enter(address)
         except UnavailableError as error:
             self._context.refused_connections += 1
             self._refuse(error.status, error)
@@ -165,7 +162,6 @@ class DownstreamConnection(Client):
         self._shut()
         self._transport = self._sink = None
         self._connections.discard(self)
-        self._context.admission.leave(self.address_group)
         self._context.wheel.cancel(self)
         handler, self._handler = self._handler, None
         if handler is not None:

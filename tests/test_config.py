@@ -530,6 +530,12 @@ REFUSED = [
     case("server", "server = 5\n" + PROVIDER + MODEL, id="a-section-is-no-table"),
     case("sever", "[sever]\n" + PROVIDER + MODEL, 'did you mean "server"?'),
     case("server.lisen", server("lisen = 1"), 'did you mean "listen"?'),
+    case("server.trusted_proxies", server("trusted_proxies = []"), "limit_conn in the front proxy"),
+    case(
+        "server.max_connections_per_address",
+        server("max_connections_per_address = 9"),
+        "limit_conn in the front proxy",
+    ),
     case("keys.x", "[keys]\nx = 1\n" + PROVIDER + MODEL, "known here: required"),
     case("providers.p.base_ur", at_provider("base_ur = 1"), 'did you mean "base_url"?'),
     case("providers.p.limits.idel", at_provider("limits.idel = 1"), 'did you mean "idle"?'),

@@ -353,7 +353,7 @@ def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
     for each in processes.tallies:
         slot = each._slots[caller.key_id]
         assert each._sum_held(slot) == 0
-        assert each._count_running(slot, 0) == 0
+        assert each._count_running(slot, KeyLimits(concurrency=1)) == 0
 
 
 def test_calls_that_never_got_a_body_leave_no_trace(processes: Processes) -> None:

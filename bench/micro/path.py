@@ -119,7 +119,7 @@ class _Path:
             catalog=catalog,
             keyring=keyring,
             accounts=accounts,
-            admission=Admission(config.server),
+            admission=Admission(config.server.max_streams),
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),
