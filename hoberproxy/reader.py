@@ -116,7 +116,7 @@ def _read_config(root: Table, sources: _Sources) -> Config:
 
 def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
-    _refuse_limit_per_address(table)
+    _note_limit_per_address(table)
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
     if metrics is not None and metrics.port and metrics in listen:
@@ -146,12 +146,12 @@ def _read_server(table: Table) -> ServerSettings:
     )
 
 
-def _refuse_limit_per_address(table: Table) -> None:
+def _note_limit_per_address(table: Table) -> None:
     for name in ("max_connections_per_address", "trusted_proxies"):
         if name in table.values:
             table.know(name)
             advice = "set limit_conn in the front proxy; deploy/ has nginx and Caddy"
-            table.note(name, InvalidValue("a known setting", "a limit per address", advice))
+            table.note(name, "a known setting", "a limit per address", advice)
 
 
 def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
