@@ -154,14 +154,7 @@ async def _send_all(report: Report, upstream: Upstream, step: Step) -> None:
     _report_stream(report, stream)
     without: frozenset[str] = frozenset()
     if stream.error is not None:
-        if (option := stream.error.refused_option) is None:
-            report.fail(stream.error)
-        else:
-            without = frozenset((option,))
-            report.reachable = f"no ({stream.error.upstream_status})"
-            advice = "set stream_options = false for the provider"
-            advice = advice if option == "stream_options" else "take it out of the endpoint's set"
-            report.note(f"the server refuses {option}, which the proxy adds; {advice}")
+        without = _report_failure(report, stream.error)
         if not stream.error.is_refusal:
             return  # the others would fail for the same reason
     tools = await _Request(upstream, step, _TOOL, without).send()
@@ -174,6 +167,18 @@ async def _send_all(report: Report, upstream: Upstream, step: Step) -> None:
         own = step.endpoint.abilities
         report.note_ability("tools", report.tools, own.tools)
         report.note_ability("json_mode", report.json_mode, own.json_mode)
+
+
+def _report_failure(report: Report, error: UpstreamError) -> frozenset[str]:
+    """Report `error`; return the option that the server refuses, if that is why."""
+    if (option := error.refused_option) is None:
+        report.fail(error)
+        return frozenset()
+    report.reachable = f"no ({error.upstream_status})"
+    advice = "set stream_options = false for the provider"
+    advice = advice if option == "stream_options" else "take it out of the endpoint's set"
+    report.note(f"the server refuses {option}, which the proxy adds; {advice}")
+    return frozenset((option,))
 
 
 def _report_stream(report: Report, stream: _Request) -> None:
