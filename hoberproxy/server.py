@@ -36,7 +36,6 @@ from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
 from .exchange import Exchange
 from .exposition import resident_bytes
-from .files import connections_limit, raise_file_limit
 from .folder import count_living, journal_directory
 from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
@@ -51,7 +50,7 @@ from .listeners import (
     listen_for_metrics,
     listen_when_free,
 )
-from .memory import collect_rarely, keep_freed_memory, machine_memory
+from .machine import collect_rarely, connections_limit, machine_memory, raise_file_limit
 from .metrics import Gauges, Metrics
 from .notify import Notifier
 from .provider import make_upstreams
@@ -612,7 +611,6 @@ def _explain(address: Address, exc: OSError) -> str:
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
     raise_file_limit()
-    keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())  # type: ignore[arg-type]

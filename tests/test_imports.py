@@ -15,8 +15,8 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
     " attempts channel child cli commands_keys commands_service commands_usage connector"
-    " context counting database demo diagnosis downstream exchange exposition files folder joining"
-    " journal journals key_loader keytable listeners listing memory metrics model_lists"
+    " context counting database demo diagnosis downstream exchange exposition folder joining"
+    " journal journals key_loader keytable listeners listing machine metrics model_lists"
     " notify opening origin pool printing probe quickstart relay scrape server service sink source"
     " sqlite_store stencil provider request_handler stream succession supervisor tallies tls"
     " upstream wire worker"
