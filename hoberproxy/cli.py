@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import __version__
 from .admission import MAX_WORKERS
 from .commands_keys import add_keys
 from .commands_usage import add_usage
+from .native import HOW_TO_COMPILE, describe_build, is_compiled
 from .printing import print_table
 from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .source import read_example, read_source
@@ -139,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_usage(commands, config_option, _open_store)
     _add_bench(commands)
 
-    version = commands.add_parser("version", help="print the version")
+    version = commands.add_parser("version", help="print the version, and whether it is compiled")
     version.set_defaults(run=_version)
     return parser
 
@@ -260,7 +260,7 @@ def _run_configured(config: Config, load: Callable[[], Config]) -> None:
         server = await _started(config)
         server.reload_on_signal(load)
         for address in server.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
         await server.wait_closed()
 
     run(serve)
@@ -357,7 +357,7 @@ def _print_example(arguments: argparse.Namespace) -> int:
 
 
 def _version(arguments: argparse.Namespace) -> int:
-    print(f"hoberproxy {__version__}")
+    print(describe_build() if is_compiled() else f"{describe_build()}; {HOW_TO_COMPILE}")
     return EXIT_OK
 
 

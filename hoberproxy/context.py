@@ -74,7 +74,7 @@ class ServerContext(ConnectionContext):
         self.config = config
         self.settings = config.server
         self.upstreams = upstreams
-        self.shortest_wait = _shortest_wait(config)
+        self.shortest_wait = shortest_wait_of(config)
         self.model_lists.configure(
             _behind_wildcards(config, upstreams), self.settings.models_refresh
         )
@@ -105,7 +105,7 @@ class ServerContext(ConnectionContext):
             self.on_closed(record)
 
 
-def _shortest_wait(config: Config) -> float:
+def shortest_wait_of(config: Config) -> float:
     """Return the seconds in which no time limit of any request can pass."""
     settings = config.server
     waits = [settings.write_timeout, settings.comment_after or math.inf]

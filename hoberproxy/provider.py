@@ -42,13 +42,11 @@ class Upstream:
 
     def forwarded_headers(self, head: RequestHead) -> Headers:
         """Return the fields of a client's head that are passed on to this provider."""
-        names = self.provider.forward_headers
-        has_trace = head.get(b"traceparent") is not None
-        if not names and not has_trace:
-            return []
-        # `tracestate` is a list that may come in several lines, in order.
-        forwarded = [each for each in head.headers if has_trace and each[0] in _TRACE_HEADERS]
-        for text in names:
+        forwarded: Headers = []
+        if head.get(b"traceparent") is not None:
+            # `tracestate` is a list that may come in several lines, in order.
+            forwarded = [item for item in head.headers if item[0] in _TRACE_HEADERS]
+        for text in self.provider.forward_headers:
             name = text.encode()
             if (value := head.get(name)) is not None and name not in _TRACE_HEADERS:
                 forwarded.append((name, value))
@@ -66,7 +64,10 @@ class Upstream:
     def serialize_request(
         self, body: Parts, extra: list[tuple[bytes, bytes]], *, stream: bool
     ) -> Parts:
-        """The whole request, a small one in one part; `extra` are fields of the client's head."""
+        """Return the whole request, a small one in one part.
+
+        `extra` are fields of the client's head.
+        """
         head = self._stream_head if stream else self._json_head
         fields = b"".join([b"%b: %b\r\n" % field for field in extra]) if extra else b""
         length = 0
@@ -79,7 +80,7 @@ class Upstream:
         return [b"".join(parts[: -len(body)]), *body]
 
     def answer_fields(self, slug: str, is_stream: bool) -> bytes:
-        """The header lines that every answer of this provider under this slug has."""
+        """Return the header lines that every answer of this provider under `slug` has."""
         fields = self._answer_fields.get((slug, is_stream))
         if fields is None:
             if len(self._answer_fields) >= MAX_HEADS:
@@ -94,14 +95,14 @@ class Upstream:
         return fields
 
     def serialize_listing_request(self) -> bytes:
-        """GET /models, with the key and the headers of all requests."""
+        """Return a request GET /models, with the key and the headers of all requests."""
         path = self.provider.path + "/models"
         head = _request_head(self.provider, b"GET", path, accept=b"application/json")
         return head + b"content-length: 0\r\n\r\n"
 
 
 def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes) -> bytes:
-    """The head's constant part: without content-length, without the empty line."""
+    """Return the constant part of a head: without content-length, without the empty line."""
     headers = [
         (b"host", provider.authority.encode()),
         (b"content-type", b"application/json"),
@@ -112,7 +113,7 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     added = {name.lower().encode(): value.encode() for name, value in provider.headers}
-    # The config may name another user agent; the rest of ours it can't (catalog.py refuses it).
+    # The config may name another user agent; the rest of ours it can't (values.py refuses it).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
     return serialize_request_head(method, path.encode(), headers)[:-2]

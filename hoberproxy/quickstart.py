@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from .catalog import Endpoint, Model, Prices, Provider
 from .demo import DemoModel
+from .native import describe_build
 from .presets import PRESETS, presets_from_environment
 from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 from .sqlite_store import open_store
@@ -65,7 +66,7 @@ def make_key(records_file: str) -> str:
 
 
 _WELCOME = """\
-hoberproxy listens on {base_url}
+{build} listens on {base_url}
 models: {models}
 {absent}
 Your key for the next 24 hours:
@@ -103,6 +104,7 @@ def welcome(config: Config, address: Address, key: str, program: str) -> str:
     """Return the lines to copy for a first request; `program` is the command of this program."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return _WELCOME.format(
+        build=describe_build(),
         base_url=f"http://{Address(host, address.port)}",
         models=", ".join(model.slug for model in config.models),
         absent=_absent_providers(config),

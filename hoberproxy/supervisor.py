@@ -50,6 +50,7 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
+from .native import describe_build
 from .notify import Notifier
 from .scrape import MetricsListener
 from .settings import Config
@@ -192,7 +193,7 @@ class Supervisor:
     def _announce(self) -> None:
         self._tell_ready(self._serving)
         for address in self._listeners.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
 
     async def _bind(self, config: Config, has_predecessor: Callable[[], bool]) -> None:
         """Listen where the config says, too; what is not in it any more goes with `_unbind`."""

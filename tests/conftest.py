@@ -75,7 +75,8 @@ def pytest_asyncio_loop_factories(
 
 # No test hangs for good
 
-LONG = ("real", "load", "systemd")  # markers of what installs, boots or loads for minutes
+# Markers of what installs, boots or loads for minutes.
+LONG = ("real", "load", "systemd", "wheel")
 
 
 @pytest.hookimpl(tryfirst=True)

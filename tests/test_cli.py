@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,10 +25,12 @@ import pytest
 from hoberproxy import __version__
 from hoberproxy.cli import main
 from hoberproxy.commands_usage import GROUPS
+from hoberproxy.native import HOW_TO_COMPILE, describe_build
 from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
+from .conftest import IS_COMPILED
 from .patience import WAIT
 from .stores import write_records
 
@@ -76,8 +79,18 @@ def config(folder: Path) -> Path:
 @pytest.mark.parametrize("command", [COMMAND, MODULE], ids=["hoberproxy", "python -m hoberproxy"])
 def test_the_program_runs_under_both_of_its_names(command: list[str]) -> None:
     done = subprocess.run([*command, "version"], capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stdout) == (0, f"hoberproxy {__version__}\n")
-    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert line.startswith(f"hoberproxy {__version__} (")
+
+
+def test_the_version_says_whether_it_is_compiled_and_how_to_get_it_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["version"]) == 0
+    build = "compiled" if IS_COMPILED else "pure"
+    line = f"hoberproxy {__version__} ({build}, Python {platform.python_version()})"
+    assert capsys.readouterr().out == f"{line}{'' if IS_COMPILED else f'; {HOW_TO_COMPILE}'}\n"
 
 
 @pytest.mark.parametrize(
@@ -447,6 +460,7 @@ def test_serve_listens_until_it_is_told_to_stop(
     with serving(config.parent, command=command) as running:
         with urllib.request.urlopen(f"{running.url}/readyz", timeout=PATIENCE) as answer:
             assert answer.status == 200
+        assert f"{describe_build()} listens on {running.url}\n" in running.output.read_text()
         running.process.send_signal(number)
         assert running.process.wait(PATIENCE) == 0
         assert "Traceback" not in running.output.read_text()
@@ -528,6 +542,7 @@ def lines_after(heading: str, running: Running) -> str:
 
 
 def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
+    assert f"{describe_build()} listens on {quickstart.url}\n" in quickstart.output.read_text()
     curl = lines_after("curl:", quickstart)
     assert curl.startswith("curl -N http://127.0.0.1:")
     requests = 1
