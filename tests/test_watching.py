@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hoberproxy.exposition import FAMILIES, empty_histogram, render
+from hoberproxy.exposition import FAMILIES, render
 
 from .patience import WAIT
 from .tools import need_tool
@@ -45,7 +45,7 @@ def scraped() -> bytes:
             family.name: [
                 [
                     list(family.labels),
-                    empty_histogram(family.buckets) if family.kind == "histogram" else 1,
+                    [0.0] * (len(family.buckets) + 2) if family.kind == "histogram" else 1,
                 ]
             ]
             for family in FAMILIES
