@@ -26,7 +26,7 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .admission import MAX_PROCESSES, MAX_WORKERS
+from .admission import MAX_PROCESSES
 from .channel import Message
 from .child import (
     STEADY,
@@ -219,8 +219,6 @@ class Supervisor:
 
     async def _start_workers(self) -> list[Child]:
         """A new generation; StartError, and none of it is left, if one cannot start."""
-        if self._count > MAX_WORKERS:
-            raise StartError(f"expected at most {MAX_WORKERS} workers, got {self._count}")
         if len(self._children) + self._count > MAX_PROCESSES:
             raise StartError(
                 f"expected at most {MAX_PROCESSES} workers at a time, old ones among them; "
