@@ -56,7 +56,9 @@ class Drain:
             self._taken = 0
             self._journal.prepare()
             for segment in self._journals.refresh():
-                segment.skip()
+                while segment.read(1000):
+                    pass
+                segment.mark()
 
 
 def _record(number: int) -> Record:

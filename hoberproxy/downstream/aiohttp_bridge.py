@@ -162,6 +162,3 @@ class Handler(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         transport = self._connection.transport
         return 0 if transport is None else transport.get_write_buffer_size()
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        return self.protocol

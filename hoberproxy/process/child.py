@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .channel import Channel, Message
+from .machine import malloc_variables
 
 # What systemd says to its service is not for workers; the rest of the environment is.
 _SUPERVISORS_OWN = frozenset(
@@ -203,6 +204,7 @@ def spawn(passed: list[int], module: str = WORKER) -> tuple[int, socket.socket]:
         environ = {
             name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
         }
+        environ |= malloc_variables(os.environ)
         command = python_command(module, str(theirs.fileno()))
         pid = os.posix_spawn(command[0], command, environ, file_actions=actions, setsigmask=[])
     return pid, ours

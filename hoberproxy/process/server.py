@@ -38,7 +38,6 @@ from ..accounting.accounts import Accounts
 from ..accounting.exposition import resident_bytes
 from ..accounting.journal import Journal
 from ..accounting.journal_directory import count_living, journal_directory
-from ..accounting.memory import collect_rarely, keep_freed_memory, machine_memory
 from ..accounting.metrics import Gauges, Metrics
 from ..api.routes import make_app, make_metrics_app
 from ..config.settings import Address, Config
@@ -55,7 +54,6 @@ from ..timer_wheel import Ticker, Timed, Wheel
 from ..upstream.provider import make_upstreams
 from .admin_socket import AdminSocket, admin_path
 from .channel import Message
-from .file_limits import connections_limit, raise_file_limit
 from .joining import release_signals
 from .listeners import (
     BACKLOG,
@@ -66,6 +64,7 @@ from .listeners import (
     listen_for_metrics,
     listen_when_free,
 )
+from .machine import collect_rarely, connections_limit, machine_memory, raise_file_limit
 from .status import combine
 from .systemd import Notifier
 
@@ -619,7 +618,6 @@ def _explain(address: Address, exc: OSError) -> str:
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
     raise_file_limit()
-    keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from typing import Any
 
 from .. import __version__
 from .._mypyc import describe_build
-from ..access.admission import MAX_PROCESSES, MAX_WORKERS
+from ..access.admission import MAX_PROCESSES
 from ..accounting.exposition import Snapshot, merge, render, resident_bytes
 from ..accounting.journal_directory import count_living
 from ..config.settings import Config
@@ -212,8 +212,6 @@ class Supervisor:
 
     async def _start_workers(self) -> list[Child]:
         """A new generation; StartError, and none of it is left, if one cannot start."""
-        if self._count > MAX_WORKERS:
-            raise StartError(f"expected at most {MAX_WORKERS} workers, got {self._count}")
         if len(self._children) + self._count > MAX_PROCESSES:
             raise StartError(
                 f"expected at most {MAX_PROCESSES} workers at a time, old ones among them; "

@@ -35,10 +35,6 @@ class Notifier:
         """All that works is well."""
         self._send("WATCHDOG=1")
 
-    def status(self, text: str) -> None:
-        """A line for `systemctl status`."""
-        self._send(f"STATUS={text}")
-
     def _send(self, *lines: str) -> None:
         if not self._address:
             return

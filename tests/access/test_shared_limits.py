@@ -108,7 +108,7 @@ def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(tallies: Ta
     assert tallies.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
 
 
-def test_what_is_held_counts_for_all_processes_until_it_is_settled(path: Path) -> None:
+def test_held_money_counts_for_all_processes_until_it_is_settled(path: Path) -> None:
     one, tallies, other = caller(budget=13), Tallies(path), Tallies(path)
     lease = tallies.admit(one, NOW, CALL)
     assert lease is not None
@@ -123,7 +123,7 @@ def test_what_is_held_counts_for_all_processes_until_it_is_settled(path: Path) -
     other.close()
 
 
-def test_a_key_that_lost_its_budget_meanwhile_gets_back_what_was_held(tallies: Tallies) -> None:
+def test_a_key_that_lost_its_budget_meanwhile_gets_back_held_money(tallies: Tallies) -> None:
     one = caller(budget=100)
     lease = tallies.admit(one, NOW, CALL)
     assert lease is not None
@@ -132,7 +132,7 @@ def test_a_key_that_lost_its_budget_meanwhile_gets_back_what_was_held(tallies: T
     assert tallies._sum_held(tallies._slots["key_1"]) == 0
 
 
-def test_the_first_process_after_all_have_gone_goes_by_the_records(path: Path) -> None:
+def test_the_first_process_after_all_have_ended_counts_by_the_records(path: Path) -> None:
     one = caller(requests_per_day=9, requests_per_minute=2)
     first = Tallies(path)
     assert passes(first, one) and passes(first, one)
@@ -252,7 +252,7 @@ def wait_and_die(path: Path, begin: object) -> None:
                 os._exit(LOCKED)
 
 
-def test_a_file_of_another_layout_is_begun_anew_once_nobody_uses_it(path: Path) -> None:
+def test_a_file_of_another_layout_is_emptied_once_no_process_uses_it(path: Path) -> None:
     one = caller(requests_per_minute=1)
     old = Tallies(path)
     assert passes(old, one)
@@ -333,7 +333,7 @@ def keep_the_lock(path: Path, begin: object) -> None:
         time.sleep(WAIT)
 
 
-def test_what_a_killed_worker_held_is_free(path: Path) -> None:
+def test_the_calls_of_a_killed_process_count_no_more(path: Path) -> None:
     tallies = Tallies(path)
     begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
     worker = PROCESSES.Process(target=hold, args=(path, {"concurrency": 3}, 3, begin, out))
@@ -348,7 +348,7 @@ def test_what_a_killed_worker_held_is_free(path: Path) -> None:
     tallies.close()
 
 
-def test_what_a_killed_worker_held_of_a_budget_is_spent(path: Path) -> None:
+def test_the_money_held_by_a_killed_process_is_spent(path: Path) -> None:
     limits = {"budget": 24}
     tallies = Tallies(path)
     begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()

@@ -116,7 +116,7 @@ SIZES = [None, 7, 90]
 
 
 @pytest.mark.parametrize("adaptation", [NO_ADAPTATION, *ADAPTATIONS])
-def test_what_is_held_is_what_the_body_that_goes_up_permits(
+def test_held_tokens_are_those_that_the_upstream_body_permits(
     processes: Processes, adaptation: Adaptation
 ) -> None:
     endpoint = Endpoint("east", "m", max_output=50, adaptation=adaptation)

@@ -125,6 +125,7 @@ def test_help_names_what_there_is(
         [],
         ["sevre"],
         ["serve", "--port", "80"],
+        ["serve", "--workers", "65"],  # a reload has twice as many processes
         ["config"],
         ["keys"],
         ["keys", "create"],
