@@ -56,7 +56,7 @@ dist/.stamp: $(SOURCES) | $(VENV)/.core
 	@HOBERPROXY_BUILD=compiled $(PIP) wheel --quiet --no-cache-dir --no-deps \
 		--wheel-dir build/wheel dist/hoberproxy-*.tar.gz
 	@if [ "$$(uname)" = Linux ]; then \
-		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel --quiet repair --wheel-dir dist \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
 			build/wheel/hoberproxy-*.whl; \
 	else cp build/wheel/hoberproxy-*.whl dist/; fi
 	@ls -1 dist
