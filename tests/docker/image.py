@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from tests.patience import WAIT, patient
-from tests.processes import children_of
+from tests.support.patience import WAIT, patient
+from tests.support.processes import children_of
 
 STEP_TIME = patient(900.0)  # seconds; one of them compiles
 NSPAWN = ("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--settings=no")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hoberproxy import __version__
-from tests.patience import WAIT
+from tests.support.patience import WAIT
 from tests.systemd.machine import Machine
 
 from .image import Builder, Image, leader_of, make_context, running, why_not

@@ -26,9 +26,8 @@ from bench.fast_paths import (
 )
 from bench.processes import StartError
 from bench.saturate import find_wrk
+from tests.conftest import pure_only
 from tests.support.patience import WAIT
-
-from .conftest import pure_only
 
 SOURCE = '''"""A module."""
 
