@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.folder import SEGMENT
-from tests.scripted import ScriptedUpstream
+from hoberproxy.accounting.journal_directory import SEGMENT
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import Client, chat, eventually
 from .test_account import answer, ids_in
@@ -166,7 +166,7 @@ async def test_on_a_full_disk_requests_go_on_and_records_follow_when_there_is_ro
     assert not list((disk.root / "records.db-requests").iterdir())
 
 
-async def test_what_a_worker_that_ends_on_a_full_disk_cannot_leave_is_lost_counted_and_told(
+async def test_records_for_which_an_ending_worker_has_no_disk_are_lost_counted_and_logged(
     start_proxy: StartProxy, disk: Disk
 ) -> None:
     async with start_proxy(1) as proxy:
@@ -189,7 +189,7 @@ async def test_what_a_worker_that_ends_on_a_full_disk_cannot_leave_is_lost_count
 
 
 @pytest.mark.parametrize("workers", [2, None], ids=["workers", "alone"])
-async def test_a_start_on_a_full_disk_serves_and_what_the_journals_have_follows(
+async def test_a_start_on_a_full_disk_serves_and_journals_are_stored_later(
     start_proxy: StartProxy, disk: Disk, workers: int | None
 ) -> None:
     async with start_proxy(workers) as proxy:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import WAIT
-from tests.processes import is_alive
-from tests.scripted import ScriptedUpstream
+from tests.support.patience import WAIT
+from tests.support.processes import is_alive
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import chat, eventually
 from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in
@@ -27,7 +27,7 @@ Victims = Callable[[Service], list[int]]
 
 def writers(running: Service) -> list[int]:
     """Process ids of the writers of records."""
-    return running.children("hoberproxy.writer_process")
+    return running.children("hoberproxy.process.writer_process")
 
 
 def holder_of_lock(folder: Path) -> list[int]:
@@ -50,7 +50,7 @@ VICTIMS: dict[str, Victims] = {
 
 @pytest.mark.parametrize("kill", range(KILLS))
 @pytest.mark.parametrize("victim", VICTIMS)
-async def test_whoever_is_killed_each_request_has_one_record(
+async def test_whichever_process_is_killed_each_request_has_one_record(
     tmp_path: Path, victim: str, kill: int
 ) -> None:
     seen = Seen()
@@ -90,7 +90,7 @@ async def test_whoever_is_killed_each_request_has_one_record(
 
 
 @pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
-async def test_a_hole_in_a_journal_takes_nothing_else_along_whoever_is_killed_then(
+async def test_damage_in_a_journal_loses_no_other_record_whichever_process_is_killed(
     tmp_path: Path, workers: int | None
 ) -> None:
     folder = tmp_path / "records.db-requests"
