@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from .saturate import FAILURES, LoadError, Request, counted_by, start_wrk
 ROOT = Path(__file__).parents[1]
 COPIED = (
     "pyproject.toml",
+    "hatch_build.py",
     "Makefile",
     "README.md",
     "CHANGELOG.md",
@@ -54,10 +55,6 @@ VARIABLE = "HOBERPROXY_BENCH_OFF"
 FULL, AGAIN = "everything on", "again"
 EVENTS = 64
 SETTLE = 0.5  # seconds: who listens may still be about to start its workers
-MALLOC = {
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024),
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +90,7 @@ class Switch:
 
     what: str
     loads: tuple[str, ...]
-    off: Mapping[str, str] = field(default_factory=dict)
-    variables: Mapping[str, str] = field(default_factory=dict)
+    off: Mapping[str, str]
 
 
 SWITCHES = {
@@ -134,16 +130,13 @@ SWITCHES = {
         ("json", "tools"),
         {"Frames._fitting": "return None", "Frames._keep": "return None"},
     ),
-    "mutexes": Switch(
-        "robust mutexes in place of a lock of the file",
+    "locks": Switch(
+        "locks of a file by the C library itself",
         ("limits",),
-        {"MutexLocks.__init__": 'raise OSError(38, "switched off")'},
+        {"_find_fcntl": "return _python_fcntl"},
     ),
     "malloc": Switch(
-        "malloc that keeps freed memory", ("large", "json"), {"keep_freed_memory": "return False"}
-    ),
-    "malloc-by-environment": Switch(
-        "the same set from outside, not from within", ("large", "json"), variables=MALLOC
+        "malloc that keeps freed memory", ("large", "json"), {"malloc_variables": "return {}"}
     ),
 }
 
@@ -226,17 +219,17 @@ class Program:
     python: str
     is_compiled: bool
 
-    def variables(self, off: str, more: Mapping[str, str]) -> dict[str, str]:
+    def variables(self, off: str) -> dict[str, str]:
         """The environment of a variant. No other copy of the package is in reach."""
         path = "" if self.is_compiled else str(self.folder)
-        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", VARIABLE: off} | dict(more)
+        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", VARIABLE: off}
 
     def check(self) -> None:
         """Raise StartError unless the package that is imported is the copy's."""
         code = "import hoberproxy; print(hoberproxy.__file__)"
         done = subprocess.run(
             [self.python, "-c", code],
-            env=os.environ | self.variables("", {}),
+            env=os.environ | self.variables(""),
             capture_output=True,
             text=True,
         )
@@ -294,9 +287,7 @@ def started(
     config = folder / "hoberproxy.toml"
     keys = (create_key(config, has_limits=False), create_key(config, has_limits=True))
     command = [program.python, *arguments, *serve_args]
-    switch = SWITCHES.get(name)
-    off, more = (name, dict(switch.variables)) if switch else ("", {})
-    variables = program.variables(off, more)
+    variables = program.variables(name if name in SWITCHES else "")
     with running(command, log, core, variables=variables) as process:
         wait_listening(process, wiring.port, log)
         time.sleep(SETTLE)
