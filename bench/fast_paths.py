@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from .c_upstream import c_upstream
 from .machine import choose_cores, describe_machine, raise_open_files
 from .mock_answers import Settings
 from .peers import MODEL, PROXIES, Wiring, create_key
-from .processes import StartError, free_port, own_module, running, wait_listening
+from .processes import StartError, free_port, own_module, running, wait_listening, wait_quiet
 from .procfs import ProcessTree
 from .runner import upstream
 from .saturate import FAILURES, LoadError, Request, counted_by, start_wrk
@@ -54,7 +53,6 @@ COPIED = (
 VARIABLE = "HOBERPROXY_BENCH_OFF"
 FULL, AGAIN = "everything on", "again"
 EVENTS = 64
-SETTLE = 0.5  # seconds: who listens may still be about to start its workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +288,8 @@ def started(
     variables = program.variables(name if name in SWITCHES else "")
     with running(command, log, core, variables=variables) as process:
         wait_listening(process, wiring.port, log)
-        time.sleep(SETTLE)
         tree = ProcessTree([process.pid])
+        wait_quiet(tree)
         program.check_processes(tree)
         yield Server(name, wiring.port, keys, tree)
 
