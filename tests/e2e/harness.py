@@ -17,10 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import Endpoint, Model, Provider, TimeLimits
-from hoberproxy.record import Record
-from hoberproxy.server import Server
-from hoberproxy.settings import (
+from hoberproxy.accounting.record import Record
+from hoberproxy.config.settings import (
     Address,
     Config,
     KeySettings,
@@ -28,9 +26,11 @@ from hoberproxy.settings import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.values import parse_base_url
-from tests.patience import WAIT, patient
-from tests.scripted import ScriptedUpstream
+from hoberproxy.config.values import parse_base_url
+from hoberproxy.process.server import Server
+from hoberproxy.routing.catalog import Endpoint, Model, Provider, TimeLimits
+from tests.support.patience import WAIT, patient
+from tests.support.scripted import ScriptedUpstream
 
 SLUG = "test/model"
 OTHER_SLUG = "test/other"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import WAIT
-from tests.processes import is_alive
-from tests.scripted import ScriptedUpstream
+from tests.support.patience import WAIT
+from tests.support.processes import is_alive
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import chat, eventually
 from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in
@@ -27,7 +27,7 @@ Victims = Callable[[Service], list[int]]
 
 def writers(running: Service) -> list[int]:
     """Process ids of the writers of records."""
-    return running.children("hoberproxy.writer_process")
+    return running.children("hoberproxy.process.writer_process")
 
 
 def holder_of_lock(folder: Path) -> list[int]:

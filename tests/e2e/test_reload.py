@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Provider
-from hoberproxy.connector import Connector
-from hoberproxy.server import Server
-from hoberproxy.settings import Address, Config, KeySettings
-from hoberproxy.values import ConfigError
-from tests.scripted import (
+from hoberproxy.config.settings import Address, Config, KeySettings
+from hoberproxy.config.values import ConfigError
+from hoberproxy.process.server import Server
+from hoberproxy.routing.catalog import Provider
+from hoberproxy.upstream.connector import Connector
+from tests.support.scripted import (
     AwaitRelease,
     Script,
     ScriptedUpstream,

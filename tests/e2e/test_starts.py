@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.processes import all_below, children_of, is_alive
-from tests.scripted import ScriptedUpstream
+from tests.support.processes import all_below, children_of, is_alive
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import Program, chat, connected
 from .test_account import KILLS
@@ -24,7 +24,7 @@ from .test_status import command
 from .test_workers import GOOD, PATIENCE, WAITING, begin_stream, finish_stream, write_config
 
 STARTS = max(8, KILLS)
-WORKER, WRITER = "hoberproxy.worker", "hoberproxy.writer_process"
+WORKER, WRITER = "hoberproxy.process.worker", "hoberproxy.process.writer_process"
 
 
 async def until(holds: Callable[[], Any]) -> Any:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import children_of
-from tests.scripted import WAIT, ScriptedUpstream, completion, json_response
+from tests.support.processes import children_of
+from tests.support.scripted import WAIT, ScriptedUpstream, completion, json_response
 
 from .harness import Program, chat, connected, eventually
 from .test_workers import write_config
@@ -163,7 +163,7 @@ async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
             while await manager.hear() != "WATCHDOG=1":
                 pass
             main = running.process.pid
-            stuck = [*children_of(main, running="hoberproxy.worker"), main][0]
+            stuck = [*children_of(main, running="hoberproxy.process.worker"), main][0]
             os.kill(stuck, signal.SIGSTOP)
             try:
                 await asyncio.sleep(1.0)

@@ -17,8 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hoberproxy
-from tests.processes import children_of, is_alive, open_files
-from tests.scripted import (
+from tests.support.processes import children_of, is_alive, open_files
+from tests.support.scripted import (
     WAIT,
     AwaitRelease,
     Pause,
@@ -63,7 +63,7 @@ class Service(Program):
 
     def workers(self) -> list[int]:
         """Process ids of all workers, old ones among them."""
-        return self.children("hoberproxy.worker")
+        return self.children("hoberproxy.process.worker")
 
     def children(self, module: str) -> list[int]:
         """Process ids of those that run this module."""
