@@ -21,7 +21,7 @@ from ..downstream.socket_writer import Sink
 from ..errors import UpstreamError
 from ..exchange.attempt import Attempt, Owner
 from ..protocol.http_head import ResponseHead
-from ..request.call import parse_call
+from ..request.checks import parse_call
 from ..routing.catalog import Endpoint, Model, TimeLimits
 from ..routing.router import Step
 from ..timer_wheel import Ticker, Wheel

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.errors import RequestError, RouteError
-from hoberproxy.request.call import Call, parse_call
+from hoberproxy.request.call import Call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Abilities, Adaptation, Catalog, Endpoint, Model, Prices
 from hoberproxy.routing.health import TRIAL, Health
 from hoberproxy.routing.router import Plan, Removal, Step, make_plan
