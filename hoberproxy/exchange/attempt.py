@@ -22,7 +22,7 @@ from ..relay.relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, St
 from ..relay.scanner import StreamScanner
 from ..request.call import Call
 from ..routing.catalog import TimeLimits
-from ..routing.router import Step
+from ..routing.plan import Step
 from ..upstream.body import named_option
 from ..upstream.connection import ChunkTaker, Loss, UpstreamConnection
 from ..upstream.credentials import secrets_of

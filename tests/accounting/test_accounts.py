@@ -20,7 +20,7 @@ from hoberproxy.dialects.usage import BYTES_PER_TOKEN, Usage
 from hoberproxy.errors import AccessError
 from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.storage.journal_reader import Journals
 
 NOW = 1_700_000_000.0

@@ -44,7 +44,7 @@ from hoberproxy.errors import AccessError
 from hoberproxy.request.call import Call
 from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.upstream.body import make_upstream_body
 from tests.support.patience import TEST_LIMIT, examples, patient
 
