@@ -22,9 +22,9 @@ from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import Record, make_row
 from hoberproxy.dialects.usage import Usage
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.storage.journal_reader import Journals
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from hoberproxy.storage.writer import Writer

@@ -18,9 +18,9 @@ from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import CLIENT_CLOSED, Record
 from hoberproxy.dialects.usage import BYTES_PER_TOKEN, Usage
 from hoberproxy.errors import AccessError
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.storage.journal_reader import Journals
 
 NOW = 1_700_000_000.0

@@ -41,9 +41,10 @@ from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.dialects.usage import Usage
 from hoberproxy.errors import AccessError
-from hoberproxy.request.call import Call, parse_call
+from hoberproxy.request.call import Call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.upstream.body import make_upstream_body
 from tests.support.patience import TEST_LIMIT, examples, patient
 
