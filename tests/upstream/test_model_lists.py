@@ -11,8 +11,7 @@ import pytest
 
 from hoberproxy.api.routes import ModelsPage
 from hoberproxy.routing.catalog import Endpoint, Model, Provider
-from hoberproxy.upstream import model_lists
-from hoberproxy.upstream import models_listing
+from hoberproxy.upstream import model_lists, models_listing
 from hoberproxy.upstream.models_listing import parse_listing
 from tests.conftest import SLUG, Proxy, StartProxy, chat, get, wait_until
 from tests.support.patience import WAIT
