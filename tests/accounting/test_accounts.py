@@ -12,7 +12,7 @@ import pytest
 from hoberproxy.access.keys import Caller
 from hoberproxy.access.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
 from hoberproxy.access.shared_limits import SharedLimits
-from hoberproxy.accounting import accounts as accounting_module
+from hoberproxy.accounting import accounts as accounts_module
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import CLIENT_CLOSED, Record
@@ -161,7 +161,7 @@ def test_what_is_assumed_of_answers_without_a_limit_may_change(
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
     accounts: Accounts, shared: SharedLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounting_module, "MAX_PLANS", 3)
+    monkeypatch.setattr(accounts_module, "MAX_PLANS", 3)
     for number in range(1, 20):
         plan = plan_of(Prices(request=Decimal(number) / 1000))
         accounts.open(record(), RICH, BOUNDED, plan, NOW)
@@ -314,7 +314,7 @@ def test_an_answer_that_is_not_whole_is_no_reason_to_say_so(
 def test_nothing_is_said_of_tokens_that_are_counted_nor_of_too_many_endpoints(
     accounts: Accounts, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accounting_module, "MAX_SILENT", 5)
+    monkeypatch.setattr(accounts_module, "MAX_SILENT", 5)
     endpoints = [replace(ENDPOINT, upstream_model=str(number)) for number in range(20)]
     for endpoint in [replace(ENDPOINT, usage="count"), *endpoints]:
         one = record(status=200, events=3)
