@@ -1,7 +1,6 @@
 """aiohttp's side of the door: every path but the chat POST, on the same port.
 
-Models, health, refusals with the paths that exist, CORS; and /metrics, an application of its own
-for a listener of its own.
+Models, health, refusals with the paths that exist, CORS.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from aiohttp import web
 from .account_pages import AccountPages
 from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
 from .gateway import Gateway
-from .metrics import CONTENT_TYPE
 from .model_lists import ModelsPage
 from .origin import cors_headers
 
@@ -61,17 +59,6 @@ def make_app(gateway: Gateway) -> web.Application:
         app.router.add_get(prefix + "/healthz", _health)
         app.router.add_get(prefix + "/health", _health)
         app.router.add_get(prefix + "/readyz", _ready)
-    return app
-
-
-def make_metrics_app(render: Callable[[], bytes]) -> web.Application:
-    """Make the application of the metrics listener."""
-
-    async def show(request: web.Request) -> web.Response:
-        return web.Response(body=render(), headers={"Content-Type": CONTENT_TYPE})
-
-    app = web.Application()
-    app.router.add_get("/metrics", show)
     return app
 
 

@@ -1,4 +1,4 @@
-"""A worker process as its supervisor sees it: started, heard of, told what to do, reaped."""
+"""A worker, or the writer of records, as its supervisor has it: started, asked, ended, reaped."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class State(Enum):
 
 
 class Child:
-    """One worker. `on_change` is called when it is ready, and when its process has ended."""
+    """One process. `settled` and `ended` are set when it is ready, and when it has ended."""
 
     def __init__(
         self, pid: int, *, generation: int, slot: int, state: State, started: float
@@ -49,7 +49,7 @@ class Child:
         self.started = started  # unix seconds
         self.last_heard = time.monotonic()
         self.snapshot: dict[str, Any] = {}
-        self.account: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
         self.problems: list[str] = []
         self.exit_code: int | None = None
         self.settled = asyncio.Event()  # ready, or ended without having been
@@ -81,9 +81,9 @@ class Child:
             self.settled.set()
         elif kind == "failed":
             self.problems = [str(problem) for problem in message.get("problems", ())]
-        elif kind in ("snapshot", "bye", "account"):
+        elif kind in ("snapshot", "bye", "report"):
             self.snapshot = message.get("snapshot", self.snapshot)
-            self.account = message.get("account", self.account)
+            self.report = message.get("report", self.report)
             waiter = self._asked.pop(message.get("id", 0), None)
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
@@ -94,7 +94,7 @@ class Child:
         self._asked.clear()
 
     async def refresh(self, what: str = "snapshot", limit: float = 2.0) -> None:
-        """Ask for a new snapshot or account; after `limit` seconds the last one has to do."""
+        """Ask for a new snapshot or report; after `limit` seconds the last one has to do."""
         if self.state is State.STARTING or self.ended.is_set():
             return
         self._last_ask += 1
@@ -174,12 +174,12 @@ def back_off(failures: int) -> float:
     return min(FIRST_BACK_OFF * 2 ** min(failures - 1, 20), MAX_BACK_OFF) if failures else 0.0
 
 
-async def accounts_of(children: Iterable[Child]) -> list[dict[str, Any]]:
-    """What `hoberproxy status` tells of each."""
+async def reports_of(children: Iterable[Child]) -> list[dict[str, Any]]:
+    """What `hoberproxy status` says of each."""
     children = list(children)
-    await asyncio.gather(*(child.refresh("account") for child in children))
+    await asyncio.gather(*(child.refresh("report") for child in children))
     return [
-        child.account
+        child.report
         | {
             "pid": child.pid,
             "state": child.state.value,
@@ -190,10 +190,12 @@ async def accounts_of(children: Iterable[Child]) -> list[dict[str, Any]]:
     ]
 
 
-def spawn(passed: list[int], module: str = "hoberproxy.worker") -> tuple[int, socket.socket]:
-    """Start a process of `module` that inherits these; its id and our end of its channel.
+def start_child(
+    command: str, passed: Iterable[int] = (), *, generation: int, slot: int = -1
+) -> Child:
+    """Start `python -m hoberproxy COMMAND` with a channel and these descriptors; `attach` follows.
 
-    Spawned, not forked: a worker that is started with newly installed code runs that.
+    Spawned, not forked: a child that is started with newly installed code runs that.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -202,29 +204,22 @@ def spawn(passed: list[int], module: str = "hoberproxy.worker") -> tuple[int, so
         environ = {
             name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
         }
-        command = python_command(module, str(theirs.fileno()))
-        pid = os.posix_spawn(command[0], command, environ, file_actions=actions, setsigmask=[])
-    return pid, ours
+        words = python_command(command, str(theirs.fileno()))
+        pid = os.posix_spawn(words[0], words, environ, file_actions=actions, setsigmask=[])
+    child = Child(pid, generation=generation, slot=slot, state=State.STARTING, started=time.time())
+    child.take(ours)
+    return child
 
 
-def python_command(module: str, *arguments: str, python: str = "") -> list[str]:
-    """How to run a module of this package in a new process, by this Python or another."""
+def python_command(*arguments: str, python: str = "") -> list[str]:
+    """How to run a command of this package in a new process, by this Python or another.
+
+    By the package's name alone: an upgrade may have moved everything within it.
+    """
     # As this process was started: only `python -m` looks for modules in the folder it is in.
     is_module = Path(sys.argv[0]).name == "__main__.py"
-    return [python or sys.executable, *([] if is_module else ["-P"]), "-m", module, *arguments]
-
-
-def installed_python() -> str:
-    """The Python of what is installed by now: the one named by the script we were started as.
-
-    Each version may have an environment of its own, and the script be a link to the latest.
-    """
-    with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
-        mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()
-        is_python = mark == b"#!" and Path(python).name.startswith("python")
-        if is_python and os.access(python, os.X_OK):
-            return python
-    return sys.executable
+    options = [] if is_module else ["-P"]
+    return [python or sys.executable, *options, "-m", "hoberproxy", *arguments]
 
 
 def problems_of(failed: list[Child]) -> str:
@@ -243,25 +238,3 @@ def problems_of(failed: list[Child]) -> str:
 def pids_of(children: Iterable[Child]) -> str:
     """Their process ids, for the log."""
     return ", ".join(str(child.pid) for child in children)
-
-
-async def try_installed(source: bytes, limit: float) -> str | None:
-    """What is wrong with the installed code, None if it imports and takes this config.
-
-    Once it runs in our place it is too late: a config that it refuses would end all streams.
-    """
-    command = python_command("hoberproxy.worker", "check", python=installed_python())
-    process = await asyncio.create_subprocess_exec(
-        *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(limit):
-            _, errors = await process.communicate(source)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        return "the installed code does not start in time"
-    if process.returncode == 0:
-        return None
-    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    return f"the installed code cannot be run: {last}"

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import status
 from .admin import AdminError, admin_path, ask
 from .config import Config
 from .store import StoreError
@@ -18,6 +17,8 @@ from .stores import open_store
 UPGRADE_LIMIT = 120.0  # seconds
 DAY = 86400.0
 
+Document = dict[str, Any]
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 PrintTable = Callable[[tuple[str, ...], list[tuple[str, ...]]], None]
 
 
@@ -32,13 +33,13 @@ def show_status(config: Config, print_table: PrintTable, *, as_json: bool) -> in
         print(json.dumps(document, indent=2))
         return 0
     now = time.time()
-    print(status.headline(document, now))
+    print(_headline(document, now))
     for problem in document.get("problems", ()):
         print(f"the last reload failed: {problem}")
     for head, rows in (
-        status.worker_table(document, now),
-        status.endpoint_table(document),
-        status.key_table(document),
+        _worker_table(document, now),
+        _endpoint_table(document),
+        _key_table(document),
     ):
         if rows:
             print()
@@ -103,3 +104,108 @@ def _ask(config: Config, kind: str) -> dict[str, Any] | None:
     except AdminError as error:
         print(f"hoberproxy: {error}", file=sys.stderr)
         return None
+
+
+# Tables
+
+
+def _headline(document: Document, now: float) -> str:
+    """The first line."""
+    line = (
+        f"hoberproxy {document['version']}, process {document['pid']}, "
+        f"up {_duration(now - document['started'])}: {document['streams']} streams, "
+        f"{document['tokens_per_second']:g} tokens/s"
+    )
+    if document.get("generation"):
+        line += (
+            f"; generation {document['generation']}, {document['upgrades']} upgrades, "
+            f"{document['restarts']} workers replaced"
+        )
+    return line
+
+
+def _worker_table(document: Document, now: float) -> Table:
+    """A line a worker, and one for the writer of records."""
+    return (
+        "worker",
+        "state",
+        "generation",
+        "up",
+        "streams",
+        "connections",
+        "tokens/s",
+        "memory",
+    ), [
+        (
+            str(each["pid"]),
+            each["state"],
+            str(each["generation"] or "-"),
+            _duration(now - each["started"]),
+            _number(each["streams"]),
+            _number(each["connections"]),
+            f"{each['tokens_per_second']:g}",
+            "-" if each["resident_bytes"] is None else f"{each['resident_bytes'] / 2**20:.0f} MB",
+        )
+        for each in document["workers"]
+    ] + [
+        (
+            str(each["pid"]),
+            each["state"],
+            str(each["generation"] or "-"),
+            _duration(now - each["started"]),
+            "-",
+            "-",
+            "-",
+            f"{each.get('resident_bytes', 0) / 2**20:.0f} MB",
+        )
+        for each in document.get("writers", ())
+    ]
+
+
+def _endpoint_table(document: Document) -> Table:
+    """A line an endpoint that was tried of late."""
+    return ("provider", "model", "state", "failures", "first content", "tokens/s"), [
+        (
+            each["provider"],
+            each["model"],
+            _endpoint_state(each),
+            f"{each['failure_rate'] or 0:.0%}",
+            "-" if each["first_content"] is None else f"{each['first_content'] * 1000:.0f} ms",
+            "-" if each["throughput"] is None else f"{each['throughput']:.0f}",
+        )
+        for each in document["endpoints"]
+    ]
+
+
+def _endpoint_state(each: dict[str, Any]) -> str:
+    if not each["cooling_in"]:
+        return "ok"
+    return f"cools {each['cooldown']:.0f} s in {each['cooling_in']} of {each['known_in']}"
+
+
+def _key_table(document: Document) -> Table:
+    """A line a key that is in use, or was today."""
+    return ("key", "streams", "requests today", "tokens today"), [
+        (
+            each["key"] or "-",
+            str(each["streams"]),
+            _number(each.get("requests")),
+            _number(each.get("tokens")),
+        )
+        for each in document["keys"]
+    ]
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -11,9 +11,8 @@ import random
 import secrets
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from . import __version__
@@ -138,7 +137,6 @@ class Gateway:
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""
     _last_id: int = 0
-    _waits_of: Config | None = None
     _shortest_wait: float = 0.0
 
     def new_request_id(self) -> str:
@@ -151,9 +149,9 @@ class Gateway:
 
     @property
     def shortest_wait(self) -> float:
-        """Seconds in which no time limit of any request can pass, by the config of now."""
-        config = self.config
-        if self._waits_of is not config:
+        """Seconds in which no time limit of any request can pass."""
+        if not self._shortest_wait:
+            config = self.config
             settings = config.server
             waits = [settings.write_timeout, settings.comment_after or math.inf]
             waits += [each.provider.limits.shortest for each in self.upstreams.values()]
@@ -164,7 +162,6 @@ class Gateway:
                 if endpoint.limits is not None
             ]
             self._shortest_wait = min(waits)
-            self._waits_of = config
         return self._shortest_wait
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
@@ -185,21 +182,12 @@ class Gateway:
 
 
 def make_upstreams(
-    config: Config,
-    loop: asyncio.AbstractEventLoop,
-    wheel: Wheel,
-    existing: Mapping[str, Upstream] = MappingProxyType({}),
+    config: Config, loop: asyncio.AbstractEventLoop, wheel: Wheel
 ) -> dict[str, Upstream]:
-    """One for each provider; an `existing` one that has not changed goes on, with its pool.
-
-    Raises ConfigError if a certificate file cannot be used.
-    """
+    """Return one for each provider. Raise ConfigError if a certificate file cannot be used."""
     upstreams: dict[str, Upstream] = {}
     problems: list[str] = []
     for name, provider in config.providers.items():
-        if name in existing and existing[name].provider == provider:
-            upstreams[name] = existing[name]
-            continue
         try:
             upstreams[name] = Upstream(provider, loop, wheel)
         except (OSError, ssl.SSLError):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
-from .catalog import Catalog, TimeLimits
+from .catalog import TimeLimits
 from .errors import UpstreamError
-from .gateway import Gateway, Upstream
+from .gateway import Gateway
 from .listing import list_models
 
 logger = logging.getLogger("hoberproxy.upstream")
@@ -30,14 +30,12 @@ JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
 
 
 class ModelLists:
-    """`start` it when clients are served, `refresh` it with a new config, `aclose` it last."""
+    """`start` it when clients are served, `aclose` it last."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._asked: dict[str, Upstream] = {}  # who was asked last under a provider's name
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
-        self._woken = asyncio.Event()
         self._is_wanted = asyncio.Event()
         self._has_asked = asyncio.Event()  # all providers, once
         self._task: asyncio.Task[None] | None = None
@@ -54,15 +52,6 @@ class ModelLists:
                 async with asyncio.timeout(FIRST_WAIT):
                     await self._has_asked.wait()
 
-    def refresh(self) -> None:
-        """The config is another: forget providers that are gone or changed, and ask new ones."""
-        upstreams = self._gateway.upstreams
-        for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
-            for known in (self._asked, self._due, self._failures):
-                known.pop(name, None)
-            self._publish(name, ())
-        self._woken.set()
-
     async def aclose(self) -> None:
         """End the task."""
         if self._task is not None:
@@ -71,21 +60,18 @@ class ModelLists:
                 await self._task
 
     async def _run(self) -> None:
-        loop = self._gateway.loop
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._vary(BEGIN_AFTER) if self._wanted() else 0.0):
-                await self._is_wanted.wait()
-        while not self._gateway.is_draining:
-            self._woken.clear()
+        wanted, loop = self._wanted(), self._gateway.loop
+        if wanted:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._vary(BEGIN_AFTER)):
+                    await self._is_wanted.wait()
+        while wanted and not self._gateway.is_draining:
             now = loop.time()
-            wanted = self._wanted()
             due = [name for name in wanted if self._due.get(name, now) <= now]
             await asyncio.gather(*(self._ask(name) for name in due))
             self._has_asked.set()
-            following = min((self._due[name] for name in wanted if name in self._due), default=None)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(following):
-                    await self._woken.wait()
+            await asyncio.sleep(min(self._due.values()) - loop.time())
+        self._has_asked.set()
 
     def _wanted(self) -> list[str]:
         """The providers that a wildcard names."""
@@ -97,10 +83,7 @@ class ModelLists:
 
     async def _ask(self, name: str) -> None:
         """Ask one provider; never raises."""
-        upstream = self._gateway.upstreams.get(name)
-        if upstream is None:
-            return  # a reload came first
-        self._asked[name] = upstream
+        upstream = self._gateway.upstreams[name]
         names: list[str] | None = None
         reason = "no list of models in its answer"
         try:
@@ -109,8 +92,6 @@ class ModelLists:
             reason = error.recorded_code
         except Exception:
             logger.exception("listing the models of provider %s failed", name)
-        if self._gateway.upstreams.get(name) is not upstream:
-            return  # a reload came meanwhile
         if names is not None:
             self._failures[name] = 0
             self._publish(name, tuple(names[:MAX_MODELS]))
@@ -136,19 +117,18 @@ class ModelLists:
 
 
 class ModelsPage:
-    """The body of GET /v1/models, made anew only when something in it may have changed."""
+    """The body of GET /v1/models, made anew only when a list of models has changed."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._made_of: tuple[Catalog, dict[str, tuple[str, ...]]] | None = None
+        self._made_of: dict[str, tuple[str, ...]] | None = None
         self._body = b""
 
     def body(self) -> bytes:
         """The list as JSON."""
-        catalog, listed = self._gateway.catalog, self._gateway.listed
-        made_of = self._made_of
-        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
-            document: dict[str, Any] = {"object": "list", "data": catalog.listing(listed)}
-            self._body = orjson.dumps(document)
-            self._made_of = catalog, listed
+        listed = self._gateway.listed
+        if self._made_of is not listed:
+            data = self._gateway.catalog.listing(listed)
+            self._body = orjson.dumps({"object": "list", "data": data})
+            self._made_of = listed
         return self._body

@@ -6,10 +6,8 @@ environment, a key for today, and the lines to copy.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 
 from .catalog import Endpoint, Model, Provider
 from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
@@ -41,20 +39,6 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
         providers={provider.name: provider for provider in (demo, *providers)},
         models=(demo_model, *models),
     )
-
-
-def without_taken_metrics(settings: ServerSettings) -> ServerSettings:
-    """`settings` with metrics off if their port is taken: a second first start must work too."""
-    address = settings.metrics_listen
-    if address is None:
-        return settings
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address.host, address.port))
-        except OSError:
-            return replace(settings, metrics_listen=None)
-    return settings
 
 
 def make_key(records_file: str) -> str:

@@ -1,6 +1,6 @@
-"""The running process: opens store and sockets, waits for its end, drains, closes in order.
+"""One process that serves clients: opens sockets and limits, waits for its end, drains, closes.
 
-What is served is wire.py's and app.py's; this module only owns what lives as long as the process.
+What is served is wire.py's and app.py's; this module owns what lives as long as the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -21,39 +20,25 @@ from typing import Any
 import uvloop
 from aiohttp import web
 
-from . import __version__
 from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
-from .admin import AdminSocket, admin_path
 from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
-from .app import make_app, make_metrics_app
+from .app import make_app
 from .catalog import Catalog
-from .channel import Message
 from .config import Address, Config, ConfigError
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
 from .files import connections_limit, raise_file_limit
-from .folder import count_living, journal_directory
+from .folder import journal_directory
 from .gateway import Gateway, make_upstreams
 from .http11 import MAX_REQUEST_HEAD_BYTES
-from .joining import release_signals
 from .journal import Journal
 from .key_loader import KeyLoader, start_thread
-from .listeners import (
-    BACKLOG,
-    Listeners,
-    StartError,
-    flat,
-    limit_unsent,
-    listen_for_metrics,
-    listen_when_free,
-)
+from .listeners import BACKLOG, Listeners, StartError, flat
 from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
 from .metrics import Gauges, Metrics
 from .model_lists import ModelLists
-from .notify import Notifier
-from .status import combine
 from .tallies import Tallies
 from .tally import Tally, new_tally_memory
 from .wire import LINGER, DownstreamConnection
@@ -65,7 +50,6 @@ logger = logging.getLogger("hoberproxy.server")
 IDLE_GRACE = 0.5
 # Seconds for a connection that was accepted in the last turn to be told of.
 ACCEPTED_GRACE = 0.1
-SAMPLE = 1.0  # seconds over which rates are told
 HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
 FRAMES_SWEEP = 600  # of these; what requests said around their messages goes if not said again
@@ -77,24 +61,24 @@ class Server(Timed):
     def __init__(
         self,
         config: Config,
-        listeners: Listeners | None = None,
-        notifier: Notifier | None = None,
+        listeners: Listeners,
+        *,
         tally: Tally | None = None,
         has_writer: bool = True,
         workers: int = 1,
     ) -> None:
-        self._workers = workers  # this one among them: they share the machine
-        self._tally = tally
+        """`has_writer`: of records, on a thread; else another process has to be the writer.
+
+        `workers` is how many processes share the machine's memory, this one among them.
+        """
         self._config = config
         self._given = listeners
-        self._notifier = notifier or Notifier({})
-        self._admin: AdminSocket | None = None
-        self._started = time.time()
+        self._tally = tally
+        self._workers = workers
         self._heartbeat: asyncio.TimerHandle | None = None
         self.on_beat: Callable[[], None] = notify_nobody
-        self._watchdog: asyncio.TimerHandle | None = None
         self._listeners: list[asyncio.Server] = []
-        self._runners: list[web.AppRunner] = []
+        self._runner: web.AppRunner | None = None
         self._connections: set[DownstreamConnection] = set()
         self._leave = asyncio.Event()
         self._stop = asyncio.Event()
@@ -105,19 +89,20 @@ class Server(Timed):
         records = config.records
         self._journal = Journal(journal_directory(records.file))
         self._loader: KeyLoader | None = None
-        self._writer: WriterThread | None = None  # else another process has to be one
+        self._writer: WriterThread | None = None
         if has_writer:
             self._writer = WriterThread(Writer(records.file, keep_days=records.keep_days))
         self._ticker: Ticker | None = None
         self._model_lists: ModelLists | None = None
-        self._reloading: asyncio.Task[None] | None = None
-        self._is_reload_due = False
-        self.addresses: list[Address] = []  # where it really listens
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it really listens."""
+        return self._given.addresses
 
     async def start(self) -> None:
-        """Open the store, then listen. Raises StartError, StoreError or ConfigError."""
-        given = self._given
-        _check_keys(self._config, given.addresses if given else self._config.server.listen)
+        """Open the store, then accept. Raises StartError, StoreError or ConfigError."""
+        _check_keys(self._config, self.addresses)
         self._gateway = gateway = self._build()
         if self._writer is not None:  # before the keys: what a dead process spent is spent
             self._writer.start()
@@ -130,29 +115,16 @@ class Server(Timed):
         def connection() -> Any:  # a Protocol by its methods
             return DownstreamConnection(gateway, handlers, self._connections)
 
-        if given is not None:
-            await self._listen_on(connection, given)
-        else:
-            for address in self._config.server.listen:
-                listener = await self._listen(connection, address)
-                self._listeners.append(listener)
-                port = listener.sockets[0].getsockname()[1]
-                self.addresses.append(Address(address.host, port))
-        await self._listen_for_metrics(gateway, given.metrics if given else [])
-        self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
-        await self._admin.start()
+        await self._accept(connection)
         self._model_lists = ModelLists(gateway)
         self._model_lists.start()
         gateway.wait_for_models = self._model_lists.wait
         self._beat(gateway.loop.time())
 
-    async def _listen_on(
-        self, protocol: Callable[[], asyncio.Protocol], listeners: Listeners
-    ) -> None:
-        """Accept on sockets that are others' too: closing ours loses no waiting connection."""
+    async def _accept(self, protocol: Callable[[], asyncio.Protocol]) -> None:
+        """Accept on sockets that may be others' too: closing ours loses no waiting connection."""
         loop = asyncio.get_running_loop()
-        self.addresses = listeners.addresses
-        for each in flat(listeners.clients.values()):
+        for each in flat(self._given.clients.values()):
             if each.family == socket.AF_UNIX:
                 listener = await loop.create_unix_server(protocol, sock=each, backlog=BACKLOG)
             else:
@@ -163,15 +135,16 @@ class Server(Timed):
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
-        keyring = Keyring()
         catalog = Catalog(config.models)
         self._tallies = tallies = _open_tallies(config.records.file)
+        if self._tally is None and config.server.max_connections_per_address:
+            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
         return Gateway(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
-            keyring=keyring,
+            keyring=Keyring(),
             accounts=Accounts(self._journal, tallies, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
@@ -180,18 +153,10 @@ class Server(Timed):
             ),
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
-            admission=self._make_admission(config),
-            bodies=BodyMemory(self._body_memory_limit(config)),
+            admission=Admission(config.server, self._tally),
+            bodies=BodyMemory(body_memory_limit(config.server, machine_memory(), self._workers)),
             room=ConnectionRoom(connections_limit()),
         )
-
-    def _body_memory_limit(self, config: Config) -> int:
-        return body_memory_limit(config.server, machine_memory(), self._workers)
-
-    def _make_admission(self, config: Config) -> Admission:
-        if self._tally is None and config.server.max_connections_per_address:
-            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
-        return Admission(config.server, self._tally)
 
     async def _handlers(self, app: web.Application) -> web.Server:
         runner = web.AppRunner(
@@ -205,93 +170,9 @@ class Server(Timed):
             lingering_time=LINGER,
         )
         await runner.setup()
-        self._runners.append(runner)
+        self._runner = runner
         assert runner.server is not None, "set up above"
         return runner.server
-
-    async def _listen(
-        self, protocol: Callable[[], asyncio.Protocol], address: Address
-    ) -> asyncio.Server:
-        loop = asyncio.get_running_loop()
-        try:
-            listener = await listen_when_free(
-                lambda: loop.create_server(
-                    protocol, address.host, address.port, backlog=BACKLOG, reuse_address=True
-                ),
-                self._has_predecessor,
-            )
-            for each in listener.sockets:
-                # On a copy of the descriptor: uvloop's stand-in for a socket cannot set options.
-                with socket.socket(fileno=os.dup(each.fileno())) as own:
-                    limit_unsent(own)
-            return listener
-        except OSError as exc:
-            advice = "choose another with --listen"
-            raise StartError(f"{_explain(address, exc)}; {advice}") from exc
-
-    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
-        address = self._config.server.metrics_listen
-        if address is None and not given:
-            return
-        app = make_metrics_app(lambda: gateway.metrics.render(self._gauges(gateway)))
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        await runner.setup()
-        self._runners.append(runner)
-        for each in given:
-            await web.SockSite(runner, each).start()
-        if given or address is None:
-            return
-        for each in await listen_for_metrics(address, self._has_predecessor):
-            await web.SockSite(runner, each).start()
-
-    def _has_predecessor(self) -> bool:
-        """Whether other processes still serve with our records file, as after a kill."""
-        return count_living(self._config.records.file) > 1
-
-    def announce(self) -> None:
-        """Tell systemd that clients are served, and go on to tell it that the loop turns."""
-        self._notifier.ready(f"one process, {__version__}")
-        if self._notifier.watchdog is not None:
-            self._feed_watchdog(self._notifier.watchdog / 4)
-
-    def _feed_watchdog(self, interval: float) -> None:
-        self._notifier.alive()
-        loop = asyncio.get_running_loop()
-        self._watchdog = loop.call_later(interval, self._feed_watchdog, interval)
-
-    def reload(self, config: Config) -> None:
-        """Serve by another config from now on; running requests end by theirs.
-
-        What was learnt of the endpoints stays. Listeners, store and log stay as they are until the
-        next start. Raises ConfigError, and then nothing has changed.
-        """
-        gateway = self._gateway
-        assert gateway is not None, "started before"
-        _check_keys(config, self.addresses)
-        upstreams = make_upstreams(config, gateway.loop, gateway.wheel, gateway.upstreams)
-        if (config.server.listen, config.server.metrics_listen, config.records.file) != (
-            self._config.server.listen,
-            self._config.server.metrics_listen,
-            self._config.records.file,
-        ):
-            logger.warning("a changed listener or records file is used from the next start on")
-        retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
-        self._config = gateway.config = config
-        if self._writer is not None:
-            self._writer.writer.keep_days = config.records.keep_days
-        gateway.accounts.assume_output(config.keys.assumed_output)
-        gateway.admission = self._make_admission(config)
-        gateway.bodies.limit = self._body_memory_limit(config)
-        if gateway.access_log is not None:
-            gateway.access_log.sample = config.log.sample
-        gateway.catalog = Catalog(config.models)
-        gateway.metrics.label = gateway.catalog.label
-        gateway.upstreams = upstreams
-        gateway.refused_options.clear()  # the new adaptations may have mended them
-        for upstream in retired:
-            upstream.pool.retire()
-        if self._model_lists is not None:
-            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
@@ -318,8 +199,8 @@ class Server(Timed):
             body_bytes=gateway.bodies.held,
         )
 
-    def account(self) -> dict[str, Any]:
-        """What `hoberproxy status` tells of this process."""
+    def report(self) -> dict[str, Any]:
+        """Return what `hoberproxy status` says of this process."""
         gateway = self._gateway
         assert gateway is not None, "started before"
         return {
@@ -342,20 +223,6 @@ class Server(Timed):
                 for each in gateway.health.snapshot(gateway.loop.time())
             ],
         }
-
-    async def _answer_admin(self, question: Message) -> Message:
-        own = {
-            "pid": os.getpid(),
-            "state": "draining" if self.is_leaving else "serving",
-            "started": self._started,
-        }
-        if question["kind"] == "status":
-            before, begun = self.account(), time.monotonic()
-            await asyncio.sleep(SAMPLE)
-            seconds = time.monotonic() - begun
-            document = combine([before | own], [self.account() | own], seconds)
-            return document | {"version": __version__, **own}
-        return {"error": "only `serve --workers` can be upgraded while it runs: restart this one"}
 
     def _beat(self, due: float) -> None:
         """Twice a second: the loop turns, and so late."""
@@ -398,40 +265,14 @@ class Server(Timed):
     def stop_on_signals(self) -> None:
         """SIGTERM and SIGINT stop; SIGUSR2 is for a supervisor, and must not end us."""
         loop = asyncio.get_running_loop()
-        upgrade = "only `serve --workers` can be upgraded while it runs: restart this one"
+        upgrade = "only `serve` with a config can be upgraded while it runs: restart this one"
         loop.add_signal_handler(signal.SIGUSR2, logger.warning, upgrade)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
 
-    def reload_on_signal(self, load: Callable[[], Config]) -> None:
-        """SIGHUP reads the config again; a bad one changes nothing, and the log says why."""
-
-        def begin() -> None:
-            self._is_reload_due = True  # one under way may have read the file before it changed
-            if self._reloading is None or self._reloading.done():
-                self._reloading = loop.create_task(self._reload(load), name="reload")
-
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, begin)
-        release_signals()
-
-    async def _reload(self, load: Callable[[], Config]) -> None:
-        while self._is_reload_due:
-            self._is_reload_due = False
-            self._notifier.reloading()
-            try:
-                self.reload(await asyncio.to_thread(load))
-            except ConfigError as error:
-                for problem in error.problems:
-                    logger.error("config not reloaded: %s", problem)
-            else:
-                logger.info("config reloaded")
-            self._notifier.ready(f"one process, {__version__}")
-
     async def wait_closed(self) -> None:
         """Serve until stopped, then drain and close everything that `start` opened."""
         await self._leave.wait()
-        self._notifier.stopping()
         await self.drain_connections(is_handover=not self._stop.is_set())
         await self.aclose()
 
@@ -486,21 +327,16 @@ class Server(Timed):
         """Close what is open, the store last: it takes the last records."""
         for listener in self._listeners:
             listener.close()
-        if self._reloading is not None:
-            self._reloading.cancel()
-        if self._admin is not None:
-            self._admin.close()
-        for timer in (self._watchdog, self._heartbeat):
-            if timer is not None:
-                timer.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
         gateway = self._gateway
         if gateway is None:
             return
         if self._model_lists is not None:
             await self._model_lists.aclose()
         await self._flush_connections(gateway)
-        for runner in self._runners:
-            await runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
         if self._ticker is not None:
             self._ticker.close()
         for upstream in gateway.upstreams.values():
@@ -520,8 +356,6 @@ class Server(Timed):
         self._journal.end()
         if self._writer is not None:
             self._writer.close()
-            if self._journal.depth:
-                logger.error("%d records were not written in time", self._journal.depth)
         self._journal.close()
 
     async def _flush_connections(self, gateway: Gateway) -> None:
@@ -577,10 +411,10 @@ def notify_nobody() -> None:
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
-    """Without keys only this machine is served, wherever the address has come from.
+    """Raise ConfigError if others than this machine would be served without keys.
 
-    The config was checked against its own `server.listen`; --listen stands over that, and after a
-    reload the listeners are still those of the start. Raises ConfigError.
+    The config was checked against its own `server.listen`; --listen stands over that, and so do
+    the sockets that systemd has opened.
     """
     public = [str(address) for address in addresses if not address.is_loopback]
     if public and not config.keys.required:
@@ -604,10 +438,6 @@ def _open_tallies(records_file: str) -> Tallies:
     except OSError as exc:
         reason = exc.strerror or exc
         raise StartError(f"cannot use {path} for the limits of keys: {reason}") from exc
-
-
-def _explain(address: Address, exc: OSError) -> str:
-    return f"cannot listen on {address}: {exc.strerror or exc}"
 
 
 def run(main: Callable[[], object]) -> None:

@@ -39,11 +39,11 @@ from .limits import (
 )
 from .locks import MUTEX_BYTES, OWNER_DIED, FileLocks, Locks, MutexLocks
 from .native import mypyc_attr
+from .tally import PROCESSES
 
 logger = logging.getLogger("hoberproxy.server")
 
-MAGIC: Final = 0x33_4C_42_48  # "HBL3": another layout gets another number
-WORKERS: Final = 64
+MAGIC: Final = 0x34_4C_42_48  # "HBL4": another layout gets another number
 SLOTS = 8192  # limited keys
 LOCK_PATIENCE = 0.25  # seconds; a lock is held for microseconds, unless its holder was stopped
 
@@ -58,11 +58,11 @@ _HAS_HISTORY: Final = 1
 _LOCK: Final = 2
 _CELLS: Final = _LOCK + MUTEX_BYTES // 8
 _RUNNING: Final = _CELLS + CELLS
-_HELD: Final = _RUNNING + WORKERS
-_SLOT: Final = _HELD + WORKERS
+_HELD: Final = _RUNNING + PROCESSES
+_SLOT: Final = _HELD + PROCESSES
 _SIZE: Final = 8 * (_HEAD + SLOTS * _SLOT)
 _TABLE_LOCK: Final = 0  # the byte whose lock guards the giving out of slots
-_WORKER_LOCKS: Final = 8 * _HEAD - WORKERS  # bytes, one a worker, at the end of the head
+_WORKER_LOCKS: Final = 8 * _HEAD - PROCESSES  # bytes, one a worker, at the end of the head
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -161,7 +161,7 @@ class Tallies(Limiter):
         view = self._view
         self._acquire(self._files, self._table)
         try:
-            is_alone = not any(self._is_alive(worker) for worker in range(WORKERS))
+            is_alone = not any(self._is_alive(worker) for worker in range(PROCESSES))
             if view[_MAGIC] not in (0, MAGIC):  # another version's
                 if not is_alone:
                     raise OSError("processes of another version use it; stop those first")
@@ -188,11 +188,11 @@ class Tallies(Limiter):
         view[_LOCKS] = _FILE_LOCKS if self._locks is self._files else _MUTEXES
 
     def _take_number(self) -> int:
-        for worker in range(WORKERS):
+        for worker in range(PROCESSES):
             if not self._files.try_lock(self._files.handle(_WORKER_LOCKS + worker)):
                 self._view[_NUMBERS_USED] = max(self._view[_NUMBERS_USED], worker + 1)
                 return worker
-        raise OSError(f"expected up to {WORKERS} processes to share the limits, got more")
+        raise OSError(f"expected up to {PROCESSES} processes to share the limits, got more")
 
     def _is_alive(self, worker: int) -> bool:
         """Whether another process holds that number."""

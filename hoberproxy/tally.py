@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from typing import Final
 
-SLOTS = 256
+# Processes that serve at a time: the workers of now, and those of earlier configs that end.
+PROCESSES: Final = 128
+MAX_WORKERS: Final = PROCESSES // 2  # of one config: a reload starts as many beside them
 GROUPS = 65536
 _STREAM_BYTES = 8
 _SLOT_BYTES = _STREAM_BYTES + 4 * GROUPS
 _KEY_BYTES = 16
-TALLY_BYTES = _KEY_BYTES + 8 + SLOTS * _SLOT_BYTES  # 64 MB of addresses; memory is what is used
+TALLY_BYTES = _KEY_BYTES + 8 + PROCESSES * _SLOT_BYTES  # 32 MB of addresses; memory is what is used
 
 
 class Tally:
@@ -31,7 +34,7 @@ class Tally:
         start = _KEY_BYTES + 8
         slots = [
             view[start + number * _SLOT_BYTES : start + (number + 1) * _SLOT_BYTES]
-            for number in range(SLOTS)
+            for number in range(PROCESSES)
         ]
         self._streams = [each[:_STREAM_BYTES].cast("q") for each in slots]
         self._groups = [each[_STREAM_BYTES:].cast("i") for each in slots]

@@ -1,7 +1,7 @@
 """The writer of records as a process of its own, beside the workers of one supervisor.
 
-    supervisor ── start (records file, days to keep), snapshot, account, leave, stop ──► writer
-               ◄── ready or failed, snapshot, account, bye ──
+    supervisor ── start (records file, days to keep), snapshot, report, leave, stop ──► writer
+               ◄── ready or failed, snapshot, report, bye ──
 
 *stop* ends it once all is in the store; *leave*, SIGTERM and the supervisor's death do so when the
 processes that append to journals by then have ended. No asyncio here: it works, and waits for the
@@ -15,12 +15,18 @@ import logging
 import select
 import signal
 import socket
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from .channel import Message, parse_message, read_first_message, serialize_message
-from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
+from .channel import (
+    EXIT_CANNOT_START,
+    LOG_FORMAT,
+    Message,
+    parse_message,
+    read_first_message,
+    send_failed,
+    serialize_message,
+    take_end,
+)
 from .memory import resident_bytes
 from .store import StoreError
 from .writer import Writer
@@ -84,7 +90,7 @@ class WriterProcess:
 
     def _obey(self, message: Message) -> None:
         kind = message["kind"]
-        if kind in ("snapshot", "account"):
+        if kind in ("snapshot", "report"):
             self._send(kind, id=message.get("id"), **self._state())
         elif kind == "leave":
             self.leave()
@@ -99,7 +105,7 @@ class WriterProcess:
                 "journals_unreadable": [[[], self._writer.unreadable]],
                 "resident_bytes": [[[], size]],
             },
-            "account": {
+            "report": {
                 "resident_bytes": size,
                 "written": self._writer.written,
                 "is_active": self._writer.is_active,
@@ -111,9 +117,9 @@ class WriterProcess:
             self._end.sendall(serialize_message(kind, **members))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the number of the channel's descriptor."""
-    end = take_end(arguments[0])
+def main(channel: str) -> int:
+    """Write until the supervisor or its end says to stop; `channel` is the descriptor's number."""
+    end = take_end(channel)
     try:
         start = read_first_message(end)
     except (EOFError, OSError):  # the supervisor has given up
@@ -124,10 +130,6 @@ def main(arguments: Sequence[str]) -> int:
         writer.open()
     except StoreError as error:
         writer.close()
-        return tell_failed(end, [str(error)])
+        return send_failed(end, [str(error)])
     WriterProcess(writer, end).run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

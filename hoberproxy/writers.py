@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
-from .child import STEADY, Child, State, accounts_of, back_off, spawn
+from .child import STEADY, Child, State, back_off, reports_of, start_child
 from .config import Config
 from .exposition import Snapshot
 from .listeners import StartError
@@ -65,12 +65,8 @@ class Writers:
         return writer
 
     async def _spawn(self, config: Config) -> Child:
-        pid, end = spawn([], "hoberproxy.writer_process")
-        writer = Child(
-            pid, generation=self._generation, slot=-1, state=State.STARTING, started=time.time()
-        )
+        writer = start_child("writer", generation=self._generation)
         self.all.append(writer)
-        writer.take(end)
         await writer.attach()
         writer.channel.send(
             "start",
@@ -172,10 +168,10 @@ class Writers:
 
     # Watching
 
-    async def accounts(self) -> list[dict[str, Any]]:
-        """What `hoberproxy status` tells of each."""
+    async def reports(self) -> list[dict[str, Any]]:
+        """What `hoberproxy status` says of each."""
         serving = State.SERVING.value
         return [
             told | ({"state": "writer"} if told["state"] == serving else {})
-            for told in await accounts_of(self.all)
+            for told in await reports_of(self.all)
         ]

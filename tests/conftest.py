@@ -37,6 +37,7 @@ from hoberproxy.config import (
     ServerSettings,
 )
 from hoberproxy.gateway import Gateway
+from hoberproxy.listeners import Listeners
 from hoberproxy.record import Record
 from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
@@ -285,17 +286,27 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterator[StartProxy]:
-    """Starts proxies in front of `upstream`; keywords are settings of `[server]`."""
+    """Starts proxies in front of `upstream`; keywords are settings of `[server]`.
+
+    `change` makes another config of the usual one.
+    """
     started: list[Proxy] = []
 
-    async def start(*, keys_required: bool = True, **settings: Any) -> Proxy:
+    async def start(
+        *,
+        keys_required: bool = True,
+        change: Callable[[Config], Config] | None = None,
+        **settings: Any,
+    ) -> Proxy:
         config = make_config(
             tmp_path / "records.db", upstream.port, keys_required=keys_required, **settings
         )
+        if change is not None:
+            config = change(config)
         store = Store(config.records.file)
         key, _ = store.create_key("test", kind="test")
         store.close()
-        server = Server(config)
+        server = Server(config, await listen(config))
         await server.start()
         gateway = server._gateway
         assert gateway is not None
@@ -314,6 +325,13 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
 async def proxy(start_proxy: StartProxy) -> Proxy:
     """One with the usual settings."""
     return await start_proxy()
+
+
+async def listen(config: Config) -> Listeners:
+    """Sockets where the config says."""
+    listeners = Listeners()
+    await listeners.listen(config.server.listen, lambda: False)
+    return listeners
 
 
 def make_config(

@@ -162,15 +162,17 @@ def test_what_costs_nothing_holds_nothing(
     assert held(tallies) == 0
 
 
-def test_what_is_assumed_of_answers_without_a_limit_may_change(
-    accounts: Accounts, tallies: Tallies
+def test_what_is_assumed_of_answers_without_a_limit_is_a_setting(
+    journal: Journal, tallies: Tallies
 ) -> None:
     prompt = round(CALL.prompt_bytes / BYTES_PER_TOKEN)
-    for tokens in (ASSUMED_OUTPUT, 50):
+    for accounts, tokens in (
+        (Accounts(journal, tallies), ASSUMED_OUTPUT),
+        (Accounts(journal, tallies, 50), 50),
+    ):
         lease = accounts.open(record(), RICH, CALL, PLAN, NOW)
         assert lease is not None and lease.cost == (prompt + 2 * tokens) * 10**6
         tallies.settle(RICH, lease, tokens=0, spent=0)
-        accounts.assume_output(50)  # as a reload of the config does
 
 
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(

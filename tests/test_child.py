@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.child import installed_python
+from hoberproxy.succession import installed_python
 
 
 def test_the_script_that_started_us_names_it(

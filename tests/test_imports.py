@@ -15,9 +15,9 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
     " attempts channel child cli commands_keys commands_service commands_usage connector"
-    " counting database demo diagnosis downstream exchange files folder gateway joining"
+    " counting database demo diagnosis downstream exchange files folder gateway"
     " journal journals key_loader keytable listeners listing locks memory metrics model_lists"
-    " notify origin pool printing probe quickstart relay scrape server service sink source"
+    " notify origin pool printing probe quickstart relay scrape server sink source"
     " sqlite_store stores succession supervisor tallies tls upstream wire worker writer"
     " writer_process writers".split()
 )

@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.errors import FailedAttempt
-from hoberproxy.metrics import CONTENT_TYPE, FIRST_CONTENT_BUCKETS, Gauges, Metrics
+from hoberproxy.exposition import CONTENT_TYPE, FIRST_CONTENT_BUCKETS, render
+from hoberproxy.metrics import Gauges, Metrics
 from hoberproxy.record import CLIENT_CLOSED, Record
 
 GAUGES = Gauges(
@@ -46,7 +47,7 @@ def metrics_of(*records: Record, label: Callable[[str], str] = str) -> Metrics:
 def scrape(metrics: Metrics) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(metrics.render(GAUGES).decode())
+        for family in text_string_to_metric_families(render(metrics.snapshot(GAUGES)).decode())
         for sample in family.samples
     }
 
@@ -65,7 +66,7 @@ def test_the_content_type_is_that_of_the_text_format() -> None:
 
 def test_every_family_has_a_type_and_a_text() -> None:
     metrics = metrics_of(record(first_content=1.0, prompt_tokens=1))
-    families = list(text_string_to_metric_families(metrics.render(GAUGES).decode()))
+    families = list(text_string_to_metric_families(render(metrics.snapshot(GAUGES)).decode()))
     assert len(families) == len({family.name for family in families}) > 10
     for family in families:
         assert family.name.startswith("hoberproxy_")

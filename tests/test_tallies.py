@@ -25,6 +25,7 @@ from hoberproxy.limits import (
 )
 from hoberproxy.locks import FileLocks, MutexLocks
 from hoberproxy.tallies import Tallies
+from hoberproxy.tally import MAX_WORKERS
 
 from .patience import WAIT
 
@@ -163,6 +164,16 @@ def test_more_limited_keys_than_there_is_room_for_are_refused(
     with pytest.raises(UnavailableError):
         passes(tallies, caller("key_3", requests_per_minute=1))
     assert "more" in caplog.text
+
+
+def test_a_reload_of_the_most_workers_finds_room_and_no_process_more(path: Path) -> None:
+    processes = [Tallies(path) for _ in range(2 * MAX_WORKERS)]
+    with pytest.raises(OSError, match=f"up to {2 * MAX_WORKERS} processes"):
+        Tallies(path)
+    processes.pop().close()
+    processes.append(Tallies(path))
+    for each in processes:
+        each.close()
 
 
 def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
