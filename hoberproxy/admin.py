@@ -107,9 +107,9 @@ def _bind(path: Path) -> socket.socket:
     return listener
 
 
-def ask(path: Path, kind: str) -> Message:
-    """Ask a running service. Raises AdminError."""
-    deadline = time.monotonic() + PATIENCE
+def ask(path: Path, kind: str, patience: float = PATIENCE) -> Message:
+    """Ask a running service, which may be silent for `patience` seconds. Raises AdminError."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             return _ask_once(path, kind)

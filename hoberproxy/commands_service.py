@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .admin import AdminError, admin_path, ask
+from .admin import PATIENCE, AdminError, admin_path, ask
 from .config import Config
 from .store import StoreError
 from .stores import open_store
 
 UPGRADE_LIMIT = 120.0  # seconds
+EXEC_LIMIT = 20.0  # seconds of it in which the service may be silent: it becomes another program
 DAY = 86400.0
 
 Document = dict[str, Any]
@@ -81,7 +82,7 @@ def upgrade(config: Config) -> int:
     deadline = time.monotonic() + UPGRADE_LIMIT
     while time.monotonic() < deadline:
         time.sleep(0.2)
-        now = _ask(config, "state")
+        now = _ask(config, "state", EXEC_LIMIT)
         if now is None:
             return 1
         if now["problems"]:
@@ -95,12 +96,12 @@ def upgrade(config: Config) -> int:
     return 1
 
 
-def _ask(config: Config, kind: str) -> dict[str, Any] | None:
+def _ask(config: Config, kind: str, patience: float = PATIENCE) -> dict[str, Any] | None:
     path = admin_path(config)
     try:
         if path is None:
             raise AdminError('server.admin_socket is "off": nobody can be asked')
-        return ask(path, kind)
+        return ask(path, kind, patience)
     except AdminError as error:
         print(f"hoberproxy: {error}", file=sys.stderr)
         return None

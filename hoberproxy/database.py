@@ -27,7 +27,7 @@ _TRANSIENT = {
 class Database:
     """One connection to the file, made with mode 0600 when it is not there yet.
 
-    To be used on the thread that opened it, and closed there. Every method raises StoreError.
+    To be used by one thread at a time. Every method raises StoreError.
     `busy_timeout` (seconds) is how long a call waits for another process's lock.
     """
 
@@ -42,7 +42,9 @@ class Database:
         self._clock = clock
         _create_private(self._path)
         with self._mapped("open"):
-            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=busy_timeout)
+            self._db = sqlite3.connect(
+                self._path, isolation_level=None, timeout=busy_timeout, check_same_thread=False
+            )
         try:
             with self._mapped("open"):
                 self._set_up(busy_timeout)

@@ -71,7 +71,7 @@ class WriterLock:
 
 
 class Writer:
-    """To be made, used and closed on one thread. `open` raises StoreError, `turn` nothing.
+    """To be used by one thread at a time. `open` raises StoreError, `turn` nothing.
 
     `written` counts records that it put into the store, `lost` those that no store takes,
     `unreadable` the files that it kept for what it could not read of dead processes' journals.
@@ -117,15 +117,6 @@ class Writer:
             except StoreError as exc:
                 self._keep_for_later(exc)
         self._store.set_busy_timeout(BUSY_TIMEOUT)
-
-    def run(self, pause: Callable[[float], bool]) -> None:
-        """Write until `pause`, which is told for how long, says that the end has come."""
-        try:
-            while not pause(self.turn()):
-                pass
-            self.finish()
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Let go of everything, the lock last."""
