@@ -53,39 +53,39 @@ class Channel(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """What is said may still be heard."""
+        """Whether the peer may still read what is sent."""
         return self._transport is not None
 
     def send(self, kind: str, **members: Any) -> None:
-        """Say something; nothing happens if the peer is gone."""
+        """Send a message, unless the peer is gone."""
         if self._transport is not None:
             self._transport.write(serialize_message(kind, **members))
 
     def close(self) -> None:
-        """Say nothing more; what was said is still sent."""
+        """Send nothing more; what is in the buffer still goes out."""
         if self._transport is not None:
             self._transport.close()
 
     def hold(self) -> bool:
-        """Read no more, so that another program can go on here; whether all was sent."""
+        """Stop reading, so that another program can go on here; return whether all was sent."""
         if self._transport is None:
             return True
         self._transport.pause_reading()
         return self._transport.get_write_buffer_size() == 0
 
     def go_on(self) -> None:
-        """The other program did not come."""
+        """Read again: no other program has taken over."""
         if self._transport is not None:
             self._transport.resume_reading()
 
 
 def serialize_message(kind: str, **members: Any) -> bytes:
-    """One line."""
+    """Return a message as one line."""
     return json.dumps({"kind": kind, **members}, separators=(",", ":")).encode() + b"\n"
 
 
 def parse_message(line: bytes) -> Message:
-    """The message of a line; what is none has the kind ""."""
+    """Return the message of a line; a line that is none gives the kind ""."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -128,7 +128,7 @@ def take_end(number: str) -> socket.socket:
 
 
 def send_failed(end: socket.socket, problems: Iterable[str]) -> int:
-    """Say why this process cannot start; return its exit code."""
+    """Send why this process cannot start; return its exit code."""
     with contextlib.suppress(OSError):
         end.setblocking(True)
         end.sendall(serialize_message("failed", problems=list(problems)))

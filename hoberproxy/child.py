@@ -28,7 +28,7 @@ STEADY = 60.0  # seconds a process must have lived for its death to be no failur
 
 
 class State(Enum):
-    """Where a worker is on its way."""
+    """The stages of a child's life."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -60,13 +60,13 @@ class Child:
         self.end: socket.socket | None = None  # of the channel
 
     def take(self, end: socket.socket, unread: bytes = b"") -> None:
-        """This is our end of its channel; `attach` follows."""
+        """Take the supervisor's end of the channel; `attach` follows."""
         end.setblocking(False)
         self.end = end
         self.channel.unread = unread
 
     async def attach(self) -> None:
-        """Talk over the channel from now on, if the process has not ended meanwhile."""
+        """Read and write the channel from now on, unless the process has ended."""
         if self.end is None or self.ended.is_set():
             return
         loop = asyncio.get_running_loop()
@@ -111,13 +111,13 @@ class Child:
                 raise
 
     def leave(self) -> None:
-        """Others serve now: take no more connections and end with the last."""
+        """Let the child take no more connections and end with the last: others serve now."""
         if self.state in (State.STARTING, State.SERVING):
             self.state = State.DRAINING
             self.channel.send("leave")
 
     def stop(self, *, at_once: bool = False) -> None:
-        """The whole service ends."""
+        """Let the child end its answers and itself: the whole service ends."""
         if self.state is State.STARTING or not self.channel.is_open:
             self.signal(signal.SIGTERM)  # it does not hear what is said on its channel
         self.state = State.DRAINING
@@ -131,7 +131,7 @@ class Child:
 
     @property
     def was_killed(self) -> bool:
-        """It was ended by a signal, and did not end by itself."""
+        """Whether a signal has ended it."""
         return self.exit_code is not None and self.exit_code < 0
 
     @property
@@ -141,7 +141,7 @@ class Child:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def reap(self) -> bool:
-        """Look whether it has ended; True once."""
+        """Return True once when the process has ended."""
         if self.ended.is_set():
             return False
         try:
@@ -157,25 +157,25 @@ class Child:
         return True
 
     def _read_rest(self) -> None:
-        """Its last words: the news of its end may overtake them."""
+        """Read what it has sent last: SIGCHLD may have come before that."""
         with contextlib.suppress(OSError):
             while self.end is not None and (data := self.end.recv(1 << 16)):
                 self.channel.data_received(data)
 
     def close(self) -> None:
-        """Let go of the channel."""
+        """Close both copies of the channel's end."""
         self.channel.close()
         if self.end is not None:
             self.end.close()
 
 
 def back_off(failures: int) -> float:
-    """Seconds before another try, after so many that failed in a row."""
+    """Return seconds to wait before another try after `failures` in a row."""
     return min(FIRST_BACK_OFF * 2 ** min(failures - 1, 20), MAX_BACK_OFF) if failures else 0.0
 
 
 async def reports_of(children: Iterable[Child]) -> list[dict[str, Any]]:
-    """What `hoberproxy status` says of each."""
+    """Return what `hoberproxy status` says of each of `children`."""
     children = list(children)
     await asyncio.gather(*(child.refresh("report") for child in children))
     return [
@@ -212,7 +212,7 @@ def start_child(
 
 
 def python_command(*arguments: str, python: str = "") -> list[str]:
-    """How to run a command of this package in a new process, by this Python or another.
+    """Return the words that run a command of this package, by this Python or another.
 
     By the package's name alone: an upgrade may have moved everything within it.
     """
@@ -223,7 +223,7 @@ def python_command(*arguments: str, python: str = "") -> list[str]:
 
 
 def problems_of(failed: list[Child]) -> str:
-    """Why these do not serve, one problem a line."""
+    """Return why `failed` workers do not serve, one problem a line."""
     problems = dict.fromkeys(problem for child in failed for problem in child.problems)
     return "\n".join(problems) or "\n".join(
         dict.fromkeys(
@@ -236,5 +236,5 @@ def problems_of(failed: list[Child]) -> str:
 
 
 def pids_of(children: Iterable[Child]) -> str:
-    """Their process ids, for the log."""
+    """Return the process ids of `children`, for the log."""
     return ", ".join(str(child.pid) for child in children)

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="hoberproxy",
         description="An OpenAI-compatible endpoint that relays LLM streams.",
@@ -247,7 +247,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
 
 def _program() -> str:
-    """How to call this program from where its user is."""
+    """Return how to call this program from the current directory."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{_from_here(sys.executable)} -m hoberproxy"
@@ -313,7 +313,7 @@ def _version(arguments: argparse.Namespace) -> int:
 
 
 def _config_path(arguments: argparse.Namespace) -> str | None:
-    """The config named, or the one in this directory; None if there is none."""
+    """Return the path of --config, or of the config in this directory; None if there is none."""
     path: str | None = arguments.config
     return path or (DEFAULT_CONFIG if Path(DEFAULT_CONFIG).exists() else None)
 
@@ -331,7 +331,7 @@ def _need_config(arguments: argparse.Namespace) -> Config:
 
 
 def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]:
-    """A parser of an option's number within bounds, for argparse."""
+    """Return a parser of an option's number within bounds, for argparse."""
 
     def parse(text: str) -> T:
         with contextlib.suppress(ValueError):
@@ -353,7 +353,7 @@ def _cannot_start(*problems: str) -> int:
 
 
 def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store:
-    """The store of the config, or of a start without one in this directory."""
+    """Open the store of the config, or of a start without one in this directory."""
     config = _load_config(arguments)
     path = config.records.file if config is not None else RecordSettings().file
     if not create and not Path(path).exists():

@@ -24,7 +24,7 @@ PrintTable = Callable[[tuple[str, ...], list[tuple[str, ...]]], None]
 
 
 def show_status(config: Config, print_table: PrintTable, *, as_json: bool) -> int:
-    """Print how the service is; 1 if it does not answer."""
+    """Print the status of the service; return 1 if it does not answer."""
     document = _ask(config, "status")
     if document is None:
         return 1
@@ -49,7 +49,7 @@ def show_status(config: Config, print_table: PrintTable, *, as_json: bool) -> in
 
 
 def _add_usage(document: dict[str, Any], config: Config) -> None:
-    """What keys used today, which only the records know."""
+    """Add what keys have used today, by the records."""
     if not Path(config.records.file).exists():
         return
     today = time.time() // DAY * DAY
@@ -72,7 +72,7 @@ def _add_usage(document: dict[str, Any], config: Config) -> None:
 
 
 def upgrade(config: Config) -> int:
-    """Let the service become what is installed; 1 if it did not."""
+    """Let the service become what is installed; return 1 if it did not."""
     before = _ask(config, "upgrade")
     if before is None:
         return 1
@@ -111,7 +111,7 @@ def _ask(config: Config, kind: str, patience: float = PATIENCE) -> dict[str, Any
 
 
 def _headline(document: Document, now: float) -> str:
-    """The first line."""
+    """Return the first line of the status."""
     line = (
         f"hoberproxy {document['version']}, process {document['pid']}, "
         f"up {_duration(now - document['started'])}: {document['streams']} streams, "
@@ -126,7 +126,7 @@ def _headline(document: Document, now: float) -> str:
 
 
 def _worker_table(document: Document, now: float) -> Table:
-    """A line a worker, and one for the writer of records."""
+    """Return a line for each worker and for the writer of records."""
     return (
         "worker",
         "state",
@@ -164,7 +164,7 @@ def _worker_table(document: Document, now: float) -> Table:
 
 
 def _endpoint_table(document: Document) -> Table:
-    """A line an endpoint that was tried of late."""
+    """Return a line for each endpoint that was tried of late."""
     return ("provider", "model", "state", "failures", "first content", "tokens/s"), [
         (
             each["provider"],
@@ -185,7 +185,7 @@ def _endpoint_state(each: dict[str, Any]) -> str:
 
 
 def _key_table(document: Document) -> Table:
-    """A line a key that is in use, or was today."""
+    """Return a line for each key that is in use, or was today."""
     return ("key", "streams", "requests today", "tokens today"), [
         (
             each["key"] or "-",

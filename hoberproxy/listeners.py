@@ -1,4 +1,4 @@
-"""The sockets that clients connect to: bound here, or handed over by systemd.
+"""The listening sockets for clients and scrapers, bound here or handed over by systemd.
 
 Whoever has a copy of a listening socket keeps its waiting connections: workers come and go on the
 supervisor's.
@@ -33,11 +33,11 @@ UNSENT_BYTES = 512 * 1024
 
 
 class StartError(Exception):
-    """The process cannot start; the message says what was in the way."""
+    """A process cannot start; the message says why."""
 
     @property
     def problems(self) -> list[str]:
-        """As ConfigError has them."""
+        """The lines of the message, as ConfigError has them."""
         return str(self).split("\n")
 
 
@@ -51,7 +51,7 @@ class Listeners:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where clients are really listened to, the port chosen where the config left it open."""
+        """The addresses of the sockets for clients, with the ports that the system chose."""
         return [name_of(sockets[0]) for sockets in self.clients.values()]
 
     async def listen(
@@ -77,18 +77,18 @@ class Listeners:
                 each.close()
 
     def close(self) -> None:
-        """Close our copies."""
+        """Close this process's copies of all sockets."""
         for each in (*flat(self.clients.values()), *self.metrics):
             each.close()
 
 
 def flat(groups: Iterable[list[socket.socket]]) -> list[socket.socket]:
-    """All sockets of all groups."""
+    """Return the sockets of all groups in one list."""
     return [each for group in groups for each in group]
 
 
 def name_of(listener: socket.socket) -> Address:
-    """Where a socket is bound; of a Unix socket its path, with port 0."""
+    """Return where a socket is bound; of a Unix socket its path, with port 0."""
     name = listener.getsockname()
     if isinstance(name, tuple):
         return Address(name[0], name[1])
@@ -96,7 +96,7 @@ def name_of(listener: socket.socket) -> Address:
 
 
 def bind(address: Address) -> list[socket.socket]:
-    """A listening socket for each address that the host's name leads to. Raises StartError."""
+    """Listen at each address that the host's name leads to. Raises StartError."""
     bound: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(
@@ -124,7 +124,7 @@ def bind(address: Address) -> list[socket.socket]:
 async def bind_when_free(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
-    """`bind`, once nobody listens at the address any more.
+    """Call `bind` once nobody listens at the address any more.
 
     Waits for FREE_WITHIN seconds while `has_predecessor` says that processes of an earlier run are
     still there; an address that is another program's is an error. Raises StartError.
@@ -154,7 +154,7 @@ async def bind_when_free(
 async def listen_for_clients(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
-    """`bind` for clients, once the address is free. Raises StartError."""
+    """Listen for clients once the address is free. Raises StartError."""
     try:
         return await bind_when_free(address, has_predecessor)
     except StartError as error:
@@ -164,7 +164,7 @@ async def listen_for_clients(
 async def listen_for_metrics(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
-    """`bind` for scrapers, once the address is free. Raises StartError."""
+    """Listen for scrapers once the address is free. Raises StartError."""
     try:
         return await bind_when_free(address, has_predecessor)
     except StartError as error:
@@ -178,6 +178,6 @@ def _is_in_use(error: StartError) -> bool:
 
 
 def limit_unsent(listener: socket.socket) -> None:
-    """Give the connections that come of a listening socket their share of the system's memory."""
+    """Limit the unsent bytes that the system keeps for each connection of a listening socket."""
     with contextlib.suppress(AttributeError, OSError):  # a system without it; a Unix socket
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)

@@ -41,7 +41,7 @@ class ModelLists:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Ask from now on."""
+        """Ask providers for their models from now on."""
         self._task = self._gateway.loop.create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
@@ -74,7 +74,7 @@ class ModelLists:
         self._has_asked.set()
 
     def _wanted(self) -> list[str]:
-        """The providers that a wildcard names."""
+        """Return the providers that a wildcard names."""
         if not self._gateway.config.server.models_refresh:
             return []
         models = self._gateway.config.models

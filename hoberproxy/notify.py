@@ -24,20 +24,20 @@ class Notifier:
         self.watchdog = _watchdog(environ) if address else None
 
     def ready(self, status: str) -> None:
-        """The service serves, after a start or a reload."""
+        """Say that the service serves, after a start or a reload."""
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """A reload begins; `ready` ends it."""
+        """Say that a reload begins; `ready` ends it."""
         microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self._send("RELOADING=1", f"MONOTONIC_USEC={microseconds}")
 
     def stopping(self) -> None:
-        """The end begins."""
+        """Say that the service drains."""
         self._send("STOPPING=1", "STATUS=draining")
 
     def alive(self) -> None:
-        """All that works is well."""
+        """Feed the watchdog."""
         self._send("WATCHDOG=1")
 
     def _send(self, *lines: str) -> None:

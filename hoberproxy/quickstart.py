@@ -22,7 +22,7 @@ KEY_LIFETIME = 24 * 3600.0
 
 
 def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSettings) -> Config:
-    """The demo model and whatever the environment names. Raises ConfigError."""
+    """Return a config of the demo model and of what `environ` names. Raises ConfigError."""
     demo = Provider(name=DEMO_PROVIDER, scheme="http", host="127.0.0.1", port=demo_port, path="/v1")
     demo_model = Model(
         slug=DEMO_SLUG,
@@ -42,7 +42,7 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
 
 
 def make_key(records_file: str) -> str:
-    """A test key that expires in a day."""
+    """Make a test key that expires in a day."""
     store = open_store(records_file)
     try:
         key, _ = store.create_key("quickstart", kind="test", expires=time.time() + KEY_LIFETIME)
@@ -112,6 +112,6 @@ def _absent_providers(config: Config) -> str:
 
 
 async def start_demo() -> tuple[DemoModel, int]:
-    """The demo model, and the port it listens on."""
+    """Start the demo model; return it and its port."""
     demo = DemoModel()
     return demo, await demo.start()

@@ -97,7 +97,7 @@ class Server(Timed):
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it really listens."""
+        """The addresses of the listening sockets, with the ports that the system chose."""
         return self._given.addresses
 
     async def start(self) -> None:
@@ -122,7 +122,7 @@ class Server(Timed):
         self._beat(gateway.loop.time())
 
     async def _accept(self, protocol: Callable[[], asyncio.Protocol]) -> None:
-        """Accept on sockets that may be others' too: closing ours loses no waiting connection."""
+        """Accept on the listening sockets, of which a supervisor has copies: closing ours cuts nobody."""
         loop = asyncio.get_running_loop()
         for each in flat(self._given.clients.values()):
             if each.family == socket.AF_UNIX:
@@ -175,7 +175,7 @@ class Server(Timed):
         return runner.server
 
     def snapshot(self) -> dict[str, Any]:
-        """The counts since the start and what is so now, for whoever watches all workers."""
+        """Return the counts since the start and the gauges of now, as exposition.py merges them."""
         gateway = self._gateway
         assert gateway is not None, "started before"
         return gateway.metrics.snapshot(self._gauges(gateway))
@@ -225,7 +225,7 @@ class Server(Timed):
         }
 
     def _beat(self, due: float) -> None:
-        """Twice a second: the loop turns, and so late."""
+        """Measure how late the loop is, flush the journal, give a sign of life; twice a second."""
         assert self._gateway is not None, "started before"
         loop = self._gateway.loop
         self._gateway.metrics.observe_lag(loop.time() - due)
@@ -235,7 +235,7 @@ class Server(Timed):
         self._heartbeat = loop.call_at(following, self._beat, following)
 
     def on_deadline(self, now: float) -> float:
-        """Sweep the pools, and now and then what was remembered of requests."""
+        """Sweep the pools, and now and then the parse cache of requests."""
         assert self._gateway is not None
         self._sweeps += 1
         if self._sweeps % FRAMES_SWEEP == 0:
@@ -248,22 +248,22 @@ class Server(Timed):
 
     @property
     def is_leaving(self) -> bool:
-        """The end has begun."""
+        """Whether `stop` or `hand_over` was called."""
         return self._leave.is_set()
 
     def stop(self, *, at_once: bool = False) -> None:
-        """First call: take no more requests and let running ones end. Second: end them now."""
+        """Take no more requests and let running ones end; at the second call end them now."""
         if self._stop.is_set() or at_once:
             self._stop_now.set()
         self._stop.set()
         self._leave.set()
 
     def hand_over(self) -> None:
-        """Others serve on the same sockets: take no more connections, and end with the last."""
+        """Take no more connections and end with the last: other workers serve on these sockets."""
         self._leave.set()
 
     def stop_on_signals(self) -> None:
-        """SIGTERM and SIGINT stop; SIGUSR2 is for a supervisor, and must not end us."""
+        """Let SIGTERM and SIGINT stop this process; SIGUSR2, meant for a supervisor, is logged."""
         loop = asyncio.get_running_loop()
         upgrade = "only `serve` with a config can be upgraded while it runs: restart this one"
         loop.add_signal_handler(signal.SIGUSR2, logger.warning, upgrade)
@@ -371,7 +371,7 @@ class Server(Timed):
 
 
 class WriterThread:
-    """Runs a writer on a thread of the process that serves, where no other process writes."""
+    """Run a writer of records on a thread, in a process that serves without a writer process."""
 
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
@@ -407,7 +407,7 @@ class WriterThread:
 
 
 def notify_nobody() -> None:
-    """Nobody wants to know that the loop turns."""
+    """Do nothing: no supervisor waits for signs of life."""
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:

@@ -40,7 +40,7 @@ _OF_A_WORKER = ("pid", "state", "generation", "started", "streams", "connections
 
 
 def _endpoints(reports: Iterable[Report]) -> list[dict[str, Any]]:
-    """What workers learnt of each endpoint, each for itself: means, and how many let it rest."""
+    """Return for each endpoint the means over the workers, and in how many of them it cools."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for report in reports:
         if report.get("state") != "draining":  # what it knows is old

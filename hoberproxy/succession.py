@@ -32,7 +32,7 @@ STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the st
 
 @dataclass(slots=True)
 class Handover:
-    """All that goes over. `ends`: of each child's channel, with bytes of it that were read."""
+    """What the next program goes on with. `ends`: of each child's channel, with unread bytes."""
 
     source: ConfigSource
     generation: int
@@ -49,7 +49,7 @@ class Handover:
 
 
 def save_handover(handover: Handover) -> int:
-    """Write the state, and let what it names outlive an exec; the number of its descriptor."""
+    """Write the state and let its descriptors outlive an exec; return the state's own."""
     listeners = handover.listeners
     state = {
         "source": {
@@ -100,7 +100,7 @@ def _keep(each: socket.socket) -> int:
 
 
 def keep_handover(handover: Handover) -> None:
-    """Keep what the state names from other programs: there was no exec."""
+    """Let the descriptors of the state end with this program again: there was no exec."""
     listeners = handover.listeners
     ends = [child.end for child in (*handover.children, *handover.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
@@ -109,7 +109,7 @@ def keep_handover(handover: Handover) -> None:
 
 
 def take_handover(environ: MutableMapping[str, str]) -> Handover | None:
-    """Return what the program before has left; None if there was none."""
+    """Return what the program before this one has left; None if there was none."""
     number = environ.pop(STATE_VARIABLE, None)
     if number is None:
         return None
@@ -161,7 +161,7 @@ def _take(number: int) -> socket.socket:
 
 
 def open_tally(number: int) -> tuple[int, Tally]:
-    """The counts that workers share, in the file of that number, or in a new one for -1."""
+    """Map the counts that workers share, in the file of descriptor `number`; -1 makes a new one."""
     if number < 0:
         number = os.memfd_create("hoberproxy-tally")
         os.ftruncate(number, TALLY_BYTES)
@@ -173,7 +173,7 @@ def open_tally(number: int) -> tuple[int, Tally]:
 
 
 def installed_python() -> str:
-    """The Python of what is installed by now: the one named by the script we were started as.
+    """Return the Python of what is installed by now, as the script of this program names it.
 
     Each version may have an environment of its own, and the script be a link to the latest.
     """
@@ -186,7 +186,7 @@ def installed_python() -> str:
 
 
 async def try_installed(source: bytes, limit: float) -> str | None:
-    """What is wrong with the installed code, None if it imports and takes this config.
+    """Return what is wrong with the installed code; None if it imports and takes `source`.
 
     Once it runs in our place it is too late: a config that it refuses would end all streams.
     """
@@ -208,7 +208,7 @@ async def try_installed(source: bytes, limit: float) -> str | None:
 
 
 async def hold_channels(children: Iterable[Child], limit: float) -> bool:
-    """Read no more of what these children say; whether they have read all that was said to them."""
+    """Read no more of `children`'s messages; return whether all messages to them were sent."""
     deadline = time.monotonic() + limit
     while not all([child.channel.hold() for child in children]):
         if time.monotonic() > deadline:
@@ -218,7 +218,7 @@ async def hold_channels(children: Iterable[Child], limit: float) -> bool:
 
 
 def replace_program(handover: Handover) -> str:
-    """Run the installed program in this process; returns only what was in the way.
+    """Run the installed program in this process; return only if that fails, with the problem.
 
     A signal must find either this program's handlers or the next one's: they are to be blocked.
     """

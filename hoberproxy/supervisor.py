@@ -128,7 +128,7 @@ class Supervisor:
         await self._end()
 
     async def _begin(self) -> None:
-        """Answer scrapers and the admin socket, and say that clients are served."""
+        """Answer scrapers and the admin socket, and announce that clients are served."""
         for each in self._listeners.metrics:
             metrics = MetricsListener(self.render_metrics)
             await metrics.start(each)
@@ -188,7 +188,7 @@ class Supervisor:
         self._listeners.close()
 
     def _has_predecessor(self) -> bool:
-        """Whether processes of an earlier run still serve, as after a kill."""
+        """Return whether processes of an earlier run still serve, as after a kill."""
         return not self._is_stopping and count_living(self._config.records.file) > 0
 
     def _announce(self) -> None:
@@ -203,7 +203,7 @@ class Supervisor:
         self._listeners.metrics = await listen_for_metrics(address, self._has_predecessor)
 
     async def _start_workers(self) -> list[Child]:
-        """A new generation; StartError, and none of it is left, if one cannot start."""
+        """Start a new generation; end all of it and raise StartError if one worker cannot start."""
         if len(self._children) + self._count > PROCESSES:
             raise StartError(
                 f"expected at most {PROCESSES} workers at a time, got {self._count} beside "
@@ -232,7 +232,7 @@ class Supervisor:
         return children
 
     async def _settle(self, children: list[Child], deadline: float) -> None:
-        """Wait until all of them serve or have ended, or the service is to stop."""
+        """Wait until all `children` serve or have ended, or the service is to stop."""
         waits = asyncio.gather(*(child.settled.wait() for child in children))
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
@@ -265,7 +265,7 @@ class Supervisor:
         return child
 
     async def _kill(self, children: Iterable[Child]) -> None:
-        """End these now; they serve nobody yet."""
+        """Kill `children`, which serve nobody yet, and wait for their ends."""
         for child in children:
             child.state = State.DRAINING
             child.signal(signal.SIGKILL)
@@ -306,7 +306,7 @@ class Supervisor:
             self._start_task(self._replace(delay), "replace a worker")
 
     def _count_ended(self, snapshot: Snapshot) -> None:
-        """Counts go on where a process that is gone stopped."""
+        """Add the last snapshot of a process that is gone to the counts of all."""
         self._ended = merge([self._ended, snapshot], ended=True)
 
     async def _start_writer(self) -> Child:
@@ -409,7 +409,7 @@ class Supervisor:
             logger.error("%s: %s", what, problem)
 
     async def _exec(self) -> None:
-        """Run the installed code in this very process, with all sockets and workers."""
+        """Run the installed code in this very process; returns only if it cannot be run."""
         try:
             await asyncio.to_thread(self._load)
         except ConfigError as error:
@@ -446,7 +446,7 @@ class Supervisor:
         )
 
     async def _adopt(self, handover: Handover) -> None:
-        """Go on where the program before us stopped; then as after a reload."""
+        """Go on where the program before this one stopped, then reload."""
         self._listeners = handover.listeners
         self.restarts = handover.restarts
         self._reloads.update(handover.reloads)
@@ -469,7 +469,7 @@ class Supervisor:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Ask all workers how they are."""
+        """Ask all children for new snapshots."""
         await asyncio.gather(*(child.refresh() for child in self._everyone))
 
     async def _answer_admin(self, question: Message) -> Message:
@@ -501,12 +501,12 @@ class Supervisor:
         }
 
     async def render_metrics(self) -> bytes:
-        """The sum over all workers, also those that are gone, as Prometheus' text."""
+        """Return the sums over all workers, gone ones among them, as Prometheus' text."""
         await self.refresh()
         return render(self.snapshot())
 
     def snapshot(self) -> Snapshot:
-        """As of the workers' last snapshots."""
+        """Return the sums by the children's last snapshots."""
         states = Counter(child.state.value for child in self._children)
         own = {
             "workers": [
@@ -536,7 +536,7 @@ class Supervisor:
     # The end
 
     def stop(self) -> None:
-        """First call: let running answers end. Second: end them now."""
+        """Let running answers end and stop; at the second call end them now."""
         if self._is_stopping:
             self._is_cut = True
             for child in self._children:

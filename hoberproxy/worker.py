@@ -41,7 +41,7 @@ BYE_LIMIT = 2.0  # seconds for the last message to be read
 
 
 class Worker:
-    """Serves until it is told to leave or to stop."""
+    """Serve until the supervisor says *leave* or *stop*."""
 
     def __init__(self, server: Server, end: socket.socket) -> None:
         self._server = server
@@ -51,7 +51,7 @@ class Worker:
         self._lost = asyncio.Event()
 
     async def serve(self) -> None:
-        """From start to end. Raises what `Server.start` does."""
+        """Serve from start to end. Raises what `Server.start` does."""
         try:
             await self._server.start()
         except BaseException:

@@ -46,7 +46,7 @@ BEHIND_AFTER = 10.0  # seconds with more in the journals than a turn writes: som
 
 
 class WriterProcess:
-    """Writes until it is told to leave or to stop."""
+    """Write records until the supervisor says *leave* or *stop*."""
 
     def __init__(self, writer: Writer, end: socket.socket) -> None:
         self._writer = writer
@@ -60,7 +60,7 @@ class WriterProcess:
         self._awaited: set[str] | None = None
 
     def run(self) -> None:
-        """From the first turn to the last record."""
+        """Write until the end has come, then what is left."""
         signal.signal(signal.SIGTERM, lambda *_: self.leave())
         self._send("ready")
         try:
@@ -73,7 +73,7 @@ class WriterProcess:
         self._send("bye", **self._state())
 
     def _turn(self, low: Executor) -> float:
-        """One turn of the writer; in how many seconds the next one is due."""
+        """Do one turn of the writer; return in how many seconds the next one is due."""
         is_behind = time.monotonic() - self._level_at > BEHIND_AFTER
         # The priority is a thread's, and only root may raise it again.
         pause = self._writer.turn() if is_behind else low.submit(self._writer.turn).result()
@@ -82,7 +82,7 @@ class WriterProcess:
         return pause
 
     def leave(self) -> None:
-        """End with the last of the processes that have journals now."""
+        """End when all processes that have journals now have ended."""
         self._is_leaving = True
 
     def _pause(self, seconds: float) -> bool:
@@ -145,7 +145,7 @@ class WriterProcess:
 
 
 def lower_priority() -> None:
-    """Let the calling thread stand behind others for a core."""
+    """Give the calling thread a lower priority than the workers have."""
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         os.nice(NICENESS)  # of this thread alone, on Linux
 
