@@ -122,7 +122,7 @@ class Server(Timed):
         self._beat(gateway.loop.time())
 
     async def _accept(self, protocol: Callable[[], asyncio.Protocol]) -> None:
-        """Accept on the listening sockets, of which a supervisor has copies: closing ours cuts nobody."""
+        """Accept on the listening sockets; a supervisor has copies, so closing ours is no cut."""
         loop = asyncio.get_running_loop()
         for each in flat(self._given.clients.values()):
             if each.family == socket.AF_UNIX:
