@@ -12,19 +12,21 @@ from typing import Final
 
 from .catalog import TimeLimits
 from .credentials import secrets_of
-from .downstream import Answer
+from .downstream import ResponseBody
 from .errors import Phase, UpstreamError
-from .http11 import Parts, ResponseHead
+from .http11_body import Parts
+from .http11_head import ResponseHead
 from .lenient import dump_json
 from .native import mypyc_attr
+from .opening import Opening
 from .pool import Pool
 from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
+from .request_handler import RequestHandler
 from .routing import Step
-from .sink import Shortcut
 from .stream import StreamScanner
-from .upstream import Loss, UpstreamConnection
+from .upstream import ChunkTaker, Loss, UpstreamConnection
 from .upstream_body import named_option
 
 logger = logging.getLogger("hoberproxy.upstream")
@@ -55,8 +57,11 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Owner:
-    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it."""
+class Owner(RequestHandler):
+    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it.
+
+    A request handler, for what is compiled derives from one class.
+    """
 
     @property
     def now(self) -> float:
@@ -112,9 +117,10 @@ class Attempt(Reporter):
         call: Call,
         step: Step,
         pool: Pool,
-        answer: Answer,
+        answer: ResponseBody,
         request: Parts,
         injected: frozenset[str] = frozenset(),
+        opening: Opening | None = None,
     ) -> None:
         self.phase = _CONNECT
         self._owner = owner
@@ -125,6 +131,7 @@ class Attempt(Reporter):
         self._answer = answer
         self._request = request
         self._injected = injected  # members of the body that are ours, not the client's
+        self._opening = opening  # how such streams begin
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.started = self._last_activity = owner.now
 
@@ -194,7 +201,7 @@ class Attempt(Reporter):
         if connection is not None and connection.receiver is self:
             connection.receiver = relay
 
-    def on_body(self, data: bytes) -> Shortcut | None:
+    def on_body(self, data: bytes) -> ChunkTaker | None:
         relay, data = self._choose_relay(data)
         return relay.on_body(data) if relay is not None else None
 
@@ -244,8 +251,7 @@ class Attempt(Reporter):
         if self._is_stream:
             if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
                 slug = self.step.slug
-                opening = self._pool.opening(slug)
-                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=opening)
+                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=self._opening)
                 return StreamRelay(self, self._answer, scanner)
             if content_type == _JSON_TYPE:
                 return self._body_relay()
@@ -449,7 +455,7 @@ class Attempt(Reporter):
             return
         if isinstance(relay, StreamRelay) and self._connection is not None:
             self._is_watching, self._looked_at = True, now
-            self._connection.drop_shortcut()
+            self._connection.drop_taker()
             relay.watch()
 
     def _passed_limit(self, now: float) -> tuple[float, str]:

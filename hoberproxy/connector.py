@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import aiohappyeyeballs
 
@@ -21,8 +21,7 @@ from .catalog import Provider
 from .errors import Phase, UpstreamError
 from .tls import Tls
 
-if TYPE_CHECKING:
-    from .upstream import UpstreamConnection
+Connection = TypeVar("Connection")  # a protocol of asyncio, by its methods
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -48,10 +47,11 @@ class Connector:
         self._addresses_until = float("inf") if self._addresses else 0.0
         self._lookup: asyncio.Task[AddressInfos] | None = None
 
-    async def connect(
-        self, limit: float, make: Callable[[], UpstreamConnection]
-    ) -> UpstreamConnection:
-        """What `make` makes, connected within `limit` seconds; UpstreamError (phase connect)."""
+    async def connect(self, limit: float, make: Callable[[], Connection]) -> Connection:
+        """Return what `make` makes, connected within `limit` seconds.
+
+        Raises UpstreamError (phase connect).
+        """
         try:
             async with asyncio.timeout(limit):
                 return await self._connect(make)
@@ -70,7 +70,7 @@ class Connector:
                 f"provider {self._provider.name}: could not connect", phase=Phase.CONNECT
             ) from exc
 
-    async def _connect(self, make: Callable[[], UpstreamConnection]) -> UpstreamConnection:
+    async def _connect(self, make: Callable[[], Connection]) -> Connection:
         addresses = await self._resolve()
         sock = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=HAPPY_EYEBALLS_DELAY, interleave=1, loop=self._loop

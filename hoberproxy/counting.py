@@ -12,54 +12,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
-from .downstream import Answer
 from .events import BLANK_LINE, DONE, parse_event
-from .sink import Shortcut
-from .stencil import Stencil
 
 logger = logging.getLogger("hoberproxy.ledger")
 
 ENCODING = "o200k_base"
-MAX_KEPT_BYTES = 8 * 1024 * 1024  # of an answer; a longer one stays an estimate
+MAX_KEPT_BYTES: Final = 8 * 1024 * 1024  # of an answer; a longer one stays an estimate
 MAX_WAITING = 100  # requests: each may hold its texts
 # What a chat's framing takes, in OpenAI's published formats: around each message, and at the end.
 TOKENS_PER_MESSAGE = 3
 TOKENS_PER_REPLY = 3
-
-
-class KeptAnswer(Answer):
-    """An answer whose bytes are kept on their way; the other one has the connection."""
-
-    def __init__(self, answer: Answer) -> None:
-        self._answer = answer
-        self._pieces: list[bytes] = []
-        self._kept_bytes = 0
-
-    def write(self, data: bytes) -> None:
-        self.keep(data)
-        self._answer.write(data)
-
-    def finish(self, data: bytes = b"", *, close: bool = False) -> None:
-        self.keep(data)
-        self._answer.finish(data, close=close)
-
-    def open_shortcut(self, stencil: Stencil) -> Shortcut | None:
-        return None  # every byte is wanted here
-
-    def keep(self, data: bytes) -> None:
-        """Keep what is written elsewhere."""
-        self._kept_bytes += len(data)
-        if self._kept_bytes <= MAX_KEPT_BYTES:
-            self._pieces.append(data)
-
-    @property
-    def kept(self) -> bytes | None:
-        """All that was written; None if it was too much."""
-        return b"".join(self._pieces) if self._kept_bytes <= MAX_KEPT_BYTES else None
 
 
 Amend = Callable[[int, int], None]  # takes a prompt's tokens and an answer's

@@ -6,12 +6,11 @@ chunks, HTTP/1.0 a body until close (RFC 9112, 6.3).
 
 from __future__ import annotations
 
-from .admission import NO_GROUP
 from .deadlines import Timed
-from .http11 import Headers, begin_response_head, size_line
+from .http11_body import size_line
+from .http11_head import Headers, begin_response_head
 from .native import mypyc_attr
-from .sink import Shortcut, Sink
-from .stencil import Stencil
+from .sink import Sink
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -19,7 +18,6 @@ class Client(Timed):
     """The connection of a client, as its answers and their exchange see it."""
 
     is_paused = False  # the client reads slower than we write
-    address_group = NO_GROUP  # where its address is counted
 
     @property
     def unread_bytes(self) -> int:
@@ -35,7 +33,33 @@ class Client(Timed):
         raise NotImplementedError
 
 
-class Answer:
+class ResponseBody:
+    """Takes the parts of one response's body."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body."""
+        raise NotImplementedError
+
+    def finish(self, data: bytes = b"", *, close: bool = False) -> None:
+        """Send the last part of the body, possibly empty, and end it."""
+        raise NotImplementedError
+
+    def open_sink(self) -> Sink | None:
+        """Return where chunks may be written that their writer frames and counts; None if nowhere.
+
+        Such a writer may also `hold` chunks, and must `flush` then.
+        """
+        return None
+
+    def hold(self, chunks: bytes) -> None:
+        """Send chunks, framed and counted already, before whatever comes next."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Send what is still held."""
+
+
+class Answer(ResponseBody):
     """One response: `send` it whole, or `start`, `write` and `finish` it; or `abort` it.
 
     `prepared` are further lines of the head, of which it is known that they are well-formed.
@@ -45,7 +69,7 @@ class Answer:
     is_ended = False
     _pending = b""  # the head, or what is held: goes with what is written next, in one segment
     _body_bytes = 0
-    _stencil: Stencil | None = None  # whose chunks pass beside us
+    _open_sink: Sink | None = None  # to which chunks pass beside `write`
 
     def __init__(self, sink: Sink, client: Client, *, version_minor: int, keep_alive: bool) -> None:
         self._sink = sink
@@ -55,9 +79,9 @@ class Answer:
 
     @property
     def body_bytes(self) -> int:
-        """Of the body so far, without its framing."""
-        beside = self._stencil.framed_bytes if self._stencil is not None else 0
-        return self._body_bytes + beside
+        """Bytes of the body so far, without its framing."""
+        framed = self._open_sink.framed_bytes if self._open_sink is not None else 0
+        return self._body_bytes + framed
 
     @property
     def is_started(self) -> bool:
@@ -73,7 +97,7 @@ class Answer:
         close: bool = False,
         prepared: bytes = b"",
     ) -> None:
-        """The whole answer at once."""
+        """Send the whole response at once."""
         assert not self.is_started, "one answer per request"
         self.status = status
         self._body_bytes = len(body)
@@ -88,7 +112,7 @@ class Answer:
         self._end()
 
     def start(self, status: int, headers: Headers, prepared: bytes = b"") -> None:
-        """The head of an answer whose length is not known; goes out with the first `write`."""
+        """Begin a response whose length is not known; its head goes out with the first `write`."""
         assert not self.is_started, "one answer per request"
         self.status = status
         if self._is_chunked:
@@ -100,7 +124,6 @@ class Answer:
         self._pending = b"".join((start, prepared, framing, self._connection(), b"\r\n"))
 
     def write(self, data: bytes) -> None:
-        """A part of the body."""
         self._body_bytes += len(data)
         if self._is_chunked:
             data = b"".join((self._pending, size_line(len(data)), data, b"\r\n"))
@@ -109,25 +132,22 @@ class Answer:
         self._pending = b""
         self._sink.write(data)
 
-    def open_shortcut(self, stencil: Stencil) -> Shortcut | None:
-        """The way by which chunks that `stencil` has framed pass beside us; None without chunks."""
+    def open_sink(self) -> Sink | None:
         if not self._is_chunked:
             return None
-        self._stencil = stencil
-        return stencil, self._sink, self
+        self._sink.framed_bytes = 0
+        self._open_sink = self._sink
+        return self._sink
 
     def hold(self, chunks: bytes) -> None:
-        """Send these, framed already and counted by the stencil, before whatever comes next."""
         self._pending += chunks
 
     def flush(self) -> None:
-        """Send what is still held."""
         if self._pending and not self.is_ended:
             self._sink.write(self._pending)
             self._pending = b""
 
     def finish(self, data: bytes = b"", *, close: bool = False) -> None:
-        """The last part of the body, possibly empty, and its end."""
         self._body_bytes += len(data)
         if close:
             self._keep_alive = False
@@ -140,7 +160,7 @@ class Answer:
         self._end()
 
     def abort(self) -> None:
-        """Cut the connection: the client must see that the answer is not complete."""
+        """Cut the connection: the client must see that the response is not complete."""
         if not self.is_ended:
             self.is_ended = True
             self._sink.abort()
@@ -154,3 +174,32 @@ class Answer:
         if not self._keep_alive:
             return b"connection: close\r\n"
         return b"" if self._is_chunked else b"connection: keep-alive\r\n"
+
+
+class KeptAnswer(ResponseBody):
+    """A response's body whose bytes, up to `limit`, are kept on their way to `body`."""
+
+    def __init__(self, body: ResponseBody, limit: int) -> None:
+        self._body = body
+        self._limit = limit
+        self._pieces: list[bytes] = []
+        self._kept_bytes = 0
+
+    def write(self, data: bytes) -> None:
+        self.keep(data)
+        self._body.write(data)
+
+    def finish(self, data: bytes = b"", *, close: bool = False) -> None:
+        self.keep(data)
+        self._body.finish(data, close=close)
+
+    def keep(self, data: bytes) -> None:
+        """Keep `data`, which is written elsewhere."""
+        self._kept_bytes += len(data)
+        if self._kept_bytes <= self._limit:
+            self._pieces.append(data)
+
+    @property
+    def kept(self) -> bytes | None:
+        """All that was written; None if it was more than the limit."""
+        return b"".join(self._pieces) if self._kept_bytes <= self._limit else None

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 
 from .access import Caller, Keyring
 from .journal import Journal
+from .sqlite_store import open_store
 from .store import Keys, StoreError
-from .stores import open_store
 from .writer import BUSY_TIMEOUT, TICK
 
 logger = logging.getLogger("hoberproxy.ledger")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from .config import Address
+from .settings import Address
 
 logger = logging.getLogger("hoberproxy.server")
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
+from collections.abc import Mapping
 from typing import Final
-
-import orjson
 
 from .catalog import TimeLimits
 from .errors import UpstreamError
-from .gateway import Gateway
 from .listing import list_models
+from .provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -30,10 +30,16 @@ JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
 
 
 class ModelLists:
-    """`start` it when clients are served, `aclose` it last."""
+    """`start` it when clients are served, `stop` it before the end and `aclose` it last.
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    `listed` maps a provider to its models; it is another object after each change.
+    """
+
+    def __init__(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
+        """Each of `upstreams` is asked every `interval` seconds."""
+        self.listed: dict[str, tuple[str, ...]] = {}
+        self._upstreams = upstreams
+        self._interval = interval
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
         self._is_wanted = asyncio.Event()
@@ -42,7 +48,7 @@ class ModelLists:
 
     def start(self) -> None:
         """Ask providers for their models from now on."""
-        self._task = self._gateway.loop.create_task(self._run(), name="list models")
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
         """Wait until all providers were asked once, FIRST_WAIT seconds at most."""
@@ -52,38 +58,35 @@ class ModelLists:
                 async with asyncio.timeout(FIRST_WAIT):
                     await self._has_asked.wait()
 
-    async def aclose(self) -> None:
-        """End the task."""
+    def stop(self) -> None:
+        """Ask no more; the lists stay as they are."""
+        self._has_asked.set()
         if self._task is not None:
             self._task.cancel()
+
+    async def aclose(self) -> None:
+        """End the task."""
+        self.stop()
+        if self._task is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     async def _run(self) -> None:
-        wanted, loop = self._wanted(), self._gateway.loop
-        if wanted:
+        loop = asyncio.get_running_loop()
+        if self._upstreams:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._vary(BEGIN_AFTER)):
+                async with asyncio.timeout(_vary(BEGIN_AFTER)):
                     await self._is_wanted.wait()
-        while wanted and not self._gateway.is_draining:
+        while self._upstreams:
             now = loop.time()
-            due = [name for name in wanted if self._due.get(name, now) <= now]
-            await asyncio.gather(*(self._ask(name) for name in due))
+            due = [each for each in self._upstreams.items() if self._due.get(each[0], now) <= now]
+            await asyncio.gather(*(self._ask(*each) for each in due))
             self._has_asked.set()
             await asyncio.sleep(min(self._due.values()) - loop.time())
         self._has_asked.set()
 
-    def _wanted(self) -> list[str]:
-        """Return the providers that a wildcard names."""
-        if not self._gateway.config.server.models_refresh:
-            return []
-        models = self._gateway.config.models
-        wild = [endpoint for model in models if model.is_wildcard for endpoint in model.endpoints]
-        return list(dict.fromkeys(endpoint.provider for endpoint in wild))
-
-    async def _ask(self, name: str) -> None:
+    async def _ask(self, name: str, upstream: Upstream) -> None:
         """Ask one provider; never raises."""
-        upstream = self._gateway.upstreams[name]
         names: list[str] | None = None
         reason = "no list of models in its answer"
         try:
@@ -99,36 +102,18 @@ class ModelLists:
             self._failures[name] = failures = self._failures.get(name, 0) + 1
             if failures == 1:
                 logger.info("provider %s: its models are not known: %s", name, reason)
-        self._due[name] = self._gateway.loop.time() + self._wait(name)
+        self._due[name] = asyncio.get_running_loop().time() + self._wait(name)
 
     def _wait(self, name: str) -> float:
-        wait = self._gateway.config.server.models_refresh
+        wait = self._interval
         if failures := self._failures[name]:
             wait = min(wait, FIRST_RETRY * 2.0 ** min(failures - 1, 20))
-        return self._vary(wait)
-
-    def _vary(self, wait: float) -> float:
-        return wait * (1 - JITTER + 2 * JITTER * self._gateway.draw())
+        return _vary(wait)
 
     def _publish(self, name: str, models: tuple[str, ...]) -> None:
-        gateway = self._gateway
-        if gateway.listed.get(name, ()) != models:
-            gateway.listed = {**gateway.listed, name: models}  # another object: see ModelsPage
+        if self.listed.get(name, ()) != models:
+            self.listed = {**self.listed, name: models}
 
 
-class ModelsPage:
-    """The body of GET /v1/models, made anew only when a list of models has changed."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._made_of: dict[str, tuple[str, ...]] | None = None
-        self._body = b""
-
-    def body(self) -> bytes:
-        """The list as JSON."""
-        listed = self._gateway.listed
-        if self._made_of is not listed:
-            data = self._gateway.catalog.listing(listed)
-            self._body = orjson.dumps({"object": "list", "data": data})
-            self._made_of = listed
-        return self._body
+def _vary(wait: float) -> float:
+    return wait * (1 - JITTER + 2 * JITTER * random.random())

@@ -12,16 +12,14 @@ from typing import Any, Final
 
 from .catalog import Provider
 from .connector import Connector
-from .deadlines import Timed, Wheel
-from .http11 import ResponseHeads
-from .opening import Opening
-from .upstream import UpstreamConnection
+from .deadlines import Wheel
+from .http11_head import ResponseHeads
+from .upstream import ConnectionOwner, UpstreamConnection
 
-MAX_OPENINGS: Final = 256  # models behind wildcards are named by clients
 END_WAIT: Final = 2.0  # seconds for the framing of an answer to end behind its [DONE]
 
 
-class Pool(Timed):
+class Pool(ConnectionOwner):
     """The connections of one provider. All methods belong to the loop that made it."""
 
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
@@ -33,27 +31,17 @@ class Pool(Timed):
         self.end_wait = END_WAIT
         self.open = 0  # connections that exist, idle and busy
         self._is_retired = False
-        self.heads = ResponseHeads()  # of the answers on all these connections
-        self._openings: dict[str, Opening] = {}  # by the client's slug
+        self.heads = ResponseHeads()
 
     @property
     def idle(self) -> int:
         """How many connections wait to be used again."""
         return len(self._idle)
 
-    def opening(self, slug: str) -> Opening:
-        """How streams under this slug begin."""
-        opening = self._openings.get(slug)
-        if opening is None:
-            if len(self._openings) >= MAX_OPENINGS:
-                self._openings.clear()
-            opening = self._openings[slug] = Opening()
-        return opening
-
     # Lending
 
     def acquire(self) -> UpstreamConnection | None:
-        """An idle connection, the one used last; None if a new one must be made."""
+        """Return the idle connection used last; None if a new one must be made."""
         now = self.wheel.now
         while self._idle:
             connection = self._idle.pop()
@@ -62,15 +50,14 @@ class Pool(Timed):
             connection.abort()
         return None
 
-    def release(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
-        """Take a connection back whose answer ended exactly.
+    def on_opened(self, connection: UpstreamConnection) -> None:
+        self.open += 1
 
-        `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds: we leave a second early,
-        lest our request and its close cross on the wire.
-        """
-        self.note_end(connection)
+    def on_idle(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
+        self._ending.pop(connection, None)
         keep = self.provider.keepalive
         if keepalive_hint is not None:
+            # A second early, lest our request and the peer's close cross on the wire.
             keep = min(keep, keepalive_hint - 1.0)
         if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
@@ -78,23 +65,19 @@ class Pool(Timed):
         connection.idle_until = self.wheel.now + keep
         self._idle.append(connection)
 
-    def forget(self, connection: UpstreamConnection) -> None:
-        """An idle connection was closed by its peer: it must not be lent any more."""
-        with contextlib.suppress(ValueError):
+    def on_closed(self, connection: UpstreamConnection) -> None:
+        self.open -= 1
+        self._ending.pop(connection, None)
+        with contextlib.suppress(ValueError):  # it was busy
             self._idle.remove(connection)
 
     def await_end(self, connection: UpstreamConnection) -> None:
-        """Give a connection the time to end an answer that nobody reads any more."""
         due = self.wheel.now + self.end_wait
         self._ending[connection] = due
         if self._is_retired:
             connection.abort()
         else:
             self.wheel.hasten(self, due)
-
-    def note_end(self, connection: UpstreamConnection) -> None:
-        """The connection has ended its answer, or was closed: it is waited for no more."""
-        self._ending.pop(connection, None)
 
     def on_deadline(self, now: float) -> float | None:
         """Close the connections whose answers have not ended in time."""
@@ -127,7 +110,7 @@ class Pool(Timed):
             connection.abort()
 
     def connect(self, limit: float) -> Coroutine[Any, Any, UpstreamConnection]:
-        """A new connection, within `limit` seconds. Raises UpstreamError (phase connect)."""
+        """Make a connection within `limit` seconds. Raises UpstreamError (phase connect)."""
         return self._connector.connect(limit, lambda: UpstreamConnection(self))
 
     def aclose(self) -> Coroutine[Any, Any, None]:

@@ -1,20 +1,21 @@
-"""The embedded default: what `serve` does without a config file.
+"""Make the config, key and welcome text of `serve` without a config file.
 
-A demo model so that the first request needs no account, the providers whose keys are in the
-environment, a key for today, and the lines to copy.
+Its config has a demo model, so that a first request needs no account, and the providers whose keys
+are in the environment.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 
-from .catalog import Endpoint, Model, Provider
-from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .catalog import Endpoint, Model, Prices, Provider
 from .demo import DemoModel
+from .native import describe_build
 from .presets import PRESETS, presets_from_environment
-from .prices import Prices
-from .stores import open_store
+from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .sqlite_store import open_store
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"
@@ -22,7 +23,7 @@ KEY_LIFETIME = 24 * 3600.0
 
 
 def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSettings) -> Config:
-    """Return a config of the demo model and of what `environ` names. Raises ConfigError."""
+    """Return a config of the demo model and the presets in `environ`. Raises ConfigError."""
     demo = Provider(name=DEMO_PROVIDER, scheme="http", host="127.0.0.1", port=demo_port, path="/v1")
     demo_model = Model(
         slug=DEMO_SLUG,
@@ -42,17 +43,14 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
 
 
 def make_key(records_file: str) -> str:
-    """Make a test key that expires in a day."""
-    store = open_store(records_file)
-    try:
+    """Create a test key that expires in a day."""
+    with closing(open_store(records_file)) as store:
         key, _ = store.create_key("quickstart", kind="test", expires=time.time() + KEY_LIFETIME)
-    finally:
-        store.close()
     return key
 
 
 _WELCOME = """\
-hoberproxy listens on {base_url}
+{build} listens on {base_url}
 models: {models}
 {absent}
 Your key for the next 24 hours:
@@ -80,16 +78,17 @@ Python (pip install openai):
         if chunk.choices[0].delta.content:
             print(chunk.choices[0].delta.content, end="", flush=True)
 
-What was used:  {program} usage
-Your own setup: {program} config --example > hoberproxy.toml
+Usage so far:     {program} usage
+A config to edit: {program} config --example > hoberproxy.toml
 Ctrl-C stops.
 """
 
 
 def welcome(config: Config, address: Address, key: str, program: str) -> str:
-    """What to do now: lines that work as they are, copied. `program` is how to call this one."""
+    """Return the lines to copy for a first request; `program` is the command of this program."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return _WELCOME.format(
+        build=describe_build(),
         base_url=f"http://{Address(host, address.port)}",
         models=", ".join(model.slug for model in config.models),
         absent=_absent_providers(config),

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -23,24 +24,26 @@ from aiohttp import web
 from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
-from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
+from .admission import Admission, BodyMemory, ConnectionRoom, StreamCounts, body_memory_limit
 from .app import make_app
 from .catalog import Catalog
-from .config import Address, Config, ConfigError
+from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .exchange import Exchange
+from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
 from .folder import journal_directory
-from .gateway import Gateway, make_upstreams
-from .http11 import MAX_REQUEST_HEAD_BYTES
+from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .journal import Journal
 from .key_loader import KeyLoader, start_thread
 from .listeners import BACKLOG, Listeners, StartError, flat
-from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
+from .memory import collect_rarely, keep_freed_memory, machine_memory
 from .metrics import Gauges, Metrics
-from .model_lists import ModelLists
+from .provider import make_upstreams
+from .settings import Address, Config
 from .tallies import Tallies
-from .tally import Tally, new_tally_memory
+from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
 from .writer import FINISH_LIMIT, Writer
 
@@ -63,7 +66,7 @@ class Server(Timed):
         config: Config,
         listeners: Listeners,
         *,
-        tally: Tally | None = None,
+        counts: StreamCounts | None = None,
         has_writer: bool = True,
         workers: int = 1,
     ) -> None:
@@ -73,7 +76,7 @@ class Server(Timed):
         """
         self._config = config
         self._given = listeners
-        self._tally = tally
+        self._counts = counts
         self._workers = workers
         self._heartbeat: asyncio.TimerHandle | None = None
         self.on_beat: Callable[[], None] = notify_nobody
@@ -84,7 +87,7 @@ class Server(Timed):
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._sweeps = 0
-        self._gateway: Gateway | None = None
+        self._context: ServerContext | None = None
         self._tallies: Tallies | None = None
         records = config.records
         self._journal = Journal(journal_directory(records.file))
@@ -93,7 +96,6 @@ class Server(Timed):
         if has_writer:
             self._writer = WriterThread(Writer(records.file, keep_days=records.keep_days))
         self._ticker: Ticker | None = None
-        self._model_lists: ModelLists | None = None
 
     @property
     def addresses(self) -> list[Address]:
@@ -103,23 +105,22 @@ class Server(Timed):
     async def start(self) -> None:
         """Open the store, then accept. Raises StartError, StoreError or ConfigError."""
         _check_keys(self._config, self.addresses)
-        self._gateway = gateway = self._build()
+        self._context = context = self._build()
         if self._writer is not None:  # before the keys: what a dead process spent is spent
             self._writer.start()
-        self._loader = KeyLoader(self._config.records.file, gateway.keyring, self._journal)
+        self._loader = KeyLoader(self._config.records.file, context.keyring, self._journal)
         self._loader.start()
-        self._ticker = Ticker(gateway.wheel, gateway.loop)
-        gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
-        handlers = await self._handlers(make_app(gateway))
+        self._ticker = Ticker(context.wheel, context.loop)
+        context.wheel.schedule(self, context.loop.time() + POOL_SWEEP)
+        handlers = await self._handlers(make_app(context))
+        begin = partial(Exchange, context)
 
         def connection() -> Any:  # a Protocol by its methods
-            return DownstreamConnection(gateway, handlers, self._connections)
+            return DownstreamConnection(context, begin, handlers, self._connections)
 
         await self._accept(connection)
-        self._model_lists = ModelLists(gateway)
-        self._model_lists.start()
-        gateway.wait_for_models = self._model_lists.wait
-        self._beat(gateway.loop.time())
+        context.model_lists.start()
+        self._beat(context.loop.time())
 
     async def _accept(self, protocol: Callable[[], asyncio.Protocol]) -> None:
         """Accept on the listening sockets; a supervisor has copies, so closing ours is no cut."""
@@ -131,15 +132,13 @@ class Server(Timed):
                 listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
 
-    def _build(self) -> Gateway:
+    def _build(self) -> ServerContext:
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
         catalog = Catalog(config.models)
         self._tallies = tallies = _open_tallies(config.records.file)
-        if self._tally is None and config.server.max_connections_per_address:
-            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
-        return Gateway(
+        return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
@@ -153,7 +152,7 @@ class Server(Timed):
             ),
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
-            admission=Admission(config.server, self._tally),
+            admission=Admission(config.server.max_streams, self._counts),
             bodies=BodyMemory(body_memory_limit(config.server, machine_memory(), self._workers)),
             room=ConnectionRoom(connections_limit()),
         )
@@ -176,19 +175,19 @@ class Server(Timed):
 
     def snapshot(self) -> dict[str, Any]:
         """Return the counts since the start and the gauges of now, as exposition.py merges them."""
-        gateway = self._gateway
-        assert gateway is not None, "started before"
-        return gateway.metrics.snapshot(self._gauges(gateway))
+        context = self._context
+        assert context is not None, "started before"
+        return context.metrics.snapshot(self._gauges(context))
 
-    def _gauges(self, gateway: Gateway) -> Gauges:
-        log, journal = gateway.access_log, self._journal
+    def _gauges(self, context: ServerContext) -> Gauges:
+        log, journal = context.access_log, self._journal
         writer = self._writer.writer if self._writer is not None else None
         return Gauges(
-            streams_open=len(gateway.exchanges),
+            streams_open=len(context.exchanges),
             connections_open=len(self._connections),
             upstream_connections={
                 name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-                for name, upstream in gateway.upstreams.items()
+                for name, upstream in context.upstreams.items()
             },
             records_queued=journal.depth,
             records_lost=journal.records_lost + (writer.lost if writer is not None else 0),
@@ -196,20 +195,22 @@ class Server(Timed):
             journals_unreadable=writer.unreadable if writer is not None else 0,
             log_lines_lost=log.lost if log is not None else 0,
             resident_bytes=resident_bytes(),
-            body_bytes=gateway.bodies.held,
+            body_bytes=context.bodies.held,
+            bad_heads=context.bad_heads,
+            refused_connections=context.refused_connections,
         )
 
     def report(self) -> dict[str, Any]:
         """Return what `hoberproxy status` says of this process."""
-        gateway = self._gateway
-        assert gateway is not None, "started before"
+        context = self._context
+        assert context is not None, "started before"
         return {
-            "streams": len(gateway.exchanges),
+            "streams": len(context.exchanges),
             "connections": len(self._connections),
             "resident_bytes": resident_bytes(),
-            "events": gateway.metrics.events
-            + sum(exchange.content_events for exchange in gateway.exchanges),
-            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "events": context.metrics.events
+            + sum(exchange.content_events for exchange in context.exchanges),
+            "keys": Counter(exchange.key_label for exchange in context.exchanges),
             "health": [
                 {
                     "provider": each.provider,
@@ -220,15 +221,15 @@ class Server(Timed):
                     "first_content": each.first_content,
                     "throughput": each.throughput,
                 }
-                for each in gateway.health.snapshot(gateway.loop.time())
+                for each in context.health.snapshot(context.loop.time())
             ],
         }
 
     def _beat(self, due: float) -> None:
         """Measure how late the loop is, flush the journal, give a sign of life; twice a second."""
-        assert self._gateway is not None, "started before"
-        loop = self._gateway.loop
-        self._gateway.metrics.observe_lag(loop.time() - due)
+        assert self._context is not None, "started before"
+        loop = self._context.loop
+        self._context.metrics.observe_lag(loop.time() - due)
         self._journal.flush()
         self.on_beat()
         following = loop.time() + HEARTBEAT
@@ -236,11 +237,11 @@ class Server(Timed):
 
     def on_deadline(self, now: float) -> float:
         """Sweep the pools, and now and then the parse cache of requests."""
-        assert self._gateway is not None
+        assert self._context is not None
         self._sweeps += 1
         if self._sweeps % FRAMES_SWEEP == 0:
-            self._gateway.frames.forget_unused()
-        for upstream in self._gateway.upstreams.values():
+            self._context.frames.forget_unused()
+        for upstream in self._context.upstreams.values():
             upstream.pool.close_expired(now)
         return now + POOL_SWEEP
 
@@ -282,19 +283,20 @@ class Server(Timed):
         `is_handover`: others serve on the same sockets. Then each connection gets one more answer,
         however long it idles before; otherwise a refusal, and only for a moment.
         """
-        gateway = self._gateway
-        assert gateway is not None
-        gateway.is_draining = True
-        gateway.is_stopping = not is_handover
+        context = self._context
+        assert context is not None
+        context.is_draining = True
+        context.is_stopping = not is_handover
+        context.model_lists.stop()
         for listener in self._listeners:
             listener.close()
-        running = len(gateway.exchanges)
+        running = len(context.exchanges)
         if running:
             logger.info("draining: %d requests are running", running)
-        await self._wait_for_connections(gateway)
-        gateway.is_stopping = gateway.is_stopping or bool(self._connections)
-        for exchange in list(gateway.exchanges):
-            exchange.refuse(
+        await self._wait_for_connections(context)
+        context.is_stopping = context.is_stopping or bool(self._connections)
+        for exchange in list(context.exchanges):
+            exchange.fail(
                 UnavailableError(
                     "this process is shutting down and the answer took too long",
                     code="draining",
@@ -303,22 +305,22 @@ class Server(Timed):
                 close=True,
             )
 
-    async def _wait_for_connections(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, context: ServerContext) -> None:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         deadline = begun + self._config.server.drain_timeout
         while (now := loop.time()) < deadline and not self._stop_now.is_set():
-            if not gateway.is_stopping and self._stop.is_set():  # the successor ends too
-                gateway.is_stopping, begun = True, now
-            if gateway.is_stopping and now - begun >= IDLE_GRACE:
+            if not context.is_stopping and self._stop.is_set():  # the successor ends too
+                context.is_stopping, begun = True, now
+            if context.is_stopping and now - begun >= IDLE_GRACE:
                 for connection in list(self._connections):
                     connection.close_if_idle(now - IDLE_GRACE)
-                if not gateway.exchanges:
+                if not context.exchanges:
                     return
             elif not self._connections and now - begun >= ACCEPTED_GRACE:
                 return
             try:
-                async with asyncio.timeout(gateway.wheel.tick):
+                async with asyncio.timeout(context.wheel.tick):
                     await self._stop_now.wait()
             except TimeoutError:
                 pass
@@ -329,24 +331,23 @@ class Server(Timed):
             listener.close()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
-        gateway = self._gateway
-        if gateway is None:
+        context = self._context
+        if context is None:
             return
-        if self._model_lists is not None:
-            await self._model_lists.aclose()
-        await self._flush_connections(gateway)
+        await context.model_lists.aclose()
+        await self._flush_connections(context)
         if self._runner is not None:
             await self._runner.cleanup()
         if self._ticker is not None:
             self._ticker.close()
-        for upstream in gateway.upstreams.values():
+        for upstream in context.upstreams.values():
             await upstream.pool.aclose()
-        gateway.accounts.shut()
+        context.accounts.shut()
         await asyncio.to_thread(self._close_records)
         if self._tallies is not None:
             self._tallies.close()
-        if gateway.access_log is not None:
-            gateway.access_log.close()
+        if context.access_log is not None:
+            context.access_log.close()
 
     def _close_records(self) -> None:
         """Write what is left, or leave it to the writer's process."""
@@ -358,7 +359,7 @@ class Server(Timed):
             self._writer.close()
         self._journal.close()
 
-    async def _flush_connections(self, gateway: Gateway) -> None:
+    async def _flush_connections(self, context: ServerContext) -> None:
         """Give the last answers a moment to reach their clients."""
         for connection in list(self._connections):
             connection.close_if_idle()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from typing import Final, Protocol
 
-from .stencil import Stencil
-
 _write: Final = os.write
 
 
@@ -33,12 +31,15 @@ class Sink:
     once, but then nothing writes any more); later its number may be another connection's.
     """
 
-    __slots__ = ("_fd", "_is_clear", "_transport")
+    __slots__ = ("_fd", "_is_clear", "_transport", "framed_bytes")
 
     def __init__(self, transport: Transport, fd: int = -1) -> None:
         self._transport = transport
         self._fd = fd
         self._is_clear = fd >= 0  # nothing waits in the transport
+        # Payload of the chunks that their writer has framed, counted by it: side by side with what
+        # each of them touches anyway. The answer of the moment begins at 0.
+        self.framed_bytes = 0
 
     def write(self, data: bytes) -> None:
         """Send it, behind all that was written before."""
@@ -67,17 +68,3 @@ class Sink:
         """Cut the connection."""
         self.shut()
         self._transport.abort()
-
-
-class Outlet(Protocol):
-    """Takes chunks that are framed already and go with what is written next, in one write."""
-
-    def hold(self, chunks: bytes) -> None:
-        """Send these before whatever comes next."""
-
-    def flush(self) -> None:
-        """Send what is still held."""
-
-
-Shortcut = tuple[Stencil, Sink, Outlet]
-"""A stencil, and where the chunks go that it passes: at once, or where more has come with them."""

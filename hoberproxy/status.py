@@ -1,6 +1,6 @@
-"""Combine what the workers report of themselves to one document.
+"""Combine the reports of all workers into the one document that `hoberproxy status` prints.
 
-A report is what one process says of itself at a moment; two of them give the rates between.
+A report is what one process reports of itself at a moment; two of them give the rates between.
 """
 
 from __future__ import annotations

@@ -12,8 +12,11 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
+from .downstream import ResponseBody
 from .ending import Ending
-from .http11 import SIZE_LINES, size_line, whole_chunk
+from .http11_body import SIZE_LINES, size_line, whole_chunk
+from .sink import Sink
+from .upstream import ChunkTaker
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
@@ -82,32 +85,34 @@ class Shape:
 _NO_SHAPE: Final = Shape(b"", b"", b"", b"")
 
 
-class Stencil:
-    """One stream's. `events` counts what was passed, `framed_bytes` the payload of chunks.
+class Stencil(ChunkTaker):
+    """One stream's. `events` counts what was passed. Chunks are taken once it is `open`.
 
-    What follows the last chunk passed is in `rest`: the caller takes it and leaves b"". Where the
-    last event passed ends, if they were passed as such, is in `end`.
+    Where the last event passed ends, if they were passed as such, is in `end`.
     """
 
     __slots__ = (
+        "_answer",
         "_lessons",
         "_passed_before",
         "_shape",
+        "_sink",
         "end",
         "events",
-        "framed_bytes",
         "is_learnt",
         "lead",
-        "rest",
     )
+    # In this order, what an event touches stands side by side.
+    lead: bytes
+    _shape: Shape
+    _sink: Sink
+    events: int
+    _answer: ResponseBody
 
     def __init__(self) -> None:
-        # In this order, what an event touches stands side by side.
         self.lead = b""  # this stream's own bytes before the shape's, passed on as they come
         self._shape = _NO_SHAPE
         self.events = 0
-        self.framed_bytes = 0
-        self.rest = b""
         self.end = 0
         self.is_learnt = False
         self._lessons = 0
@@ -148,8 +153,15 @@ class Stencil:
 
     # Passing on
 
-    def pass_chunks(self, data: bytes) -> bytes | None:
-        """Whole chunks of one event each, framed anew, as far as they are alike; else None.
+    def open(self, sink: Sink, answer: ResponseBody) -> None:
+        """Write chunks to `sink`; what the answer's next bytes follow at once is held by it."""
+        self._sink, self._answer = sink, answer
+
+    def flush(self) -> None:
+        self._answer.flush()
+
+    def take(self, data: bytes) -> bytes:
+        """Pass on whole chunks of one event each, framed anew, as far as they are alike.
 
         `data` begins with a chunk's size line. The path of nearly every event of a stream: one
         function for framing, scan and framing anew, since each call more is felt (bench/micro).
@@ -167,21 +179,23 @@ class Stencil:
         head = start + len(lead)
         text, tail = head + shape.head_size, end - shape.tail_size
         if text > tail or size >= _LARGEST or data[:start] != SIZE_LINES[size]:
-            return self._pass_many(data)
+            return self._take_many(data)
         if data[start:head] != lead or data[head:text] != shape.head or data[tail:] != shape.tail:
-            return None
+            return data
         inside = data[text:tail]
         if (_QUOTE in inside or _LF in inside or data[tail - 1] == _BACKSLASH) and not _is_text(
             inside
         ):
-            return None
+            return data
         size += shape.growth
         self.events += 1
-        self.framed_bytes += size
-        return b"".join((SIZE_LINES[size], lead, shape.new_head, inside, shape.new_tail))
+        sink = self._sink
+        sink.framed_bytes += size
+        sink.write(b"".join((SIZE_LINES[size], lead, shape.new_head, inside, shape.new_tail)))
+        return b""
 
-    def _pass_many(self, data: bytes) -> bytes | None:
-        """The texts of as many chunks as are alike: one chunk for all of them."""
+    def _take_many(self, data: bytes) -> bytes:
+        """Pass on the texts of as many chunks as are alike: one chunk for all of them."""
         texts: list[bytes] = []
         at = 0
         before, behind = self.lead + self._shape.head, self._shape.tail
@@ -194,11 +208,15 @@ class Stencil:
             texts.append(data[text:tail])
             at = end + 2
         if not texts or not _are_texts(texts):
-            return None
-        self.rest = data[at:]
-        passed = self._join(texts)
-        self.framed_bytes += len(passed)
-        return b"".join((size_line(len(passed)), passed, b"\r\n"))
+            return data
+        passed, rest = self._join(texts), data[at:]
+        self._sink.framed_bytes += len(passed)
+        chunk = b"".join((size_line(len(passed)), passed, b"\r\n"))
+        if rest:
+            self._answer.hold(chunk)
+        else:
+            self._sink.write(chunk)
+        return rest
 
     def pass_events(self, data: bytes, at: int) -> bytes | None:
         """Whole events of a payload from `at` on, as far as they are alike; None without one."""

@@ -21,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .child import Child, State, python_command
-from .config import Address
 from .listeners import Listeners, flat
+from .settings import Address
 from .source import ConfigSource
-from .tally import TALLY_BYTES, Tally, new_tally_memory
 
 STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the state is read from
 
@@ -44,7 +44,7 @@ class Handover:
     writers: list[Child] = field(default_factory=list)
     ends: dict[int, tuple[socket.socket, bytes]] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)  # counts of workers that are gone
-    tally: int = -1  # file of the counts that workers share
+    stream_counts: int = -1  # file of the counts that workers share
     reloads: dict[str, int] = field(default_factory=dict)  # by how they went
 
 
@@ -71,9 +71,9 @@ def save_handover(handover: Handover) -> int:
         "writers": [_state_of(child) for child in handover.writers],
         "ended": handover.ended,
         "reloads": handover.reloads,
-        "tally": handover.tally,
+        "stream_counts": handover.stream_counts,
     }
-    os.set_inheritable(handover.tally, True)
+    os.set_inheritable(handover.stream_counts, True)
     number = os.memfd_create("hoberproxy", 0)
     with os.fdopen(os.dup(number), "wb") as file:
         file.write(json.dumps(state).encode())
@@ -105,7 +105,7 @@ def keep_handover(handover: Handover) -> None:
     ends = [child.end for child in (*handover.children, *handover.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
         each.set_inheritable(False)
-    os.set_inheritable(handover.tally, False)
+    os.set_inheritable(handover.stream_counts, False)
 
 
 def take_handover(environ: MutableMapping[str, str]) -> Handover | None:
@@ -130,10 +130,10 @@ def take_handover(environ: MutableMapping[str, str]) -> Handover | None:
         children=[],
         ended=state.get("ended", {}),
         reloads=state.get("reloads", {}),
-        tally=state.get("tally", -1),
+        stream_counts=state.get("stream_counts", -1),
     )
-    if handover.tally >= 0:
-        os.set_inheritable(handover.tally, False)
+    if handover.stream_counts >= 0:
+        os.set_inheritable(handover.stream_counts, False)
     for name, children in (("children", handover.children), ("writers", handover.writers)):
         for each in state.get(name, ()):
             child = _child_of(each)
@@ -160,13 +160,12 @@ def _take(number: int) -> socket.socket:
     return taken
 
 
-def open_tally(number: int) -> tuple[int, Tally]:
-    """Map the counts that workers share, in the file of descriptor `number`; -1 makes a new one."""
+def open_stream_counts(number: int) -> tuple[int, StreamCounts]:
+    """Return the file of the counts that workers share, a new one for -1, and the counts."""
     if number < 0:
-        number = os.memfd_create("hoberproxy-tally")
-        os.ftruncate(number, TALLY_BYTES)
-        return number, Tally(new_tally_memory(number, os.urandom(16)), 0)
-    return number, Tally(mmap.mmap(number, TALLY_BYTES), 0)
+        number = os.memfd_create("hoberproxy-counts")
+        os.ftruncate(number, STREAM_COUNTS_BYTES)
+    return number, StreamCounts(mmap.mmap(number, STREAM_COUNTS_BYTES), 0)
 
 
 # The installed program

@@ -25,7 +25,7 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .catalog import ConfigError
+from .admission import MAX_PROCESSES, MAX_WORKERS
 from .channel import LOG_FORMAT, Message
 from .child import (
     STEADY,
@@ -37,8 +37,7 @@ from .child import (
     reports_of,
     start_child,
 )
-from .config import Config
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -47,20 +46,21 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
+from .native import describe_build
 from .notify import Notifier, passed_by_systemd
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource, read_source
 from .status import combine
 from .succession import (
     Handover,
     hold_channels,
-    open_tally,
+    open_stream_counts,
     replace_program,
     take_handover,
     try_installed,
 )
-from .tally import MAX_WORKERS, PROCESSES
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -107,7 +107,9 @@ class Supervisor:
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: Snapshot = handover.ended if handover else {}  # of workers that are gone
-        self._tally_file, self._tally = open_tally(handover.tally if handover else -1)
+        self._stream_counts_file, self._stream_counts = open_stream_counts(
+            handover.stream_counts if handover else -1
+        )
         self._reloads = {"ok": 0, "failed": 0}
         self._admin: AdminSocket | None = None
         self._metrics: list[MetricsListener] = []
@@ -194,7 +196,7 @@ class Supervisor:
     def _announce(self) -> None:
         self._tell_ready(self._serving)
         for address in self._listeners.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
 
     async def _bind_metrics(self, config: Config) -> None:
         address = config.server.metrics_listen
@@ -204,9 +206,9 @@ class Supervisor:
 
     async def _start_workers(self) -> list[Child]:
         """Start a new generation; end all of it and raise StartError if one worker cannot start."""
-        if len(self._children) + self._count > PROCESSES:
+        if len(self._children) + self._count > MAX_PROCESSES:
             raise StartError(
-                f"expected at most {PROCESSES} workers at a time, got {self._count} beside "
+                f"expected at most {MAX_PROCESSES} workers at a time, got {self._count} beside "
                 f"{len(self._children)} that end; try again later, or end them by a restart"
             )
         self.generation += 1
@@ -247,8 +249,8 @@ class Supervisor:
         groups = self._listeners.clients
         wanted = groups if self._listeners.is_passed else self._config.server.listen
         listening = [each.fileno() for each in flat(groups[address] for address in wanted)]
-        slot = min(set(range(PROCESSES)) - {child.slot for child in self._children})
-        passed = [*listening, self._tally_file]
+        slot = min(set(range(MAX_PROCESSES)) - {child.slot for child in self._children})
+        passed = [*listening, self._stream_counts_file]
         child = start_child("worker", passed, generation=self.generation, slot=slot)
         self._children.append(child)
         await child.attach()
@@ -258,7 +260,7 @@ class Supervisor:
             files=self._source.files,
             listen=self._source.listen,
             sockets=listening,
-            tally=self._tally_file,
+            stream_counts=self._stream_counts_file,
             slot=slot,
             workers=self._count,
         )
@@ -288,7 +290,7 @@ class Supervisor:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
-        self._tally.clear(child.slot)
+        self._stream_counts.clear(child.slot)
         self._count_ended(child.snapshot)
         child.close()
         if was_serving and not self._is_stopping:
@@ -442,7 +444,7 @@ class Supervisor:
             writers=self._writers.all,
             ended=dict(self._ended),
             reloads=self._reloads,
-            tally=self._tally_file,
+            stream_counts=self._stream_counts_file,
         )
 
     async def _adopt(self, handover: Handover) -> None:

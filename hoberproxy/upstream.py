@@ -1,37 +1,29 @@
 """One connection to a model server: sends a request, walks the framing of the answer.
 
-What the bytes mean is the receiver's business (relay.py), who may use the connection next is the
-pool's (pool.py). A chunk passes socket → `data_received` → receiver with no task switch.
+What the bytes mean is the receiver's business (relay.py), who may use the connection next is its
+owner's (pool.py). A chunk passes socket → `data_received` → receiver with no task switch.
 """
 
 from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from .deadlines import Wheel
-from .http11 import (
+from .deadlines import Timed, Wheel
+from .http11_body import BodyReader, FramingError, Parts, body_reader, whole_chunk
+from .http11_head import (
     MAX_RESPONSE_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    Parts,
     ResponseHead,
-    body_reader,
+    ResponseHeads,
     check_response_head,
     find_head_end,
-    whole_chunk,
 )
 from .native import mypyc_attr
-from .sink import Outlet, Shortcut, Sink
-from .stencil import Stencil
-
-if TYPE_CHECKING:
-    from .pool import Pool
 
 MAX_INTERIM_ANSWERS: Final = 16
-# Chunks at the front of a body that are handed on one by one, until a stencil may take the rest:
+# Chunks at the front of a body that are handed on one by one, until a ChunkTaker may have the rest:
 # then none of it needs to be walked.
 OPENING_CHUNKS: Final = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
@@ -60,6 +52,23 @@ class Loss(Enum):
     MALFORMED = "the answer is not well-formed HTTP/1.1"
 
 
+class ChunkTaker:
+    """Takes the chunks of a body before their framing is walked, as they come from the socket."""
+
+    __slots__ = ()
+
+    def take(self, data: bytes) -> bytes:
+        """Pass on whole chunks at the front of `data`; return what is left, b"" if nothing is.
+
+        What is left goes to the receiver, and then `flush` is called.
+        """
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Send what was held back to go with what the receiver writes."""
+        raise NotImplementedError
+
+
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Receiver:
     """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last."""
@@ -68,8 +77,8 @@ class Receiver:
         """The head of the final answer."""
         raise NotImplementedError
 
-    def on_body(self, data: bytes) -> Shortcut | None:
-        """The next piece of the body; returns by which way chunks may go past from now on."""
+    def on_body(self, data: bytes) -> ChunkTaker | None:
+        """Take the next piece of the body; return who takes the chunks that follow, if anybody."""
         raise NotImplementedError
 
     def on_last(self, data: bytes) -> None:
@@ -90,6 +99,32 @@ class Receiver:
         raise NotImplementedError
 
 
+class ConnectionOwner(Timed):
+    """Lends connections, and is told of what becomes of them."""
+
+    wheel: Wheel
+    heads: ResponseHeads  # of the answers on all its connections
+
+    def on_opened(self, connection: UpstreamConnection) -> None:
+        """Count a connection that was made; `on_closed` follows, once."""
+        raise NotImplementedError
+
+    def on_idle(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
+        """Take a connection back whose answer ended exactly.
+
+        `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds.
+        """
+        raise NotImplementedError
+
+    def await_end(self, connection: UpstreamConnection) -> None:
+        """Abort a connection unless its answer, which nobody reads any more, ends soon."""
+        raise NotImplementedError
+
+    def on_closed(self, connection: UpstreamConnection) -> None:
+        """Forget a connection, idle or not, on which no request can be sent any more."""
+        raise NotImplementedError
+
+
 class UpstreamConnection:
     """Reports to `receiver` while ACTIVE; in any other state bytes from the peer close it.
 
@@ -99,14 +134,12 @@ class UpstreamConnection:
     # First what a chunk touches: side by side, in two cache lines at the most.
     _wheel: Wheel
     heard_at: float  # loop time of the last bytes, as of the wheel's last turn
-    _stencil: Stencil | None  # takes chunks before their framing is walked
-    _sink: Sink
-    _outlet: Outlet
+    _taker: ChunkTaker | None
     receiver: Receiver | None
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._wheel = pool.wheel
+    def __init__(self, owner: ConnectionOwner) -> None:
+        self._owner = owner
+        self._wheel = owner.wheel
         self._transport: asyncio.Transport | None = None
         self.state = _IDLE
         self.receiver = None
@@ -121,9 +154,9 @@ class UpstreamConnection:
         self._has_ended = False  # the peer sends no more
         self._sent_at = 0.0
         self._unwanted_bytes = 0
-        self._stencil = None
+        self._taker = None
         self.heard_at = 0.0
-        self.idle_until = 0.0  # loop time; the pool's
+        self.idle_until = 0.0  # loop time; the owner's
 
     # What the attempt does
 
@@ -142,7 +175,7 @@ class UpstreamConnection:
 
     def pause_upstream(self) -> None:
         """Stop reading: the client is slower than the model server."""
-        # Not once its answer has ended: it is the pool's, and the next one would never be read.
+        # Not once its answer has ended: it is its owner's, and the next one would never be read.
         if self.state is not _ACTIVE:
             return
         if self._transport is not None and self._transport.is_reading():
@@ -153,22 +186,22 @@ class UpstreamConnection:
         if self._transport is not None and not self._transport.is_reading():
             self._transport.resume_reading()
 
-    def drop_shortcut(self) -> None:
+    def drop_taker(self) -> None:
         """Let no chunk pass the receiver until it says anew that they may."""
-        self._stencil = None
+        self._taker = None
 
     def await_end(self) -> None:
-        """Let the answer end, which has said all: soon, or the connection is closed (pool.py)."""
+        """Let the answer end, which has said all: soon, or the owner closes the connection."""
         if self.state is not _ACTIVE:
             return
-        self.receiver = self._stencil = None
+        self.receiver = self._taker = None
         self._unwanted_bytes = 0
         self.resume_upstream()  # the client may be slow: that is of no concern any more
-        self._pool.await_end(self)
+        self._owner.await_end(self)
 
     def abort(self) -> None:
         """Close at once, without a word to the receiver."""
-        self.receiver = self._stencil = None
+        self.receiver = self._taker = None
         self._close()
 
     @property
@@ -184,27 +217,19 @@ class UpstreamConnection:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
-        self._pool.open += 1
+        self._owner.on_opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.heard_at = self._wheel.now
-        stencil = self._stencil
-        if stencil is not None:
-            passed = stencil.pass_chunks(data)
-            if passed is not None:
-                if not stencil.rest:
-                    self._sink.write(passed)
-                    return
-                outlet = self._outlet
-                outlet.hold(passed)
-                data, stencil.rest = stencil.rest, b""
-                self._receive(data)
-                outlet.flush()
-                return
-        self._receive(data)
+        taker = self._taker
+        if taker is None:
+            self._receive(data)
+        elif rest := taker.take(data):
+            self._receive(rest)
+            taker.flush()
 
     def _receive(self, data: bytes) -> None:
-        """Any bytes: whatever the stencil does not know, or cannot."""
+        """Take any bytes: there is no ChunkTaker, or it has left them."""
         body = self._body
         if body is None:
             self._receive_head(data)
@@ -240,12 +265,12 @@ class UpstreamConnection:
         if receiver is None:
             self._drop(payload)
             return
-        shortcut = receiver.on_body(payload)
-        if shortcut is not None and body.is_between_chunks:
-            self._stencil, self._sink, self._outlet = shortcut
+        taker = receiver.on_body(payload)
+        if taker is not None and body.is_between_chunks:
+            self._taker = taker
             self._opening_chunks = 0
         else:
-            self._stencil = None
+            self._taker = None
 
     def _drop(self, payload: bytes) -> None:
         self._unwanted_bytes += len(payload)
@@ -264,13 +289,9 @@ class UpstreamConnection:
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is None:
-            return  # never made, or told by the pool already
+            return  # never made
         was_active = self.state is _ACTIVE
-        if self.state is _IDLE:
-            self._pool.forget(self)
-        self._pool.note_end(self)
-        self.state = State.CLOSED
-        self._pool.open -= 1
+        self._leave()
         self._transport = None
         if not was_active or self.receiver is None:
             return
@@ -295,7 +316,7 @@ class UpstreamConnection:
             self._close()  # nobody asked: the peer is out of step, nothing on it can be trusted
             return
         self._has_answered = True
-        heads = self._pool.heads
+        heads = self._owner.heads
         if self._head:
             data, self._head = self._head + data, b""
         elif end := heads.find(data):
@@ -361,10 +382,10 @@ class UpstreamConnection:
             receiver.on_end()
 
     def _let_go(self, *, is_exact: bool) -> None:
-        """Back to the pool if nothing is in doubt: no byte more came than the answer's."""
+        """Go back to the owner if nothing is in doubt: no byte more came than the answer's."""
         head, transport = self._response, self._transport
         assert head is not None and transport is not None
-        self._body = self._stencil = None
+        self._body = self._taker = None
         self.has_served = True
         if (
             head.keep_alive
@@ -375,7 +396,7 @@ class UpstreamConnection:
         ):
             self.state = _IDLE
             self.resume_upstream()
-            self._pool.release(self, head.keepalive_hint)
+            self._owner.on_idle(self, head.keepalive_hint)
         else:
             self._close()
 
@@ -389,9 +410,12 @@ class UpstreamConnection:
             receiver.on_lost(loss)
 
     def _close(self) -> None:
-        if self.state is _IDLE:
-            self._pool.forget(self)
-        self._pool.note_end(self)
-        self.state = State.CLOSED
-        if self._transport is not None:
-            self._transport.abort()
+        transport = self._transport
+        if transport is not None:
+            self._leave()
+            transport.abort()
+
+    def _leave(self) -> None:
+        if self.state is not State.CLOSED:
+            self.state = State.CLOSED
+            self._owner.on_closed(self)

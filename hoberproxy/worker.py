@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 
+from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .channel import (
     EXIT_CANNOT_START,
     LOG_FORMAT,
@@ -28,12 +29,11 @@ from .channel import (
     send_failed,
     take_end,
 )
-from .config import ConfigError
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
 from .store import StoreError
-from .tally import TALLY_BYTES, Tally
+from .values import ConfigError
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -111,14 +111,14 @@ def main(channel: str) -> int:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
         listeners = _listeners(start["sockets"])
-        tally = Tally(mmap.mmap(start["tally"], TALLY_BYTES), start["slot"])
-        os.close(start["tally"])
+        counts = StreamCounts(mmap.mmap(start["stream_counts"], STREAM_COUNTS_BYTES), start["slot"])
+        os.close(start["stream_counts"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
         server = Server(
             config,
             listeners,
-            tally=tally,
+            counts=counts,
             has_writer=False,
             workers=start["workers"],
         )

@@ -34,7 +34,7 @@ from .channel import (
     serialize_message,
     take_end,
 )
-from .memory import resident_bytes
+from .exposition import resident_bytes
 from .store import StoreError
 from .writer import Writer
 

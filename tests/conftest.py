@@ -28,7 +28,11 @@ from hypothesis import HealthCheck, settings
 
 from hoberproxy import stencil
 from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.config import (
+from hoberproxy.context import ServerContext
+from hoberproxy.listeners import Listeners
+from hoberproxy.record import Record
+from hoberproxy.server import Server
+from hoberproxy.settings import (
     Address,
     Config,
     KeySettings,
@@ -36,10 +40,6 @@ from hoberproxy.config import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.gateway import Gateway
-from hoberproxy.listeners import Listeners
-from hoberproxy.record import Record
-from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
@@ -76,7 +76,8 @@ def pytest_asyncio_loop_factories(
 
 # No test hangs for good
 
-LONG = ("real", "load", "systemd")  # markers of what installs, boots or loads for minutes
+# Markers of what installs, boots or loads for minutes.
+LONG = ("real", "load", "systemd", "wheel")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -242,7 +243,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: Gateway
+    gateway: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended
@@ -308,7 +309,7 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         store.close()
         server = Server(config, await listen(config))
         await server.start()
-        gateway = server._gateway
+        gateway = server._context
         assert gateway is not None
         records: list[Record] = []
         gateway.on_closed = records.append

@@ -9,9 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from hoberproxy.catalog import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model, Prices
 from hoberproxy.limits import PICO, KeyLimits, format_dollars
-from hoberproxy.prices import Prices
 from hoberproxy.request import parse_call
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.usage import BYTES_PER_TOKEN

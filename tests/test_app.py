@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestClient
 from pytest_aiohttp import AiohttpClient
 
 from hoberproxy.app import make_app
-from hoberproxy.gateway import Gateway
+from hoberproxy.context import ServerContext
 
 from .conftest import Proxy, StartProxy, chat, pure_only
 
@@ -20,12 +20,12 @@ PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
 
 
 @pytest.fixture
-async def gateway(proxy: Proxy) -> Gateway:
+async def gateway(proxy: Proxy) -> ServerContext:
     return proxy.gateway
 
 
 @pytest.fixture
-async def client(gateway: Gateway, aiohttp_client: AiohttpClient) -> Client:
+async def client(gateway: ServerContext, aiohttp_client: AiohttpClient) -> Client:
     return await aiohttp_client(make_app(gateway))
 
 
@@ -149,7 +149,7 @@ async def test_under_api_v1_the_code_is_the_status(client: Client) -> None:
 
 @pure_only
 async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
-    client: Client, gateway: Gateway, caplog: pytest.LogCaptureFixture
+    client: Client, gateway: ServerContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway.catalog.describe = None  # type: ignore[assignment, method-assign]
     response = await client.get("/v1/models/test/model")
@@ -168,14 +168,14 @@ async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
 
 @pytest.mark.parametrize("path", ["/healthz", "/health", "/v1/healthz", "/api/v1/health"])
 async def test_the_process_is_healthy_also_while_it_drains(
-    client: Client, gateway: Gateway, path: str
+    client: Client, gateway: ServerContext, path: str
 ) -> None:
     assert (await client.get(path)).status == 200
     gateway.is_draining = gateway.is_stopping = True
     assert (await client.get(path)).status == 200
 
 
-async def test_a_draining_process_takes_no_traffic(client: Client, gateway: Gateway) -> None:
+async def test_a_draining_process_takes_no_traffic(client: Client, gateway: ServerContext) -> None:
     assert (await client.get("/readyz")).status == 200
     gateway.is_draining = gateway.is_stopping = True
     response = await client.get("/readyz")

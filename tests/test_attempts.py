@@ -12,12 +12,12 @@ import pytest
 from bench.micro.path import NullTransport
 from hoberproxy.attempts import Attempt, Owner
 from hoberproxy.catalog import TimeLimits
-from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
-from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ResponseHead
+from hoberproxy.http11_head import ResponseHead
+from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection
 
@@ -64,7 +64,7 @@ class Exchange(Owner):
         self.pool = make_upstreams(config, loop, self.wheel)["acme"].pool
         self.connection = UpstreamConnection(self.pool)
         self.connection.connection_made(cast(Any, Transport()))
-        self.pool.release(self.connection, None)
+        self.pool.on_idle(self.connection, None)
         self.sent = Sent()
         self.errors: list[UpstreamError] = []
         self.is_finished = False
@@ -252,11 +252,11 @@ def unchunked(exchange: Exchange) -> bytes:
     return out
 
 
-async def test_a_watched_stream_takes_the_shortcut_again_behind_its_next_content() -> None:
+async def test_a_watched_stream_lets_chunks_be_taken_again_behind_its_next_content() -> None:
     exchange = opened()
-    stencil: Callable[[], Any] = lambda: exchange.connection._stencil  # noqa: E731
-    assert stencil() is not None
+    taker: Callable[[], Any] = lambda: exchange.connection._taker  # noqa: E731
+    assert taker() is not None
     exchange.wait(15.0)
-    assert stencil() is None
+    assert taker() is None
     exchange.receive(chunk(EVENTS[2]))
-    assert stencil() is not None
+    assert taker() is not None

@@ -15,11 +15,12 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
     " attempts channel child cli commands_keys commands_service commands_usage connector"
-    " counting database demo diagnosis downstream exchange files folder gateway"
-    " journal journals key_loader keytable listeners listing locks memory metrics model_lists"
-    " notify origin pool printing probe quickstart relay scrape server sink source"
-    " sqlite_store stores succession supervisor tallies tls upstream wire worker writer"
-    " writer_process writers".split()
+    " context counting database demo diagnosis downstream exchange exposition files folder"
+    " journal journals key_loader keytable listeners listing memory metrics model_lists"
+    " notify opening origin pool printing probe quickstart relay scrape server source"
+    " sqlite_store stencil provider request_handler stream succession supervisor tallies tls"
+    " upstream wire worker"
+    " writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
@@ -27,8 +28,8 @@ SHELL_LIBRARIES = frozenset(
     " time uvloop".split()
 )
 TOP = (
-    "exchange",
     "wire",
+    "exchange",
     "app",
     "server",
     "worker",

@@ -11,13 +11,13 @@ import pytest
 
 from hoberproxy.access import Keyring
 from hoberproxy.errors import AccessError
-from hoberproxy.record import Record
-from hoberproxy.rows import Row
+from hoberproxy.record import Record, Row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 
 from .patience import WAIT
 from .recording import Process
+from .stores import write_records
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_records_of_another_process_are_no_reason_to_load_keys(
     store = Store(path)
     for number in range(3):
         seen = len(looks)
-        store.insert_records([record(number)])
+        write_records(store, [record(number)])
         wait_until(lambda seen=seen: len(looks) > seen)
     store.close()
     time.sleep(0.05)  # several turns more

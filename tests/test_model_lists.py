@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hoberproxy import listing, model_lists
+from hoberproxy.app import ModelsPage
 from hoberproxy.listing import parse_listing
 
 from .conftest import SLUG, Proxy, StartProxy, chat, get, wait_until
@@ -82,7 +83,7 @@ async def slugs(proxy: Proxy) -> list[str]:
 
 
 def listed(proxy: Proxy, *names: str) -> Callable[[], bool]:
-    return lambda: proxy.gateway.listed.get("scripted") == names
+    return lambda: proxy.gateway.model_lists.listed.get("scripted") == names
 
 
 async def test_models_behind_a_wildcard_are_listed_and_served(
@@ -171,7 +172,7 @@ async def test_a_list_is_kept_while_its_provider_has_none_to_give_and_then_repla
     upstream.add(models("kept"), bad, bad)
     proxy = await start(start_proxy, monkeypatch)
     await upstream.wait_for_requests(4)
-    assert proxy.gateway.listed == {"scripted": ("kept",)}
+    assert proxy.gateway.model_lists.listed == {"scripted": ("kept",)}
     assert await slugs(proxy) == [SLUG, "any/kept"]
     upstream.release("end")
     await wait_until(listed(proxy, "late"))
@@ -198,8 +199,7 @@ async def test_a_provider_that_hangs_delays_neither_start_nor_requests_nor_the_e
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    assert proxy.server._model_lists is not None
-    await proxy.server._model_lists.aclose()
+    await proxy.gateway.model_lists.aclose()
     await upstream.wait_for_hangup()
 
 
@@ -247,8 +247,8 @@ async def test_the_page_is_made_once_for_many_who_ask(
     upstream._default = models("m")
     proxy = await start(start_proxy, monkeypatch, models_refresh=600.0)
     await wait_until(listed(proxy, "m"))
-    page = model_lists.ModelsPage(proxy.gateway)
+    page = ModelsPage(proxy.gateway)
     assert page.body() is page.body()
     assert json.loads(page.body())["data"][1]["id"] == "any/m"
-    proxy.gateway.listed = {}
+    proxy.gateway.model_lists.listed = {}
     assert len(json.loads(page.body())["data"]) == 1

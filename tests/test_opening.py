@@ -14,6 +14,7 @@ from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at
 from .scripted import chunk
+from .test_stencil import take
 from .test_stream import DIALECTS, SLUG, Seen, all_dialects, scan
 
 UPSTREAM = "a-model-2025-01-01"
@@ -88,14 +89,14 @@ def test_what_follows_a_known_beginning_passes_if_it_is_of_the_same_stream(order
 
     first, second = content("a", **options), content(" b", **options)
     passed = [each.replace(UPSTREAM.encode(), SLUG.encode()) for each in (first, second)]
-    assert scanner.stencil.pass_chunks(chunk(first)) == chunk(passed[0])
-    assert scanner.stencil.pass_chunks(chunk(first) + chunk(second)) == chunk(b"".join(passed))
+    assert take(scanner.stencil, chunk(first)) == (chunk(passed[0]), b"")
+    assert take(scanner.stencil, chunk(first) + chunk(second)) == (chunk(b"".join(passed)), b"")
     assert scanner.stencil.pass_events(first + second, 0) == b"".join(passed)
     assert scanner.stencil.events == 5
     for changed in ({"upstream_id": "c-1"}, {"created": 78}, {"model": "another"}):
         other = content("a", **options | changed)
-        assert scanner.stencil.pass_chunks(chunk(other)) is None
-        assert scanner.stencil.pass_chunks(chunk(other) + chunk(first)) is None
+        for data in (chunk(other), chunk(other) + chunk(first)):
+            assert take(scanner.stencil, data) == (b"", data)
         assert scanner.stencil.pass_events(other, 0) is None
 
 

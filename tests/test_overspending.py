@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from hoberproxy.access import Caller
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint
+from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from hoberproxy.errors import AccessError
 from hoberproxy.journal import Journal
 from hoberproxy.limits import (
@@ -40,7 +40,6 @@ from hoberproxy.limits import (
     Lease,
     spent_in,
 )
-from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
 from hoberproxy.routing import Plan, Step
 from hoberproxy.tallies import Limiter, Tallies
@@ -282,7 +281,11 @@ class Mix:
         longest, choices = longest_answer(call, endpoint)
         share = self.order.choice(shares)
         usage = Usage(prompt, max(0, int(longest * choices * share)))
-        cost = endpoint.prices.cost(usage) if endpoint.prices is not None else 0
+        cost = (
+            endpoint.prices.cost(usage.prompt_tokens, usage.completion_tokens)
+            if endpoint.prices is not None
+            else 0
+        )
         used = usage.prompt_tokens + usage.completion_tokens
         if share < 0:  # no endpoint answered
             used = cost = 0
@@ -350,7 +353,7 @@ def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
     for each in processes.tallies:
         slot = each._slots[caller.key_id]
         assert each._sum_held(slot) == 0
-        assert each._count_running(slot, 0) == 0
+        assert each._count_running(slot, KeyLimits(concurrency=1)) == 0
 
 
 def test_calls_that_never_got_a_body_leave_no_trace(processes: Processes) -> None:

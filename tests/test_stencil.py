@@ -9,12 +9,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hoberproxy.http11 import ChunkedBody
+from hoberproxy.http11_body import ChunkedBody
 from hoberproxy.stencil import FIRST_LESSONS, WORTH_A_LESSON, Stencil
 from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at
 from .scripted import chunk
+from .test_downstream import SSE, Sent
 
 SLUG = "vendor/a-model"
 UPSTREAM = "a-model-2025-01-01"
@@ -35,6 +36,34 @@ def taught(**options: Any) -> Stencil:
     return stencil
 
 
+class Passing:
+    """A stencil that is open, and what it has passed on."""
+
+    def __init__(self, stencil: Stencil) -> None:
+        self.stencil = stencil
+        self.sent = Sent()
+        self.sent.answer.start(200, SSE)
+        self.sent.answer.write(b"")
+        sink = self.sent.answer.open_sink()
+        assert sink is not None
+        self.stencil.open(sink, self.sent.answer)
+        self.sent.transport.writes.clear()
+
+    def take(self, data: bytes) -> tuple[bytes, bytes]:
+        """What it passes on of `data`, and what is left."""
+        rest = self.stencil.take(data)
+        self.stencil.flush()
+        writes = list(self.sent.transport.writes)
+        self.sent.transport.writes.clear()
+        assert len(writes) == (rest != data), "one write, if anything passes"
+        return b"".join(writes), rest
+
+
+def take(stencil: Stencil, data: bytes) -> tuple[bytes, bytes]:
+    """What a stencil passes on of `data`, and what is left."""
+    return Passing(stencil).take(data)
+
+
 def unframed(chunks: bytes) -> bytes:
     return b"".join(ChunkedBody().feed(chunks))
 
@@ -46,19 +75,30 @@ TEXTS = ["a", "", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> None:
     stencil = taught(compact=compact)
-    passed = stencil.pass_chunks(chunk(event(text, compact=compact)))
+    passing = Passing(stencil)
+    passed, rest = passing.take(chunk(event(text, compact=compact)))
     assert passed == chunk(event(text, model=SLUG, compact=compact))
-    assert (stencil.events, stencil.rest) == (1, b"")
-    assert stencil.framed_bytes == len(unframed(passed))
+    assert (stencil.events, rest) == (1, b"")
+    assert passing.sent.answer.body_bytes == len(unframed(passed))
 
 
 def test_several_chunks_pass_as_one() -> None:
     stencil = taught()
-    passed = stencil.pass_chunks(b"".join(chunk(event(text)) for text in TEXTS))
-    assert passed is not None
+    passing = Passing(stencil)
+    passed, rest = passing.take(b"".join(chunk(event(text)) for text in TEXTS))
     assert unframed(passed) == b"".join(event(text, model=SLUG) for text in TEXTS)
-    assert stencil.events == len(TEXTS)
-    assert stencil.framed_bytes == len(unframed(passed))
+    assert (stencil.events, rest) == (len(TEXTS), b"")
+    assert passing.sent.answer.body_bytes == len(unframed(passed))
+
+
+def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
+    passing = Passing(taught())
+    assert passing.stencil.take(chunk(event("a")) + b"rest") == b"rest"
+    passing.sent.answer.write(b"the rest")
+    passing.stencil.flush()
+    written = chunk(event("a", model=SLUG)) + chunk(b"the rest")
+    assert passing.sent.transport.writes == [written]
+    assert passing.sent.answer.body_bytes == len(unframed(written))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +115,8 @@ def test_several_chunks_pass_as_one() -> None:
 )
 def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
     stencil = taught()
-    assert stencil.pass_chunks(other) is None
-    assert stencil.pass_chunks(chunk(event("a")) + other) == chunk(event("a", model=SLUG))
-    assert stencil.rest == other
+    assert take(stencil, other) == (b"", other)
+    assert take(stencil, chunk(event("a")) + other) == (chunk(event("a", model=SLUG)), other)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +134,8 @@ def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
 )
 def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None:
     odd = event("@").replace(b"@", text)
-    assert taught().pass_chunks(chunk(odd)) is None
-    assert taught().pass_chunks(chunk(event("a")) + chunk(odd)) is None
+    for data in (chunk(odd), chunk(event("a")) + chunk(odd)):
+        assert take(taught(), data) == (b"", data)
     assert taught().pass_events(odd, 0) is None
     stencil = taught()
     data = event("a") + odd + event("b")
@@ -145,7 +184,7 @@ def test_after_many_passed_another_lesson_is_worth_it() -> None:
         stencil.learn(event("Hi"), event("Hi", model=SLUG), {"content": "Hi"})
     assert not stencil.wants_lesson
     for _ in range(WORTH_A_LESSON):
-        assert stencil.pass_chunks(chunk(event("x"))) is not None
+        assert take(stencil, chunk(event("x")))[1] == b""
     assert stencil.wants_lesson
     assert taught_again.wants_lesson
 

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 from hoberproxy.access import hash_key
-from hoberproxy.record import Record
-from hoberproxy.rows import COLUMNS, Row, make_row, parse_row
+from hoberproxy.record import COLUMNS, Record, Row, make_row, parse_row
+from hoberproxy.sqlite_store import open_store
 from hoberproxy.store import DAY, Amendment, Keys, Records, Store, StoreError
-from hoberproxy.stores import open_store
 from hoberproxy.writer import Writer
 
 from .recording import Process

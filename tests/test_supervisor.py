@@ -11,12 +11,12 @@ from types import ModuleType
 import pytest
 
 from hoberproxy import cli, supervisor, writer_process
+from hoberproxy.admission import MAX_PROCESSES, MAX_WORKERS
 from hoberproxy.child import Child, State
 from hoberproxy.listeners import Listeners, StartError
 from hoberproxy.notify import Notifier
 from hoberproxy.source import read_source
 from hoberproxy.supervisor import Supervisor
-from hoberproxy.tally import MAX_WORKERS, PROCESSES
 
 from .patience import WAIT
 
@@ -57,7 +57,7 @@ async def test_no_worker_starts_that_would_find_no_room_in_what_workers_share(
 
     monkeypatch.setattr(supervisor, "start_child", start)
     with pytest.raises(
-        StartError, match=f"at most {PROCESSES} workers at a time, got 64 beside 65"
+        StartError, match=f"at most {MAX_PROCESSES} workers at a time, got 64 beside 65"
     ):
         await supervising._start_workers()
     assert not started

@@ -16,16 +16,15 @@ import orjson
 import pytest
 
 from hoberproxy.access import Keyring
-from hoberproxy.catalog import Endpoint
-from hoberproxy.prices import Prices
-from hoberproxy.record import Record
-from hoberproxy.rows import Row
+from hoberproxy.catalog import Endpoint, Prices
+from hoberproxy.record import Record, Row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 from hoberproxy.writer import BUSY_TIMEOUT, Writer
 
 from .patience import WAIT
 from .recording import Process
+from .stores import write_records
 
 PATIENCE = WAIT
 
@@ -454,7 +453,7 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
             dead.journal.seal(one)
     die(dead)
     store = Store(path)
-    store.insert_records([record(0), record(1)])
+    write_records(store, [record(0), record(1)])
     make().start()
     assert [one.status for one in store.export_records()] == [200, 200]
     store.close()

@@ -17,15 +17,13 @@ from pathlib import Path
 
 from hoberproxy.access import ANONYMOUS, Caller
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.prices import Prices
-from hoberproxy.record import Record
+from hoberproxy.record import Record, make_row
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
-from hoberproxy.rows import make_row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.tallies import Tallies
 from hoberproxy.usage import Usage
@@ -88,7 +86,7 @@ def accounts_in(folder: Path) -> tuple[Accounts, Drain]:
     """Make accounts on a journal, and what counts their records so that the journal has room."""
     journal = Journal(folder / "store.db-requests")
     journal.prepare()
-    return Accounts(journal, Tallies(folder / "limits")), Drain(journal, folder)
+    return Accounts(journal, Tallies(folder / "limits"), 8192), Drain(journal, folder)
 
 
 def temporary_folder() -> Path:
@@ -131,7 +129,7 @@ def _writing() -> Callable[[], object]:
         nonlocal written
         prefix = f"req_{written:016x}"
         written += 1
-        store.insert_rows([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
+        store.write([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
 
     return write
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
 from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.config import parse_config
+from hoberproxy.context import ServerContext
 from hoberproxy.deadlines import Wheel
-from hoberproxy.gateway import Gateway, make_upstreams
+from hoberproxy.exchange import Exchange
 from hoberproxy.metrics import Metrics
+from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 
@@ -109,26 +112,26 @@ class _Path:
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
         accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
-        self._gateway = gateway = Gateway(
+        self._gateway = gateway = ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
             accounts=accounts,
-            admission=Admission(config.server),
+            admission=Admission(config.server.max_streams),
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),
         )
         handlers: Any = None
-        self.client = DownstreamConnection(gateway, handlers, set())
+        self.client = DownstreamConnection(gateway, partial(Exchange, gateway), handlers, set())
         transport: Any = NullTransport()
         self.client.connection_made(transport)
         pool = gateway.upstreams["upstream"].pool
         self.upstream = UpstreamConnection(pool)
         self.upstream.connection_made(transport)
-        pool.release(self.upstream, None)
+        pool.on_idle(self.upstream, None)
 
 
 def _request(prompt_bytes: int, **members: object) -> bytes:

@@ -19,21 +19,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import parse_base_url
-from hoberproxy.config import (
-    Address,
-    Config,
-    Endpoint,
-    KeySettings,
-    LogSettings,
-    Model,
-    Provider,
-    RecordSettings,
-    ServerSettings,
-    TimeLimits,
-)
+from hoberproxy.catalog import Endpoint, Model, Provider, TimeLimits
 from hoberproxy.record import Record
 from hoberproxy.server import Server
+from hoberproxy.settings import (
+    Address,
+    Config,
+    KeySettings,
+    LogSettings,
+    RecordSettings,
+    ServerSettings,
+)
+from hoberproxy.values import parse_base_url
 from tests.conftest import listen
 from tests.patience import WAIT, patient
 from tests.processes import all_below, children_of
@@ -247,7 +244,7 @@ class Proxy:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        gateway = server._gateway
+        gateway = server._context
         assert gateway is not None
         self.gateway = gateway
         self.port = server.addresses[0].port

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.config import Address, ConfigError
 from hoberproxy.listeners import Listeners
 from hoberproxy.server import Server
+from hoberproxy.settings import Address
+from hoberproxy.values import ConfigError
 from tests.scripted import ScriptedUpstream, completion, json_response
 
 from .harness import OTHER_SLUG, chat, eventually, make_config, provider_for

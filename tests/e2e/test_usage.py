@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.limits import format_dollars
 from hoberproxy.record import CLIENT_CLOSED, Record
 from tests.scripted import (
