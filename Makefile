@@ -101,8 +101,8 @@ test-kills: $(VENV)/.dev ## fifty kills and a store locked for a minute, under l
 		-k 'killed or locked' tests/e2e/test_account.py tests/e2e/test_records.py $(TEST_ARGS)
 
 test-properties: $(VENV)/.dev ## thirty times as many examples of streams, damaged journals and calls at once
-	HOBERPROXY_TEST_EXAMPLES=30 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/test_plain_reader.py \
-		tests/test_journal_damage.py tests/test_overspending.py $(TEST_ARGS)
+	HOBERPROXY_TEST_EXAMPLES=30 $(BIN)/python -m pytest -n $(TEST_JOBS) tests/relay/test_plain_reader.py \
+		tests/storage/test_journal_damage.py tests/accounting/test_overspending.py $(TEST_ARGS)
 
 test-load: $(VENV)/.dev ## ten reloads and ten upgrades under 200 streams and 50 requests a second
 	$(BIN)/python -m pytest -m load $(TEST_ARGS)

@@ -26,13 +26,8 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from hoberproxy import stencil
-from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.context import ServerContext
-from hoberproxy.listeners import Listeners
-from hoberproxy.record import Record
-from hoberproxy.server import Server
-from hoberproxy.settings import (
+from hoberproxy.accounting.record import Record
+from hoberproxy.config.settings import (
     Address,
     Config,
     KeySettings,
@@ -40,10 +35,14 @@ from hoberproxy.settings import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.sqlite_store import SqliteStore as Store
-
-from .patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
-from .scripted import ScriptedUpstream, completion, json_response
+from hoberproxy.exchange.context import ServerContext
+from hoberproxy.process.listeners import Listeners
+from hoberproxy.process.server import Server
+from hoberproxy.relay import content_template as stencil
+from hoberproxy.routing.catalog import Endpoint, Model, Provider
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from tests.support.patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
+from tests.support.scripted import ScriptedUpstream, completion, json_response
 
 # Compiled code looks a name up once, so a test cannot put another thing in its place; and its bytes
 # are copied where the interpreter hands on the same object.

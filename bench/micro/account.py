@@ -15,19 +15,19 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from hoberproxy.access import ANONYMOUS, Caller
-from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint, Prices
-from hoberproxy.journal import Journal
-from hoberproxy.journals import Journals
-from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.record import Record, make_row
-from hoberproxy.request import parse_call
-from hoberproxy.routing import Plan, Step
-from hoberproxy.sqlite_store import SqliteStore as Store
-from hoberproxy.tallies import Tallies
-from hoberproxy.usage import Usage
-from hoberproxy.writer import Writer
+from hoberproxy.access.keys import ANONYMOUS, Caller
+from hoberproxy.access.limits import PICO, KeyLimits
+from hoberproxy.access.shared_limits import Tallies
+from hoberproxy.accounting.accounts import Accounts
+from hoberproxy.accounting.journal import Journal
+from hoberproxy.accounting.record import Record, make_row
+from hoberproxy.dialects.usage import Usage
+from hoberproxy.request.call import parse_call
+from hoberproxy.routing.catalog import Endpoint, Prices
+from hoberproxy.routing.router import Plan, Step
+from hoberproxy.storage.journal_reader import Journals
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from hoberproxy.storage.writer import Writer
 
 from . import Case
 from .streams import SLUG, request_body

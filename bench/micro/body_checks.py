@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.frames import Frames
-from hoberproxy.request import parse_call
-from hoberproxy.upstream_body import make_upstream_body
+from hoberproxy.request.call import parse_call
+from hoberproxy.request.parse_cache import Frames
+from hoberproxy.upstream.body import make_upstream_body
 
 from . import Case
 from .streams import request_body

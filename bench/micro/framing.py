@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.http11_body import ChunkedBody
-from hoberproxy.http11_head import parse_request_head, parse_response_head
+from hoberproxy.protocol.http_body import ChunkedBody
+from hoberproxy.protocol.http_head import parse_request_head, parse_response_head
 
 from . import Case
 from .streams import CONTENT, chunk

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from hoberproxy.access import Caller, Keyring, generate_key, hash_key
-from hoberproxy.admission import Admission
-from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.context import ServerContext
-from hoberproxy.deadlines import Wheel
-from hoberproxy.exchange import Exchange
-from hoberproxy.metrics import Metrics
-from hoberproxy.provider import make_upstreams
-from hoberproxy.reader import parse_config
-from hoberproxy.upstream import UpstreamConnection
-from hoberproxy.wire import DownstreamConnection
+from hoberproxy.access.admission import Admission
+from hoberproxy.access.keys import Caller, Keyring, generate_key, hash_key
+from hoberproxy.accounting.metrics import Metrics
+from hoberproxy.config.reader import parse_config
+from hoberproxy.downstream.connection import DownstreamConnection
+from hoberproxy.exchange.context import ServerContext
+from hoberproxy.exchange.exchange import Exchange
+from hoberproxy.routing.catalog import Catalog, Endpoint, Model
+from hoberproxy.timer_wheel import Wheel
+from hoberproxy.upstream.connection import UpstreamConnection
+from hoberproxy.upstream.provider import make_upstreams
 
 from . import Case
 from .account import accounts_in, temporary_folder

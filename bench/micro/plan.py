@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.health import Health
-from hoberproxy.request import parse_call
-from hoberproxy.routing import make_plan
+from hoberproxy.request.call import parse_call
+from hoberproxy.routing.catalog import Catalog, Endpoint, Model
+from hoberproxy.routing.health import Health
+from hoberproxy.routing.router import make_plan
 
 from . import Case
 from .streams import SLUG, request_body

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.opening import Opening
-from hoberproxy.stream import StreamScanner
+from hoberproxy.relay.opening_template import Opening
+from hoberproxy.relay.scanner import StreamScanner
 
 from . import Case
 from .streams import CONTENT, FINISH, OPENING, SLUG

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Model, Provider
-from tests.scripted import ScriptedUpstream
+from hoberproxy.routing.catalog import Model, Provider
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import Proxy, make_config, provider_for, running
 

@@ -19,10 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import Endpoint, Model, Provider, TimeLimits
-from hoberproxy.record import Record
-from hoberproxy.server import Server
-from hoberproxy.settings import (
+from hoberproxy.accounting.record import Record
+from hoberproxy.config.settings import (
     Address,
     Config,
     KeySettings,
@@ -30,11 +28,13 @@ from hoberproxy.settings import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.values import parse_base_url
+from hoberproxy.config.values import parse_base_url
+from hoberproxy.process.server import Server
+from hoberproxy.routing.catalog import Endpoint, Model, Provider, TimeLimits
 from tests.conftest import listen
-from tests.patience import WAIT, patient
-from tests.processes import all_below, children_of
-from tests.scripted import ScriptedUpstream
+from tests.support.patience import WAIT, patient
+from tests.support.processes import all_below, children_of
+from tests.support.scripted import ScriptedUpstream
 
 SLUG = "test/model"
 OTHER_SLUG = "test/other"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.limits import KeyLimits
-from hoberproxy.sqlite_store import SqliteStore as Store
-from tests.patience import WAIT
-from tests.scripted import (
+from hoberproxy.access.limits import KeyLimits
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from tests.support.patience import WAIT
+from tests.support.scripted import (
     AwaitRelease,
     Script,
     ScriptedUpstream,

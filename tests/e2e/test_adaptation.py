@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Adaptation, Endpoint, Model
-from tests.scripted import (
+from hoberproxy.routing.catalog import Adaptation, Endpoint, Model
+from tests.support.scripted import (
     AwaitRelease,
     Script,
     ScriptedUpstream,

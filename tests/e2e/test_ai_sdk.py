@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripted import (
+from tests.support.scripted import (
     Close,
     Script,
     ScriptedUpstream,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import WAIT, patient
-from tests.scripted import (
+from tests.support.patience import WAIT, patient
+from tests.support.scripted import (
     LAST_CHUNK,
     Script,
     ScriptedUpstream,

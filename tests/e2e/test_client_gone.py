@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.scripted import (
+from tests.support.scripted import (
     Script,
     ScriptedUpstream,
     Send,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scripted import (
+from tests.support.scripted import (
     DONE,
     LAST_CHUNK,
     WAIT,

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.patience import WAIT, patient
-from tests.scripted import (
+from tests.support.patience import WAIT, patient
+from tests.support.scripted import (
     LAST_CHUNK,
     AwaitRelease,
     Close,

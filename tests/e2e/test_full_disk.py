@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.folder import SEGMENT
-from tests.scripted import ScriptedUpstream
+from hoberproxy.accounting.journal_directory import SEGMENT
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import Client, chat, eventually
 from .test_account import answer, ids_in

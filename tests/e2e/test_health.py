@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from hoberproxy import health
-from hoberproxy.health import EndpointHealth
-from tests.scripted import (
+from hoberproxy.routing import health
+from hoberproxy.routing.health import EndpointHealth
+from tests.support.scripted import (
     AwaitRelease,
     Close,
     Script,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripted import (
+from tests.support.scripted import (
     DONE,
     LAST_CHUNK,
     AwaitRelease,

@@ -17,11 +17,11 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from hoberproxy.catalog import Provider, TimeLimits
-from hoberproxy.health import Health
-from hoberproxy.record import Record
-from tests.patience import patient
-from tests.scripted import (
+from hoberproxy.accounting.record import Record
+from hoberproxy.routing.catalog import Provider, TimeLimits
+from hoberproxy.routing.health import Health
+from tests.support.patience import patient
+from tests.support.scripted import (
     LAST_CHUNK,
     Close,
     Pause,

@@ -10,9 +10,15 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.limits import PICO, KeyLimits, format_dollars
-from hoberproxy.sqlite_store import SqliteStore as Store
-from tests.scripted import AwaitRelease, ScriptedUpstream, SeenRequest, completion, json_response
+from hoberproxy.access.limits import PICO, KeyLimits, format_dollars
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from tests.support.scripted import (
+    AwaitRelease,
+    ScriptedUpstream,
+    SeenRequest,
+    completion,
+    json_response,
+)
 
 from .harness import Program, Reply, chat, eventually, running_program
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import WAIT
-from tests.scripted import (
+from tests.support.patience import WAIT
+from tests.support.scripted import (
     AwaitRelease,
     Script,
     ScriptedUpstream,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.patience import WAIT
-from tests.processes import is_alive
-from tests.scripted import ScriptedUpstream
+from tests.support.patience import WAIT
+from tests.support.processes import is_alive
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import WRITER, chat, eventually
 from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import TimeLimits
-from tests.patience import WAIT
-from tests.scripted import (
+from hoberproxy.routing.catalog import TimeLimits
+from tests.support.patience import WAIT
+from tests.support.scripted import (
     LAST_CHUNK,
     Close,
     Script,

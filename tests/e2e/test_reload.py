@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.listeners import Listeners
-from hoberproxy.server import Server
-from hoberproxy.settings import Address
-from hoberproxy.values import ConfigError
-from tests.scripted import ScriptedUpstream, completion, json_response
+from hoberproxy.config.settings import Address
+from hoberproxy.config.values import ConfigError
+from hoberproxy.process.listeners import Listeners
+from hoberproxy.process.server import Server
+from tests.support.scripted import ScriptedUpstream, completion, json_response
 
 from .harness import OTHER_SLUG, chat, eventually, make_config, provider_for
 from .test_workers import service, write_config

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from hoberproxy import exchange
-from hoberproxy.attempts import Attempt
-from hoberproxy.catalog import Endpoint, Model
-from hoberproxy.exchange import Exchange
-from hoberproxy.upstream import UpstreamConnection
-from hoberproxy.wire import MAX_PIPELINED_BYTES
-from tests.patience import WAIT, patient
-from tests.scripted import (
+from hoberproxy.downstream.connection import MAX_PIPELINED_BYTES
+from hoberproxy.exchange import exchange
+from hoberproxy.exchange.attempt import Attempt
+from hoberproxy.exchange.exchange import Exchange
+from hoberproxy.routing.catalog import Endpoint, Model
+from hoberproxy.upstream.connection import UpstreamConnection
+from tests.conftest import pure_only
+from tests.support.patience import WAIT, patient
+from tests.support.scripted import (
     AwaitRelease,
     ScriptedUpstream,
     Send,
@@ -31,7 +32,6 @@ from tests.scripted import (
     stream_events,
 )
 
-from ..conftest import pure_only
 from .conftest import ProxyTo
 from .harness import (
     CHAT,

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Abilities, Endpoint, Model, Prices
-from hoberproxy.settings import RoutingSettings
-from tests.scripted import (
+from hoberproxy.config.settings import RoutingSettings
+from hoberproxy.routing.catalog import Abilities, Endpoint, Model, Prices
+from tests.support.scripted import (
     Answer,
     Close,
     Pause,

@@ -13,9 +13,9 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from hoberproxy.settings import KeySettings
-from hoberproxy.sqlite_store import SqliteStore as Store
-from tests.scripted import (
+from hoberproxy.config.settings import KeySettings
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from tests.support.scripted import (
     Close,
     Pause,
     Reset,

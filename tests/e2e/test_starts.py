@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.processes import all_below, children_of, is_alive
-from tests.scripted import ScriptedUpstream
+from tests.support.processes import all_below, children_of, is_alive
+from tests.support.scripted import ScriptedUpstream
 
 from .harness import WORKER, WRITER, Program, chat, connected
 from .test_account import KILLS

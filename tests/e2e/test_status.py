@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.scripted import WAIT, AwaitRelease, Script, ScriptedUpstream, sse, stream_events
+from tests.support.scripted import WAIT, AwaitRelease, Script, ScriptedUpstream, sse, stream_events
 
 from .harness import chat
 from .test_workers import begin_stream, finish_stream, service, write_config

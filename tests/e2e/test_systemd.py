@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripted import WAIT, ScriptedUpstream, completion, json_response
+from tests.support.scripted import WAIT, ScriptedUpstream, completion, json_response
 
 from .harness import Program, chat, connected, eventually
 from .test_workers import write_config

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from hoberproxy.catalog import Provider
-from tests.patience import patient
-from tests.scripted import (
+from hoberproxy.routing.catalog import Provider
+from tests.support.patience import patient
+from tests.support.scripted import (
     Close,
     ScriptedUpstream,
     Send,
@@ -103,7 +103,7 @@ async def test_the_name_is_sent_for_the_server_to_choose_by(
 ) -> None:
     asked: list[str | None] = []
     async with ScriptedUpstream(json_response(200, completion()), tls=True) as upstream:
-        from tests import scripted
+        from tests.support import scripted
 
         context: ssl.SSLContext = scripted._certificates()[0]
         context.sni_callback = lambda _socket, name, _context: asked.append(name)

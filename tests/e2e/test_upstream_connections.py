@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.scripted import (
+from tests.support.scripted import (
     Close,
     Pause,
     Reset,

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.catalog import Endpoint, Model
-from hoberproxy.limits import format_dollars
-from hoberproxy.record import CLIENT_CLOSED, Record
-from tests.scripted import (
+from hoberproxy.access.limits import format_dollars
+from hoberproxy.accounting.record import CLIENT_CLOSED, Record
+from hoberproxy.routing.catalog import Endpoint, Model
+from tests.support.scripted import (
     AwaitRelease,
     Script,
     ScriptedUpstream,
@@ -20,7 +20,7 @@ from tests.scripted import (
     sse,
     stream_events,
 )
-from tests.usage_forms import FORMS, PRICES, Document, Form, in_a_choice, in_x_groq, on_top
+from tests.support.usage_forms import FORMS, PRICES, Document, Form, in_a_choice, in_x_groq, on_top
 
 from .conftest import ProxyTo
 from .harness import SLUG, UPSTREAM_MODEL, Proxy, chat

@@ -17,8 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hoberproxy
-from tests.processes import children_of, is_alive, mapped_by, open_files
-from tests.scripted import (
+from tests.support.processes import children_of, is_alive, mapped_by, open_files
+from tests.support.scripted import (
     WAIT,
     AwaitRelease,
     Pause,

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.patience import patient
+from tests.support.patience import patient
 
 from .model_server import CONTEXT_TOKENS, UPSTREAM_MODEL, run_model_server
 

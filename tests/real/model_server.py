@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.patience import patient
+from tests.support.patience import patient
 
 ROOT = Path(__file__).resolve().parents[2]
 UPSTREAM_MODEL = "smollm2"

@@ -15,8 +15,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from hoberproxy.sqlite_store import SqliteStore as Store
-from tests.patience import WAIT
+from hoberproxy.storage.sqlite_records import SqliteStore as Store
+from tests.support.patience import WAIT
 
 from .demo_model import PROVIDER, SLUG, RunningProxy, run_command
 from .model_server import UPSTREAM_MODEL

@@ -13,7 +13,7 @@ import pytest
 
 from hatch_build import REQUIRES
 from hoberproxy import __version__
-from tests.patience import patient
+from tests.support.patience import patient
 
 from .machine import Machine, booted, why_not
 from .service import Service

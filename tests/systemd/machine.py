@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.patience import WAIT, patient
+from tests.support.patience import WAIT, patient
 
 CLONE_NEWNET = 0x40000000
 PATH = "/usr/sbin:/usr/bin"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
-from tests.patience import patient
+from tests.support.patience import patient
 
 from .machine import WAIT, Machine
 

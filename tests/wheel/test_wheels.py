@@ -15,7 +15,7 @@ from zipfile import ZipFile
 import pytest
 
 from hoberproxy import __version__
-from tests.patience import WAIT, patient
+from tests.support.patience import WAIT, patient
 
 pytestmark = pytest.mark.wheel
 

@@ -1,0 +1,103 @@
+"""Token counts for requests whose upstream told none, by what it told of others.
+
+Learnt for each endpoint: bytes of a prompt in a token, tokens in an event of a stream or in the
+bytes of a body, and how long its answers usually are. Nothing of a text is looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from ..dialects.usage import BYTES_PER_TOKEN, Usage
+from ..routing.health import Key
+
+MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
+USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
+SHARE: Final = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
+SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
+# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more, and
+# would let a client teach that its prompts weigh nothing.
+DENSEST_LEARNT: Final = 12.0
+
+
+class Ratios:
+    """What was learnt of one endpoint."""
+
+    __slots__ = ("answer", "answers", "per_byte", "per_event", "prompt_bytes")
+
+    def __init__(self) -> None:
+        self.prompt_bytes = float(BYTES_PER_TOKEN)  # in a token
+        self.per_event = 1.0  # tokens
+        self.per_byte = 1.0 / BYTES_PER_TOKEN  # tokens, of a body as it is relayed
+        self.answer = float(USUAL_ANSWER)  # tokens
+        self.answers = 0
+
+
+class Estimates:
+    """All endpoints of a process."""
+
+    def __init__(self) -> None:
+        self._ratios: dict[Key, Ratios] = {}
+        self._unknown = Ratios()
+
+    def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
+        """Return the tokens to expect of a prompt of so many bytes, and those of a usual answer.
+
+        A prompt is never taken for less than BYTES_PER_TOKEN says, whatever those before it were.
+        """
+        ratios = self._of(endpoint)
+        per_token = ratios.prompt_bytes
+        if per_token > BYTES_PER_TOKEN:
+            per_token = float(BYTES_PER_TOKEN)
+        return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
+
+    def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
+        """A guess for an answer of so many content events, or of a body of so many bytes."""
+        ratios = self._of(endpoint)
+        completion = events * ratios.per_event if events else body_bytes * ratios.per_byte
+        return Usage(
+            prompt_tokens=int(prompt_bytes / ratios.prompt_bytes + 0.5),
+            completion_tokens=int(completion + 0.5),
+            is_estimated=True,
+        )
+
+    def fill_gaps(
+        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
+    ) -> Usage:
+        """`usage` with a guess in place of each count of zero, for an answer that has a text."""
+        guess = self.usage(
+            endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+        )
+        return Usage(
+            usage.prompt_tokens or guess.prompt_tokens,
+            usage.completion_tokens or guess.completion_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.cache_write_tokens,
+            is_estimated=True,
+        )
+
+    def learn(
+        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
+    ) -> None:
+        """An answer came to its end, and the upstream told its usage."""
+        ratios = self._ratios.get(endpoint)
+        if ratios is None:
+            if len(self._ratios) >= MAX_LEARNT:
+                del self._ratios[next(iter(self._ratios))]
+            ratios = self._ratios[endpoint] = Ratios()
+        share = SHARE if ratios.answers >= 1 / SHARE else 1 / (ratios.answers + 1)
+        ratios.answers += 1
+        completion = usage.completion_tokens
+        ratios.answer += (completion - ratios.answer) * share
+        if usage.prompt_tokens >= SHORTEST_LEARNT:
+            seen = min(prompt_bytes / usage.prompt_tokens, DENSEST_LEARNT)
+            ratios.prompt_bytes += (seen - ratios.prompt_bytes) * share
+        if completion >= SHORTEST_LEARNT:
+            if events:
+                ratios.per_event += (completion / events - ratios.per_event) * share
+            elif body_bytes:
+                ratios.per_byte += (completion / body_bytes - ratios.per_byte) * share
+
+    def _of(self, endpoint: Key) -> Ratios:
+        return self._ratios.get(endpoint, self._unknown)

@@ -1,0 +1,457 @@
+"""One process that serves clients: opens sockets and limits, waits for its end, drains, closes.
+
+What is served is downstream/connection.py's and api/routes.py's; this module owns what lives as
+long as the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import uvloop
+from aiohttp import web
+
+from ..access.admission import (
+    Admission,
+    BodyMemory,
+    ConnectionRoom,
+    StreamCounts,
+    body_memory_limit,
+)
+from ..access.keys import Keyring
+from ..access.shared_limits import Tallies
+from ..accounting.access_log import AccessLog
+from ..accounting.accounts import Accounts
+from ..accounting.exposition import resident_bytes
+from ..accounting.journal import Journal
+from ..accounting.journal_directory import journal_directory
+from ..accounting.memory import collect_rarely, keep_freed_memory, machine_memory
+from ..accounting.metrics import Gauges, Metrics
+from ..api.routes import make_app
+from ..config.settings import Address, Config
+from ..config.values import ConfigError
+from ..downstream.connection import LINGER, DownstreamConnection
+from ..errors import UnavailableError
+from ..exchange.context import ServerContext
+from ..exchange.exchange import Exchange
+from ..protocol.http_head import MAX_REQUEST_HEAD_BYTES
+from ..routing.catalog import Catalog
+from ..storage.key_loader import KeyLoader, start_thread
+from ..storage.writer import FINISH_LIMIT, Writer
+from ..timer_wheel import Ticker, Timed, Wheel
+from ..upstream.provider import make_upstreams
+from .file_limits import connections_limit, raise_file_limit
+from .listeners import BACKLOG, Listeners, StartError, flat
+
+logger = logging.getLogger("hoberproxy.server")
+
+# Seconds in which an idle connection may still bring a request that was on its way.
+IDLE_GRACE = 0.5
+# Seconds for a connection that was accepted in the last turn to be told of.
+ACCEPTED_GRACE = 0.1
+HEARTBEAT = 0.5  # seconds between signs of life of the loop
+POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
+FRAMES_SWEEP = 600  # of these; what requests said around their messages goes if not said again
+
+
+class Server(Timed):
+    """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: Listeners,
+        *,
+        counts: StreamCounts | None = None,
+        has_writer: bool = True,
+        workers: int = 1,
+    ) -> None:
+        """`has_writer`: of records, on a thread; else another process has to be the writer.
+
+        `workers` is how many processes share the machine's memory, this one among them.
+        """
+        self._config = config
+        self._given = listeners
+        self._counts = counts
+        self._workers = workers
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self.on_beat: Callable[[], None] = notify_nobody
+        self._listeners: list[asyncio.Server] = []
+        self._runner: web.AppRunner | None = None
+        self._connections: set[DownstreamConnection] = set()
+        self._leave = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._sweeps = 0
+        self._context: ServerContext | None = None
+        self._tallies: Tallies | None = None
+        records = config.records
+        self._journal = Journal(journal_directory(records.file))
+        self._loader: KeyLoader | None = None
+        self._writer: WriterThread | None = None
+        if has_writer:
+            self._writer = WriterThread(Writer(records.file, keep_days=records.keep_days))
+        self._ticker: Ticker | None = None
+
+    @property
+    def addresses(self) -> list[Address]:
+        """The addresses of the listening sockets, with the ports that the system chose."""
+        return self._given.addresses
+
+    async def start(self) -> None:
+        """Open the store, then accept. Raises StartError, StoreError or ConfigError."""
+        _check_keys(self._config, self.addresses)
+        self._context = context = self._build()
+        if self._writer is not None:  # before the keys: what a dead process spent is spent
+            self._writer.start()
+        self._loader = KeyLoader(self._config.records.file, context.keyring, self._journal)
+        self._loader.start()
+        self._ticker = Ticker(context.wheel, context.loop)
+        context.wheel.schedule(self, context.loop.time() + POOL_SWEEP)
+        handlers = await self._handlers(make_app(context))
+        begin = partial(Exchange, context)
+
+        def connection() -> Any:  # a Protocol by its methods
+            return DownstreamConnection(context, begin, handlers, self._connections)
+
+        await self._accept(connection)
+        context.model_lists.start()
+        self._beat(context.loop.time())
+
+    async def _accept(self, protocol: Callable[[], asyncio.Protocol]) -> None:
+        """Accept on the listening sockets; a supervisor has copies, so closing ours is no cut."""
+        loop = asyncio.get_running_loop()
+        for each in flat(self._given.clients.values()):
+            if each.family == socket.AF_UNIX:
+                listener = await loop.create_unix_server(protocol, sock=each, backlog=BACKLOG)
+            else:
+                listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
+            self._listeners.append(listener)
+
+    def _build(self) -> ServerContext:
+        config, loop = self._config, asyncio.get_running_loop()
+        wheel = Wheel(loop.time())
+        upstreams = make_upstreams(config, loop, wheel)
+        catalog = Catalog(config.models)
+        self._tallies = tallies = _open_tallies(config.records.file)
+        return ServerContext(
+            config=config,
+            loop=loop,
+            wheel=wheel,
+            catalog=catalog,
+            keyring=Keyring(),
+            accounts=Accounts(self._journal, tallies, config.keys.assumed_output),
+            access_log=(
+                AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
+                if config.log.access
+                else None
+            ),
+            metrics=Metrics(catalog.label),
+            upstreams=upstreams,
+            admission=Admission(config.server.max_streams, self._counts),
+            bodies=BodyMemory(body_memory_limit(config.server, machine_memory(), self._workers)),
+            room=ConnectionRoom(connections_limit()),
+        )
+
+    async def _handlers(self, app: web.Application) -> web.Server:
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            # The check in front of aiohttp has its own limits; here only it must not be stricter.
+            max_line_size=MAX_REQUEST_HEAD_BYTES,
+            max_field_size=MAX_REQUEST_HEAD_BYTES,
+            # Seconds for the rest of a body that nobody needs; after these ours begin.
+            lingering_time=LINGER,
+        )
+        await runner.setup()
+        self._runner = runner
+        assert runner.server is not None, "set up above"
+        return runner.server
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the counts since the start and the gauges of now, as exposition.py merges them."""
+        context = self._context
+        assert context is not None, "started before"
+        return context.metrics.snapshot(self._gauges(context))
+
+    def _gauges(self, context: ServerContext) -> Gauges:
+        log, journal = context.access_log, self._journal
+        writer = self._writer.writer if self._writer is not None else None
+        return Gauges(
+            streams_open=len(context.exchanges),
+            connections_open=len(self._connections),
+            upstream_connections={
+                name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
+                for name, upstream in context.upstreams.items()
+            },
+            records_queued=journal.depth,
+            records_lost=journal.records_lost + (writer.lost if writer is not None else 0),
+            journal_lost=journal.lost,
+            journals_unreadable=writer.unreadable if writer is not None else 0,
+            log_lines_lost=log.lost if log is not None else 0,
+            resident_bytes=resident_bytes(),
+            body_bytes=context.bodies.held,
+            bad_heads=context.bad_heads,
+            refused_connections=context.refused_connections,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """Return what `hoberproxy status` says of this process."""
+        context = self._context
+        assert context is not None, "started before"
+        return {
+            "streams": len(context.exchanges),
+            "connections": len(self._connections),
+            "resident_bytes": resident_bytes(),
+            "events": context.metrics.events
+            + sum(exchange.content_events for exchange in context.exchanges),
+            "keys": Counter(exchange.key_label for exchange in context.exchanges),
+            "health": [
+                {
+                    "provider": each.provider,
+                    "model": each.upstream_model,
+                    "is_cooling": each.is_cooling,
+                    "cooldown": each.cooldown,
+                    "failure_rate": each.failure_rate,
+                    "first_content": each.first_content,
+                    "throughput": each.throughput,
+                }
+                for each in context.health.snapshot(context.loop.time())
+            ],
+        }
+
+    def _beat(self, due: float) -> None:
+        """Measure how late the loop is, flush the journal, give a sign of life; twice a second."""
+        assert self._context is not None, "started before"
+        loop = self._context.loop
+        self._context.metrics.observe_lag(loop.time() - due)
+        self._journal.flush()
+        self.on_beat()
+        following = loop.time() + HEARTBEAT
+        self._heartbeat = loop.call_at(following, self._beat, following)
+
+    def on_deadline(self, now: float) -> float:
+        """Sweep the pools, and now and then the parse cache of requests."""
+        assert self._context is not None
+        self._sweeps += 1
+        if self._sweeps % FRAMES_SWEEP == 0:
+            self._context.frames.forget_unused()
+        for upstream in self._context.upstreams.values():
+            upstream.pool.close_expired(now)
+        return now + POOL_SWEEP
+
+    # The end
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether `stop` or `hand_over` was called."""
+        return self._leave.is_set()
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Take no more requests and let running ones end; at the second call end them now."""
+        if self._stop.is_set() or at_once:
+            self._stop_now.set()
+        self._stop.set()
+        self._leave.set()
+
+    def hand_over(self) -> None:
+        """Take no more connections and end with the last: other workers serve on these sockets."""
+        self._leave.set()
+
+    def stop_on_signals(self) -> None:
+        """Let SIGTERM and SIGINT stop this process; SIGUSR2, meant for a supervisor, is logged."""
+        loop = asyncio.get_running_loop()
+        upgrade = "only `serve` with a config can be upgraded while it runs: restart this one"
+        loop.add_signal_handler(signal.SIGUSR2, logger.warning, upgrade)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+    async def wait_closed(self) -> None:
+        """Serve until stopped, then drain and close everything that `start` opened."""
+        await self._leave.wait()
+        await self.drain_connections(is_handover=not self._stop.is_set())
+        await self.aclose()
+
+    async def drain_connections(self, *, is_handover: bool = False) -> None:
+        """Let running requests end, for `drain_timeout` at most; then end them with an error.
+
+        `is_handover`: others serve on the same sockets. Then each connection gets one more answer,
+        however long it idles before; otherwise a refusal, and only for a moment.
+        """
+        context = self._context
+        assert context is not None
+        context.is_draining = True
+        context.is_stopping = not is_handover
+        context.model_lists.stop()
+        for listener in self._listeners:
+            listener.close()
+        running = len(context.exchanges)
+        if running:
+            logger.info("draining: %d requests are running", running)
+        await self._wait_for_connections(context)
+        context.is_stopping = context.is_stopping or bool(self._connections)
+        for exchange in list(context.exchanges):
+            exchange.fail(
+                UnavailableError(
+                    "this process is shutting down and the answer took too long",
+                    code="draining",
+                    retry_after=1.0,
+                ),
+                close=True,
+            )
+
+    async def _wait_for_connections(self, context: ServerContext) -> None:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        deadline = begun + self._config.server.drain_timeout
+        while (now := loop.time()) < deadline and not self._stop_now.is_set():
+            if not context.is_stopping and self._stop.is_set():  # the successor ends too
+                context.is_stopping, begun = True, now
+            if context.is_stopping and now - begun >= IDLE_GRACE:
+                for connection in list(self._connections):
+                    connection.close_if_idle(now - IDLE_GRACE)
+                if not context.exchanges:
+                    return
+            elif not self._connections and now - begun >= ACCEPTED_GRACE:
+                return
+            try:
+                async with asyncio.timeout(context.wheel.tick):
+                    await self._stop_now.wait()
+            except TimeoutError:
+                pass
+
+    async def aclose(self) -> None:
+        """Close what is open, the store last: it takes the last records."""
+        for listener in self._listeners:
+            listener.close()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        context = self._context
+        if context is None:
+            return
+        await context.model_lists.aclose()
+        await self._flush_connections(context)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        if self._ticker is not None:
+            self._ticker.close()
+        for upstream in context.upstreams.values():
+            await upstream.pool.aclose()
+        context.accounts.shut()
+        await asyncio.to_thread(self._close_records)
+        if self._tallies is not None:
+            self._tallies.close()
+        if context.access_log is not None:
+            context.access_log.close()
+
+    def _close_records(self) -> None:
+        """Write what is left, or leave it to the writer's process."""
+        self._journal.flush()
+        if self._loader is not None:
+            self._loader.close(FINISH_LIMIT)
+        self._journal.end()
+        if self._writer is not None:
+            self._writer.close()
+        self._journal.close()
+
+    async def _flush_connections(self, context: ServerContext) -> None:
+        """Give the last answers a moment to reach their clients."""
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        for _ in range(100):
+            if not self._connections:
+                break
+            await asyncio.sleep(0.01)
+        for connection in list(self._connections):
+            connection.abort()
+
+
+class WriterThread:
+    """Run a writer of records on a thread, in a process that serves without a writer process."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._limit = FINISH_LIMIT
+
+    def start(self) -> None:
+        """Open the store and take over what dead processes left. Raises StoreError."""
+        self._thread = start_thread(self._run, "hoberproxy-writer")
+
+    def close(self, limit: float = FINISH_LIMIT) -> None:
+        """Write what is left, for at most `limit` seconds, and end the thread."""
+        self._limit = limit
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(limit + 1.0)
+
+    def _run(self, opened: Future[None]) -> None:
+        try:
+            self.writer.open()
+        except BaseException as exc:
+            self.writer.close()
+            opened.set_exception(exc)
+            return
+        opened.set_result(None)
+        try:
+            while not self._wake.wait(self.writer.turn()):
+                pass
+            self.writer.finish(self._limit)
+        finally:
+            self.writer.close()
+
+
+def notify_nobody() -> None:
+    """Do nothing: no supervisor waits for signs of life."""
+
+
+def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
+    """Raise ConfigError if others than this machine would be served without keys.
+
+    The config was checked against its own `server.listen`; --listen stands over that, and so do
+    the sockets that systemd has opened.
+    """
+    public = [str(address) for address in addresses if not address.is_loopback]
+    if public and not config.keys.required:
+        raise ConfigError(
+            [
+                "keys.required: expected true unless only this machine is served, got false while "
+                f"listening on {', '.join(public)}; require keys, or start on 127.0.0.1 alone"
+            ]
+        )
+
+
+def _open_tallies(records_file: str) -> Tallies:
+    path = f"{os.path.realpath(records_file)}-limits"
+    try:
+        return Tallies(path)
+    except FileNotFoundError as exc:
+        raise StartError(
+            f"expected the directory {os.path.dirname(path)} to exist, got none; create it or "
+            "change records.file"
+        ) from exc
+    except OSError as exc:
+        reason = exc.strerror or exc
+        raise StartError(f"cannot use {path} for the limits of keys: {reason}") from exc
+
+
+def run(main: Callable[[], object]) -> None:
+    """Run a coroutine function on uvloop, in a process of its own."""
+    raise_file_limit()
+    keep_freed_memory()
+    collect_rarely()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())  # type: ignore[arg-type]

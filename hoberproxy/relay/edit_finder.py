@@ -1,0 +1,157 @@
+"""One stream's edits: where in its events they are, found faster from event to event.
+
+Keeps how the upstream writes the model's name, and how its events begin up to there: what begins
+with the same bytes has it in the same place.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+from ..protocol.json_bytes import model_member
+from ..protocol.lenient_json import load_json
+from .event_edits import (
+    MODEL_VALUE_AT,
+    Edit,
+    cut_member,
+    find_model,
+    find_null_usage,
+    is_in_object_itself,
+    may_escape_names,
+    scan_edits,
+)
+
+_DATA: Final = b"data: "
+_LF_LF: Final = b"\n\n"
+_HEAD_BYTES: Final = 1024  # a longer one is not kept
+# A `usage` of null behind which nothing opens: a member of the object itself.
+_LAST_NULL: Final = re.compile(rb', ?"usage": ?null(?=[^{}\[\]\\\r\n]*+\}\n\n)')
+
+
+class Editor:
+    """`slug` is the name the client sees; once there was an event, `model` is the upstream's."""
+
+    __slots__ = ("_head", "_head_at", "_wants_usage", "model", "pattern", "slug", "value_at")
+
+    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+        self.slug = model_member(slug)[MODEL_VALUE_AT:]  # orjson's own keeps 4 KB, however short
+        self.model = ""
+        self.pattern = b""  # the member `"model":"…"` as this upstream writes it
+        self.value_at = 0  # where in it the name stands
+        self._head = b""  # how the JSON of an event begins, up to the end of this member
+        self._head_at = 0  # where in that the name stands; the pattern may be a newer one
+        self._wants_usage = wants_usage
+
+    def learn(self, model: str, pattern: bytes, value_at: int) -> None:
+        """Take over what another stream of this upstream has shown."""
+        self.model = self.model or model
+        self.pattern, self.value_at = pattern, value_at
+
+    def note_model(self, raw: bytes) -> None:
+        """Keep the upstream's first name for the model, told as JSON."""
+        if not self.model:
+            self.model = decode_string(raw)
+
+    def edit_like(self, data: bytes) -> bytes | None:
+        """Whole events of one `data: ` line each as the client sees them; None if not sure.
+
+        They begin with the same bytes up to the model's name, which so is in the same place.
+        """
+        head = _DATA + self._head
+        if not self._head or not data.startswith(head):
+            return None
+        count = data.count
+        events = count(_LF_LF)
+        if (
+            count(_LF_LF + head) != events - 1
+            or count(b"\n") != 2 * events
+            or count(b'"model"') != events
+            or count(b'"choices"') != events
+            or may_escape_names(data)
+        ):
+            return None
+        new_head = head[: len(_DATA) + self._head_at] + self.slug
+        passed = data if new_head == head else data.replace(head, new_head)
+        if not self._wants_usage and (nulls := count(b'"usage"')):
+            passed, cut = _LAST_NULL.subn(b"", passed)
+            if cut != nulls:
+                return None
+        return passed
+
+    def find_edits(self, payload: bytes, document: Any) -> list[Edit]:
+        """The edits of an event's JSON; `document` is what it says if it was parsed, else None."""
+        is_read = isinstance(document, dict)
+        if is_read and may_escape_names(payload):
+            return self._scan_edits(payload, document)
+        edits: list[Edit] = []
+        names = payload.count(b'"model"')
+        if names:
+            start, end = self._find_model(payload, document) if names == 1 else (0, 0)
+            if not end:
+                return self._scan_edits(payload, document)
+            edits.append((start, end, self.slug))
+        usages = payload.count(b'"usage"') if not self._wants_usage else 0
+        if usages == 1 and is_read and document.get("usage", True) is not None:
+            usages = 0  # it is an object, or not the object's own
+        if usages:
+            start, end = find_null_usage(payload)
+            if not end or not (is_read or is_in_object_itself(payload, start, end)):
+                return self._scan_edits(payload, document)
+            edits += cut_member(payload, start, end)
+            edits.sort()
+        return edits
+
+    def _find_model(self, payload: bytes, document: Any) -> tuple[int, int]:
+        """Where the name stands in JSON with one `"model"`; (0, 0) if that takes a scan."""
+        head, pattern = self._head, self.pattern
+        if head and payload.startswith(head):
+            return self._head_at, len(head)
+        if isinstance(document, dict):
+            start, value_start, end = find_model(payload, document)
+        else:
+            start = payload.find(pattern) if pattern else -1
+            end = start + len(pattern)
+            if start < 0 or not is_in_object_itself(payload, start, end):
+                return 0, 0
+            value_start = start + self.value_at
+        if end:
+            self._learn_model(payload, start, value_start, end)
+        return value_start, end
+
+    def _scan_edits(self, payload: bytes, document: Any) -> list[Edit]:
+        if document is None:
+            # Spans mean nothing in bytes that are no JSON, and perhaps nobody has looked yet.
+            document = parse_json(payload)
+        if not isinstance(document, dict):
+            return []
+        edits = scan_edits(payload, self.slug, wants_usage=self._wants_usage)
+        for value_start, end, new in edits:
+            if new:
+                start = payload.rfind(b'"model"', 0, value_start)
+                if start >= 0 and payload[start + 7 : value_start].strip() == b":":
+                    self._learn_model(payload, start, value_start, end)
+                else:
+                    self.note_model(payload[value_start:end])
+        return edits
+
+    def _learn_model(self, payload: bytes, start: int, value_start: int, end: int) -> None:
+        """Keep how this upstream writes the member, and what it begins its events with."""
+        self.note_model(payload[value_start:end])
+        self.pattern, self.value_at = payload[start:end], value_start - start
+        is_head = end <= _HEAD_BYTES and not payload.count(b"[", 0, end)
+        self._head, self._head_at = payload[:end] if is_head else b"", value_start
+
+
+def parse_json(payload: bytes) -> Any:
+    """The JSON of an event; None if it is none."""
+    try:
+        return load_json(payload)
+    except ValueError:
+        return None
+
+
+def decode_string(raw: bytes) -> str:
+    """The text of a JSON string; empty if it is none."""
+    value = parse_json(raw)
+    return value if isinstance(value, str) else ""

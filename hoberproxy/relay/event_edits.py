@@ -1,0 +1,166 @@
+"""What the client sees otherwise of an event: the catalog's name for `model`, no `usage` of null.
+
+An edit is a span of bytes and what stands in its place. Only members of the object itself are
+edited, never those of an object within it. That a span is one of these is proved by counting, by
+brackets, or by a scan of all members; where it can't be, nothing is edited.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ..protocol.json_bytes import model_member, scan_members
+from ..protocol.sse import Data
+
+Edit = tuple[int, int, bytes]  # where it begins and ends, and the new bytes
+
+MODEL_VALUE_AT: Final = len(b'"model":')
+_MODEL: Final = b'"model"'
+_USAGE: Final = b'"usage"'
+_NULL_USAGES: Final = (b'"usage":null', b'"usage": null')
+_WHITE: Final = b" \t\n\r"
+_QUOTE: Final = 0x22
+_COMMA: Final = 0x2C
+_BRACE: Final = 0x7B
+_BACKSLASH: Final = 0x5C
+
+
+def apply_edits(event: bytes, edits: list[Edit]) -> bytes:
+    """`event` with all `edits` made, which are in order and apart from each other."""
+    if not edits:
+        return event
+    parts: list[bytes] = []
+    at = 0
+    for start, end, new in edits:
+        parts += (event[at:start], new)
+        at = end
+    parts.append(event[at:])
+    return b"".join(parts)
+
+
+def may_escape_names(payload: bytes) -> bool:
+    r"""Whether a name such as `model` or `error` may be written with escapes in it.
+
+    Lower-case letters are \u0061 to \u007a and the underscore is \u005f; é and CJK are others.
+    """
+    find = payload.find
+    if find(b"\\u00") < 0:
+        return False
+    return (
+        find(b"\\u006") >= 0
+        or find(b"\\u007") >= 0
+        or find(b"\\u005f") >= 0
+        or (find(b"\\u005F") >= 0)
+    )
+
+
+def is_in_object_itself(payload: bytes, start: int, end: int) -> bool:
+    """Whether the member at `start` to `end` of an object is one of its own; False if not sure.
+
+    It is if no other bracket was opened before it, or none is closed behind it but the object's.
+    Brackets and backslashes in strings make this unsure, never wrong: a quote that no backslash
+    stands before can't be within a string.
+    """
+    count = payload.count
+    if start and payload[start - 1] == _BACKSLASH:
+        return False
+    if not count(b"[", 0, start) and count(b"{", 0, start) == 1 and not count(b"\\", 0, start):
+        return True
+    return (
+        count(b"}", end) == 1
+        and not count(b"]", end)
+        and not count(b"{", end)
+        and not count(b"[", end)
+    )
+
+
+def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int, int]:
+    """Where the member is that names the model, its value, and its end; zeros if not sure.
+
+    A search in place of a scan, for JSON that was parsed to `document` and has no escaped names.
+    """
+    model = document.get("model")
+    if isinstance(model, str) and model.isascii() and payload.count(_MODEL) == 1:
+        value = model_member(model)[MODEL_VALUE_AT:]
+        start = payload.find(_MODEL)
+        value_start = start + MODEL_VALUE_AT
+        if payload[value_start : value_start + 1] == b" ":  # the two usual writers of JSON
+            value_start += 1
+        end = value_start + len(value)
+        if payload[value_start:end] == value:
+            return start, value_start, end
+    return 0, 0, 0
+
+
+def find_null_usage(payload: bytes) -> tuple[int, int]:
+    """Where the one `usage` of null is, on whatever level; (0, 0) if there isn't exactly one."""
+    if payload.count(_USAGE) == 1:
+        for member in _NULL_USAGES:
+            place = payload.find(member)
+            if place >= 0:
+                return place, place + len(member)
+    return 0, 0
+
+
+def cut_member(payload: bytes, start: int, end: int) -> list[Edit]:
+    """The edits that take out a member and one comma.
+
+    It is the comma before it, with the whitespace between them; if the member is the object's
+    first one, the comma behind it.
+    """
+    place = start - 1
+    while place >= 0 and payload[place] in _WHITE:
+        place -= 1
+    if place >= 0 and payload[place] == _COMMA:
+        return [(place, end, b"")]
+    place = end
+    while place < len(payload) and payload[place] in _WHITE:
+        place += 1
+    if place < len(payload) and payload[place] == _COMMA:
+        if place == end:
+            return [(start, end + 1, b"")]
+        return [(start, end, b""), (place, place + 1, b"")]
+    return [(start, end, b"")]
+
+
+def scan_edits(payload: bytes, slug: bytes, *, wants_usage: bool) -> list[Edit]:
+    """All edits of an object that `load_json` takes; `slug` is the model's name as JSON."""
+    edits: list[Edit] = []
+    members = scan_members(payload)
+    is_kept = False  # any member so far
+    drops_comma = False  # that which stands before the next member
+    for number in range(len(members)):
+        member = members[number]
+        if drops_comma and number:
+            place = payload.find(b",", members[number - 1].end)
+            edits.append((place, place + 1, b""))
+        start, end = member.value_start, member.end
+        is_dropped = not wants_usage and member.name == "usage" and payload[start:end] == b"null"
+        if is_dropped:
+            begin = member.start
+            if is_kept:
+                begin = payload.find(b",", members[number - 1].end)
+            edits.append((begin, end, b""))
+        elif member.name == "model" and payload[start] == _QUOTE:
+            edits.append((start, end, slug))
+        is_kept = is_kept or not is_dropped
+        drops_comma = not is_kept
+    return edits
+
+
+def place_edits(data: Data, edits: list[Edit]) -> list[Edit]:
+    """The same edits in the bytes of the event, of which `data` is the data."""
+    if len(data.starts) == 1:
+        offset = data.starts[0]
+        return [(start + offset, end + offset, new) for start, end, new in edits]
+    placed: list[Edit] = []
+    for start, end, new in edits:
+        at = start
+        while at < end:  # a member may go over several lines, a string can't
+            line_end = data.payload.find(b"\n", at, end)
+            stop = end if line_end < 0 else line_end
+            if at < stop:
+                first = data.place_of(at)
+                placed.append((first, first + stop - at, new))
+            at = stop + 1
+    return placed

@@ -1,0 +1,438 @@
+"""The answer of a model server on its way to the client: as a stream, or as a body.
+
+A relay takes the payload of one response (`Receiver` in upstream/connection.py), feeds the core
+(relay/scanner.py, relay/completion.py), writes downstream, and tells its attempt how it ended.
+Framing is the connection's, time limits are the attempt's. Nothing here waits.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import orjson
+
+from .._mypyc import mypyc_attr
+from ..dialects.usage import Usage
+from ..downstream.response import ResponseBody
+from ..errors import UpstreamError
+from ..protocol.http_head import ResponseHead
+from ..upstream.connection import ChunkTaker, Loss, Receiver
+from ..upstream.error_response import MAX_BODY_BYTES
+from .completion import (
+    Completion,
+    CompletionError,
+    parse_completion,
+    read_completion,
+    serialize_as_stream,
+)
+from .edit_finder import decode_string
+from .long_json import LongObject
+from .progress import has_progress
+from .scanner import StreamScanner
+
+COLLECT_LIMIT_BYTES: Final = 1024 * 1024
+STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
+
+
+class Outcome:
+    """What an answer told of itself, for the record; as far as it came.
+
+    `content_bytes` are of a body; streams are counted in events.
+    """
+
+    __slots__ = (
+        "content_bytes",
+        "content_events",
+        "finish_reason",
+        "upstream_id",
+        "upstream_model",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        usage: Usage | None = None,
+        finish_reason: str = "",
+        upstream_model: str = "",
+        upstream_id: str = "",
+        content_events: int = 0,
+        content_bytes: int = 0,
+    ) -> None:
+        self.usage = usage
+        self.finish_reason = finish_reason
+        self.upstream_model = upstream_model
+        self.upstream_id = upstream_id
+        self.content_events = content_events
+        self.content_bytes = content_bytes
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class Reporter(Receiver):
+    """Receives the head of an answer, then is told by a relay what becomes of the rest.
+
+    `finish` and `fail` end it.
+    """
+
+    def open_answer(self, *, is_stream: bool) -> None:
+        """Content is about to be written: start the answer, nothing is retried from here on."""
+        raise NotImplementedError
+
+    def note_opened(self, *, is_stream: bool) -> None:
+        """The first content was written: now is the time for what can wait."""
+        raise NotImplementedError
+
+    def seal(self, following: int) -> None:
+        """The last bytes of the answer, so many, are about to be written: account for it first."""
+        raise NotImplementedError
+
+    def note_progress(self) -> None:
+        """Content has come since the stream is watched."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """The answer was passed on to its end."""
+        raise NotImplementedError
+
+    def fail(self, error: UpstreamError) -> None:
+        """The answer broke."""
+        raise NotImplementedError
+
+    def send_answer(self, body: bytes) -> None:
+        """Send a whole JSON answer at once."""
+        raise NotImplementedError
+
+    def refuse(self, body: bytes) -> None:
+        """The upstream answered with another status than 200, and this body."""
+        raise NotImplementedError
+
+    def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
+        """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
+        raise NotImplementedError
+
+    def reported(self, message: str, document: object) -> UpstreamError:
+        """An error for this attempt that the upstream itself reports in `document`, with a 200."""
+        raise NotImplementedError
+
+
+class Relay(Receiver):
+    """One attempt, one answer: a Receiver that has its head already."""
+
+    def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
+        self._attempt = attempt
+        self._answer = answer
+
+    def on_head(self, head: ResponseHead) -> None:
+        raise AssertionError("a relay is made from the head")
+
+    def on_lost(self, loss: Loss) -> None:
+        self.give_up(self._attempt.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
+
+    def give_up(self, error: UpstreamError) -> None:
+        """The rest is lost or late: fail with `error`, or make do with what has come."""
+        self._attempt.fail(error)
+
+    def outcome(self) -> Outcome:
+        """What the answer has told so far."""
+        return Outcome()
+
+
+class StreamRelay(Relay):
+    """SSE in, SSE out."""
+
+    def __init__(self, attempt: Reporter, answer: ResponseBody, scanner: StreamScanner) -> None:
+        super().__init__(attempt, answer)
+        self._scanner = scanner
+        self._is_open = False
+        self._is_watched = False
+        self._unsent = b""  # of the last piece: it goes with the end
+        self._taker: ChunkTaker | None = None  # where the response takes chunks framed already
+
+    @property
+    def is_at_boundary(self) -> bool:
+        """The client has whole events only: one of our own may follow."""
+        return self._scanner.is_at_boundary
+
+    @property
+    def may_insert_line(self) -> bool:
+        """The client has whole events only, and no half of a line end either."""
+        return self._scanner.is_at_boundary and not self._scanner.may_end_line
+
+    def on_body(self, data: bytes) -> ChunkTaker | None:
+        scanner = self._scanner
+        out = scanner.feed(data)
+        if scanner.is_done:
+            self._finish(out)  # whenever the framing ends
+            return None
+        if out:
+            self._write(out)
+        if scanner.failure is not None:
+            self._fail_stream()
+            return None
+        if self._is_watched and not self._has_progress(out):
+            return None
+        return self._taker if scanner.is_ready_for_stencil else None
+
+    def watch(self) -> None:
+        """Look for content in what comes, until there is some; nothing may pass beside us."""
+        self._is_watched = True
+
+    def _has_progress(self, out: bytes) -> bool:
+        # Of an event too long to be held, each piece is progress.
+        self._is_watched = self._scanner.is_at_boundary and not has_progress(out)
+        if not self._is_watched:
+            self._attempt.note_progress()
+        return not self._is_watched
+
+    def on_last(self, data: bytes) -> None:
+        self._unsent = self._scanner.feed(data)
+        if self._scanner.failure is not None:
+            self._write_unsent()
+            self._fail_stream()
+
+    def on_end(self) -> None:
+        scanner = self._scanner
+        # The last event may lack its blank line. It passes if it ends the answer; else it may be
+        # cut as well, and our error event behind it would be read as a part of it.
+        out = scanner.feed_eof()
+        if not scanner.is_finished or scanner.failure is not None:
+            self._write_unsent()
+        if scanner.failure is not None:
+            self._fail_stream()
+        elif scanner.has_content and not scanner.is_finished and self._is_open:
+            self._attempt.fail(self._attempt.broken("the stream ended in the middle of its answer"))
+        else:
+            out, self._unsent = self._unsent + out, b""
+            self._finish(out)
+
+    def give_up(self, error: UpstreamError) -> None:
+        if self._scanner.holds_done:
+            self._finish(self._scanner.feed_eof())
+        else:
+            super().give_up(error)
+
+    def outcome(self) -> Outcome:
+        scanner = self._scanner
+        return Outcome(
+            usage=scanner.usage,
+            finish_reason=scanner.finish_reason,
+            upstream_model=scanner.upstream_model,
+            upstream_id=scanner.upstream_id,
+            content_events=scanner.content_events,
+        )
+
+    def _finish(self, out: bytes) -> None:
+        """The answer ends with `out`, if it had any content."""
+        if not self._scanner.has_content or not (self._scanner.is_finished or self._is_open):
+            self._attempt.fail(self._attempt.broken("the stream ended before any content"))
+        else:
+            self._write(out, is_end=True)
+            self._attempt.finish()
+
+    def _write_unsent(self) -> None:
+        out, self._unsent = self._unsent, b""
+        if out:
+            self._write(out)
+
+    def _write(self, out: bytes, *, is_end: bool = False) -> None:
+        is_first = not self._is_open
+        if is_first:
+            self._open()
+        if is_end:
+            self._attempt.seal(len(out))
+            self._answer.finish(out)
+        else:
+            self._answer.write(out)
+        if is_first:
+            self._attempt.note_opened(is_stream=True)
+
+    def _open(self) -> None:
+        self._is_open = True
+        self._attempt.open_answer(is_stream=True)
+        sink = self._answer.open_sink()
+        if sink is not None:
+            self._scanner.stencil.open(sink, self._answer)
+            self._taker = self._scanner.stencil
+
+    def _fail_stream(self) -> None:
+        failure = self._scanner.failure
+        assert failure is not None
+        if failure.is_error_event:
+            error = self._attempt.reported(str(failure), failure.document)
+        else:
+            error = self._attempt.broken(str(failure), is_invalid=True)
+        self._attempt.fail(error)
+
+
+class BodyRelay(Relay):
+    """A JSON body in; out as it is, or as a stream where the client asked for one.
+
+    Collected and checked up to COLLECT_LIMIT_BYTES. A longer body is passed on in pieces, and if
+    it breaks then the connection is cut, since its status is spent. One to be made into a stream
+    is collected up to STREAM_LIMIT_BYTES.
+    """
+
+    _bytes = 0
+    _completion: Completion | None = None
+    _long: LongObject | None = None  # a body that is passed on in pieces
+
+    def __init__(
+        self,
+        attempt: Reporter,
+        answer: ResponseBody,
+        slug: str,
+        *,
+        as_stream: bool,
+        wants_usage: bool,
+    ) -> None:
+        self._attempt = attempt  # not by super(): one is made with every request
+        self._answer = answer
+        self._slug = slug
+        self._as_stream = as_stream
+        self._limit = STREAM_LIMIT_BYTES if as_stream else COLLECT_LIMIT_BYTES
+        self._wants_usage = wants_usage
+        self._collected: list[bytes] = []
+
+    def on_body(self, data: bytes) -> None:
+        self._bytes += len(data)
+        if self._long is not None:
+            self._long.feed(data)
+            self._write()
+            return
+        self._collected.append(data)
+        if self._bytes > self._limit:
+            self._pass_on()
+
+    def on_end(self) -> None:
+        if self._long is not None:
+            self._end_long(self._long)
+            return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        self._send(body)
+
+    def on_whole(self, data: bytes) -> None:
+        self._bytes = len(data)
+        if self._bytes > self._limit:
+            self._collected.append(data)
+            self._pass_on()
+            if self._long is not None:
+                self._end_long(self._long)
+        else:
+            self._send(data)
+
+    def _send(self, body: bytes) -> None:
+        """A body that has come to its end: check it, and send it whole."""
+        try:
+            completion = parse_completion(body, self._slug)
+        except CompletionError as exc:
+            if exc.is_error_body:
+                error = self._attempt.reported(str(exc), exc.document)
+            else:
+                error = self._attempt.broken(str(exc), is_invalid=True)
+            self._attempt.fail(error)
+            return
+        self._completion = completion
+        if self._as_stream:
+            self._attempt.open_answer(is_stream=True)
+            stream = serialize_as_stream(completion, self._slug, wants_usage=self._wants_usage)
+            self._attempt.seal(len(stream))
+            self._answer.finish(stream)
+            self._attempt.note_opened(is_stream=True)
+        else:
+            self._attempt.send_answer(completion.body)
+        self._attempt.finish()
+
+    def outcome(self) -> Outcome:
+        if self._completion is not None:
+            completion = self._completion
+            return Outcome(
+                usage=completion.usage,
+                finish_reason=completion.finish_reason,
+                upstream_model=completion.upstream_model,
+                upstream_id=completion.upstream_id,
+                content_bytes=self._bytes,
+            )
+        if self._long is not None:
+            usage, finish_reason, upstream_id = read_completion(self._long.document() or {})
+            if usage is not None:
+                usage.is_beside_text = True
+            return Outcome(
+                usage=usage,
+                finish_reason=finish_reason,
+                upstream_model=decode_string(self._long.model or b""),
+                upstream_id=upstream_id,
+                content_bytes=self._bytes,
+            )
+        return Outcome()
+
+    def _pass_on(self) -> None:
+        if self._as_stream:
+            self._attempt.fail(
+                self._attempt.broken(
+                    f"expected a stream, got a JSON body of more than {STREAM_LIMIT_BYTES} bytes",
+                    is_invalid=True,
+                )
+            )
+            return
+        body = b"".join(self._collected)
+        self._collected.clear()
+        if body.lstrip()[:1] != b"{":
+            message = "expected a JSON object as the body, got something else"
+            self._attempt.fail(self._attempt.broken(message, is_invalid=True))
+            return
+        slug = orjson.dumps(self._slug)
+        self._long = long = LongObject(slug, self._collected, wants_usage=True)
+        self._attempt.open_answer(is_stream=False)
+        long.feed(body)
+        self._write()
+        self._attempt.note_opened(is_stream=False)
+
+    def _end_long(self, long: LongObject) -> None:
+        long.feed_eof()
+        self._write()
+        if long.is_complete:
+            self._attempt.seal(0)
+            self._answer.finish()
+            self._attempt.finish()
+        else:
+            self._attempt.fail(self._attempt.broken("the body is not complete", is_invalid=True))
+
+    def _write(self) -> None:
+        """Send what the long body has given so far."""
+        data = b"".join(self._collected)
+        self._collected.clear()
+        if data:
+            self._answer.write(data)
+
+
+# Lines of an event up to its data, which begin no JSON and no HTML, and the empty line behind.
+_match_error_event: Final = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*+(?>(?:(?!data:|error:)[a-z]*+:[^\r\n]*+[\r\n]++)*)"
+    rb"(?:data|error):[^\r\n]*+(?>(?:(?:\r\n?|\n)[a-z]*+:[^\r\n]*+)*)(?:\r\n\r\n|\n\n|\r\r)"
+).match
+
+
+class RefusalReader(Relay):
+    """The body of an answer other than 200, for the message in it; a broken one is as good."""
+
+    def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
+        super().__init__(attempt, answer)
+        self._collected = bytearray()
+
+    def on_body(self, data: bytes) -> None:
+        self._collected += data
+        # An event says all there is: some servers leave the body of such a stream open.
+        if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
+            self.on_end()
+
+    @property
+    def has_begun(self) -> bool:
+        """Some of the body has come."""
+        return bool(self._collected)
+
+    def on_end(self) -> None:
+        self._attempt.refuse(bytes(self._collected[:MAX_BODY_BYTES]))
+
+    def give_up(self, error: UpstreamError) -> None:
+        self.on_end()

@@ -1,0 +1,363 @@
+"""The one writer of the store: moves records there from the journals of all processes.
+
+    journals ─► batch, up to 2,000 ─► store, one transaction ─► noted in the segments' heads
+                   └ locked, disk full: kept, tried again; what follows waits in the journals
+
+Whoever holds the lock beside the records file writes; the kernel frees it with its process, and
+then another goes on, where the heads say the last one was. What was stored and not noted is written
+twice and kept once, by the id. The writer also takes over what dead processes left, sums up days,
+deletes records that are too old and notes when keys were used.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from ..accounting.journal_directory import journal_directory
+from ..accounting.record import COLUMNS, KEY_ID, LOST, STARTED, Record, Row, make_row, row_of
+from ..routing.catalog import parse_prices
+from .journal_reader import Batch, Journals, Remains, Segment, Values
+from .sqlite_records import open_store
+from .store import DAY, Amendment, Records, StoreError
+
+logger = logging.getLogger("hoberproxy.ledger")
+
+Made = TypeVar("Made")
+
+BATCH_SIZE = 2000
+TICK = 0.2  # at most so long does a record wait
+MAX_BACK_OFF = 5.0
+# Short, for the writer tries again by itself, and has to hear when it is to end.
+BUSY_TIMEOUT = 0.25
+LOCK_INTERVAL = 0.25  # between looks whether the lock is free
+TAKE_OVER_INTERVAL = 0.5
+TIDY_INTERVAL = 60.0  # between looks for a day to sum up, records to delete, uses to write down
+SUM_DELAY = 3600.0  # after midnight: by then nearly all that began before it has ended
+FINISH_LIMIT = 5.0
+
+
+class WriterLock:
+    """Held by one process at a time, or by one thread of it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = f"{os.path.realpath(path)}-writer"
+        self._descriptor = -1
+
+    def acquire(self) -> bool:
+        """Whether it is ours."""
+        if self._descriptor >= 0:
+            return True
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Let another have it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class Writer:
+    """To be used by one thread at a time. `open` raises StoreError, `turn` nothing.
+
+    `written` counts records that it put into the store, `lost` those that no store takes,
+    `unreadable` the files that it kept for what it could not read of dead processes' journals.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        keep_days: int = 0,
+        batch_size: int = BATCH_SIZE,
+        tick: float = TICK,
+        open_records: Callable[[str | os.PathLike[str]], Records] = open_store,
+    ) -> None:
+        self._path = path
+        self.keep_days = keep_days  # 0: for good
+        self._batch_size = batch_size
+        self._tick = tick
+        self._open_records = open_records
+        self._lock = WriterLock(path)
+        self._journals = Journals(journal_directory(path))
+        self._store: Records | None = None
+        self._batch = Batch()
+        self._back_off = 0.0
+        self._retry_at = 0.0
+        self._take_over_at = 0.0
+        self._tidy_at = 0.0
+        self._uses: dict[str, float] = {}  # key id → when it was used last
+        self.written = 0
+        self.lost = 0
+        self.unreadable = 0
+        self.is_active = False  # has the lock
+
+    def open(self) -> None:
+        """Open the store; if the lock is free, take over what dead processes left.
+
+        What a full disk or another's lock keeps out of the store then follows later.
+        """
+        self._store = self._open_records(self._path)
+        if self._acquire():
+            try:
+                self._take_over(self._store)
+            except StoreError as exc:
+                self._keep_for_later(exc)
+        self._store.set_busy_timeout(BUSY_TIMEOUT)
+
+    def close(self) -> None:
+        """Let go of everything, the lock last."""
+        self._journals.close()
+        if self._store is not None:
+            self._store.close()
+        self._lock.release()
+
+    def living(self) -> set[str]:
+        """The journals whose processes live."""
+        return self._journals.living()
+
+    # A turn
+
+    def turn(self) -> float:
+        """Write what there is, if the lock is ours; in how many seconds the next turn is due."""
+        try:
+            if not self._acquire():
+                return LOCK_INTERVAL
+            is_full = self._flush()
+            self._do_chores()
+        except Exception as exc:  # whatever it is, it must not end the writer
+            logger.error("the writer of records stumbled: %s", type(exc).__name__)
+            return 1.0
+        return 0.0 if is_full else self._tick
+
+    def _acquire(self) -> bool:
+        if not self.is_active and self._lock.acquire():
+            self.is_active = True
+            self._take_over_at = 0.0
+        return self.is_active
+
+    @property
+    def _records(self) -> Records:
+        assert self._store is not None, "opened before"
+        return self._store
+
+    def _flush(self, *, at_once: bool = False) -> bool:
+        """One batch; whether there may be more to do without a pause."""
+        if not at_once and time.monotonic() < self._retry_at:
+            return False
+        segments = self._journals.refresh()
+        for segment in segments if not self._batch.size else ():
+            room = self._batch_size - self._batch.size
+            if room <= 0:
+                break
+            self._read(segment, room)
+        is_full = self._batch.size >= self._batch_size
+        if self._batch.size:
+            try:
+                self._write(self._batch)
+            except StoreError as exc:
+                self._keep_for_later(exc)
+                return False
+            self._batch = Batch()
+        for segment in segments:
+            segment.mark()
+        if self._back_off:
+            try:
+                self._take_over(self._records)  # a start may have had no more to write than that
+            except StoreError as exc:
+                self._keep_for_later(exc)
+                return False
+            logger.warning("records are written again")
+            self._back_off = self._retry_at = 0.0
+        return is_full
+
+    def _read(self, segment: Segment, limit: int) -> None:
+        payloads = segment.read(limit)
+        if payloads:
+            self._lose(segment.parse(payloads, self._batch), "ValueError")
+
+    def _lose(self, count: int, reason: str) -> None:
+        if count:
+            logger.error("%d records lost: %s", count, reason)
+            self.lost += count
+
+    def _write(self, batch: Batch) -> None:
+        try:
+            self._records.write(batch.rows, batch.revised, batch.amendments)
+            self.written += len(batch.rows)
+        except StoreError:
+            raise
+        except Exception:  # a fault of ours in one must not hold up all the others
+            self._write_singly(batch)
+        self._uses.update((row[KEY_ID], row[STARTED]) for row in batch.rows)  # type: ignore[misc]
+
+    def _write_singly(self, batch: Batch) -> int:
+        """One by one; how many the store does not take."""
+        parts = [
+            *(([row], [], []) for row in batch.rows),
+            *(([], [row], []) for row in batch.revised),
+            *(([], [], [each]) for each in batch.amendments),
+        ]
+        before = self.lost
+        for part in parts:
+            try:
+                self._records.write(*part)
+            except StoreError:
+                raise
+            except Exception as exc:
+                self._lose(1, type(exc).__name__)
+            else:
+                self.written += len(part[0])
+        return self.lost - before
+
+    def _keep_for_later(self, exc: StoreError) -> None:
+        if not self._back_off:
+            logger.warning("records wait in the journals, %s", exc)
+        self._back_off = min(self._back_off * 2 or self._tick, MAX_BACK_OFF)
+        self._retry_at = time.monotonic() + self._back_off
+
+    # Now and then, and at the end
+
+    def _do_chores(self) -> None:
+        """What can wait; a store that cannot be written now is asked again later."""
+        now = time.monotonic()
+        if self._back_off:
+            return
+        try:
+            if now >= self._take_over_at:
+                self._take_over_at = now + TAKE_OVER_INTERVAL
+                self._take_over(self._records)
+            if now >= self._tidy_at:
+                self._tidy_at = now + TIDY_INTERVAL
+                self._tidy(self._records, time.time())
+        except StoreError as exc:
+            if not exc.is_transient:  # a lock or a full disk is told of where records wait
+                logger.warning("the store is not tidied up: %s", exc)
+
+    def _tidy(self, store: Records, now: float) -> None:
+        self._note_uses(store)
+        store.sum_days(now - SUM_DELAY)
+        if self.keep_days and store.delete_records(now // DAY * DAY - self.keep_days * DAY):
+            self._tidy_at = 0.0  # there may be more; records come first
+
+    def _note_uses(self, store: Records) -> None:
+        self._uses.pop("", None)  # requests without a key
+        if self._uses:
+            store.note_uses(self._uses)
+            self._uses = {}
+
+    def finish(self, limit: float = FINISH_LIMIT) -> bool:
+        """Write what is left, for at most `limit` seconds; whether nothing of the dead remains."""
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                if self._acquire():
+                    while self._flush(at_once=True):
+                        pass
+                    if not self._batch.size:  # else that one would come after what is newer
+                        self._take_over(self._records)
+                    self._note_uses(self._records)
+                if not self._journals.has_dead() and not self._batch.size:
+                    return True
+            except StoreError as exc:
+                if not exc.is_transient:
+                    logger.warning("the store is not tidied up: %s", exc)
+            except Exception as exc:
+                logger.error("the writer of records stumbled: %s", type(exc).__name__)
+                return False
+            if time.monotonic() >= deadline:
+                logger.error("records stay in the journals: the store took none for %.1f s", limit)
+                return False
+            time.sleep(0.05)
+
+    # What dead processes left
+
+    def _take_over(self, store: Records) -> None:
+        for remains in self._journals.dead():
+            try:
+                failed = self._store_remains(store, remains)
+            except StoreError as exc:
+                if exc.is_transient:
+                    remains.release()
+                    raise
+                failed = remains.size
+                logger.error("records of a dead process are not taken: %s", exc)
+            if failed:
+                logger.error("a journal with %d requests that no store takes is set aside", failed)
+                self.unreadable += remains.set_aside()
+            else:
+                self.unreadable += remains.remove()
+
+    def _store_remains(self, store: Records, remains: Remains) -> int:
+        """Requests that ended as they ended, the others as lost; those in the store stay.
+
+        Returns how many no store takes: what another version wrote must not end the writer, nor
+        keep the others out.
+        """
+        ended = [row_of(values) for values in remains.closed.values()]
+        revised = [row_of(values) for values in remains.revised.values()]
+        amendments, unfit = _each(lambda values: Amendment(**values), remains.amended)
+        lost, more_unfit = _each(_lost_row, remains.opened.values())
+        failed = unfit + more_unfit
+        self._lose(failed, "ValueError")
+        try:
+            new = store.write(ended, revised)
+            new_lost = store.write(lost, (), amendments)
+        except StoreError:
+            raise
+        except Exception:
+            return failed + self._write_singly(Batch([*ended, *lost], revised, amendments))
+        self.written += new + new_lost
+        self._uses.update((row[KEY_ID], row[STARTED]) for row in ended)  # type: ignore[misc]
+        if (new or new_lost) and not remains.is_orderly:
+            logger.warning(
+                "a process was killed: %d records taken over from its journal, "
+                "and %d requests whose end is not known",
+                new,
+                new_lost,
+            )
+        return failed
+
+
+def _each(make: Callable[[Values], Made], found: Iterable[Values]) -> tuple[list[Made], int]:
+    """What can be made of these, and the number of those of which it cannot."""
+    made: list[Made] = []
+    unfit = 0
+    for values in found:
+        try:
+            made.append(make(values))
+        except Exception:
+            unfit += 1
+    return made, unfit
+
+
+def _lost_row(values: Values) -> Row:
+    return make_row(_lost_record(values))
+
+
+def _lost_record(values: Values) -> Record:
+    """The record of a request of which only the beginning is known."""
+    price = values["price"]
+    tokens = values["prompt_tokens"], values["completion_tokens"]
+    return Record(
+        **{name: value for name, value in values.items() if name in COLUMNS}
+        | {
+            "requested": tuple(values["requested"]),
+            "code": LOST,
+            "attempts": 1,
+            "estimated": True,
+            "price": price or "",
+            "cost": parse_prices(price).cost(*tokens) if price is not None else None,
+        }
+    )

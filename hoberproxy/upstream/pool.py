@@ -1,0 +1,120 @@
+"""Connections to one provider: kept alive, lent last-in first-out, or made anew
+(upstream/connector.py).
+
+Nothing here waits, but for a connection whose answer has said all before its framing has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from ..protocol.http_head import ResponseHeads
+from ..routing.catalog import Provider
+from ..timer_wheel import Wheel
+from .connection import ConnectionOwner, UpstreamConnection
+from .connector import Connector
+
+END_WAIT: Final = 2.0  # seconds for the framing of an answer to end behind its [DONE]
+
+
+class Pool(ConnectionOwner):
+    """The connections of one provider. All methods belong to the loop that made it."""
+
+    def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
+        self.provider = provider
+        self.wheel = wheel
+        self._connector = Connector(provider, loop)
+        self._idle: list[UpstreamConnection] = []
+        self._ending: dict[UpstreamConnection, float] = {}  # until when, in order
+        self.end_wait = END_WAIT
+        self.open = 0  # connections that exist, idle and busy
+        self._is_retired = False
+        self.heads = ResponseHeads()
+
+    @property
+    def idle(self) -> int:
+        """How many connections wait to be used again."""
+        return len(self._idle)
+
+    # Lending
+
+    def acquire(self) -> UpstreamConnection | None:
+        """Return the idle connection used last; None if a new one must be made."""
+        now = self.wheel.now
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed and now < connection.idle_until:
+                return connection
+            connection.abort()
+        return None
+
+    def on_opened(self, connection: UpstreamConnection) -> None:
+        self.open += 1
+
+    def on_idle(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
+        self._ending.pop(connection, None)
+        keep = self.provider.keepalive
+        if keepalive_hint is not None:
+            # A second early, lest our request and the peer's close cross on the wire.
+            keep = min(keep, keepalive_hint - 1.0)
+        if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
+            connection.abort()
+            return
+        connection.idle_until = self.wheel.now + keep
+        self._idle.append(connection)
+
+    def on_closed(self, connection: UpstreamConnection) -> None:
+        self.open -= 1
+        self._ending.pop(connection, None)
+        with contextlib.suppress(ValueError):  # it was busy
+            self._idle.remove(connection)
+
+    def await_end(self, connection: UpstreamConnection) -> None:
+        due = self.wheel.now + self.end_wait
+        self._ending[connection] = due
+        if self._is_retired:
+            connection.abort()
+        else:
+            self.wheel.hasten(self, due)
+
+    def on_deadline(self, now: float) -> float | None:
+        """Close the connections whose answers have not ended in time."""
+        for connection, due in list(self._ending.items()):
+            if due > now:
+                return due
+            connection.abort()
+        return None
+
+    def close_expired(self, now: float) -> None:
+        """Close what has been idle for too long. `now` is loop time."""
+        keep = [connection for connection in self._idle if now < connection.idle_until]
+        expired = [connection for connection in self._idle if now >= connection.idle_until]
+        self._idle = keep
+        for connection in expired:
+            connection.abort()
+
+    def close_idle(self) -> None:
+        """Close every idle connection."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.abort()
+
+    def retire(self) -> None:
+        """Keep nothing from now on; requests that have this pool still go on with it."""
+        self._is_retired = True
+        self.close_idle()
+        self.wheel.cancel(self)
+        for connection in list(self._ending):
+            connection.abort()
+
+    def connect(self, limit: float) -> Coroutine[Any, Any, UpstreamConnection]:
+        """Make a connection within `limit` seconds. Raises UpstreamError (phase connect)."""
+        return self._connector.connect(limit, lambda: UpstreamConnection(self))
+
+    def aclose(self) -> Coroutine[Any, Any, None]:
+        """Close what is idle and end a look-up under way; what is lent is not kept any more."""
+        self.retire()
+        return self._connector.aclose()

@@ -1,0 +1,242 @@
+"""The stencil and the scanner with it: what passes by comparison is what passes by parsing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hoberproxy.protocol.http_body import ChunkedBody
+from hoberproxy.relay.content_template import FIRST_LESSONS, WORTH_A_LESSON, Stencil
+from hoberproxy.relay.scanner import StreamScanner
+from tests.downstream.test_response import SSE, Sent
+from tests.support.cuts import cut_at
+from tests.support.scripted import chunk
+
+SLUG = "vendor/a-model"
+UPSTREAM = "a-model-2025-01-01"
+
+
+def event(text: str, *, model: str = UPSTREAM, compact: bool = True, **members: Any) -> bytes:
+    """A content event as a model server writes it."""
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": None}
+    document = {"id": "c-1", "model": model, "choices": [choice], **members}
+    separators = (",", ":") if compact else None
+    return b"data: %b\n\n" % json.dumps(document, separators=separators).encode()
+
+
+def taught(**options: Any) -> Stencil:
+    stencil = Stencil()
+    stencil.learn(event("Hi", **options), event("Hi", model=SLUG, **options), {"content": "Hi"})
+    assert stencil.is_learnt
+    return stencil
+
+
+class Passing:
+    """A stencil that is open, and what it has passed on."""
+
+    def __init__(self, stencil: Stencil) -> None:
+        self.stencil = stencil
+        self.sent = Sent()
+        self.sent.answer.start(200, SSE)
+        self.sent.answer.write(b"")
+        sink = self.sent.answer.open_sink()
+        assert sink is not None
+        self.stencil.open(sink, self.sent.answer)
+        self.sent.transport.writes.clear()
+
+    def take(self, data: bytes) -> tuple[bytes, bytes]:
+        """What it passes on of `data`, and what is left."""
+        rest = self.stencil.take(data)
+        self.stencil.flush()
+        writes = list(self.sent.transport.writes)
+        self.sent.transport.writes.clear()
+        assert len(writes) == (rest != data), "one write, if anything passes"
+        return b"".join(writes), rest
+
+
+def take(stencil: Stencil, data: bytes) -> tuple[bytes, bytes]:
+    """What a stencil passes on of `data`, and what is left."""
+    return Passing(stencil).take(data)
+
+
+def unframed(chunks: bytes) -> bytes:
+    return b"".join(ChunkedBody().feed(chunks))
+
+
+TEXTS = ["a", "", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\\new\nline", "\\"]
+
+
+@pytest.mark.parametrize("compact", [True, False], ids=["compact", "spaced"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> None:
+    stencil = taught(compact=compact)
+    passing = Passing(stencil)
+    passed, rest = passing.take(chunk(event(text, compact=compact)))
+    assert passed == chunk(event(text, model=SLUG, compact=compact))
+    assert (stencil.events, rest) == (1, b"")
+    assert passing.sent.answer.body_bytes == len(unframed(passed))
+
+
+def test_several_chunks_pass_as_one() -> None:
+    stencil = taught()
+    passing = Passing(stencil)
+    passed, rest = passing.take(b"".join(chunk(event(text)) for text in TEXTS))
+    assert unframed(passed) == b"".join(event(text, model=SLUG) for text in TEXTS)
+    assert (stencil.events, rest) == (len(TEXTS), b"")
+    assert passing.sent.answer.body_bytes == len(unframed(passed))
+
+
+def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
+    passing = Passing(taught())
+    assert passing.stencil.take(chunk(event("a")) + b"rest") == b"rest"
+    passing.sent.answer.write(b"the rest")
+    passing.stencil.flush()
+    written = chunk(event("a", model=SLUG)) + chunk(b"the rest")
+    assert passing.sent.transport.writes == [written]
+    assert passing.sent.answer.body_bytes == len(unframed(written))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        chunk(event("x", usage={"prompt_tokens": 1})),
+        chunk(b"data: [DONE]\n\n"),
+        b"0\r\n\r\n",
+        chunk(event("x"))[:-1],
+        b"5\r\ndata:",
+        b"zz\r\n",
+    ],
+    ids=["usage", "done", "the last chunk", "cut", "a part", "no size"],
+)
+def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
+    stencil = taught()
+    assert take(stencil, other) == (b"", other)
+    assert take(stencil, chunk(event("a")) + other) == (chunk(event("a", model=SLUG)), other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'","x":"',
+        b'"',
+        b"\\",
+        b'\\\\"',
+        b"\n",
+        b"\n\ndata: [DONE]\n\ndata: x",
+        b"\\\n",
+        event("y") * 2,
+    ],
+)
+def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None:
+    odd = event("@").replace(b"@", text)
+    for data in (chunk(odd), chunk(event("a")) + chunk(odd)):
+        assert take(taught(), data) == (b"", data)
+    assert taught().pass_events(odd, 0) is None
+    stencil = taught()
+    data = event("a") + odd + event("b")
+    passed = stencil.pass_events(data, 0)
+    assert passed is None or data[stencil.end :].startswith(odd)
+
+
+def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
+    stencil = taught()
+    last = event("x", usage={"prompt_tokens": 1})
+    data = last + b"".join(map(event, TEXTS)) + last
+    passed = stencil.pass_events(data, len(last))
+    assert passed == b"".join(event(text, model=SLUG) for text in TEXTS)
+    assert data[stencil.end :] == last
+
+
+def test_an_unfinished_event_is_left_over() -> None:
+    whole, stencil = event("a") + event("b"), taught()
+    for cut in range(len(event("a")), len(whole)):
+        assert stencil.pass_events(whole[:cut], 0) == event("a", model=SLUG)
+        assert stencil.end == len(event("a"))
+
+
+@pytest.mark.parametrize(
+    "delta", [{}, {"content": ""}, {"content": None}, {"tool_calls": [{}]}, {"content": "a\nb"}]
+)
+def test_an_event_without_a_plain_text_teaches_nothing(delta: dict[str, object]) -> None:
+    stencil = Stencil()
+    shown = b'data: {"delta":%b}\n\n' % json.dumps(delta).encode()
+    stencil.learn(shown, shown, delta)
+    assert not stencil.is_learnt
+
+
+def test_who_changes_all_the_time_is_asked_a_few_times_only() -> None:
+    stencil = Stencil()
+    for _ in range(FIRST_LESSONS):
+        assert stencil.wants_lesson
+        stencil.learn(b"data: {}\n\n", b"data: {}\n\n", {})
+    assert not stencil.wants_lesson
+
+
+def test_after_many_passed_another_lesson_is_worth_it() -> None:
+    stencil = taught()
+    taught_again = taught()
+    for _ in range(FIRST_LESSONS):
+        stencil.learn(event("Hi"), event("Hi", model=SLUG), {"content": "Hi"})
+    assert not stencil.wants_lesson
+    for _ in range(WORTH_A_LESSON):
+        assert take(stencil, chunk(event("x")))[1] == b""
+    assert stencil.wants_lesson
+    assert taught_again.wants_lesson
+
+
+# The scanner with and without it
+
+
+def scan(pieces: list[bytes], *, wants_usage: bool, with_stencil: bool) -> tuple[bytes, Any]:
+    scanner = StreamScanner(SLUG, wants_usage=wants_usage)
+    if not with_stencil:
+        scanner.stencil._lessons = 1 << 30
+        scanner.stencil._passed_before = 1 << 30
+    out = b""
+    for piece in pieces:
+        if scanner.failure is None:
+            out += scanner.feed(piece)
+    if scanner.failure is None:
+        out += scanner.feed_eof()
+    learnt = (scanner.usage, scanner.finish_reason, scanner.is_done, scanner.upstream_model)
+    return out, (*learnt, scanner.content_events, str(scanner.failure))
+
+
+EVENTS = st.one_of(
+    st.text(max_size=8).map(event),
+    st.text(max_size=8).map(lambda text: event(text, usage=None)),
+    st.sampled_from(
+        [
+            event("x", usage={"prompt_tokens": 1, "completion_tokens": 2}),
+            event("x", model="another"),
+            event("x", compact=False),
+            event("x").replace(b"\n", b"\r\n"),
+            b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n',
+            event("x").replace(b'"finish_reason":null', b'"finish_reason":"stop"'),
+            b": comment\n\n",
+            b'data: {"error":{"message":"no"}}\n\n',
+            b"data: [DONE]\n\n",
+            b'event: error\ndata: {"code":503}\n\n',
+            b"data: no JSON\n\n",
+        ]
+    ),
+)
+
+
+@given(
+    events=st.lists(EVENTS, min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 3000), max_size=6),
+    wants_usage=st.booleans(),
+)
+@example([event("a"), event("b"), event('"'), event("c")], [], False)
+def test_the_scanner_says_the_same_with_a_stencil(
+    events: list[bytes], cuts: list[int], wants_usage: bool
+) -> None:
+    whole = event("first") + b"".join(events)
+    pieces = cut_at(whole, cuts)
+    given_pieces = scan(pieces, wants_usage=wants_usage, with_stencil=True)
+    assert given_pieces == scan(pieces, wants_usage=wants_usage, with_stencil=False)
