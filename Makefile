@@ -7,13 +7,13 @@ RUN_ARGS ?=
 COMPILED ?= .venv-compiled
 TEST_JOBS ?= 2
 # Tests that need no more than the package and a few seconds each.
-QUICK := not real and not load and not systemd and not wheel
+QUICK := not real and not load and not systemd and not wheel and not docker
 # What a build reads of the checkout: when one of these is newer, the built package is stale.
 SOURCES := $(shell find pyproject.toml hatch_build.py README.md CHANGELOG.md LICENSE hoberproxy bench \
 	-type f -not -path '*/__pycache__/*' -not -path 'bench/results/*')
 
 .DEFAULT_GOAL := help
-.PHONY: help install compiled tools run test test-compiled test-kills test-properties test-load test-real test-systemd wheel test-wheel demo-model fmt \
+.PHONY: help install compiled tools run test test-compiled test-kills test-properties test-load test-real test-systemd wheel test-wheel test-docker demo-model fmt \
 	lint types check bench bench-pure bench-micro bench-readme clean
 
 help: ## list the targets
@@ -25,7 +25,7 @@ $(VENV)/.core: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing hoberproxy into $(VENV) ..."
 	@$(PIP) install --quiet --upgrade 'pip>=25.1'
-	@$(PIP) install --quiet --editable .
+	@HOBERPROXY_BUILD=pure $(PIP) install --quiet --editable .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
@@ -56,7 +56,7 @@ dist/.stamp: $(SOURCES) | $(VENV)/.core
 	@HOBERPROXY_BUILD=compiled $(PIP) wheel --quiet --no-cache-dir --no-deps \
 		--wheel-dir build/wheel dist/hoberproxy-*.tar.gz
 	@if [ "$$(uname)" = Linux ]; then \
-		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel --quiet repair --wheel-dir dist \
+		PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist \
 			build/wheel/hoberproxy-*.whl; \
 	else cp build/wheel/hoberproxy-*.whl dist/; fi
 	@ls -1 dist
@@ -92,7 +92,7 @@ test: $(VENV)/.dev $(VENV)/.js ## run the tests
 # In a folder without the package: else the sources would be tested once more.
 test-compiled: $(COMPILED)/.stamp ## the same tests, of the compiled package
 	@rm -rf build/tests && mkdir -p build/tests
-	@cp -R pyproject.toml hatch_build.py Makefile README.md CHANGELOG.md CONTRIBUTING.md docs deploy bench tests .ci build/tests/
+	@cp -R pyproject.toml hatch_build.py Dockerfile .dockerignore Makefile README.md CHANGELOG.md CONTRIBUTING.md docs deploy bench tests .ci build/tests/
 	cd build/tests && ../../$(COMPILED)/bin/python -m pytest -n $(TEST_JOBS) \
 		-m '$(QUICK)' -p no:cacheprovider $(TEST_ARGS)
 
@@ -118,6 +118,9 @@ wheel: dist/.stamp ## an sdist, a pure and a compiled wheel in dist/, to be uplo
 test-wheel: $(VENV)/.dev dist/.stamp ## install each wheel into an environment of its own and start it
 	$(BIN)/python -m pytest -m wheel tests/wheel $(TEST_ARGS)
 
+test-docker: $(VENV)/.dev tools ## run the steps of the Dockerfile in a throw-away root, and what they make
+	$(BIN)/python -m pytest -m docker tests/docker $(TEST_ARGS)
+
 demo-model: $(VENV)/.real ## start a real small model (SmolLM2-135M) behind the proxy
 	@exec $(BIN)/python -m tests.real.demo_model $(RUN_ARGS)
 
@@ -125,9 +128,10 @@ fmt: $(VENV)/.dev ## format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: $(VENV)/.dev ## ruff, as CI runs it
+lint: $(VENV)/.dev ## ruff and hadolint, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy

@@ -20,7 +20,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { KINDS = 3, MOST = 1 << 20, PATIENCE_MS = 5000 };
+enum { KINDS = 3, MOST = 1 << 22, PATIENCE_MS = 5000 };
 enum kind { JSON, STREAM, STREAM_WITH_USAGE };
 
 struct answer { uint32_t writes; const char *data; };

@@ -48,6 +48,16 @@ class ProcessTree:
             roles[role] = roles.get(role, 0.0) + seconds
         return roles
 
+    def compiled_modules(self, package: str = "hoberproxy") -> set[Path]:
+        """Files of compiled modules of `package` that these processes have mapped."""
+        found = set()
+        for pid in self.pids():
+            with suppress(OSError):
+                for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                    if line.endswith(".so") and f"-packages/{package}/" in line:
+                        found.add(Path(line.split(maxsplit=5)[5]))
+        return found
+
     def reset_peak(self) -> None:
         """Start the peak anew where the kernel lets us (proc(5), clear_refs)."""
         for pid in self.pids():
@@ -87,7 +97,8 @@ def _descendants(pid: int) -> Iterator[int]:
                     yield from _descendants(int(child))
 
 
-_ROLE = re.compile(rb"(?:hoberproxy\.|nginx: )?(worker|writer)(?:[ _]process)?")
+# As arguments: `worker`, or a module of that name, and nginx's title.
+_ROLE = re.compile(rb"(?:hoberproxy\.(?:\w+\.)*|nginx: )?(worker|writer)(?:[ _]process)?")
 
 
 def _role(pid: int) -> str:

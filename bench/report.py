@@ -46,6 +46,8 @@ def report_lines(report: Report) -> Iterator[str]:
 def _head(report: Report) -> Iterator[str]:
     yield report["command"]
     yield describe_machine(report)
+    if (form := form_of_proxy(report)) is not None:
+        yield f"{PROXY}: {form}"
     yield "load average before: {:.2f} {:.2f} {:.2f}, ".format(
         *report["machine"]["load_average"]
     ) + "after: {:.2f} {:.2f} {:.2f}".format(*report["load_average_after"])
@@ -117,6 +119,16 @@ def describe_machine(report: Report) -> str:
     told = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores = f"{machine['cores']} cores"
     return f"{machine['cpu']}, {cores}, Linux {machine['kernel']}; {told}; {report['date'][:10]}"
+
+
+def form_of_proxy(report: Report) -> str | None:
+    """Whether the proxy that was measured is compiled; None where the report does not say."""
+    runs = [run for scenario in report["scenarios"] for run in scenario["runs"]]
+    told = [run["around"].get("is_compiled") for run in runs if "around" in run]
+    forms = [bool(each) for each in told if each is not None]
+    if not forms:
+        return None
+    return "compiled" if all(forms) else "pure Python"
 
 
 # For the README

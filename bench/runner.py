@@ -240,6 +240,8 @@ class Runner:
                 run.steady = self._sample(load, server.tree, variant, meter.idle_bytes)
             _wait(load, variant.traffic.seconds * 2 + PATIENCE)
         run.around = meter.read()
+        if is_ours(run.target) and server.tree is not None:
+            run.around["is_compiled"] = float(bool(server.tree.compiled_modules()))
         if not output.exists():
             raise StartError(f"no report of the generator: {log.read_text()[-1000:]}")
         run.load = json.loads(output.read_bytes())
@@ -315,6 +317,11 @@ class Meter:
         return figures
 
 
+def is_ours(target: str) -> bool:
+    """Whether a target is the proxy in one form or the other."""
+    return target in (PROXY, PROXY_WITH_LOG)
+
+
 def _failures(run: Run, variant: Variant) -> str:
     """Why the run does not count; empty if it does."""
     requests = run.load["requests"]
@@ -330,7 +337,7 @@ def _failures(run: Run, variant: Variant) -> str:
 def _read_values(scenario: Scenario, variant: Variant, run: Run) -> dict[str, float]:
     """The scenario's measures, as far as this target has them."""
     values = {name: MEASURES[name].read(run.load) for name in scenario.measures}
-    if run.target not in (PROXY, PROXY_WITH_LOG):  # of whose processes we do not ask which is which
+    if not is_ours(run.target):  # of whose processes we do not ask which is which
         values = {name: value for name, value in values.items() if name not in ROLES}
     if run.target == DIRECT:
         values = {name: value for name, value in values.items() if not name.startswith("cpu")}

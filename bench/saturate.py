@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ class Request:
     key: str
     prompt_bytes: int
     events: int | None  # of a stream; None: not a stream
+    tools_bytes: int = 0
 
     def body(self) -> bytes:
         """The body, as OpenAI's SDK writes it."""
@@ -72,6 +74,8 @@ class Request:
         body: dict[str, Any] = {"model": self.model, "messages": [message]}
         if self.events is not None:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if self.tools_bytes:
+            body["tools"] = make_tools(self.tools_bytes)
         return orjson.dumps(body)
 
     def check(self) -> None:
@@ -87,8 +91,25 @@ class Request:
             raise LoadError(f"the answers are wrong:\n{done.stdout[-2000:]}{done.stderr[-1000:]}")
 
 
-def run_wrk(request: Request, connections: int, seconds: int) -> dict[str, Any]:
-    """Send requests for `seconds`; return what wrk counted, times in µs. Raises LoadError."""
+def make_tools(size: int) -> list[dict[str, Any]]:
+    """Tools of about `size` bytes together, each of about a KB, as an agent's."""
+    text = {"type": "string", "description": make_prompt(300)}
+    properties = {"path": text, "content": text}
+    parameters = {"type": "object", "properties": properties, "required": ["path"]}
+    names = [f"tool_{number}" for number in range(max(1, size // 1000))]
+    description = make_prompt(250)
+    function = {"description": description, "parameters": parameters}
+    return [{"type": "function", "function": {"name": name} | function} for name in names]
+
+
+@contextmanager
+def start_wrk(
+    request: Request, connections: int, seconds: int, *, is_closing: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Start wrk, which sends requests for `seconds`; `counted_by` waits for its end.
+
+    `is_closing`: each request has a connection of its own.
+    """
     program = find_wrk()
     if program is None:
         raise LoadError("expected wrk on the path, got none (Debian: wrk)")
@@ -97,16 +118,34 @@ def run_wrk(request: Request, connections: int, seconds: int) -> dict[str, Any]:
         body.flush()
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
         command = [program, *options, "-s", str(SCRIPT), request.url + PATH, "--", body.name]
-        done = subprocess.run(
-            command, env=os.environ | {"BENCH_KEY": request.key}, capture_output=True, text=True
-        )
+        variables = {"BENCH_KEY": request.key} | ({"BENCH_CLOSE": "1"} if is_closing else {})
+        with subprocess.Popen(
+            command,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+
+def counted_by(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Wait for the end of wrk; return what it counted, times in µs. Raises LoadError."""
+    told, _ = process.communicate()
     try:
-        counted: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+        counted: dict[str, Any] = json.loads(told.strip().rpartition("\n")[2])
     except ValueError:
-        raise LoadError(
-            f"expected a report of wrk, got:\n{(done.stdout + done.stderr)[-300:]}"
-        ) from None
+        raise LoadError(f"expected a report of wrk, got:\n{told[-300:]}") from None
     return counted
+
+
+def run_wrk(request: Request, connections: int, seconds: int) -> dict[str, Any]:
+    """Send requests for `seconds`; return what wrk counted. Raises LoadError."""
+    with start_wrk(request, connections, seconds) as process:
+        return counted_by(process)
 
 
 class Meter:

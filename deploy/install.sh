@@ -117,13 +117,13 @@ name_release() {
 
 hash_sources() {
     cd "$CHECKOUT"
-    find hatch_build.py pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench -type f \
+    find hatch_build.py pyproject.toml hoberproxy bench -type f \
         ! -path '*/__pycache__/*' -exec sha256sum {} + | sort
 }
 
 build_wheel() {
     if [ "$build" = compiled ]; then
-        say "building it from the checkout, compiled: that takes about two minutes and 1 GB of memory"
+        say "building it from the checkout, compiled: that takes about two minutes and 1.5 GB of memory"
     else
         say "building it from the checkout, $build"
     fi

@@ -76,7 +76,7 @@ def pytest_asyncio_loop_factories(
 # No test hangs for good
 
 # Markers of what installs, boots or loads for minutes.
-LONG = ("real", "load", "systemd", "wheel")
+LONG = ("real", "load", "systemd", "wheel", "docker")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -25,7 +25,7 @@ from hoberproxy.upstream.provider import make_upstreams
 
 from . import Case
 from .account import accounts_in, temporary_folder
-from .streams import CONTENT, FINISH, MODEL, OPENING, SLUG, chunk, request_body
+from .streams import CONTENT, FINISH, MODEL, OPENING, SLUG, chunk, pad, request_body
 
 _CONFIG = f"""
 [providers.upstream]
@@ -124,14 +124,21 @@ class _Path:
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),
         )
-        handlers: Any = None
-        self.client = DownstreamConnection(gateway, partial(Exchange, gateway), handlers, set())
+        self.client = self.connect()
         transport: Any = NullTransport()
-        self.client.connection_made(transport)
         pool = gateway.upstreams["upstream"].pool
         self.upstream = UpstreamConnection(pool)
         self.upstream.connection_made(transport)
         pool.on_idle(self.upstream, None)
+
+    def connect(self) -> DownstreamConnection:
+        """Another client."""
+        handlers: Any = None
+        make_exchange = partial(Exchange, self._gateway)
+        client = DownstreamConnection(self._gateway, make_exchange, handlers, set())
+        transport: Any = NullTransport()
+        client.connection_made(transport)
+        return client
 
 
 def _request(prompt_bytes: int, **members: object) -> bytes:
@@ -154,7 +161,24 @@ def _small() -> Callable[[], object]:
     return exchange
 
 
-def _streaming(events: int) -> Callable[[], object]:
+def _new_connection() -> Callable[[], object]:
+    """As `_small`, but no head is repeated on its connection: each client comes and goes."""
+    path = _Path()
+    requests = [_request(1000 + size, stream=False) for size in range(10)]
+    answers = [_ANSWER_HEAD % (number, len(_COMPLETION)) + _COMPLETION for number in range(10)]
+
+    def exchange() -> None:
+        for request, reply in zip(requests, answers, strict=True):
+            client = path.connect()
+            client.data_received(request)
+            path.upstream.data_received(reply)
+            client.connection_lost(None)
+        path.drain.take(len(requests))
+
+    return exchange
+
+
+def _streaming(events: int, *, padded: bool = False) -> Callable[[], object]:
     path = _Path()
     request = _request(1000)
     opening = _STREAM_HEAD + chunk(OPENING)
@@ -162,6 +186,8 @@ def _streaming(events: int) -> Callable[[], object]:
     contents = [
         chunk(CONTENT.replace(b" token", b" token" + b"s" * (i % 7))) for i in range(events)
     ]
+    if padded:
+        contents = [chunk(pad(CONTENT, number)) for number in range(events)]
     end = chunk(FINISH) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
     def exchange() -> None:
@@ -196,6 +222,8 @@ def _block(events: int) -> Callable[[], object]:
 CASES = (
     Case("a small request", _small, 10, "request"),
     Case("a stream without content", lambda: _streaming(0), unit="stream"),
+    Case("a small request on a new connection", _new_connection, 10, "request"),
+    Case("1,000 events with padding", lambda: _streaming(1000, padded=True), 1000, "event"),
     Case("a stream of 1,000 events, each alone", lambda: _streaming(1000), 1000, "event"),
     Case("a stream of 64 events in one block", lambda: _block(64), unit="stream"),
 )

@@ -22,6 +22,12 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
+def pad(event: bytes, number: int) -> bytes:
+    """The event with OpenAI's padding, another one for each number."""
+    padding = f"{number * 2_654_435_761 % 2**32:08x}"[number % 8 :]
+    return event.replace(b"}\n\n", b',"obfuscation":"%b"}\n\n' % padding.encode())
+
+
 def request_body(prompt_bytes: int, **members: object) -> bytes:
     """A chat request as the official client sends it."""
     text = ("The quick brown fox jumps over the lazy dog. " * (prompt_bytes // 45 + 1))[

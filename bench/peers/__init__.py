@@ -72,7 +72,7 @@ class Peer:
         option = {"nginx": "-v", "haproxy": "-v"}.get(self.program, "--version")
         command = [program, option]
         if program == sys.executable:
-            command = [program, "-m", "hoberproxy", "version"]
+            command = [*_module(program), "version"]
         try:
             told = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
@@ -154,6 +154,11 @@ def _vllm_router(program: str, wiring: Wiring) -> Command:
     return [program, "--worker-urls", upstream, "--policy", "round_robin", *address]
 
 
+def _module(python: str) -> Command:
+    """The proxy as it is installed: without -P, the sources of a checkout we are started in."""
+    return [python, "-P", "-m", "hoberproxy"]
+
+
 def _hoberproxy(log: str) -> Callable[[str, Wiring], Command]:
     def command(program: str, wiring: Wiring) -> Command:
         values = {"LOG": log, "DEAD_ENDPOINT": ""}
@@ -165,7 +170,7 @@ def _hoberproxy(log: str) -> Callable[[str, Wiring], Command]:
         if wiring.ca_file is not None:
             values["TLS"] = f'ca_file = "{wiring.ca_file}"'
         config = _write("hoberproxy.toml", wiring, **values)
-        return [program, "-m", "hoberproxy", "serve", "--config", config]
+        return [*_module(program), "serve", "--config", config]
 
     return command
 
@@ -176,7 +181,7 @@ LIMITS = {"rpm": "900000000", "tpm": "900000000", "rpd": "900000000", "concurren
 
 def create_key(config: Path, *, has_limits: bool) -> str:
     """A key of the proxy that `config` describes, with every limit or none."""
-    command = [sys.executable, "-m", "hoberproxy", "keys", "create", "--config", str(config)]
+    command = [*_module(sys.executable), "keys", "create", "--config", str(config)]
     command += ["--label", "limited" if has_limits else "bench"]
     if has_limits:
         command += [f"--{name}={value}" for name, value in (LIMITS | {"budget": "1000000"}).items()]

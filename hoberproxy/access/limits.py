@@ -1,17 +1,17 @@
-"""What one key may use: requests and tokens per minute, requests per day, calls at once, money.
+"""The limits of a key: requests and tokens a minute, requests a day, calls in flight, money.
 
-The counters of a key are a row of integers, its cells, so that they can lie in memory that several
-processes share; who owns the memory and who holds the lock is left to access/shared_limits.py. A
-minute begins with the first request after the last one ended; days and months are calendar ones in
-UTC, so that they can be counted anew from the records. Money is in whole picodollars (1e-12 USD).
+The counters of a key are a list of integers, its cells, so that they can be copied from memory that
+several processes share; memory and locks are left to access/shared_limits.py. A minute begins
+with the first request after the last minute ended; days and months are those of the calendar in
+UTC, so that they can be counted again from the records. Money is in whole picodollars (1e-12 USD).
 
-What a call may take is held from its admission on, as if it were used, and what it really took is
-put in its place at the end. Where its request does not limit the answer, the longest that is to be
-expected is held while there is room for it; with less left, such a call passes only while nothing
-is held for others. So all calls together overrun a limit by one answer at most.
+The tokens and the money that a call may take are held from its admission on, as if it had used
+them; at its end, its usage takes their place. If its request does not limit the answer, the longest
+that is to be expected is held while there is room for it; with less left, such a call passes only
+while nothing is held for others. So all calls together overrun a limit by one answer at most.
 
 A call is admitted at once, or in two steps: it is counted when its head has come (`enter`), and
-what it may take is held when its body says so (`reserve`). `leave` undoes the first.
+tokens and money are held when its body has come (`reserve`). `leave` undoes the first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PICO: Final = 10**12  # picodollars in a dollar
 PERIODS: Final = ("day", "month", "total")
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
-BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the running calls ends
+BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the calls in flight ends
 
 # The places of a key's cells. Final: else compiled code looks each up by its name.
 MINUTE_START: Final = 0  # unix ms; 0: none has begun
@@ -45,12 +45,12 @@ CELLS: Final = 10
 _SPENT: Final = {"day": DAY_SPENT, "month": MONTH_SPENT, "total": TOTAL_SPENT}
 
 
-Cells = list[int]  # and not any row of integers: compiled code takes a list's by place
+Cells = list[int]  # not any sequence of integers: compiled code takes a list's by place
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """What a key may use; None is no limit. `budget` is in picodollars per `budget_period`."""
+    """The limits of a key; None is no limit. `budget` is in picodollars a `budget_period`."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -61,26 +61,26 @@ class KeyLimits:
 
     @property
     def is_unlimited(self) -> bool:
-        """Nothing is limited."""
+        """Whether nothing is limited."""
         return all(getattr(self, each.name) is None for each in fields(self)[:-1])
 
     @property
     def needs_settling(self) -> bool:
-        """What a call really used matters for the next one."""
-        # With a limit a day too: what is spent is counted on, should the key be given a budget.
+        """Whether a call's usage matters for the next one."""
+        # With a limit a day too: the money is counted, should the key be given a budget.
         return (
             self.tokens_per_minute is not None or self.concurrency is not None or self.needs_history
         )
 
     @property
     def needs_history(self) -> bool:
-        """Counters outlive the process: they have to be counted from the records."""
+        """Whether counters outlive the process: they have to be counted from the records."""
         return self.requests_per_day is not None or self.budget is not None
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What the records knew of a key on `day` (since 1970, UTC): on it, in its month and in all."""
+    """A key's usage by the records, on `day` (since 1970, UTC), in its month and in all."""
 
     day: int = 0
     day_requests: int = 0
@@ -90,13 +90,12 @@ class History:
 
 
 class Demand:
-    """What a call may take: tokens, and picodollars, 0 where its price is not known.
+    """The tokens that a call may take, and their cost in picodollars, 0 if no price is known.
 
     The answer, of all `choices` together, is the longest that the request permits if `is_bounded`,
-    else the longest that is to be expected: one choice of it gives way where nothing is under way.
+    else the longest that is to be expected: one choice of it may be cut if nothing is in flight.
     """
 
-    # By hand, as the next one: a dataclass and a named tuple are made by interpreted code.
     __slots__ = (
         "answer_cost",
         "answer_tokens",
@@ -123,23 +122,23 @@ class Demand:
         self.choices = choices
 
     def least_cost(self) -> int:
-        """Picodollars without which the call is not admitted."""
+        """Return the picodollars without which the call is not admitted."""
         flexible = 0 if self.is_bounded else self.answer_cost // self.choices
         return self.prompt_cost + self.answer_cost - flexible
 
     def least_tokens(self) -> int:
-        """Tokens without which the call is not admitted."""
+        """Return the tokens without which the call is not admitted."""
         flexible = 0 if self.is_bounded else self.answer_tokens // self.choices
         return self.prompt_tokens + self.answer_tokens - flexible
 
 
-_NOTHING: Final = Demand(0, 0, True)  # of a call whose body is not known yet
+_NOTHING: Final = Demand(0, 0, True)  # of a call whose body has not come yet
 
 
 class Lease:
-    """One admitted call, to be settled once: its windows, and what is held for it.
+    """An admitted call, to be settled once: its windows, and the tokens and money held for it.
 
-    Until `is_reserved`, it has only been counted, and is given back by `leave`.
+    Unless it `is_reserved`, it is only counted, and given back by `leave`.
     """
 
     __slots__ = ("cost", "day", "is_reserved", "minute_start", "month", "tokens")
@@ -161,7 +160,7 @@ class Lease:
         self.is_reserved = is_reserved
 
     def settled(self) -> Lease:
-        """The same call with nothing held for it any more."""
+        """Return the same call with nothing held for it."""
         return Lease(self.minute_start, self.day, self.month, 0, 0)
 
 
@@ -169,26 +168,26 @@ class Lease:
 
 
 def day_of(now_ms: int) -> int:
-    """Days since 1970, UTC."""
+    """Return the days since 1970, UTC."""
     return now_ms // DAY_MS
 
 
 def month_of(day: int) -> int:
-    """Months since the year 0 of a day since 1970."""
+    """Return the months since the year 0, of a day since 1970."""
     date = datetime.fromtimestamp(day * DAY_MS / 1000, UTC)
     return date.year * 12 + date.month - 1
 
 
 def month_start(month: int) -> float:
-    """Unix seconds of a month's first moment."""
+    """Return the unix seconds at which a month begins."""
     return datetime(month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
 
 
 def roll(cells: Cells, now_ms: int) -> None:
-    """Begin the windows anew whose time is over.
+    """Begin each window that is over again.
 
-    Processes wait for each other's lock: a `now` that is a little before the window's start belongs
-    to it. Only a clock that was set back by more than a window begins one anew.
+    Processes wait for each other's lock: a time shortly before a window's start belongs to it. Only
+    a clock that is set back by more than a window begins it again.
     """
     start = cells[MINUTE_START]
     if not start - MINUTE_MS < now_ms < start + MINUTE_MS:
@@ -205,7 +204,7 @@ def roll(cells: Cells, now_ms: int) -> None:
 
 
 def restore(cells: Cells, history: History, now_ms: int) -> None:
-    """Put what the records know in place of the counters that outlive a process."""
+    """Replace the counters that outlive a process by the usage in the records."""
     day = history.day or day_of(now_ms)
     cells[DAY], cells[MONTH] = day, month_of(day)
     cells[DAY_REQUESTS] = history.day_requests
@@ -216,7 +215,7 @@ def restore(cells: Cells, history: History, now_ms: int) -> None:
 
 
 def catch_up(cells: Cells, history: History, now_ms: int) -> None:
-    """Raise counters to what the records know: they stood still while nothing limited them."""
+    """Raise counters to the usage in the records: without a limit they are not kept."""
     roll(cells, now_ms)
     if cells[DAY] == history.day:
         cells[DAY_REQUESTS] = max(cells[DAY_REQUESTS], history.day_requests)
@@ -238,10 +237,10 @@ def admit(
     running: int = 0,
     held: int = 0,
 ) -> Lease:
-    """Count a call in, or raise AccessError with the wait that is needed (429, or 402).
+    """Admit a call, or raise AccessError (429, or 402) with the seconds to wait.
 
-    `running` are this key's calls under way, and `held` what is held for them in picodollars; it is
-    looked at only where the budget has no room for this one.
+    `running` is the number of this key's calls in flight, and `held` the picodollars held for them,
+    which matter only if the budget has no room for this one.
     """
     roll(cells, now_ms)
     _check_requests(cells, limits, now_ms)
@@ -256,10 +255,10 @@ def admit(
 def enter(
     cells: Cells, limits: KeyLimits, now_ms: int, *, running: int = 0, held: int = 0
 ) -> Lease:
-    """Count a call in before its body says what it may take; raises AccessError as `admit` does.
+    """Count a call before its body has come; raises AccessError as `admit` does.
 
-    It is refused where no body could make it pass: `held` is looked at only where the budget is
-    spent or held to its end.
+    It is rejected if no body could make it pass. `held` matters only if the whole budget is spent
+    or held.
     """
     roll(cells, now_ms)
     _check_requests(cells, limits, now_ms)
@@ -278,16 +277,16 @@ def enter(
 def reserve(
     cells: Cells, limits: KeyLimits, now_ms: int, demand: Demand, *, held: int = 0
 ) -> Lease:
-    """Hold what a call may take that has entered; raises AccessError as `admit` does.
+    """Hold what a call of `enter` may take; raises AccessError as `admit` does.
 
-    The lease takes the place of the one of `enter`, which is still to be given back if this raises.
+    The lease replaces the one of `enter`, which is still to be given back if this raises.
     """
     roll(cells, now_ms)
     return _hold(cells, limits, now_ms, demand, held)
 
 
 def leave(cells: Cells, lease: Lease) -> None:
-    """Count a call out again for which nothing was reserved, where its windows still run."""
+    """Take back the count of a call for which nothing was reserved, in windows that still run."""
     if cells[MINUTE_START] == lease.minute_start:
         cells[MINUTE_REQUESTS] = max(0, cells[MINUTE_REQUESTS] - 1)
     if cells[DAY] == lease.day:
@@ -295,11 +294,11 @@ def leave(cells: Cells, lease: Lease) -> None:
 
 
 def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
-    """Put what the call used, in tokens and picodollars, in place of what was held for it.
+    """Replace what was held for a call by its usage, in tokens and picodollars.
 
-    It belongs to the windows in which the call began; those that are over are let be.
+    The usage belongs to the windows in which the call began, unless they are over.
     """
-    # A window that a clock set back and forth began anew never had what was held: not below 0.
+    # Not below 0: a window that began again, by a clock set back and forth, never held anything.
     if cells[MINUTE_START] == lease.minute_start:
         cells[MINUTE_TOKENS] = max(0, cells[MINUTE_TOKENS] + tokens - lease.tokens)
         cells[MINUTE_HELD] = max(0, cells[MINUTE_HELD] - lease.tokens)
@@ -312,7 +311,7 @@ def settle(cells: Cells, lease: Lease, *, tokens: int, spent: int) -> None:
 
 
 def spent_in(cells: Cells, period: str) -> int:
-    """Picodollars spent in the current day or month, or in all, with those held."""
+    """Return the picodollars spent and held in the current day or month, or in all."""
     return cells[_SPENT[period]]
 
 
@@ -333,7 +332,7 @@ def _hold(cells: Cells, limits: KeyLimits, now_ms: int, demand: Demand, held: in
 
 
 def _too_many_calls(limit: int) -> AccessError:
-    return _refusal(
+    return _rejected(
         f"{_count(limit, 'call')} of this key at once, got one more; wait for one to end",
         BUSY_WAIT,
     )
@@ -342,13 +341,13 @@ def _too_many_calls(limit: int) -> AccessError:
 def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
     per_minute, per_day = limits.requests_per_minute, limits.requests_per_day
     if per_minute is not None and cells[MINUTE_REQUESTS] >= per_minute:
-        raise _refusal(
+        raise _rejected(
             f"{_count(per_minute, 'request')} a minute with this key, got one more; "
             "wait for the next minute",
             _minute_left(cells, now_ms),
         )
     if per_day is not None and cells[DAY_REQUESTS] >= per_day:
-        raise _refusal(
+        raise _rejected(
             f"{_count(per_day, 'request')} a day (UTC) with this key, got one more; "
             "wait for the next day",
             _day_left(now_ms),
@@ -358,7 +357,7 @@ def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
 def _reserve_money(
     cells: Cells, limits: KeyLimits, budget: int, now_ms: int, demand: Demand, held: int
 ) -> int:
-    """How many picodollars to hold for a call; raises where there are not as many."""
+    """Return the picodollars to hold for a call, or raise if too few are left."""
     spent = spent_in(cells, limits.budget_period)
     wanted, left = demand.prompt_cost + demand.answer_cost, budget - spent
     if 0 < left:
@@ -374,7 +373,7 @@ def _reserve_money(
 def _over_budget(
     cells: Cells, limits: KeyLimits, budget: int, now_ms: int, demand: Demand, held: int
 ) -> AccessError:
-    """Says whether the money is spent, is too little for this call, or is held for others."""
+    """Return the error: the money is spent, too little for this call, or held for others."""
     period = limits.budget_period
     span = "in all" if period == "total" else f"a {period} (UTC)"
     message = f"expected this key to spend up to {format_dollars(budget)} USD {span}, "
@@ -412,7 +411,7 @@ def _over_budget(
 
 
 def _reserve_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> int:
-    """How many tokens to hold for a call; raises where there are not as many."""
+    """Return the tokens to hold for a call, or raise if too few are left."""
     wanted, left = demand.prompt_tokens + demand.answer_tokens, limit - cells[MINUTE_TOKENS]
     if wanted <= left:
         return wanted
@@ -422,27 +421,27 @@ def _reserve_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> in
 
 
 def _over_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> AccessError:
-    """Says whether the call is too long, or waits for the next minute or for running calls."""
+    """Return the error: the call is too long, or has to wait for a minute or for other calls."""
     wanted = demand.least_tokens()
     if wanted > limit:
-        return _refusal(
+        return _rejected(
             f"up to {_count(limit, 'token')} a minute with this key, got a request that may "
             f"take about {wanted}; shorten it, or lower its max_tokens",
             None,
         )
     wait, advice = _minute_left(cells, now_ms), "wait for the next minute"
-    # Whether room comes earlier, with the end of a call that takes less than is held for it.
+    # Is there room earlier, at the end of a call that takes less than is held for it?
     if 0 < limit - (cells[MINUTE_TOKENS] - cells[MINUTE_HELD]) >= wanted:
         wait, advice = min(BUSY_WAIT, wait), _advice_to_wait(demand)
     got = "one more request" if demand is _NOTHING else f"one that may take about {wanted} more"
-    return _refusal(f"{_count(limit, 'token')} a minute with this key, got {got}; {advice}", wait)
+    return _rejected(f"{_count(limit, 'token')} a minute with this key, got {got}; {advice}", wait)
 
 
 def _advice_to_wait(demand: Demand) -> str:
     return "wait for running calls to end" + ("" if demand.is_bounded else ", or give max_tokens")
 
 
-def _refusal(message: str, wait: float | None) -> AccessError:
+def _rejected(message: str, wait: float | None) -> AccessError:
     return AccessError(
         f"expected at most {message}",
         code="rate_limit_exceeded",
@@ -470,11 +469,11 @@ def _period_left(cells: Cells, period: str, now_ms: int) -> float | None:
     return month_start(cells[MONTH] + 1) - now_ms / 1000 if period == "month" else None
 
 
-# What is told
+# Header lines
 
 
 def format_wait(seconds: float) -> str:
-    """A time as OpenAI writes it: `250ms`, `1s`, `6m0s`, `23h59m0s`; rounded up."""
+    """Return a time as OpenAI writes it, rounded up: `250ms`, `1s`, `6m0s`, `23h59m0s`."""
     if seconds < 1:
         return f"{max(0, ceil(seconds * 1000))}ms"
     whole = ceil(seconds)
@@ -485,17 +484,14 @@ def format_wait(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60}m{whole % 60}s"
 
 
-_RESETS: Final = tuple(format_wait(seconds) for seconds in range(MINUTE_MS // 1000 + 1))
-
-
 def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
-    """The x-ratelimit-* header lines: of the minute, or of the day where only that is limited."""
+    """Return the x-ratelimit-* header lines, of the minute, or else of the day."""
     left_ms = cells[MINUTE_START] + MINUTE_MS - now_ms
     has_ended = not 0 < left_ms <= MINUTE_MS
     if has_ended:
         reset = "0ms"
     else:
-        reset = f"{left_ms}ms" if left_ms < 1000 else _RESETS[(left_ms + 999) // 1000]
+        reset = format_wait(left_ms / 1000)
     requests_reset, requests_left = reset, 0
     requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
     if requests is not None:
@@ -505,7 +501,7 @@ def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
         requests_left = max(0, requests - cells[DAY_REQUESTS]) if is_today else requests
         requests_reset = format_wait(_day_left(now_ms))
     lines = ""
-    if requests is not None:  # written out: compiled, this is one call, and a form with % is not
+    if requests is not None:  # written out: compiled, this is one call
         lines = (
             f"x-ratelimit-limit-requests: {requests}\r\n"
             f"x-ratelimit-remaining-requests: {requests_left}\r\n"
@@ -522,7 +518,7 @@ def limit_lines(cells: Cells, limits: KeyLimits, now_ms: int) -> bytes:
 
 
 def format_dollars(pico: int) -> str:
-    """Picodollars as dollars in plain notation, exact, with two decimals at least."""
+    """Return picodollars as dollars in plain notation, exact, with at least two decimals."""
     sign, pico = ("-", -pico) if pico < 0 else ("", pico)
     whole, rest = divmod(pico, PICO)
     decimals = f"{rest:012d}".rstrip("0").ljust(2, "0")

@@ -1,9 +1,8 @@
-"""One line a request, at its end, for people or for programs.
+"""The access log: one line a request, at its end, for people or for programs.
 
-Lines are made and written by a thread: a blocked sink loses lines, never time. It makes a few at a
-time, since the loop cannot run meanwhile, but not each when its request ends: what a line takes
-would be in no cache then. What goes into the record is left to the path; no control character gets
-from a record into the log.
+A thread makes and writes the lines: a blocked stream loses lines, never time. It makes a few at a
+time, since the loop cannot run meanwhile, but not each when its request ends: its code and data
+would be in no cache then. No control character gets from a record into the log.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import orjson
 
@@ -28,10 +27,10 @@ from .record import Record
 
 CAPACITY = 10_000  # lines; about 700 bytes each
 FLUSH_INTERVAL = 0.2
-SLICE = 16  # lines that are made in one go, in less than 0.1 ms
-PAUSE = 0.0005  # seconds for the loop behind that
+SLICE = 16  # lines that are made without a pause, in less than 0.1 ms
+PAUSE = 0.0005  # seconds for the loop after a slice
 MAX_TEXT = 128  # characters of one value
-# What is written at once to a pipe stays in one piece among other workers' lines (POSIX).
+# One write of so many bytes to a pipe is not mixed with other workers' (POSIX).
 ATOMIC_BYTES = 4096
 
 
@@ -42,7 +41,7 @@ _PLAIN = re.compile(rf"[!#-\[\]-~]{{1,{MAX_TEXT}}}")  # no space, quote or backs
 
 
 def _word(text: str) -> str:
-    """One word of a human line: as it is when harmless, otherwise quoted and escaped."""
+    """Return one word of a human line: `text` as it is if harmless, else quoted and escaped."""
     if _PLAIN.fullmatch(text):
         return text
     if not text:
@@ -74,28 +73,26 @@ def _format_second(second: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
-_FRACTIONS: Final = tuple(f".{milliseconds:03d}Z" for milliseconds in range(1000))
-
-
 def _format_time(seconds: float) -> str:
     milliseconds = int(seconds * 1000)
-    return _format_second(milliseconds // 1000) + _FRACTIONS[milliseconds % 1000]
+    return f"{_format_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
 
 
 def _milliseconds(seconds: float | None) -> int | None:
-    # `round` would be asked of the object, and take ten times as long, to be fair to halves.
+    # Not `round`, which takes ten times as long.
     return None if seconds is None else int(seconds * 1000 + 0.5)
 
 
 def _model(record: Record) -> str:
-    """The slug that answered, or the first asked for when none did."""
+    """Return the slug that answered, or the first requested one if none did."""
     return record.slug or (record.requested[0] if record.requested else "")
 
 
 def format_human(record: Record) -> str:
-    """`time status model=… provider=… …`, words that contain a space in quotes; no newline.
+    """Return the line `time status model=… provider=… …`, without a newline.
 
-    The time is that of the request's end, in UTC. `~` marks token counts that are estimated.
+    Words with a space are quoted. The time is that of the request's end, in UTC. `~` marks token
+    counts that are estimated.
     """
     in_tokens = out_tokens = "-"
     if record.has_usage or record.estimated:
@@ -125,9 +122,9 @@ def _format_failure(failure: FailedAttempt) -> str:
 
 
 def format_json(record: Record) -> bytes:
-    """The line as one JSON object in ASCII; no newline.
+    """Return the line as one JSON object in ASCII, without a newline.
 
-    `time` is that of the request's end, in UTC. Times named `_ms` are milliseconds.
+    `time` is that of the request's end, in UTC. Members named `_ms` are milliseconds.
     """
     return _serialize_line(
         {
@@ -200,10 +197,10 @@ class HasFileno(Protocol):
 
 
 class AccessLog:
-    """Writes lines to a descriptor, or a stream's descriptor, that stays the caller's.
+    """Writes lines to a descriptor, or a stream's descriptor, which the caller closes.
 
-    `format` is "human", "json", or "auto": human on a terminal. `lost` counts lines given up. One
-    thread starts at once; `close` ends it.
+    `format` is "human", "json", or "auto": human on a terminal. One thread starts at once; `close`
+    ends it.
     """
 
     def __init__(
@@ -236,28 +233,28 @@ class AccessLog:
         self._settled = 0  # of those taken, written or failed
         self._refused = 0
         self._failed = 0
-        self._told = 0  # losses that the log has a line about
+        self._noted = 0  # losses that the log has a line about
         self._is_torn = False  # the last write ended inside a line
         self._is_abandoned = False
         self._stop = threading.Event()
-        # A daemon: a pipe nobody reads must not keep the process from ending.
+        # A daemon: a pipe that nobody reads must not keep the process from ending.
         self._writer = threading.Thread(target=self._run, name="hoberproxy-accesslog", daemon=True)
         self._writer.start()
 
     @property
     def lost(self) -> int:
-        """Lines that were not written: the queue was full, the log closed, or the sink failed."""
+        """The number of lines not written: queue full, log closed, or descriptor failed."""
         return self._refused + self._failed
 
     @property
     def depth(self) -> int:
-        """Lines taken and not yet written."""
+        """The number of lines taken and not yet written."""
         return self._taken - self._settled
 
     def write(self, record: Record) -> None:
-        """Take a finished record, which nothing changes any more; never blocks.
+        """Take a finished record, which must not change any more; never blocks.
 
-        A failure is never left out.
+        Failures always get a line, whatever `sample` is.
         """
         if self.sample < 1.0 and not record.is_failure and self._draw() >= self.sample:
             return
@@ -268,7 +265,7 @@ class AccessLog:
         self._queue.append(record)
 
     def close(self, timeout: float = 1.0) -> int:
-        """Write what is left, for at most `timeout` seconds; the number of lines not written."""
+        """Write the rest, for at most `timeout` seconds; return the number of lines not written."""
         self._stop.set()
         self._writer.join(timeout)
         # From here on the descriptor may be closed, and its number be another file's.
@@ -288,23 +285,23 @@ class AccessLog:
         for number in range(1, taken + 1):
             try:
                 lines.append(self._line(self._queue.popleft()))
-            except Exception:  # one broken record must not take everyone else's lines with it
+            except Exception:  # one broken record must not lose the lines of others
                 self._failed += 1
             if number % SLICE == 0 and not self._stop.is_set():
                 time.sleep(PAUSE)
         lost = self.lost
-        notice = self._loss(self._clock(), lost - self._told) if lost > self._told else b""
+        notice = self._loss(self._clock(), lost - self._noted) if lost > self._noted else b""
         start = b"\n" if self._is_torn else b""
         if lines or notice:
             unwritten = self._write_all(start + notice + b"".join(lines))
             self._is_torn = unwritten > 0
             self._failed += min(unwritten, len(lines))  # the notice is no loss
             if not unwritten:
-                self._told = lost
+                self._noted = lost
         self._settled += taken
 
     def _write_all(self, data: bytes) -> int:
-        """Write, however long it takes; the number of lines a sink that is gone or full refused."""
+        """Write, however long it takes; return the number of lines that could not be written."""
         view = memoryview(data)
         position = 0
         while position < len(data) and not self._is_abandoned:
@@ -319,7 +316,7 @@ class AccessLog:
         return data.count(b"\n", position)
 
     def _wait_writable(self) -> None:
-        """Wait a little for a non-blocking sink, as a terminal shared with others may be."""
+        """Wait a little for a non-blocking descriptor, such as a terminal shared with others."""
         poller = select.poll()  # select() takes no descriptor beyond 1023
         poller.register(self._fd, select.POLLOUT)
         poller.poll(self._interval * 1000)

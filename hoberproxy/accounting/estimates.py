@@ -1,7 +1,7 @@
-"""Token counts for requests whose upstream told none, by what it told of others.
+"""Estimates of token counts for requests whose upstream gave none, by its counts of others.
 
-Learnt for each endpoint: bytes of a prompt in a token, tokens in an event of a stream or in the
-bytes of a body, and how long its answers usually are. Nothing of a text is looked at.
+For each endpoint: the bytes of a prompt a token, the tokens a streamed event or a byte of a body,
+and the usual length of an answer. Texts are not read.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Final
 from ..dialects.usage import BYTES_PER_TOKEN, Usage
 from ..routing.health import Key
 
-MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
+MAX_LEARNT: Final = 4096  # endpoints; those behind wildcards are named by clients
 USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
-SHARE: Final = 0.1  # of the newest answer in what is learnt: some twenty answers are remembered
+SHARE: Final = 0.1  # of the newest answer in a ratio: about twenty answers count
 SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
-# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more, and
-# would let a client teach that its prompts weigh nothing.
+# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more: a
+# client could make its prompts count for nothing by them.
 DENSEST_LEARNT: Final = 12.0
 
 
 class Ratios:
-    """What was learnt of one endpoint."""
+    """The ratios of one endpoint."""
 
     __slots__ = ("answer", "answers", "per_byte", "per_event", "prompt_bytes")
 
@@ -34,16 +34,16 @@ class Ratios:
 
 
 class Estimates:
-    """All endpoints of a process."""
+    """The ratios of all endpoints, in one process."""
 
     def __init__(self) -> None:
         self._ratios: dict[Key, Ratios] = {}
         self._unknown = Ratios()
 
     def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
-        """Return the tokens to expect of a prompt of so many bytes, and those of a usual answer.
+        """Return the tokens to expect of a prompt of `prompt_bytes`, and of a usual answer.
 
-        A prompt is never taken for less than BYTES_PER_TOKEN says, whatever those before it were.
+        A prompt never counts for less than by BYTES_PER_TOKEN, whatever those before it were.
         """
         ratios = self._of(endpoint)
         per_token = ratios.prompt_bytes
@@ -52,7 +52,7 @@ class Estimates:
         return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
 
     def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
-        """A guess for an answer of so many content events, or of a body of so many bytes."""
+        """Estimate the usage of an answer of `events` content events, or of `body_bytes`."""
         ratios = self._of(endpoint)
         completion = events * ratios.per_event if events else body_bytes * ratios.per_byte
         return Usage(
@@ -64,7 +64,7 @@ class Estimates:
     def fill_gaps(
         self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
     ) -> Usage:
-        """`usage` with a guess in place of each count of zero, for an answer that has a text."""
+        """Return `usage` with an estimate in place of each zero, for an answer with a text."""
         guess = self.usage(
             endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
         )
@@ -80,7 +80,7 @@ class Estimates:
     def learn(
         self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
     ) -> None:
-        """An answer came to its end, and the upstream told its usage."""
+        """Adjust an endpoint's ratios by the upstream's own usage of a whole answer."""
         ratios = self._ratios.get(endpoint)
         if ratios is None:
             if len(self._ratios) >= MAX_LEARNT:

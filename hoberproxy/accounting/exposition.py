@@ -1,8 +1,8 @@
-"""Counts of several processes as one: their snapshots, the sum of them, and Prometheus' text form.
+"""The sum of the counts of several processes, and Prometheus' text form of it.
 
-A snapshot is plain JSON: for each family a list of [label values, value], where the value of a
-histogram is one count a bucket, one for what is over the last, and the sum. The client library is
-only imported by the first scrape.
+A snapshot is plain JSON: for each family a list of [label values, value]. The value of a histogram
+is one count a bucket, one for values over the last bucket, and the sum. The client library is only
+imported by the first scrape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Snapshot = Mapping[str, list[Any]]  # family → [[label values], Value]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What one name stands for. A name of a counter has `_total` added."""
+    """A metric; in the text form, `_total` is added to the name of a counter."""
 
     name: str
     kind: str  # counter, gauge, histogram
@@ -96,7 +96,7 @@ FAMILIES = (
         (),
         LAG_BUCKETS,
     ),
-    Family("bad_heads", "counter", "Requests refused before they were one."),
+    Family("bad_heads", "counter", "Requests rejected for a malformed head."),
     Family(
         "refused_connections",
         "counter",
@@ -105,7 +105,7 @@ FAMILIES = (
     Family(
         "usage_missing",
         "counter",
-        "Whole answers whose upstream told no usage that can be read.",
+        "Whole answers without a usage that can be read.",
         _ENDPOINT,
     ),
     Family("estimated_requests", "counter", "Requests counted by estimate."),
@@ -118,7 +118,7 @@ FAMILIES = (
     Family(
         "journals_unreadable",
         "counter",
-        "Files kept for what could not be read of dead processes' journals.",
+        "Files of dead processes' journals that are damaged and kept.",
     ),
     Family("log_lines_lost", "counter", "Log lines dropped."),
     Family("worker_restarts", "counter", "Workers that died and were replaced."),
@@ -126,7 +126,7 @@ FAMILIES = (
     Family("requests_open", "gauge", "Chat requests under way."),
     Family("connections_open", "gauge", "Connections of clients."),
     Family("body_bytes", "gauge", "Bytes of request bodies that are held."),
-    Family("records_queued", "gauge", "Records on their way."),
+    Family("records_queued", "gauge", "Records that are not stored yet."),
     Family("upstream_connections", "gauge", "Connections to providers.", ("provider", "state")),
     Family("workers", "gauge", "Worker processes, by what they do.", ("state",)),
     Family("resident_bytes", "gauge", "Physical memory of all processes."),
@@ -134,13 +134,8 @@ FAMILIES = (
 )
 
 
-def empty_histogram(buckets: tuple[float, ...]) -> list[float]:
-    """Nothing observed: a count a bucket, one for what is over the last, the sum."""
-    return [0.0] * (len(buckets) + 2)
-
-
 def resident_bytes() -> int:
-    """Physical memory of this process; 0 where the system does not say."""
+    """Return the bytes of physical memory of this process, 0 if the system does not say."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
@@ -149,7 +144,7 @@ def resident_bytes() -> int:
 
 
 def merge(snapshots: Iterable[Snapshot], *, ended: bool = False) -> dict[str, list[Any]]:
-    """The sum of all; of processes that have `ended` only what counts, not what was so."""
+    """Return the sum of all snapshots; of processes that have `ended`, without gauges."""
     sums: dict[str, dict[tuple[str, ...], Value]] = {}
     wanted = {family.name for family in FAMILIES if not ended or family.kind != "gauge"}
     for snapshot in snapshots:
@@ -176,7 +171,7 @@ def _add(one: Value, other: Value) -> Value:
 
 
 def render(snapshot: Snapshot) -> bytes:
-    """All of it in the text format, version 0.0.4."""
+    """Return the snapshot in the text format, version 0.0.4."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
@@ -185,7 +180,7 @@ def render(snapshot: Snapshot) -> bytes:
 
 
 class _Collector:
-    """A collector in the client library's sense."""
+    """A snapshot as a collector of the client library."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot

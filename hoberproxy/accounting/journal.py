@@ -1,24 +1,24 @@
-"""What outlives a killed process, and the way of every record into the store.
+"""The journal of one process: records on their way into the store, which survive a kill.
 
     segment:  head │ entry, entry, entry, … │ eight zeros
     head:     magic │ generation │ ended │ mark: generation, place, count, CRC │ zeros, to 64 bytes
     entry:    generation │ length │ place │ checksum │ payload: a letter and a JSON array
 
-    n  names of what stands in the others: another version may read them    o  a request is opened
-    c  one is closed: its record's row    r  another row in place of it    a  a better count for it
+    n  names of the values in the others, for other versions    o  a request is opened
+    c  a request is closed: its row    r  its row is revised    a  its counts are amended
 
 *Opened* is appended before the upstream is called, *closed* before the last byte goes to the
-client. Appending copies into memory: no system call, and what was copied survives the process, for
-the page belongs to the kernel (a power cut may take the last seconds). The writer, in whichever
+client. Appending copies into memory: no system call, and the copy survives the process, for the
+page belongs to the kernel (a power cut may take the last seconds). The writer, in whichever
 process, reads the segments of all (storage/journal_reader.py) and notes in a head up to which
 place, and how many closed requests, the store has of this generation; then the segment can be used
 again. The owner holds a lock on each of its segments, which the kernel frees with the process.
 
-Each entry begins with its segment's *generation*, eight bytes that no payload can hold, so a
-reader finds the next whole entry behind a damaged one. It says where it was written, too: bytes
-that were moved or doubled are seen as such. The checksum is Adler-32, begun with the generation's
-own sum, and needs no table: that of CRC-32 is 6 KB, which at a low load are not in any cache when
-a request comes.
+Each entry begins with its segment's *generation*, eight bytes that no payload can contain, so a
+reader finds the next whole entry behind a damaged one. The place where it was written is in it too:
+bytes that were moved or copied are recognised. The checksum is Adler-32, begun with the
+generation's own sum, for it needs no table: that of CRC-32 is 6 KB, which at a low load are in no
+cache when a request comes.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ MAGIC = b"hbjrnl04"  # another form of entries gets another
 HEAD_BYTES = 64
 HEAD = struct.Struct("<8sQ")  # generation, whether the owner has ended
 HEAD_PLACE = len(MAGIC)
-# What the store has: generation, place behind it, closed requests, CRC-32 of these.
+# What is stored: generation, place behind it, number of closed requests, CRC-32 of these.
 MARK = struct.Struct("<8sIII")
 MARK_PLACE = 32
 ENTRY = struct.Struct("<8sIII")  # generation, length of the payload, place, checksum
@@ -63,7 +63,7 @@ GENERATION_BEGINS = b"\xff"
 _dumps: Final = orjson.dumps
 _adler32: Final = zlib.adler32
 _END: Final = bytes(ENTRY_BYTES)  # behind the last entry: what is left of an earlier use follows it
-# What is told of a request that is opened; of a closed one it is the row.
+# The values of an entry *opened*; those of *closed* are the row's.
 OPENED = (
     *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
     *("slug", "provider", "prompt_tokens", "completion_tokens", "price"),
@@ -71,49 +71,49 @@ OPENED = (
 AMENDED = ("id", "prompt_tokens", "completion_tokens", "cost")
 _NAMES = b"n" + orjson.dumps([OPENED, COLUMNS, AMENDED])
 AMENDMENT = ord("a")
-UNFINISHED = ".new"  # the ending of a segment that is being made
+UNFINISHED = ".new"  # the suffix of a segment that is being made
 NOWHERE = -1  # in place of a segment's number: the journal could not take the entry
 
 
 def own_names() -> bytes:
-    """Return the payload that names what stands in the entries of this version."""
+    """Return the payload with the names of the values in this version's entries."""
     return _NAMES
 
 
 def serialize_generation(names: bytes, number: int) -> bytes:
-    """Return the generation of a segment whose entries have these names, used as the `number`-th.
+    """Return the generation of the `number`-th use of a segment, with entries of these `names`.
 
-    No two uses of a file have the same one. A reader that has lost a segment's head knows by it
-    whose names apply, and which use is the last.
+    No two uses of a file have the same one. If a segment's head is damaged, a reader knows by the
+    generation which names apply, and which use is the last.
     """
     schema = zlib.crc32(names, zlib.crc32(MAGIC)).to_bytes(4, "little")[:3]
     return GENERATION_BEGINS + schema + number.to_bytes(4, "little")
 
 
 def first_sum(generation: bytes) -> int:
-    """Return what the checksums of a segment's entries begin with.
+    """Return the sum with which the checksums of a segment's entries begin.
 
-    Spread over its bits, as Adler-32 of eight bytes is not; both halves are below 65521, or it
-    would be no sum that Adler-32 can have, and what follows it the library's own affair.
+    Unlike Adler-32 of eight bytes it is spread over all bits. Both halves are below 65521, as in
+    every sum of Adler-32: from others the library may go on as it likes.
     """
     return zlib.crc32(generation) & 0x7FFF7FFF
 
 
 def serialize_mark(generation: bytes, place: int, count: int) -> bytes:
-    """Return the bytes by which a segment's head says what the store has."""
+    """Return the mark in a segment's head: up to `place`, `count` closed requests are stored."""
     fields = MARK.pack(generation, place, count, 0)[:-4]
     return fields + zlib.crc32(fields).to_bytes(4, "little")
 
 
 def parse_mark(data: bytes, generation: bytes) -> tuple[int, int] | None:
-    """Return place and count of a mark; None if it is of another use, damaged or half written."""
+    """Return place and count of a mark, None if it is of another use, damaged or half written."""
     marked, place, count, _ = MARK.unpack(data)
     is_whole = marked == generation and serialize_mark(generation, place, count) == data
     return (place, count) if is_whole else None
 
 
 class _Segment:
-    """One file, locked and mapped."""
+    """One file of the journal, locked and mapped."""
 
     __slots__ = (
         "_descriptor",
@@ -147,7 +147,7 @@ class _Segment:
             raise
 
     def begin(self, number: int) -> None:
-        """Forget what it holds; old entries have another generation."""
+        """Begin the `number`-th use; entries of earlier ones have another generation."""
         self.number = number
         self.running = 0  # requests opened here that are not closed
         self.closed = 0  # entries of the letters c and r
@@ -160,7 +160,7 @@ class _Segment:
         self.append(_NAMES)
 
     def has_room(self, length: int) -> bool:
-        """For a payload of so many bytes, and the zeros behind it."""
+        """Whether a payload of `length` bytes fits, and the zeros behind it."""
         return self.end + length <= SEGMENT_BYTES - 2 * ENTRY_BYTES
 
     def append(self, payload: bytes) -> None:
@@ -179,40 +179,40 @@ class _Segment:
         self.end = place
 
     def _mark(self) -> tuple[int, int]:
-        """What the store has of this use: up to which place, and how many closed requests."""
+        """Return up to which place this use is stored, and how many closed requests."""
         mark = parse_mark(self._map[MARK_PLACE : MARK_PLACE + MARK.size], self._generation)
         if mark is not None:  # else the writer is just writing it
             self._seen = mark
         return self._seen
 
     def stored(self) -> int:
-        """How many closed requests of it are in the store."""
+        """Return how many closed requests of this use are stored."""
         return self._mark()[1]
 
     def is_free(self) -> bool:
-        """Nothing in it is needed: all is in the store, and no request opened here still runs."""
+        """Whether all entries are stored, and no request that was opened here still runs."""
         return not self.running and self._mark()[0] >= self.end
 
     def let_go(self) -> None:
-        """Say that its owner has ended in order, and free the lock."""
+        """Note that the owner ended without a crash, and free the lock."""
         head = HEAD.pack(self._generation, 1)
         self._map[HEAD_PLACE : HEAD_PLACE + HEAD.size] = head
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def close(self, *, remove: bool = False) -> None:
-        """Unmap, and free the lock; the file first, so that nobody finds it without its lock."""
-        if remove:
+        """Unmap, and free the lock."""
+        if remove:  # first, so that no process finds the file without its lock
             self._path.unlink(missing_ok=True)
         self._map.close()
         os.close(self._descriptor)
 
 
 class Journal:
-    """One process's journal in a directory; all but `prepare` belongs to the loop's thread.
+    """The journal of one process, in a directory; all but `prepare` belongs to the loop's thread.
 
-    `prepare` allocates on the disk, so it belongs to another. `lost` counts entries that found no
-    room when they came: a crash would lose them. Those of closed requests wait in memory for it;
-    `records_lost` counts those that could not.
+    `prepare` allocates on the disk, so it belongs to another thread. `lost` counts entries for
+    which there was no room: a crash would lose them. Entries of closed requests wait in memory for
+    room; `records_lost` counts those that could not.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -237,7 +237,7 @@ class Journal:
     def open_record(
         self, record: Record, slug: str, endpoint: Endpoint, prompt_tokens: int, answer_tokens: int
     ) -> None:
-        """Tell that a request goes upstream; the tokens are estimates of both parts."""
+        """Append that a request goes upstream; the numbers of tokens are estimates."""
         prices = endpoint.prices
         record.opened_in = self.open(
             [
@@ -257,17 +257,17 @@ class Journal:
         )
 
     def seal(self, record: Record) -> None:
-        """Tell what the record says now, before its client sees the answer's end."""
-        if record.is_sealed:  # it ended otherwise than it seemed: the later entry counts
+        """Append the record's row, before the client gets the last byte of the answer."""
+        if record.is_sealed:  # it ended otherwise than it seemed: the later row counts
             self.revise(make_row(record))
         else:
             record.is_sealed = True
             self.close_request(make_row(record), record.opened_in)
 
     def open(self, values: list[Any]) -> int:
-        """Tell that a request is about to go upstream, in the order of OPENED.
+        """Append that a request goes upstream, with `values` in the order of OPENED.
 
-        Returns the number of the segment that has it, which `close_request` wants back.
+        Return the number of the segment with the entry, for `close_request`.
         """
         segment = self._append(b"o" + _dumps(values))
         if segment is None:
@@ -276,7 +276,7 @@ class Journal:
         return segment.number
 
     def close_request(self, row: Row, opened_in: int = NOWHERE) -> None:
-        """Tell how a request ended."""
+        """Append the row of a request that has ended."""
         self._close(b"c", row)
         segment = self._current
         if segment is None or segment.number != opened_in:
@@ -285,11 +285,11 @@ class Journal:
             segment.running -= 1
 
     def revise(self, row: Row) -> None:
-        """A request that was told to be closed ended otherwise."""
+        """Append another row of a request that was closed before."""
         self._close(b"r", row)
 
     def amend(self, values: list[Any]) -> None:
-        """A better count for a closed request, in the order of AMENDED."""
+        """Append better counts of a closed request, in the order of AMENDED."""
         payload = b"a" + orjson.dumps(values)
         if self._waiting or self._append(payload) is None:
             self._wait(payload)
@@ -322,7 +322,7 @@ class Journal:
         return segment
 
     def _turn(self) -> _Segment | None:
-        """Go on in another segment: one that is free again, or else a prepared one."""
+        """Go on in another segment, a free one or a prepared one; None if there is neither."""
         current = self._current
         if current is not None:
             self._segments[current.number] = current
@@ -355,7 +355,7 @@ class Journal:
         self.records_lost += 1
 
     def flush(self) -> None:
-        """Append what waits in memory, as far as there is room."""
+        """Append the entries that wait in memory, as far as there is room."""
         while self._waiting and self._has_room(len(self._waiting[0])):
             payload = self._waiting.popleft()
             segment = self._append(payload)
@@ -368,16 +368,16 @@ class Journal:
             return True
         return bool(self._spares) or any(one.is_free() for one in self._segments.values())
 
-    # What became of it
+    # Counts
 
     @property
     def closed(self) -> int:
-        """Closed requests that were told so far, or wait to be."""
+        """The number of requests closed so far, also of those that wait in memory."""
         return self._closed + sum(one.closed for one in self._in_use()) + len(self._waiting)
 
     @property
     def stored(self) -> int:
-        """Those of them that are in the store."""
+        """The number of them that are stored."""
         stored = sum(one.stored() for one in self._in_use())
         return self._closed - self._left + stored
 
@@ -395,7 +395,7 @@ class Journal:
     # The other thread
 
     def prepare(self) -> None:
-        """Have a segment ready; a full disk is told once, and tried again by the next call."""
+        """Make a spare segment; a full disk is logged once, and tried again by the next call."""
         while self._retired:
             self._retired.popleft().close(remove=True)
         while len(self._spares) < SPARES and not self._is_closed:
@@ -411,7 +411,7 @@ class Journal:
             return
 
     def _make(self) -> str | None:
-        """One more spare; what is wrong if there can be none."""
+        """Make one more spare; return what is wrong if that fails."""
         if len(self._segments) >= MAX_SEGMENTS:
             return f"{MAX_SEGMENTS} segments wait for the store"
         try:
@@ -425,7 +425,7 @@ class Journal:
     # The end
 
     def end(self) -> None:
-        """No request follows: leave what is not stored to the writer. Nothing is unmapped yet."""
+        """End the journal after the last request; nothing is unmapped yet."""
         self.flush()
         self._is_closed = True
         if self._waiting:
@@ -438,7 +438,7 @@ class Journal:
             segment.let_go()
 
     def close(self) -> None:
-        """Let go of all segments."""
+        """End the journal, and close all segments."""
         if not self._is_closed:
             self.end()
         for segment in self._in_use():

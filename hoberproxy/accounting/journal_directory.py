@@ -1,6 +1,6 @@
-"""The folder of the journals beside a records file: where it is, and whether anybody uses it.
+"""The folder of the journals beside a records file, and the processes that use it.
 
-Imports nothing of the store: a supervisor asks, too.
+It imports nothing of the store, for the supervisor imports it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 from typing import Final
 
-SEGMENT: Final = ".segment"  # the ending of a journal's files, each locked by its living owner
+SEGMENT: Final = ".segment"  # the suffix of a journal's files, each locked while its owner lives
 
 
 def journal_directory(path: str | os.PathLike[str]) -> str:
-    """Where the journals of those who use this records file are."""
+    """Return the folder of the journals of all processes that use the records file at `path`."""
     # Not "-journal": SQLite has a file of that name.
     return f"{os.path.realpath(path)}-requests"
 
@@ -31,7 +31,7 @@ def _is_locked(path: Path) -> bool:
     except OSError:  # gone meanwhile, or another user's
         return False
     try:
-        # Shared, for a moment: others that look do not take each other for the owner.
+        # Shared, for a moment: processes that count at once do not count each other.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

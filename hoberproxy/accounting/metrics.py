@@ -1,9 +1,8 @@
-"""Plain counters on the request's path; accounting/exposition.py makes Prometheus' text form of
-them.
+"""The counters on a request's path; exposition.py makes Prometheus' text form of them.
 
 A counter of the client library with labels costs 3 µs, a histogram 4: integers in dictionaries
-cost a tenth. Nothing is counted for each chunk: gaps between events come from a stream's times and
-the number of its events.
+cost a tenth. Nothing is counted for each chunk: gaps between events are computed from a stream's
+times and the number of its events.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _place: Final = bisect_left
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
-    """What is so at the moment of a scrape."""
+    """The values of gauges at a scrape."""
 
     streams_open: int
     connections_open: int
@@ -45,7 +44,7 @@ class Gauges:
 
 
 class _Histogram:
-    """A count a bucket, one for what is over the last, and the sum."""
+    """A count a bucket, one for values over the last bucket, and the sum."""
 
     __slots__ = ("_bounds", "counts", "total")
 
@@ -60,12 +59,12 @@ class _Histogram:
 
     @property
     def values(self) -> list[float]:
-        """As accounting/exposition.py wants them."""
+        """The value of a histogram in a snapshot, as exposition.py describes it."""
         return [*self.counts, self.total]
 
 
 class _Series:
-    """What is counted under one model and provider."""
+    """The counts of one model and provider."""
 
     def __init__(self) -> None:
         self.succeeded = 0
@@ -89,7 +88,7 @@ class _Series:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """In the order of TOKEN_KINDS; none where none were told."""
+        """The counts in the order of TOKEN_KINDS, empty if no upstream gave any."""
         if not self.has_tokens:
             return ()
         return (
@@ -102,7 +101,7 @@ class _Series:
 
 
 class Metrics:
-    """Counts of one process since its start. `label` maps a slug to one of the catalog's."""
+    """The counts of one process since its start. `label` maps a slug to one of the catalog's."""
 
     def __init__(self, label: Callable[[str], str]) -> None:
         self.label = label
@@ -169,11 +168,11 @@ class Metrics:
             self._failovers[failure.provider, _reason(failure)] += 1
 
     def observe_lag(self, seconds: float) -> None:
-        """The loop came so late to a timer."""
+        """Count that the loop was late for a timer by `seconds`."""
         self._lag.observe(max(seconds, 0.0))
 
     def snapshot(self, gauges: Gauges) -> dict[str, list[Any]]:
-        """All counts and gauges, as JSON can have them."""
+        """Return all counts and gauges as a snapshot (see exposition.py)."""
         return {
             "requests": [
                 [[*key, status], count]
@@ -235,7 +234,7 @@ def _samples(counts: Mapping[Any, int]) -> list[Any]:
 
 
 def _status_class(record: Record) -> str:
-    """2xx, 4xx, 5xx; a client that went away and a stream that broke have words of their own."""
+    """Return 2xx, 4xx or 5xx, or a word for a client that went away or a broken stream."""
     if record.status == CLIENT_CLOSED:
         return "client_closed"
     if record.status == 200 and record.is_failure:
@@ -244,7 +243,7 @@ def _status_class(record: Record) -> str:
 
 
 def _reason(failure: FailedAttempt) -> str:
-    """Why a try failed, in few words: a label."""
+    """Return why an attempt failed, as a label."""
     if failure.code == "upstream_timeout":
         return "timeout"
     if failure.status is None:

@@ -18,7 +18,7 @@ import orjson
 from aiohttp import web
 
 from ..errors import ProxyError, RequestError, serialize_error
-from ..request.call import parse_call
+from ..request.checks import parse_call
 
 MODEL = "hober-demo-1"  # differs from any slug, as the names of real upstreams do
 
@@ -113,15 +113,15 @@ def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
 def answer(body: dict[str, Any], *, id: str, created: int) -> Reply:
     """Return the reply to a parsed `body`; `created` is unix seconds. Raises RequestError."""
     messages = body["messages"]
-    asked = _last_user_text(messages)
-    tool = None if messages[-1]["role"] == "tool" else _choose_tool(body, asked)
+    prompt = _last_user_text(messages)
+    tool = None if messages[-1]["role"] == "tool" else _choose_tool(body, prompt)
     finish_reason, tool_call = "stop", None
     if tool is not None:
-        arguments = SchemaFiller(tool.get("parameters"), asked).fill_root()
+        arguments = SchemaFiller(tool.get("parameters"), prompt).fill_root()
         text = orjson.dumps(arguments).decode()
         finish_reason, tool_call = "tool_calls", ToolCall(f"call_{id[-12:]}", tool["name"])
     else:
-        text = _cut_at_stop(_say(body, asked), body.get("stop"))
+        text = _cut_at_stop(_answer_text(body, prompt), body.get("stop"))
     pieces = split_pieces(text)
     limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(pieces)
     if limit < len(pieces):
@@ -129,26 +129,26 @@ def answer(body: dict[str, Any], *, id: str, created: int) -> Reply:
     return Reply(id, created, tuple(pieces), finish_reason, _count_prompt(body), tool_call)
 
 
-def _say(body: dict[str, Any], asked: str) -> str:
+def _answer_text(body: dict[str, Any], prompt: str) -> str:
     response_format = body.get("response_format") or {}
     if response_format.get("type") == "json_schema":
         wrapper = response_format.get("json_schema")
         schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
-        return orjson.dumps(SchemaFiller(schema, asked).fill_root()).decode()
-    text = _say_text(body["messages"], asked)
+        return orjson.dumps(SchemaFiller(schema, prompt).fill_root()).decode()
+    text = _plain_text(body["messages"], prompt)
     if response_format.get("type") == "json_object":
         return orjson.dumps({"model": MODEL, "answer": text}).decode()
     return text
 
 
-def _say_text(messages: Sequence[Mapping[str, Any]], asked: str) -> str:
+def _plain_text(messages: Sequence[Mapping[str, Any]], prompt: str) -> str:
     if messages[-1]["role"] == "tool":
         return f"The tool answered: {_shorten(_text_of(messages[-1]))}"
-    if found := _COUNT.search(asked[:_EXACT_CHARACTERS]):
+    if found := _COUNT.search(prompt[:_EXACT_CHARACTERS]):
         return _count_to(int(found[1]))
     return (
         "I am hoberproxy's demo model: I don't think, I show the wire. "
-        f"You wrote: “{_shorten(asked)}”. "
+        f"You wrote: “{_shorten(prompt)}”. "
         "Ask me to count to 10, or name a real provider in the config to get a real answer."
     )
 
@@ -183,7 +183,7 @@ def _count_prompt(body: dict[str, Any]) -> int:
 # Tools
 
 
-def _choose_tool(body: dict[str, Any], asked: str) -> dict[str, Any] | None:
+def _choose_tool(body: dict[str, Any], prompt: str) -> dict[str, Any] | None:
     """Return the function to call, None to answer in text."""
     functions = list(_functions(body.get("tools") or []))
     choice = body.get("tool_choice") or "auto"
@@ -191,7 +191,7 @@ def _choose_tool(body: dict[str, Any], asked: str) -> dict[str, Any] | None:
         return None
     if isinstance(choice, dict):
         return _named_tool(functions, choice)
-    words = set(_WORD.findall(asked[:_EXACT_CHARACTERS].lower()))
+    words = set(_WORD.findall(prompt[:_EXACT_CHARACTERS].lower()))
     fitting = [function for function in functions if words & _words_of(function)]
     if fitting or choice == "required":
         return (fitting or functions)[0]
@@ -223,7 +223,7 @@ def _words_of(function: Mapping[str, Any]) -> set[str]:
 class SchemaFiller:
     """Makes up a value that fits a JSON schema: its required properties, with plausible values.
 
-    Depth and number of values are bounded, since a schema may refer to itself. `asked` is the text
+    Depth and number of values are bounded, since a schema may refer to itself. `prompt` is the text
     of the user, which may hold a value.
     """
 
@@ -240,9 +240,9 @@ class SchemaFiller:
         "uuid": "00000000-0000-4000-8000-000000000000",
     }
 
-    def __init__(self, schema: object, asked: str) -> None:
+    def __init__(self, schema: object, prompt: str) -> None:
         self._root: Schema = schema if isinstance(schema, dict) else {}
-        self._asked = _shorten(asked)
+        self._prompt = _shorten(prompt)
         self._left = self._VALUES
 
     def fill_root(self) -> Any:
@@ -335,9 +335,9 @@ class SchemaFiller:
 
     def _guess(self, name: str) -> str:
         """Return a value for the property `name`: the last name in the text, such as Paris."""
-        if name.lower() in ("query", "question", "prompt", "text", "input") and self._asked:
-            return self._asked
-        names = re.findall(r"(?<=\s)[A-Z][\w-]+", self._asked)
+        if name.lower() in ("query", "question", "prompt", "text", "input") and self._prompt:
+            return self._prompt
+        names = re.findall(r"(?<=\s)[A-Z][\w-]+", self._prompt)
         return names[-1] if names else "example"
 
 

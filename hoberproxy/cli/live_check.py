@@ -1,8 +1,8 @@
-"""Ask every endpoint of a config what it can do, for `hoberproxy check --live`.
+"""Send three small requests to each endpoint of a config, for `hoberproxy check --live`.
 
-The requests are tiny and take the path of real ones: checked call, the endpoint's adaptation, pool,
-attempt, relay; where an exchange would serve a client, a `_Question` keeps what it learns. Nothing
-is recorded. What is told is in our own words: no key, no text of an upstream.
+They take the path of a client's requests: parsed call, adaptation, pool, attempt, relay. In place
+of an exchange a `_Request` owns the attempt and keeps the answer. Nothing is recorded. Reports hold
+no key and no text of an upstream.
 """
 
 from __future__ import annotations
@@ -19,76 +19,77 @@ from ..config.settings import Config
 from ..downstream.response import Answer, Client
 from ..downstream.socket_writer import Sink
 from ..errors import UpstreamError
-from ..exchange.attempt import Attempt, Owner
+from ..exchange.attempt import Attempt, AttemptOwner
 from ..protocol.http_head import ResponseHead
-from ..request.call import parse_call
+from ..request.checks import parse_call
 from ..routing.catalog import Endpoint, Model, TimeLimits
-from ..routing.router import Step
+from ..routing.plan import Step
 from ..timer_wheel import Ticker, Wheel
-from ..upstream.body import make_upstream_body
 from ..upstream.models_listing import list_models
 from ..upstream.provider import Upstream, make_upstreams
 from .live_check_report import Report
 
-SHORTEST_MEASURED = 0.05  # seconds of writing; below, tokens per second are noise of a few packets
+SHORTEST_MEASURED = 0.05  # seconds of a stream; in less, tokens per second are noise
 
 Body = dict[str, Any]
 
 
 def _body(prompt: str, max_tokens: int, **members: Any) -> Body:
     messages = [{"role": "user", "content": prompt}]
-    return {"model": "probe", "messages": messages, "max_tokens": max_tokens, **members}
+    return {"model": "check", "messages": messages, "max_tokens": max_tokens, **members}
 
 
 _FUNCTION = {"name": "ok", "description": "Reply with OK.", "parameters": {"type": "object"}}
-_STREAM = _body("Reply with OK, ten times.", 16, stream=True)  # one alone has no speed
-MAX_TOKENS = 64  # the marks around a call alone are 20 tokens with some models
+_STREAM = _body("Reply with OK, ten times.", 16, stream=True)  # one OK has no speed
+MAX_TOKENS = 64  # with some models the marks around a call are 20 tokens
 _TOOL = _body(
     "Reply with OK.",
     MAX_TOKENS,
     tools=[{"type": "function", "function": _FUNCTION}],
     tool_choice="required",
 )
-# Without the word JSON in a prompt OpenAI refuses the mode.
+# OpenAI refuses JSON mode without the word JSON in the prompt.
 _JSON = _body(
     'Reply with {"ok": true} as JSON.', MAX_TOKENS, response_format={"type": "json_object"}
 )
 
 
-def run_probe(
-    config: Config, *, limit: float, concurrency: int, tell: Callable[[int, int], None]
+def run_live_check(
+    config: Config, *, limit: float, concurrency: int, on_progress: Callable[[int, int], None]
 ) -> list[Report]:
-    """`probe` on the loop that real requests run on."""
+    """Run `check_endpoints` on a loop like that of the proxy."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(probe(config, limit=limit, concurrency=concurrency, tell=tell))
+        return runner.run(
+            check_endpoints(config, limit=limit, concurrency=concurrency, on_progress=on_progress)
+        )
 
 
-async def probe(
-    config: Config, *, limit: float, concurrency: int, tell: Callable[[int, int], None]
+async def check_endpoints(
+    config: Config, *, limit: float, concurrency: int, on_progress: Callable[[int, int], None]
 ) -> list[Report]:
-    """One report an endpoint, in the config's order. Raises ConfigError for a bad ca_file.
+    """Return a report for each endpoint of `config`, in its order.
 
-    `limit` is in seconds and for each request, of which an endpoint gets three at most, one
-    after the other; `concurrency` endpoints are asked at a time. `tell(done, all)` is called after
-    each.
+    Raises ConfigError for a bad ca_file. `limit` is the seconds of one request. An endpoint gets
+    at most three, one after the other, and `concurrency` endpoints are checked at a time.
+    `on_progress(done, all)` is called after each.
     """
     loop = asyncio.get_running_loop()
     wheel = Wheel(loop.time())
     upstreams, ticker = make_upstreams(config, loop, wheel), Ticker(wheel, loop)
-    prober, gate, done = _Prober(upstreams, limit), asyncio.Semaphore(concurrency), 0
+    checker, gate, done = _Checker(upstreams, limit), asyncio.Semaphore(concurrency), 0
     pairs = [(model, endpoint) for model in config.models for endpoint in model.endpoints]
 
-    async def ask(model: Model, endpoint: Endpoint) -> Report:
+    async def check(model: Model, endpoint: Endpoint) -> Report:
         nonlocal done
         async with gate:
-            report = await prober.ask(model, endpoint)
+            report = await checker.check(model, endpoint)
         done += 1
-        tell(done, len(pairs))
+        on_progress(done, len(pairs))
         return report
 
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(*pair)) for pair in pairs]
+            tasks = [group.create_task(check(*pair)) for pair in pairs]
     finally:
         ticker.close()
         for upstream in upstreams.values():
@@ -96,13 +97,16 @@ async def probe(
     return [task.result() for task in tasks]
 
 
-class _Prober:
+class _Checker:
+    """Checks endpoints with requests of at most `limit` seconds each."""
+
     def __init__(self, upstreams: Mapping[str, Upstream], limit: float) -> None:
         self._upstreams = upstreams
         self._limit = limit
-        self._listings: dict[str, asyncio.Task[list[str] | None]] = {}  # one for each provider
+        self._listings: dict[str, asyncio.Task[list[str] | None]] = {}  # by provider
 
-    async def ask(self, model: Model, endpoint: Endpoint) -> Report:
+    async def check(self, model: Model, endpoint: Endpoint) -> Report:
+        """Report on one endpoint; for a wildcard, on the first fitting model of its provider."""
         upstream = self._upstreams[endpoint.provider]
         report = Report(model.slug, endpoint.provider)
         limits = self._bounded(endpoint.limits or upstream.provider.limits)
@@ -114,14 +118,14 @@ class _Prober:
                 report.fail(error)
                 return report
             if name is None:
-                report.note("no model was asked: it lists none that fits; name one in [[models]]")
+                report.note("the provider lists no model that fits; name one in [[models]]")
                 return report
             endpoint = replace(endpoint, upstream_model=name)
-        await _ask_all(report, upstream, Step(model.slug, endpoint))
+        await _send_all(report, upstream, Step(model.slug, endpoint))
         return report
 
     def _bounded(self, limits: TimeLimits) -> TimeLimits:
-        """The endpoint's own, none longer than ours."""
+        """Return `limits`, none of them longer than this check's."""
         return TimeLimits(
             *(min(getattr(limits, each.name), self._limit) for each in fields(limits))
         )
@@ -129,7 +133,7 @@ class _Prober:
     async def _first_listed(
         self, upstream: Upstream, pattern: str, limits: TimeLimits
     ) -> str | None:
-        """The first model that the provider lists and that fits a wildcard's endpoint."""
+        """Return the first model in the provider's list that fits `pattern`, None if none does."""
         name = upstream.provider.name
         if name not in self._listings:
             self._listings[name] = asyncio.create_task(list_models(upstream, limits))
@@ -141,26 +145,19 @@ class _Prober:
         return None
 
 
-# The three questions
+# The three requests
 
 
-async def _ask_all(report: Report, upstream: Upstream, step: Step) -> None:
-    stream = await _Question(upstream, step, _STREAM).ask()
+async def _send_all(report: Report, upstream: Upstream, step: Step) -> None:
+    stream = await _Request(upstream, step, _STREAM).send()
     _report_stream(report, stream)
     without: frozenset[str] = frozenset()
     if stream.error is not None:
-        if (option := stream.error.refused_option) is None:
-            report.fail(stream.error)
-        else:
-            without = frozenset((option,))
-            report.reachable = f"no ({stream.error.upstream_status})"
-            advice = "set stream_options = false for the provider"
-            advice = advice if option == "stream_options" else "take it out of the endpoint's set"
-            report.note(f"it refuses {option}, which the proxy puts in; {advice}")
+        without = _report_failure(report, stream.error)
         if not stream.error.is_refusal:
             return  # the others would fail for the same reason
-    tools = await _Question(upstream, step, _TOOL, without).ask()
-    json_mode = await _Question(upstream, step, _JSON, without).ask()
+    tools = await _Request(upstream, step, _TOOL, without).send()
+    json_mode = await _Request(upstream, step, _JSON, without).send()
     if tools.error is None or json_mode.error is None:
         report.reachable = "yes"
     report.tools = tools.verdict("no call", bool(tools.message.get("tool_calls")))
@@ -171,7 +168,19 @@ async def _ask_all(report: Report, upstream: Upstream, step: Step) -> None:
         report.note_ability("json_mode", report.json_mode, own.json_mode)
 
 
-def _report_stream(report: Report, stream: _Question) -> None:
+def _report_failure(report: Report, error: UpstreamError) -> frozenset[str]:
+    """Report `error`; return the option that the server refuses, if that is why."""
+    if (option := error.refused_option) is None:
+        report.fail(error)
+        return frozenset()
+    report.reachable = f"no ({error.upstream_status})"
+    advice = "set stream_options = false for the provider"
+    advice = advice if option == "stream_options" else "take it out of the endpoint's set"
+    report.note(f"the server refuses {option}, which the proxy adds; {advice}")
+    return frozenset((option,))
+
+
+def _report_stream(report: Report, stream: _Request) -> None:
     outcome, began = stream.attempt.outcome(), stream.first_content
     if began is not None:
         report.first_content = began - stream.attempt.started
@@ -179,7 +188,7 @@ def _report_stream(report: Report, stream: _Question) -> None:
         return
     report.reachable = "yes"
     usage, events = outcome.usage, outcome.content_events
-    if usage is not None and usage.has_gaps(events):  # zeros beside a text
+    if usage is not None and usage.has_gaps(events):  # zero tokens, and yet a text
         usage = None
     report.usage = "yes" if usage is not None else "no"
     tokens = usage.completion_tokens if usage is not None else events
@@ -195,8 +204,11 @@ def _is_object(text: object) -> bool:
         return False
 
 
-class _Question(Owner):
-    """One request: what an exchange is to its attempt, and the client, who keeps a little."""
+class _Request(AttemptOwner):
+    """One request to an endpoint: the owner of its attempt, which keeps what the answer says.
+
+    `without` names options that are left out of the body.
+    """
 
     def __init__(
         self, upstream: Upstream, step: Step, body: Body, without: frozenset[str] = frozenset()
@@ -205,23 +217,14 @@ class _Question(Owner):
         self._ended = self._loop.create_future()
         self.first_content: float | None = None  # loop time
         self.error: UpstreamError | None = None
-        self.message: dict[str, Any] = {}  # of an answer that is no stream
-        call, endpoint = parse_call(orjson.dumps(body)), step.endpoint
-        rules, options = endpoint.adaptation, upstream.provider.stream_options
-        adapted, injected = make_upstream_body(
-            call,
-            endpoint.upstream_model,
-            stream_options=options,
-            adaptation=rules,
-            without=without,
-        )
-        request = upstream.serialize_request(adapted, [], stream=call.terms.stream)
+        self.message: dict[str, Any] = {}  # of an answer that is not streamed
+        call = parse_call(orjson.dumps(body))
         nobody = _Nobody()
         answer = Answer(Sink(nobody), nobody, version_minor=1, keep_alive=True)
-        self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
+        self.attempt = Attempt(self, call, step, upstream, answer, without)
 
-    async def ask(self) -> _Question:
-        """Wait for the end, which the attempt's limits see to."""
+    async def send(self) -> _Request:
+        """Send the request and wait for its end, which the attempt's limits bring about."""
         self.attempt.start()
         try:
             while not self._ended.done():
@@ -233,12 +236,13 @@ class _Question(Owner):
             self.attempt.abort()
         return self
 
-    def verdict(self, otherwise: str, is_shown: bool) -> str:
+    def verdict(self, otherwise: str, is_supported: bool) -> str:
+        """Return the report's word: "yes" if `is_supported`, or why not, or `otherwise`."""
         if self.error is not None:
             return "refused" if self.error.is_refusal else "failed"
-        if not is_shown and self.attempt.outcome().finish_reason == "length":
-            return "cut"  # it may think first
-        return "yes" if is_shown else otherwise
+        if not is_supported and self.attempt.outcome().finish_reason == "length":
+            return "cut"  # the model may reason first
+        return "yes" if is_supported else otherwise
 
     # What the attempt reports
 
@@ -250,7 +254,7 @@ class _Question(Owner):
         self.first_content = self.now
 
     def note_opened(self, *, is_stream: bool) -> None:
-        """Questions of the probe teach health nothing."""
+        """Keep these requests out of health."""
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
         choice = orjson.loads(body)["choices"][0]  # checked by the relay
@@ -258,11 +262,11 @@ class _Question(Owner):
         self.message = message if isinstance(message, dict) else {}
 
     def sent_body(self) -> bytes:
-        """The body is the probe's own."""
+        """Return nothing: the body is this module's own."""
         return b""
 
     def seal(self, status: int, following: int = 0) -> None:
-        """Questions of the probe are not recorded."""
+        """Keep these requests out of the records."""
 
     def attempt_finished(self, attempt: Attempt) -> None:
         self._ended.set_result(None)
@@ -273,7 +277,7 @@ class _Question(Owner):
 
 
 class _Nobody(Client):
-    """The client of a question, and its transport: nobody reads the answer."""
+    """A client, and its transport, that reads nothing."""
 
     def write(self, data: bytes) -> None: ...
     def abort(self) -> None: ...

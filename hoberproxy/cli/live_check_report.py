@@ -1,7 +1,6 @@
-"""What `hoberproxy check --live` tells of an endpoint, and what to do about what is wrong.
+"""Report what `hoberproxy check --live` found out of an endpoint, with advice for each problem.
 
-All words are ours: of an upstream's answer only its status is told, of a connection what the system
-says. How endpoints are asked is in cli/live_check.py.
+Of an upstream's answer a report holds only the status, of a connection the system's error.
 """
 
 from __future__ import annotations
@@ -16,50 +15,52 @@ from ..upstream.connector import describe_os_error
 COLUMNS = (
     "model", "provider", "reachable", "first content", "tokens/s", "tools", "JSON mode", "usage",
 )  # fmt: skip
-NOT_ASKED = "-"
+UNKNOWN = "-"
 
 
 @dataclass(slots=True)
 class Report:
-    """What is known of one endpoint. Times in seconds; `problems` say what to do, one a line."""
+    """The result for one endpoint, times in seconds; `problems` are lines with advice."""
 
     model: str
     provider: str
-    reachable: str = NOT_ASKED  # "yes", or "no (…)" with a status or a word
+    reachable: str = UNKNOWN  # "yes", or "no (…)" with a status or a word
     first_content: float | None = None  # from the first try to connect
     throughput: float | None = None  # tokens per second after the first
-    tools: str = NOT_ASKED  # "yes", "no call", "refused", "failed" or "cut"
-    json_mode: str = NOT_ASKED  # "yes", "no JSON", "refused", "failed" or "cut"
-    usage: str = NOT_ASKED  # "yes" or "no", of the stream
+    tools: str = UNKNOWN  # "yes", "no call", "refused", "failed" or "cut"
+    json_mode: str = UNKNOWN  # "yes", "no JSON", "refused", "failed" or "cut"
+    usage: str = UNKNOWN  # "yes" or "no", of the stream
     problems: list[str] = field(default_factory=list)
 
     @property
     def is_unreachable(self) -> bool:
-        """It was asked, and nothing came of it."""
+        """Return whether the endpoint was tried and did not answer."""
         return self.reachable.startswith("no")
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """One text for each of COLUMNS."""
-        first = NOT_ASKED if self.first_content is None else f"{self.first_content * 1000:,.0f} ms"
-        speed = NOT_ASKED if self.throughput is None else f"{self.throughput:,.0f}"
+        """Return the texts of this report's row, one for each of COLUMNS."""
+        first = UNKNOWN if self.first_content is None else f"{self.first_content * 1000:,.0f} ms"
+        speed = UNKNOWN if self.throughput is None else f"{self.throughput:,.0f}"
         abilities = (self.tools, self.json_mode, self.usage)
         return (self.model, self.provider, self.reachable, first, speed, *abilities)
 
     def note(self, problem: str) -> None:
+        """Add `problem` with the name of the endpoint."""
         self.problems.append(f"{self.model} at {self.provider}: {problem}")
 
     def fail(self, error: UpstreamError) -> None:
-        shortly, advice = _describe(error)
-        self.reachable = f"no ({shortly})"
+        """Report that `error` makes the endpoint unreachable."""
+        word, advice = _describe(error)
+        self.reachable = f"no ({word})"
         self.note(advice)
 
     def note_ability(self, setting: str, verdict: str, configured: bool | None) -> None:
-        """Tell what routing had better know."""
+        """Advise to set `setting` if `verdict` says that the endpoint lacks the ability."""
         if verdict == "failed":
-            self.note(f"{setting}: the request failed; ask again later")
+            self.note(f"{setting}: the request failed; check again later")
         elif verdict == "cut":
-            self.note(f"{setting}: the answer was cut before it could show; ask it by hand")
+            self.note(f"{setting}: the answer was cut too early to say; try it by hand")
         elif verdict != "yes" and configured is not False:
             self.note(f"{setting}: {verdict}; set {setting} = false for the endpoint")
 
@@ -68,40 +69,43 @@ class Report:
 
 _ADVICE = {
     401: "the key is not accepted; check the provider's api_key_env or api_key_file",
-    402: "the account has no credit; see to it, or take the endpoint out",
-    403: "the key may not do this; check its rights, and the account's to the model",
+    402: "the account has no credit; add some, or take the endpoint out",
+    403: "the key may not do this; check its rights and the account's access to the model",
     404: "model or path unknown; check the endpoint's model, and that base_url ends in the version",
-    429: "a rate limit is reached; ask again later",
+    429: "a rate limit is reached; check again later",
 }
 _OTHER_ADVICE = {
-    2: "the answer is no completion, or broke; check that base_url ends in the version (/v1)",
-    3: "it redirects; put the final address into base_url",
-    4: "it refuses the request; check the endpoint's model, rename, drop and set",
-    5: "it fails itself; look into its log, or ask again later",
+    2: "the answer is incomplete or no completion; check that base_url ends in the version (/v1)",
+    3: "the server redirects; put the final address into base_url",
+    4: "the server refuses the request; check the endpoint's model, rename, drop and set",
+    5: "the server failed; look into its log, or check again later",
 }
 
 
 def _describe(error: UpstreamError) -> tuple[str, str]:
-    """The failure in a word or a status, and what to do about it."""
+    """Return a word or a status for `error`, and what to do about it."""
     status = error.upstream_status
     if error.code == "upstream_timeout":
         if error.phase is Phase.CONNECT:
-            return "time limit", "no connection in time; check host, port and what is between"
-        return "time limit", "no answer in time; give it a longer --timeout, or look at its load"
+            return "time limit", "no connection in time; check host, port and firewalls"
+        return "time limit", "no answer in time; set a longer --timeout, or check the server's load"
     if error.phase is Phase.CONNECT:
         return _describe_connect(error.__cause__)
     if status is None:
-        return "cut", "the connection ended without an answer; check that base_url is http or https"
+        return (
+            "cut",
+            "the connection ended without an answer; check whether base_url needs http or https",
+        )
     return str(status), f"status {status}: {_ADVICE.get(status) or _OTHER_ADVICE[status // 100]}"
 
 
 def _describe_connect(cause: BaseException | None) -> tuple[str, str]:
     if isinstance(cause, ssl.SSLCertVerificationError):
-        return "certificate", f"{describe_os_error(cause)}; name its authority in ca_file"
+        return "certificate", f"{describe_os_error(cause)}; set ca_file to its authority"
     if isinstance(cause, ssl.SSLError):
-        return "TLS", "it does not speak TLS as we do; check that base_url is http or https"
+        return "TLS", "no TLS in common; check whether base_url needs http or https"
     if isinstance(cause, socket.gaierror):
-        return "name", "the name is not found; check the host in base_url"
+        return "name", "no address for this name; check the host in base_url"
     if isinstance(cause, ConnectionRefusedError):
-        return "refused", "nothing listens there; start it, or check the port in base_url"
+        return "refused", "nothing listens there; start the server, or check the port in base_url"
     return "connect", "no connection; check host and port in base_url"

@@ -279,11 +279,14 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _check_live(config: Config, arguments: argparse.Namespace) -> int:
     """Check all endpoints; return EXIT_FAILED if one cannot be reached."""
-    from .live_check import run_probe
+    from .live_check import run_live_check
     from .live_check_report import COLUMNS
 
-    reports = run_probe(
-        config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_print_progress
+    reports = run_live_check(
+        config,
+        limit=arguments.timeout,
+        concurrency=arguments.concurrency,
+        on_progress=_print_progress,
     )
     print_table(COLUMNS, [report.cells for report in reports])
     if any(model.is_wildcard for model in config.models):

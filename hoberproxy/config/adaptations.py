@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from ..request.call import ROLES
 from ..request.extensions import is_extension
 from ..routing.catalog import Abilities, Adaptation
-from .tables import Table, nearest, shown
+from .tables import Table, describe_value, nearest
 from .values import InvalidValue
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
@@ -54,21 +55,21 @@ def read_adaptation(table: Table, default: Adaptation) -> Adaptation:
     """Return the rules in `table`, and those of `default` for the members it leaves out."""
     renames, values, roles = (table.table(name) for name in ("rename", "set", "roles"))
     own = Adaptation(
-        rename=_read_renames(renames),
+        rename=_read_pairs(renames, _parse_member),
         drop=frozenset(table.strings("drop", _parse_member)),
         set=_read_values(values),
-        roles=_read_roles(roles),
+        roles=_read_pairs(roles, _parse_role),
     )
     _check_renames(renames, own.rename)
     _check_rules(table, values, own)
     return own.over(default)
 
 
-def _read_renames(table: Table) -> tuple[tuple[str, str], ...]:
+def _read_pairs(table: Table, parse: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
     pairs = []
     for old in table.values:
-        new = table.parse(old, None, _parse_member)
-        if _is_member(table, old) and new is not None:
+        new = table.parse(old, None, parse)
+        if _is_valid(table, old, parse) and new is not None:
             pairs.append((old, new))
     return tuple(pairs)
 
@@ -77,34 +78,21 @@ def _read_values(table: Table) -> tuple[tuple[str, bytes], ...]:
     values = []
     for name, value in table.values.items():
         table.know(name)
-        if not _is_member(table, name):
+        if not _is_valid(table, name, _parse_member):
             continue
         try:
             values.append((name, _json_text(value).encode()))
         except InvalidValue as error:
-            table.note(name, error)
+            table.note_error(name, error)
     return tuple(values)
 
 
-def _read_roles(table: Table) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for old in table.values:
-        new = table.parse(old, None, _parse_role)
-        try:
-            _parse_role(old)
-        except InvalidValue as error:
-            table.note(old, error)
-            continue
-        if new is not None:
-            pairs.append((old, new))
-    return tuple(pairs)
-
-
-def _is_member(table: Table, name: str) -> bool:
+def _is_valid(table: Table, name: str, parse: Callable[[str], str]) -> bool:
+    """Return whether `parse` takes `name`; note it if not."""
     try:
-        _parse_member(name)
+        parse(name)
     except InvalidValue as error:
-        table.note(name, error)
+        table.note_error(name, error)
         return False
     return True
 
@@ -117,10 +105,10 @@ def _check_renames(table: Table, pairs: tuple[tuple[str, str], ...]) -> None:
     for old, new in pairs:
         if new in olds and new != old:
             got = f'"{new}", which is renamed itself'
-            table.note(old, InvalidValue("a name that stays", got, "rename each member once"))
+            table.note(old, "a name that stays", got, "rename each member once")
         elif new in news:
             got = f'"{new}" for a second member'
-            table.note(old, InvalidValue("a name of its own", got, "take one of them out"))
+            table.note(old, "a name of its own", got, "take one of them out")
         news.add(new)
 
 
@@ -128,13 +116,11 @@ def _check_rules(table: Table, values: Table, own: Adaptation) -> None:
     renamed = {name for pair in own.rename for name in pair}
     for name in sorted(own.drop & renamed):
         got = f'"{name}", which is in rename'
-        table.note(
-            "drop", InvalidValue("members without another rule", got, "take one of them out")
-        )
+        table.note("drop", "members without another rule", got, "take one of them out")
     for name, _ in own.set:
         if name in own.drop or name in renamed:
             got = f"one that is in {'drop' if name in own.drop else 'rename'}"
-            values.note(name, InvalidValue("a member without another rule", got, "take one out"))
+            values.note(name, "a member without another rule", got, "take one out")
 
 
 # Texts and values
@@ -178,7 +164,7 @@ def _json_text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | Decimal):
         return _number_text(value)
-    raise InvalidValue("a value that JSON has", shown(value), "write it as a string")
+    raise InvalidValue("a value that JSON has", describe_value(value), "write it as a string")
 
 
 def _number_text(value: int | Decimal) -> str:
@@ -187,4 +173,6 @@ def _number_text(value: int | Decimal) -> str:
         return str(value)
     if isinstance(value, Decimal) and value.is_finite() and math.isfinite(float(value)):
         return str(value)
-    raise InvalidValue("a number of 64 bits", shown(value), "write a smaller one, or a string")
+    raise InvalidValue(
+        "a number of 64 bits", describe_value(value), "write a smaller one, or a string"
+    )

@@ -35,7 +35,7 @@ from .settings import (
     RoutingSettings,
     ServerSettings,
 )
-from .tables import Table, nearest, plain_number, shown
+from .tables import Table, describe_value, nearest, plain_number
 from .values import (
     NOT_FORWARDED,
     NOT_RETURNED,
@@ -116,21 +116,18 @@ def _read_config(root: Table, sources: _Sources) -> Config:
 
 def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
-    _refuse_limit_per_address(table)
+    _note_limit_per_address(table)
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
     if metrics is not None and metrics.port and metrics in listen:
-        problem = InvalidValue("an address of its own", "one of server.listen", "change its port")
-        table.note("metrics_listen", problem)
+        got = "one of server.listen"
+        table.note("metrics_listen", "an address of its own", got, "change its port")
     max_body_bytes = table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30)
     max_body_memory = table.integer("max_body_memory", default.max_body_memory, 0, 2**50)
     if 0 < max_body_memory < max_body_bytes:
-        problem = InvalidValue(
-            f"at least server.max_body_bytes ({max_body_bytes})",
-            str(max_body_memory),
-            "raise it, or lower max_body_bytes",
-        )
-        table.note("max_body_memory", problem)
+        expected = f"at least server.max_body_bytes ({max_body_bytes})"
+        advice = "raise it, or lower max_body_bytes"
+        table.note("max_body_memory", expected, str(max_body_memory), advice)
     return ServerSettings(
         listen=listen,
         metrics_listen=metrics,
@@ -149,12 +146,12 @@ def _read_server(table: Table) -> ServerSettings:
     )
 
 
-def _refuse_limit_per_address(table: Table) -> None:
+def _note_limit_per_address(table: Table) -> None:
     for name in ("max_connections_per_address", "trusted_proxies"):
         if name in table.values:
             table.know(name)
             advice = "set limit_conn in the front proxy; deploy/ has nginx and Caddy"
-            table.note(name, InvalidValue("a known setting", "a limit per address", advice))
+            table.note(name, "a known setting", "a limit per address", advice)
 
 
 def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
@@ -166,9 +163,7 @@ def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, .
     addresses = table.strings("listen", _parse_address)
     table.require("listen", "at least one address", 'add "127.0.0.1:8080"')
     for address in {each for each in addresses if each.port and addresses.count(each) > 1}:
-        table.note(
-            "listen", InvalidValue("different addresses", f"{address} twice", "take one out")
-        )
+        table.note("listen", "different addresses", f"{address} twice", "take one out")
     return addresses
 
 
@@ -179,7 +174,7 @@ def _read_keys(table: Table, server: ServerSettings) -> KeySettings:
     if public and not required:
         got = f"false while server.listen has {', '.join(public)}"
         advice = "require keys, or listen on 127.0.0.1 alone"
-        table.note("required", InvalidValue("true unless only this machine is served", got, advice))
+        table.note("required", "true unless only this machine is served", got, advice)
     return KeySettings(
         required,
         assumed_output=table.integer("assumed_output", default.assumed_output, 1, 2**31),
@@ -218,7 +213,7 @@ def _read_providers(table: Table, sources: _Sources) -> dict[str, Provider]:
     for name, below in table.each_table():
         if not _PROVIDER_NAME.fullmatch(name):  # a header's value and a metric's label hold it
             expected = "a name of up to 64 letters, digits, dots, hyphens and underscores"
-            table.note(name, InvalidValue(expected, "another name", "rename it"))
+            table.note(name, expected, "another name", "rename it")
         providers[name] = _read_provider(name, below, sources)
     return providers
 
@@ -250,7 +245,7 @@ def _check_headers(table: Table, provider: Provider) -> None:
     own = {name.lower() for name, _ in provider.headers}
     for name in own.intersection(provider.forward_headers):
         got = f'"{name}" in headers too'
-        table.note("forward_headers", InvalidValue("other headers", got, "take one of the two out"))
+        table.note("forward_headers", "other headers", got, "take one of the two out")
 
 
 # Stands in for a URL that could not be read, until all problems are raised.
@@ -272,13 +267,11 @@ def _read_key(table: Table, preset: Preset | None, sources: _Sources) -> str | N
     if "api_key" in table.values:
         table.know("api_key")
         advice = "use api_key_env or api_key_file"
-        table.note("api_key", InvalidValue("a reference to the key", "the key itself", advice))
+        table.note("api_key", "a reference to the key", "the key itself", advice)
     given = {"api_key", "api_key_env", "api_key_file"} & set(table.values)
     if {"api_key_env", "api_key_file"} <= given:
         got = "api_key_env and api_key_file"
-        table.note(
-            "api_key_env", InvalidValue("one place for the key", got, "take one of them out")
-        )
+        table.note("api_key_env", "one place for the key", got, "take one of them out")
     from_variable = table.parse("api_key_env", None, _variable_reader(sources))
     from_file = table.parse("api_key_file", None, lambda path: parse_key(_text_of(path, sources)))
     if preset is not None and not given:
@@ -292,7 +285,7 @@ def _read_preset_key(table: Table, preset: Preset, sources: _Sources) -> str | N
     if not preset.is_local:
         names = " or ".join(preset.key_variables)
         got = "an environment without it"
-        table.note("preset", InvalidValue(f"{names} to be set", got, "set it, or name api_key_env"))
+        table.note("preset", f"{names} to be set", got, "set it, or name api_key_env")
     return None
 
 
@@ -350,12 +343,10 @@ def _read_headers(table: Table) -> tuple[tuple[str, str], ...]:
         try:
             lower = check(name)
         except InvalidValue as error:
-            table.note(name, error)
+            table.note_error(name, error)
             continue
         if lower in seen:
-            table.note(
-                name, InvalidValue("each header once", "one in two spellings", "take one out")
-            )
+            table.note(name, "each header once", "one in two spellings", "take one out")
         seen.add(lower)
         headers.append((name, value))
     return tuple(headers)
@@ -379,7 +370,7 @@ def _read_models(root: Table, providers: Mapping[str, Provider]) -> tuple[Model,
         place = first.setdefault(model.slug, table.path)
         if model.slug and place != table.path:
             got = f'"{model.slug}" again, as in {place}'
-            table.note("slug", InvalidValue("a slug once", got, "merge their endpoints"))
+            table.note("slug", "a slug once", got, "merge their endpoints")
     return tuple(models)
 
 
@@ -407,7 +398,7 @@ def _read_endpoints(
         same = first.setdefault(endpoint.key, table.path)
         if endpoint.provider and same != table.path:
             got = f"the provider and model of {same}"
-            table.note("provider", InvalidValue("another endpoint", got, "take one of them out"))
+            table.note("provider", "another endpoint", got, "take one of them out")
     return tuple(endpoints)
 
 
@@ -453,8 +444,8 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
     if _PRICE.fullmatch(text):
         return Decimal(text)
     expected = f"{unit}, 0 to 9999999, at most 12 decimals"
-    got = "another string" if isinstance(value, str) else shown(value)
-    table.note(name, InvalidValue(expected, got, 'write it like "0.14"'))
+    got = "another string" if isinstance(value, str) else describe_value(value)
+    table.note(name, expected, got, 'write it like "0.14"')
     return Decimal(0)
 
 

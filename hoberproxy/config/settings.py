@@ -53,7 +53,7 @@ class ServerSettings:
 
 @dataclass(frozen=True, slots=True)
 class KeySettings:
-    """Whether clients need keys, and what their limits assume."""
+    """Rules for the keys of clients and their limits."""
 
     required: bool = True
     # Tokens held for an answer that neither its request nor its endpoint's max_output limits.
@@ -81,7 +81,7 @@ class RoutingSettings:
 
 @dataclass(frozen=True, slots=True)
 class LogSettings:
-    """What is logged, and how."""
+    """Level, form and share of the log's lines."""
 
     level: str = "info"
     access: bool = True

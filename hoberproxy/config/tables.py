@@ -40,23 +40,27 @@ class Table:
         """Count `name` as known without reading its value."""
         self._known[name] = None
 
-    def note(self, name: str, problem: InvalidValue) -> None:
-        """Add `problem` under the dotted path of `name`."""
-        self._problems.append(f"{self._at(name)}: {problem}")
+    def note(self, name: str, expected: str, got: str, advice: str) -> None:
+        """Add a problem under the dotted path of `name`."""
+        self.note_error(name, InvalidValue(expected, got, advice))
+
+    def note_error(self, name: str, error: InvalidValue) -> None:
+        """Add `error`, which a parser raised, under the dotted path of `name`."""
+        self._problems.append(f"{self._at(name)}: {error}")
 
     def finish(self) -> None:
         """Note every name that no method has read, in this table and in those below."""
         for name in self.values:
             if name not in self._known:
                 advice = nearest(name, self._known)
-                self.note(name, InvalidValue("a known setting", "an unknown name", advice))
+                self.note(name, "a known setting", "an unknown name", advice)
         for table in self._below:
             table.finish()
 
     def require(self, name: str, expected: str, advice: str) -> None:
         """Note that `name` is absent or empty, if it is."""
         if name not in self.values or self.values[name] in ([], {}):
-            self.note(name, InvalidValue(expected, "none", advice))
+            self.note(name, expected, "none", advice)
 
     def take(self, name: str, kind: type[T] | tuple[type[T], ...], expected: str) -> T | None:
         """Return the value of `name` if it is of `kind`; None if it is absent or was noted."""
@@ -66,7 +70,7 @@ class Table:
         if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
         if value is not None:
-            self.note(name, InvalidValue(expected, shown(value), _ADVICE[expected]))
+            self.note(name, expected, describe_value(value), _ADVICE[expected])
         return None
 
     def boolean(self, name: str, default: B) -> bool | B:
@@ -79,7 +83,7 @@ class Table:
         value = self.take(name, int, "an integer")
         if value is None or low <= value <= high:
             return default if value is None else value
-        self.note(name, InvalidValue(f"{low} to {high}", shown(value), "choose one in this range"))
+        self.note(name, f"{low} to {high}", describe_value(value), "choose one in this range")
         return default
 
     def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
@@ -100,7 +104,7 @@ class Table:
         try:
             return parse(text)
         except InvalidValue as error:
-            self.note(name, error)
+            self.note_error(name, error)
             return default
 
     def strings(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
@@ -147,7 +151,7 @@ class Table:
         if not number.is_nan() and Decimal(low) <= number <= Decimal(high):
             return number
         expected = f"{low} to {high}{unit}"
-        self.note(name, InvalidValue(expected, shown(value), "choose one in this range"))
+        self.note(name, expected, describe_value(value), "choose one in this range")
         return None
 
     def _at(self, name: str) -> str:
@@ -171,7 +175,7 @@ _ADVICE = {
 }
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """Describe `value` for a message: a number as it is, anything else by its type."""
     if isinstance(value, bool):
         return "true" if value else "false"

@@ -75,8 +75,11 @@ class ServerContext(ConnectionContext):
         )
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
-        """An endpoint answers without these members that we would put in: leave them out too."""
-        known = self.refused_options.pop(endpoint, frozenset())
+        """Leave `options`, members that the proxy puts in, out of what `endpoint` gets next."""
+        known = self.refused_options.get(endpoint, frozenset())
+        if options <= known:
+            return
+        self.refused_options.pop(endpoint, None)
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options

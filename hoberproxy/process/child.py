@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .channel import Channel, Message
+from .machine import malloc_variables
 
 # What systemd says to its service is not for workers; the rest of the environment is.
 _SUPERVISORS_OWN = frozenset(
@@ -204,6 +205,7 @@ def start_child(
         environ = {
             name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
         }
+        environ |= malloc_variables(os.environ)
         words = python_command(command, str(theirs.fileno()))
         pid = os.posix_spawn(words[0], words, environ, file_actions=actions, setsigmask=[])
     child = Child(pid, generation=generation, slot=slot, state=State.STARTING, started=time.time())

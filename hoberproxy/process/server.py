@@ -30,13 +30,12 @@ from ..access.admission import (
     body_memory_limit,
 )
 from ..access.keys import Keyring
-from ..access.shared_limits import Tallies
+from ..access.shared_limits import SharedLimits
 from ..accounting.access_log import AccessLog
 from ..accounting.accounts import Accounts
 from ..accounting.exposition import resident_bytes
 from ..accounting.journal import Journal
 from ..accounting.journal_directory import journal_directory
-from ..accounting.memory import collect_rarely, keep_freed_memory, machine_memory
 from ..accounting.metrics import Gauges, Metrics
 from ..api.routes import make_app
 from ..config.settings import Address, Config
@@ -51,8 +50,8 @@ from ..storage.key_loader import KeyLoader, start_thread
 from ..storage.writer import FINISH_LIMIT, Writer
 from ..timer_wheel import Ticker, Timed, Wheel
 from ..upstream.provider import make_upstreams
-from .file_limits import connections_limit, raise_file_limit
 from .listeners import BACKLOG, Listeners, StartError, flat
+from .machine import collect_rarely, connections_limit, machine_memory, raise_file_limit
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -95,7 +94,7 @@ class Server(Timed):
         self._stop_now = asyncio.Event()
         self._sweeps = 0
         self._context: ServerContext | None = None
-        self._tallies: Tallies | None = None
+        self._shared_limits: SharedLimits | None = None
         records = config.records
         self._journal = Journal(journal_directory(records.file))
         self._loader: KeyLoader | None = None
@@ -144,14 +143,14 @@ class Server(Timed):
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
         catalog = Catalog(config.models)
-        self._tallies = tallies = _open_tallies(config.records.file)
+        self._shared_limits = shared_limits = _open_shared_limits(config.records.file)
         return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=Keyring(),
-            accounts=Accounts(self._journal, tallies, config.keys.assumed_output),
+            accounts=Accounts(self._journal, shared_limits, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
                 if config.log.access
@@ -351,8 +350,8 @@ class Server(Timed):
             await upstream.pool.aclose()
         context.accounts.shut()
         await asyncio.to_thread(self._close_records)
-        if self._tallies is not None:
-            self._tallies.close()
+        if self._shared_limits is not None:
+            self._shared_limits.close()
         if context.access_log is not None:
             context.access_log.close()
 
@@ -434,10 +433,10 @@ def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
         )
 
 
-def _open_tallies(records_file: str) -> Tallies:
+def _open_shared_limits(records_file: str) -> SharedLimits:
     path = f"{os.path.realpath(records_file)}-limits"
     try:
-        return Tallies(path)
+        return SharedLimits(path)
     except FileNotFoundError as exc:
         raise StartError(
             f"expected the directory {os.path.dirname(path)} to exist, got none; create it or "
@@ -451,7 +450,6 @@ def _open_tallies(records_file: str) -> Tallies:
 def run(main: Callable[[], object]) -> None:
     """Run a coroutine function on uvloop, in a process of its own."""
     raise_file_limit()
-    keep_freed_memory()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())  # type: ignore[arg-type]

@@ -1,10 +1,9 @@
-"""The journals of all processes in a directory, as the writer of the store reads them.
+"""The journals of all processes in a directory, as the writer reads them.
 
-Those of living processes are read while they are appended to: a checksum that does not fit is an
-entry that is half copied, and fits at the next look. What a dead one left is read to its end, with
-the requests that were opened and never closed; there it is damage, by a power cut or a bad disk.
-Every whole entry around it is taken, and the file kept for a person, under a name of which no
-process reads.
+A living process's segments are read while entries are appended: an entry whose checksum does not
+fit is half copied, and read the next time. A dead process's segments are read to their ends, with
+the requests that were opened and never closed. There such an entry is damage, by a power cut or a
+bad disk: all whole entries around it are read, and the file is renamed, for a person to look at.
 """
 
 from __future__ import annotations
@@ -45,10 +44,9 @@ from .store import Amendment
 logger = logging.getLogger("hoberproxy.ledger")
 
 Values = dict[str, Any]
-UNFINISHED_FOR = 60.0  # seconds after which a segment's maker must have died
+UNFINISHED_FOR = 60.0  # seconds after which the process that made a segment must have died
 UNREADABLE = ".unreadable"
 MAX_UNREADABLE = 64  # such files, of 4 MB at most; beyond that the oldest goes
-_OLD_SEGMENT = ".journal"  # of versions before the first release
 _END = bytes(ENTRY.size)
 _SEARCHED = 64 * 1024  # bytes at a time
 _OPENED, _CLOSED, _REVISED, _AMENDED, _NAMES = b"ocran"
@@ -57,7 +55,7 @@ _LIST_OF_COLUMNS = list(COLUMNS)
 
 @dataclass(slots=True)
 class Batch:
-    """What goes into the store together. Applied in this order."""
+    """Records that go into the store in one transaction, in this order."""
 
     rows: list[Row] = field(default_factory=list)
     revised: list[Row] = field(default_factory=list)  # in place of a row with the same id
@@ -69,7 +67,7 @@ class Batch:
 
 
 class Segment:
-    """One segment, whoever's: read from where the store's knowledge of it ends."""
+    """One segment of any process, read from the entry behind the last one that is stored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -85,7 +83,7 @@ class Segment:
         self.generation = b""
         self.has_ended = False
         self.holes = 0  # places where a dead owner's segment cannot be read
-        self.is_known = True  # of a form that is read here
+        self.is_known = True  # of a form that this version reads
         self.is_readable = False  # has a generation by which a dead owner's entries are found
         self.is_set_aside = False
         self._seed = 0
@@ -96,11 +94,11 @@ class Segment:
 
     @property
     def number(self) -> int:
-        """Its place in its owner's order of use."""
+        """The number of this use among those of its owner's segments."""
         return int.from_bytes(self.generation[4:], "little")
 
     def refresh(self) -> None:
-        """See whether it is used anew, and go on where the store is."""
+        """Read the head; begin behind the last stored entry if the segment is used again."""
         if not self.is_own or self._map is None:
             return
         generation, ended = HEAD.unpack_from(self._map, HEAD_PLACE)
@@ -118,34 +116,22 @@ class Segment:
         self._names = {}
 
     def read(self, limit: int) -> list[bytes]:
-        """Up to `limit` entries that were appended since, but for those of opened requests."""
-        # As `_entry_at`, which costs half as much again: this is most of what the writer itself
-        # does (bench.micro account).
+        """Return up to `limit` entries appended since the last call, but none of the letter o."""
         found: list[bytes] = []
-        data, seed, place, end = self._map, self._seed, self._place, self.size - ENTRY.size
-        unpack_from, sum_of, generation = ENTRY.unpack_from, zlib.adler32, self.generation
-        while data is not None and self.is_own and place <= end:
-            marked, length, where, checksum = unpack_from(data, place)
-            if marked != generation or where != place:
+        while len(found) < limit:
+            entry = self._entry_at(self._place)
+            if entry is None or entry[0] != self._place:  # an entry of elsewhere, copied here
                 break
-            start = place + 20
-            following = start + length
-            payload = data[start:following]
-            if sum_of(payload, seed) ^ place != checksum or following > self.size:
-                break
-            place = following
+            payload = entry[1]
+            self._place += ENTRY.size + len(payload)
             kind = payload[0]
-            if kind == _OPENED or kind == _NAMES:
-                continue
-            found.append(payload)
-            self._count += kind != _AMENDED
-            if len(found) == limit:
-                break
-        self._place = place
+            if kind != _OPENED and kind != _NAMES:
+                found.append(payload)
+                self._count += kind != _AMENDED
         return found
 
     def _entry_at(self, place: int) -> tuple[int, bytes] | None:
-        """The whole entry that begins there: its place when it was written, and its payload."""
+        """Return the whole entry at `place`: the place where it was written, and its payload."""
         data = self._map
         if data is None or place + ENTRY.size > self.size:
             return None
@@ -158,7 +144,7 @@ class Segment:
         return (where, payload) if is_whole else None
 
     def _entries(self) -> Iterator[tuple[int, bytes]]:
-        """Every whole entry of a dead owner's segment once, around all that is damaged."""
+        """Yield every whole entry of a dead owner's segment once, whatever is damaged between."""
         data, place = self._map, self._start
         seen: set[int] = set()
         while data is not None:
@@ -177,7 +163,7 @@ class Segment:
                 yield entry
 
     def _find_entry(self, place: int) -> int:
-        """Return where the next entry's head may begin, from `place` on; -1 if there is none.
+        """Return the next place from `place` on where an entry may begin, -1 if there is none.
 
         By slices: on Python 3.11.2, `find` of a map has ended the process by a segmentation fault.
         """
@@ -189,14 +175,8 @@ class Segment:
                 return start + found
         return -1
 
-    def skip(self) -> None:
-        """Take all that was appended for stored."""
-        while self.read(1000):
-            pass
-        self.mark()
-
     def parse(self, payloads: list[bytes], batch: Batch) -> int:
-        """Put them into the batch; the number of those that make no sense."""
+        """Add `payloads` to the batch; return how many cannot be parsed."""
         names = self.names()
         is_own = names.get(_CLOSED) == _LIST_OF_COLUMNS
         loads, bad = orjson.loads, 0
@@ -216,12 +196,12 @@ class Segment:
         return bad
 
     def names(self) -> dict[int, list[str]]:
-        """What stands in entries of each kind, as the first entry says."""
+        """Return the names of the values in entries of each kind, from the first entry."""
         if not self._names:
             _, payload = self._entry_at(HEAD_BYTES) or (0, b"")
             if payload[:1] != b"n" and self._has_own_schema(self.generation):
-                payload = own_names()  # damaged
-            if payload[:1] == b"n":  # else of a version that is not known, and its names are lost
+                payload = own_names()  # the entry is damaged
+            if payload[:1] == b"n":  # else damaged, and of another version
                 self._names = dict(zip(b"oca", orjson.loads(payload[1:]), strict=False))
         return self._names
 
@@ -229,14 +209,14 @@ class Segment:
         return generation[:4] == serialize_generation(own_names(), 0)[:4]
 
     def mark(self) -> None:
-        """The store has all that was read."""
-        if self._place != self._stored and self.is_own and self._map is not None:
+        """Note in the head that all entries read so far are stored."""
+        if self._place != self._stored and self._map is not None:
             self._stored = self._place
             mark = serialize_mark(self.generation, self._place, self._count)
             self._map[MARK_PLACE : MARK_PLACE + MARK.size] = mark
 
     def examine(self) -> None:
-        """Find out by which generation a dead owner's segment is to be read."""
+        """Find the generation of a dead owner's segment, also if its head is damaged."""
         self.holes, self._start = 0, HEAD_BYTES
         self.refresh()
         self.is_readable = self.is_own and self._entry_at(HEAD_BYTES) is not None
@@ -252,7 +232,7 @@ class Segment:
             self._use(found)
 
     def _last_generation(self) -> bytes | None:
-        """Without a head that can be read: the generation of the last use, by the entries."""
+        """Return the generation of the last use by the entries alone, None if there are none."""
         data, before = self._map, (self.generation, self._seed)
         found: set[bytes] = set()
         schema = serialize_generation(own_names(), 0)[:4]
@@ -267,11 +247,11 @@ class Segment:
         return max(found, key=lambda each: int.from_bytes(each[4:], "little"), default=None)
 
     def is_blank(self) -> bool:
-        """Nothing was ever written, or a power cut has left nothing."""
+        """Whether the file has zeros only: nothing was written, or a power cut has left nothing."""
         return not os.pread(self.descriptor, self.size, 0).strip(b"\0")
 
     def read_all(self, remains: Remains) -> None:
-        """Of a dead owner: what is not in the store, and what was opened, from the start on."""
+        """Add every entry of a dead owner's segment to `remains`."""
         names = self.names() if self.is_readable else {}
         for place, payload in self._entries() if self.is_readable else ():
             kind = payload[0]
@@ -285,7 +265,7 @@ class Segment:
                 self.holes += 1
 
     def lock(self) -> bool:
-        """Whether the owner is dead; then nobody else has it until `unlock`."""
+        """Lock the segment, and return whether it is locked: not while its owner lives."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -296,7 +276,7 @@ class Segment:
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def set_aside(self) -> str:
-        """Give the file a name of which no process reads; what the log is to say of it."""
+        """Rename the file so that no process reads it; return the words of the log about it."""
         kept = self.path.with_suffix(UNREADABLE)
         self.is_set_aside = True  # also if it cannot be renamed: it is not read again and again
         with suppress(OSError):
@@ -316,10 +296,10 @@ class Segment:
 
 @dataclass(slots=True)
 class Remains:
-    """What a dead process left: requests that ended, how others had ended, and those that did not.
+    """The entries of a dead process: requests closed, revised, amended, and opened but not closed.
 
-    By request id, and in each by name. The files stay locked until `remove`, `set_aside` or
-    `release`. `is_orderly`: its owner ended by itself.
+    Each maps a request's id to values by their names. The files stay locked until `remove`,
+    `set_aside` or `release`. `is_orderly` says that the process was not killed.
     """
 
     segments: list[Segment]
@@ -331,12 +311,12 @@ class Remains:
     _ended: set[str] = field(default_factory=set)
 
     def add(self, kind: int, values: Values, is_stored: bool) -> None:
-        """Another entry; those of one segment in their order, segments in theirs."""
+        """Add an entry; call it for the segments, and the entries of each, in their order."""
         name = values["id"]
         if kind == _OPENED:
             self.opened[name] = values
             return
-        if kind != _AMENDED:  # what it amends may be damaged; then the request is as good as lost
+        if kind != _AMENDED:  # the entry that it amends may be damaged: that request is lost
             self._ended.add(name)
         if is_stored:
             return
@@ -346,19 +326,19 @@ class Remains:
             (self.closed if kind == _CLOSED else self.revised)[name] = values
 
     def finish(self) -> None:
-        """All is read."""
+        """Drop opened requests that were closed, once all entries are added."""
         for name in self._ended:
             self.opened.pop(name, None)
         self.is_orderly = all(each.has_ended for each in self.segments)
 
     @property
     def size(self) -> int:
-        """How many entries are to be stored."""
+        """The number of entries that are to be stored."""
         found = (self.closed, self.revised, self.amended, self.opened)
         return sum(map(len, found))
 
     def remove(self) -> int:
-        """All that could be read is in the store; the number of files kept for what could not."""
+        """Remove the files of which all is stored; return how many are damaged and kept."""
         for each in self.segments:
             if each.holes:
                 logger.error("%s: %s", each.path.name, each.set_aside())
@@ -368,27 +348,27 @@ class Remains:
         return sum(bool(each.holes) for each in self.segments)
 
     def set_aside(self) -> int:
-        """Leave the files to a person, for no try will store what is in them; how many it are."""
+        """Rename all files, for no try will store their entries; return how many."""
         for each in self.segments:
             each.set_aside()
             each.unlock()
         return len(self.segments)
 
     def release(self) -> None:
-        """Leave the files to the next try."""
+        """Unlock the files, for the next try."""
         for each in self.segments:
             each.unlock()
 
 
 class Journals:
-    """All segments in a directory; to be used by the one writer, on one thread."""
+    """All segments in a directory; for the one writer, on one thread."""
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = Path(directory)
         self._segments: dict[str, Segment] = {}
 
     def refresh(self) -> list[Segment]:
-        """Find new segments, forget those that are gone; all, an owner's in the order of use."""
+        """Open new segments, close removed ones; return all, an owner's in their order of use."""
         names = self._names()
         for name in self._segments.keys() - names:
             self._segments.pop(name).close()
@@ -407,10 +387,10 @@ class Journals:
                 names = {entry.name for entry in entries}
         except FileNotFoundError:
             return set()
-        return {name for name in names if name.endswith((SEGMENT, _OLD_SEGMENT))}
+        return {name for name in names if name.endswith(SEGMENT)}
 
     def owners(self) -> dict[str, list[Segment]]:
-        """The segments of each owner, as of now."""
+        """Return the segments of each owner, as of now."""
         owners: dict[str, list[Segment]] = {}
         for segment in self.refresh():
             if not segment.is_set_aside:
@@ -418,11 +398,11 @@ class Journals:
         return owners
 
     def living(self) -> set[str]:
-        """The owners that live."""
+        """Return the owners whose processes live."""
         return {name for name, segments in self.owners().items() if not self._is_dead(segments)}
 
     def has_dead(self) -> bool:
-        """Whether any owner has left something."""
+        """Whether a dead owner's segments are in the directory."""
         return any(self._is_dead(segments) for segments in self.owners().values())
 
     def _is_dead(self, segments: list[Segment]) -> bool:
@@ -432,7 +412,7 @@ class Journals:
         return True
 
     def dead(self) -> Iterator[Remains]:
-        """What each dead process left; locked meanwhile, against programs of another version."""
+        """Yield the entries of each dead process; its files are locked, against other writers."""
         self._forget_unfinished()
         for owner, segments in self.owners().items():
             if not self._lock_all(owner, segments):
@@ -447,7 +427,7 @@ class Journals:
                     path.unlink()
 
     def _lock_all(self, owner: str, segments: list[Segment]) -> bool:
-        """All segments of an owner, or none: a request may be told of in two of them."""
+        """Lock all segments of an owner, or none: a request's entries may be in two of them."""
         locked: list[Segment] = []
         for segment in segments:
             if not segment.lock():
@@ -480,7 +460,7 @@ class Journals:
         return remains
 
     def close(self) -> None:
-        """Unmap all."""
+        """Unmap and close all segments."""
         for segment in self._segments.values():
             segment.close()
         self._segments.clear()

@@ -1,12 +1,12 @@
-"""The one writer of the store: moves records there from the journals of all processes.
+"""The writer: it moves records from the journals of all processes into the store.
 
     journals ─► batch, up to 2,000 ─► store, one transaction ─► noted in the segments' heads
-                   └ locked, disk full: kept, tried again; what follows waits in the journals
+                   └ locked, disk full: kept and tried again; later ones wait in the journals
 
-Whoever holds the lock beside the records file writes; the kernel frees it with its process, and
-then another goes on, where the heads say the last one was. What was stored and not noted is written
-twice and kept once, by the id. The writer also takes over what dead processes left, sums up days,
-deletes records that are too old and notes when keys were used.
+The process with the lock beside the records file is the one that writes. The kernel frees the lock
+with its process, and another goes on from the marks in the segments' heads. Records that were
+stored and not noted are written twice and kept once, by their ids. The writer also stores the
+journals of dead processes, sums up days, deletes old records and notes when keys were used.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ logger = logging.getLogger("hoberproxy.ledger")
 Made = TypeVar("Made")
 
 BATCH_SIZE = 2000
-TICK = 0.2  # at most so long does a record wait
+TICK = 0.2  # seconds that a record waits at most
 MAX_BACK_OFF = 5.0
-# Short, for the writer tries again by itself, and has to hear when it is to end.
+# Short, for the writer tries again by itself, and must notice that it is to end.
 BUSY_TIMEOUT = 0.25
-LOCK_INTERVAL = 0.25  # between looks whether the lock is free
+LOCK_INTERVAL = 0.25  # between two tries to get the lock
 TAKE_OVER_INTERVAL = 0.5
-TIDY_INTERVAL = 60.0  # between looks for a day to sum up, records to delete, uses to write down
+TIDY_INTERVAL = 60.0  # between two times of summing up days, deleting records, noting uses
 SUM_DELAY = 3600.0  # after midnight: by then nearly all that began before it has ended
 FINISH_LIMIT = 5.0
 
 
 class WriterLock:
-    """Held by one process at a time, or by one thread of it."""
+    """The lock of the one writer, held by one process at a time, or by one thread of it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = f"{os.path.realpath(path)}-writer"
         self._descriptor = -1
 
     def acquire(self) -> bool:
-        """Whether it is ours."""
+        """Take the lock if it is free, and return whether this writer holds it."""
         if self._descriptor >= 0:
             return True
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -62,17 +62,17 @@ class WriterLock:
         return True
 
     def release(self) -> None:
-        """Let another have it."""
+        """Free the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 class Writer:
-    """To be used by one thread at a time. `open` raises StoreError, `turn` nothing.
+    """The writer of one records file, for one thread at a time. `open` raises StoreError.
 
-    `written` counts records that it put into the store, `lost` those that no store takes,
-    `unreadable` the files that it kept for what it could not read of dead processes' journals.
+    `written` counts records that it stored, `lost` those that no store takes, and `unreadable` the
+    files of dead processes' journals that are damaged and kept.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Writer:
         open_records: Callable[[str | os.PathLike[str]], Records] = open_store,
     ) -> None:
         self._path = path
-        self.keep_days = keep_days  # 0: for good
+        self.keep_days = keep_days  # 0: forever
         self._batch_size = batch_size
         self._tick = tick
         self._open_records = open_records
@@ -104,9 +104,9 @@ class Writer:
         self.is_active = False  # has the lock
 
     def open(self) -> None:
-        """Open the store; if the lock is free, take over what dead processes left.
+        """Open the store; with the lock, store the journals of dead processes.
 
-        What a full disk or another's lock keeps out of the store then follows later.
+        Records that a full disk or another process's lock keeps out are stored later.
         """
         self._store = self._open_records(self._path)
         if self._acquire():
@@ -117,26 +117,26 @@ class Writer:
         self._store.set_busy_timeout(BUSY_TIMEOUT)
 
     def close(self) -> None:
-        """Let go of everything, the lock last."""
+        """Close journals and store, and free the lock last."""
         self._journals.close()
         if self._store is not None:
             self._store.close()
         self._lock.release()
 
     def living(self) -> set[str]:
-        """The journals whose processes live."""
+        """Return the owners of journals whose processes live."""
         return self._journals.living()
 
     # A turn
 
     def turn(self) -> float:
-        """Write what there is, if the lock is ours; in how many seconds the next turn is due."""
+        """Write a batch if this writer has the lock; return the seconds until the next turn."""
         try:
             if not self._acquire():
                 return LOCK_INTERVAL
             is_full = self._flush()
             self._do_chores()
-        except Exception as exc:  # whatever it is, it must not end the writer
+        except Exception as exc:  # no error may end the writer
             logger.error("the writer of records stumbled: %s", type(exc).__name__)
             return 1.0
         return 0.0 if is_full else self._tick
@@ -153,7 +153,7 @@ class Writer:
         return self._store
 
     def _flush(self, *, at_once: bool = False) -> bool:
-        """One batch; whether there may be more to do without a pause."""
+        """Write one batch; return whether it was full, so that another may follow at once."""
         if not at_once and time.monotonic() < self._retry_at:
             return False
         segments = self._journals.refresh()
@@ -198,12 +198,12 @@ class Writer:
             self.written += len(batch.rows)
         except StoreError:
             raise
-        except Exception:  # a fault of ours in one must not hold up all the others
+        except Exception:  # a fault in one record must not keep the others out
             self._write_singly(batch)
         self._uses.update((row[KEY_ID], row[STARTED]) for row in batch.rows)  # type: ignore[misc]
 
     def _write_singly(self, batch: Batch) -> int:
-        """One by one; how many the store does not take."""
+        """Write the records one by one; return how many the store does not take."""
         parts = [
             *(([row], [], []) for row in batch.rows),
             *(([], [row], []) for row in batch.revised),
@@ -227,10 +227,10 @@ class Writer:
         self._back_off = min(self._back_off * 2 or self._tick, MAX_BACK_OFF)
         self._retry_at = time.monotonic() + self._back_off
 
-    # Now and then, and at the end
+    # Chores, and the end
 
     def _do_chores(self) -> None:
-        """What can wait; a store that cannot be written now is asked again later."""
+        """Do what is due of the rest; if the store cannot be written now, it is due again later."""
         now = time.monotonic()
         if self._back_off:
             return
@@ -242,14 +242,14 @@ class Writer:
                 self._tidy_at = now + TIDY_INTERVAL
                 self._tidy(self._records, time.time())
         except StoreError as exc:
-            if not exc.is_transient:  # a lock or a full disk is told of where records wait
+            if not exc.is_transient:  # a lock or a full disk is logged when records wait
                 logger.warning("the store is not tidied up: %s", exc)
 
     def _tidy(self, store: Records, now: float) -> None:
         self._note_uses(store)
         store.sum_days(now - SUM_DELAY)
         if self.keep_days and store.delete_records(now // DAY * DAY - self.keep_days * DAY):
-            self._tidy_at = 0.0  # there may be more; records come first
+            self._tidy_at = 0.0  # there may be more, after the next batch
 
     def _note_uses(self, store: Records) -> None:
         self._uses.pop("", None)  # requests without a key
@@ -258,14 +258,14 @@ class Writer:
             self._uses = {}
 
     def finish(self, limit: float = FINISH_LIMIT) -> bool:
-        """Write what is left, for at most `limit` seconds; whether nothing of the dead remains."""
+        """Write the rest, for at most `limit` seconds; return whether nothing is left."""
         deadline = time.monotonic() + limit
         while True:
             try:
                 if self._acquire():
                     while self._flush(at_once=True):
                         pass
-                    if not self._batch.size:  # else that one would come after what is newer
+                    if not self._batch.size:  # else newer records would come before those
                         self._take_over(self._records)
                     self._note_uses(self._records)
                 if not self._journals.has_dead() and not self._batch.size:
@@ -281,7 +281,7 @@ class Writer:
                 return False
             time.sleep(0.05)
 
-    # What dead processes left
+    # Journals of dead processes
 
     def _take_over(self, store: Records) -> None:
         for remains in self._journals.dead():
@@ -300,10 +300,10 @@ class Writer:
                 self.unreadable += remains.remove()
 
     def _store_remains(self, store: Records, remains: Remains) -> int:
-        """Requests that ended as they ended, the others as lost; those in the store stay.
+        """Store the requests of a dead process: ended ones as they ended, the others as lost.
 
-        Returns how many no store takes: what another version wrote must not end the writer, nor
-        keep the others out.
+        Return how many no store takes: entries of another version must neither end the writer nor
+        keep the others out. Requests that are stored stay as they are.
         """
         ended = [row_of(values) for values in remains.closed.values()]
         revised = [row_of(values) for values in remains.revised.values()]
@@ -331,7 +331,7 @@ class Writer:
 
 
 def _each(make: Callable[[Values], Made], found: Iterable[Values]) -> tuple[list[Made], int]:
-    """What can be made of these, and the number of those of which it cannot."""
+    """Return the results of `make` for `found`, and for how many of them it failed."""
     made: list[Made] = []
     unfit = 0
     for values in found:
@@ -347,7 +347,7 @@ def _lost_row(values: Values) -> Row:
 
 
 def _lost_record(values: Values) -> Record:
-    """The record of a request of which only the beginning is known."""
+    """Return the record of a request of which only the beginning is known."""
     price = values["price"]
     tokens = values["prompt_tokens"], values["completion_tokens"]
     return Record(

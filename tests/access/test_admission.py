@@ -71,7 +71,7 @@ def test_streams_of_a_process_that_died_do_not_count() -> None:
     alive.admit(3)
 
 
-async def test_over_the_maximum_a_request_is_refused_while_what_runs_goes_on(
+async def test_over_the_maximum_a_request_is_rejected_and_others_go_on(
     start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
     upstream.add([Stall()])
@@ -116,7 +116,7 @@ async def test_strangers_take_no_room_of_callers(
     assert [record.status for record in proxy.records].count(401) == 20
 
 
-async def test_who_finds_no_room_is_named_in_the_record(
+async def test_the_record_of_a_rejected_request_names_its_caller(
     start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
     upstream.add([Stall()])
@@ -146,7 +146,7 @@ class Waiting:
         self.was_cut = True
 
 
-def test_an_eighth_of_the_waiting_connections_goes_the_oldest_first() -> None:
+def test_an_eighth_of_the_waiting_connections_is_closed_the_oldest_first() -> None:
     waiting = [Waiting(float(number)) for number in range(1, 41)]
     busy = [Waiting(None) for _ in range(5)]
     newcomer = Waiting(0.5)
@@ -156,14 +156,14 @@ def test_an_eighth_of_the_waiting_connections_goes_the_oldest_first() -> None:
     assert connections == {*waiting[6:], *busy, newcomer}
 
 
-def test_where_none_waits_there_is_no_room() -> None:
+def test_without_a_waiting_connection_there_is_no_room() -> None:
     newcomer = Waiting(1.0)
     with pytest.raises(UnavailableError):
         ConnectionRoom(1).make({newcomer, Waiting(None)}, newcomer, now=100.0)
     assert not newcomer.was_cut
 
 
-def test_many_connections_are_not_looked_at_for_each_new_one() -> None:
+def test_many_connections_are_not_searched_for_each_new_one() -> None:
     room, newcomer = ConnectionRoom(1000), Waiting(1.0)
     connections = {Waiting(None) for _ in range(1000)}
     late = Waiting(2.0)
@@ -180,7 +180,7 @@ def test_many_connections_are_not_looked_at_for_each_new_one() -> None:
     assert number == 31, "the first look is after 16, the next after as many more"
 
 
-def test_the_log_does_not_say_it_each_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_closed_connections_are_logged_from_time_to_time(caplog: pytest.LogCaptureFixture) -> None:
     room = ConnectionRoom(1)
     for now in (0.0, 1.0, 9.0, 11.0, 12.0):
         room.make({Waiting(1.0)}, Waiting(2.0), now)
@@ -192,7 +192,7 @@ def test_the_log_does_not_say_it_each_time(caplog: pytest.LogCaptureFixture) -> 
 MIB = 1024 * 1024
 
 
-def test_bytes_are_held_up_to_the_limit_and_come_back() -> None:
+def test_bytes_are_held_up_to_the_limit_and_released() -> None:
     memory = BodyMemory(100)
     memory.hold(60)
     with pytest.raises(UnavailableError) as refused:
@@ -206,7 +206,7 @@ def test_bytes_are_held_up_to_the_limit_and_come_back() -> None:
     assert memory.held == 0
 
 
-def test_less_may_always_be_held_also_over_a_limit_that_came_down() -> None:
+def test_bytes_can_be_released_also_over_a_lowered_limit() -> None:
     memory = BodyMemory(100)
     memory.hold(90)
     memory.limit = 50
@@ -225,7 +225,7 @@ def test_less_may_always_be_held_also_over_a_limit_that_came_down() -> None:
         pytest.param(0, 64 * MIB, 16, 32 * MIB, id="at least a body"),
     ],
 )
-def test_a_process_has_its_part_of_the_machines_memory(
+def test_a_process_has_its_share_of_the_machines_memory(
     setting: int, memory: int, workers: int, limit: int
 ) -> None:
     settings = ServerSettings(max_body_memory=setting)
@@ -239,7 +239,7 @@ async def begin(proxy: Proxy, size: int, announced: int = 1_000_000) -> RawClien
     return client
 
 
-async def test_bodies_under_way_have_a_bound_over_all_clients(start_proxy: StartProxy) -> None:
+async def test_bodies_of_all_clients_have_a_bound_together(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(max_body_memory=2 * MIB, max_body_bytes=MIB)
     bodies = proxy.gateway.bodies
     await begin(proxy, 900_000)
@@ -341,7 +341,7 @@ ENDS: dict[str, tuple[Any, bytes, Callable[[RawClient, ScriptedUpstream], Awaita
 
 
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
-async def test_bytes_come_back_however_a_request_ends(
+async def test_bytes_are_released_however_a_request_ends(
     start_proxy: StartProxy,
     upstream: ScriptedUpstream,
     end: tuple[Any, bytes, Callable[[RawClient, ScriptedUpstream], Awaitable[None]]],

@@ -83,12 +83,12 @@ def test_two_swapped_characters_are_noticed(place: int) -> None:
         pytest.param(KEY[:-1] + "é", id="a letter outside ASCII"),
     ],
 )
-def test_what_is_no_key_is_not_well_formed(key: str) -> None:
+def test_other_texts_are_not_well_formed(key: str) -> None:
     assert not is_well_formed(key)
 
 
 @pytest.mark.parametrize("size", [0, 16, 23, 25])
-def test_a_key_wants_exactly_192_random_bits(size: int) -> None:
+def test_a_key_is_made_of_exactly_192_random_bits(size: int) -> None:
     with pytest.raises(ValueError, match="24 random bytes"):
         generate_key("live", bytes(size))
 
@@ -106,11 +106,11 @@ def test_hashing_takes_any_text_a_command_line_can_hold() -> None:
     assert len(hash_key("hb_live_\udcff")) == 32
 
 
-def test_a_hint_shows_prefix_and_last_four_only() -> None:
+def test_a_hint_has_the_prefix_and_the_last_four_characters_alone() -> None:
     assert display_hint(KEY) == f"hb_live_...{KEY[-4:]}"
 
 
-def test_no_hint_is_made_of_what_is_no_key() -> None:
+def test_no_hint_is_made_of_another_text() -> None:
     with pytest.raises(ValueError, match="well-formed") as caught:
         display_hint("sk-secret-of-another-service")
     assert "secret" not in str(caught.value)
@@ -154,7 +154,7 @@ UNKNOWN = generate_key("test", b"\x07" * 24)
         pytest.param(f"Bearer {UNKNOWN}".encode(), "does not know it", id="unknown key"),
     ],
 )
-def test_a_refusal_says_what_is_wrong_and_never_shows_the_key(
+def test_an_error_says_what_is_wrong_and_never_contains_the_key(
     authorization: bytes | None, words: str
 ) -> None:
     message = refusal(authorization)
@@ -228,7 +228,7 @@ BEARER = ("authorization", f"Bearer {KEY}")
         pytest.param([("authorization", f"bearer  {KEY}"), ("api-key", UNKNOWN)], id="any case"),
     ],
 )
-def test_the_first_field_with_a_key_of_ours_counts(fields: list[tuple[str, str]]) -> None:
+def test_the_first_field_with_a_key_of_this_proxy_counts(fields: list[tuple[str, str]]) -> None:
     assert keyring().authenticate_head(head(*fields), NOW) is CALLER
 
 
@@ -253,9 +253,7 @@ def test_the_first_field_with_a_key_of_ours_counts(fields: list[tuple[str, str]]
         pytest.param([("x-api-key", f"Bearer {KEY}")], "another form", id="a word before it"),
     ],
 )
-def test_what_is_wrong_is_said_of_the_key_that_counts(
-    fields: list[tuple[str, str]], words: str
-) -> None:
+def test_an_error_is_about_the_key_that_counts(fields: list[tuple[str, str]], words: str) -> None:
     with pytest.raises(AccessError) as refused:
         keyring().authenticate_head(head(*fields), NOW)
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
@@ -296,7 +294,7 @@ async def test_a_key_may_come_in_another_field(
     assert not {"x-api-key", "api-key"} & set(upstream.requests[0].headers)
 
 
-async def test_a_head_that_came_before_with_another_key_is_read_anew(proxy: Proxy) -> None:
+async def test_a_repeated_head_with_another_key_is_read_again(proxy: Proxy) -> None:
     client = await proxy.connect()
     right = with_field(chat(proxy.key), f"x-api-key: {proxy.key}")
     wrong = with_field(chat(proxy.key), f"x-api-key: {UNKNOWN}")

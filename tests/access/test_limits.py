@@ -97,7 +97,7 @@ def test_in_each_minute_exactly_the_limit_passes(limit: int, gaps: list[int]) ->
             assert passed <= limit
 
 
-def test_the_wait_that_is_told_is_enough_and_not_too_long() -> None:
+def test_the_seconds_to_wait_are_enough_and_not_too_many() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=1)
     ask(cells, limits)
     error = refusal(cells, limits, NOW + 12_345)
@@ -119,7 +119,7 @@ def test_a_day_ends_at_midnight_utc() -> None:
     ask(cells, limits, MIDNIGHT)
 
 
-def test_a_refused_request_counts_nowhere() -> None:
+def test_a_rejected_request_counts_nowhere() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=9, requests_per_day=1)
     ask(cells, limits)
     before = list(cells)
@@ -133,7 +133,7 @@ def test_a_clock_that_is_set_back_does_not_stretch_a_minute() -> None:
     ask(cells, limits, NOW - 3600_000)
 
 
-def test_who_waited_for_the_lock_belongs_to_the_window_that_began_meanwhile() -> None:
+def test_a_call_that_waited_for_the_lock_belongs_to_the_window_that_began_meanwhile() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=2, requests_per_day=3)
     ask(cells, limits, MIDNIGHT)
     ask(cells, limits, MIDNIGHT - 1)
@@ -167,7 +167,7 @@ def test_exactly_the_limit_passes_also_when_clocks_are_read_out_of_order(
 # Calls at once
 
 
-def test_calls_at_once_are_counted_by_whoever_knows_them() -> None:
+def test_calls_in_flight_are_counted_by_the_caller_of_admit() -> None:
     cells, limits = fresh(), KeyLimits(concurrency=2)
     ask(cells, limits, running=1)
     assert refusal(cells, limits, running=2).retry_after == 1.0
@@ -176,7 +176,7 @@ def test_calls_at_once_are_counted_by_whoever_knows_them() -> None:
 # Tokens
 
 
-def test_tokens_are_held_at_admission_and_settled_by_what_was_used() -> None:
+def test_tokens_are_held_at_admission_and_settled_by_usage() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
     lease = ask(cells, limits, prompt_tokens=100, answer_tokens=800)
     assert cells[MINUTE_TOKENS] == 900
@@ -186,7 +186,7 @@ def test_tokens_are_held_at_admission_and_settled_by_what_was_used() -> None:
     ask(cells, limits, prompt_tokens=50, answer_tokens=800)
 
 
-def test_a_guessed_answer_gives_way_to_a_tight_limit_but_a_wish_does_not() -> None:
+def test_an_expected_answer_is_cut_to_a_tight_limit_and_a_requested_one_is_not() -> None:
     limits = KeyLimits(tokens_per_minute=300)
     cells = fresh()
     ask(cells, limits, prompt_tokens=100, answer_tokens=500, is_bounded=False)
@@ -196,7 +196,7 @@ def test_a_guessed_answer_gives_way_to_a_tight_limit_but_a_wish_does_not() -> No
     assert refusal(fresh(), limits, prompt_tokens=301, is_bounded=False).retry_after is None
 
 
-def test_a_guess_gives_way_only_while_no_other_call_is_under_way() -> None:
+def test_an_expected_answer_is_cut_only_while_no_other_call_is_in_flight() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
     first = ask(cells, limits, prompt_tokens=10, answer_tokens=600, is_bounded=False)
     error = refusal(cells, limits, prompt_tokens=10, answer_tokens=600, is_bounded=False)
@@ -215,7 +215,7 @@ def test_once_the_tokens_are_used_the_next_minute_is_waited_for() -> None:
     assert later.retry_after == 50 and "the next minute" in later.message
 
 
-def test_of_several_answers_only_one_gives_way() -> None:
+def test_of_several_choices_only_one_is_cut() -> None:
     limits = KeyLimits(tokens_per_minute=1000, budget=1000)
     guess: dict[str, Any] = {"prompt_cost": 10, "answer_cost": 1600, "is_bounded": False}
     ask(fresh(), limits, choices=2, answer_tokens=1600, **guess)  # one of them fits
@@ -225,7 +225,7 @@ def test_of_several_answers_only_one_gives_way() -> None:
     assert error.status == 429 and error.retry_after is None
 
 
-def test_what_is_settled_late_does_not_touch_the_next_minute() -> None:
+def test_a_call_settled_late_does_not_change_the_next_minute() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=1000)
     lease = ask(cells, limits, prompt_tokens=900)
     ask(cells, limits, NOW + MINUTE_MS, prompt_tokens=100)
@@ -271,7 +271,7 @@ def test_held_and_used_tokens_never_pass_the_limit_while_answers_keep_to_theirs(
         pytest.param(KeyLimits(budget=9), {"spent": 9}, 0, 402, id="a budget"),
     ],
 )
-def test_what_no_body_can_mend_is_refused_at_the_head(
+def test_a_call_that_no_body_could_make_pass_is_rejected_at_its_head(
     limits: KeyLimits, used: dict[str, int], running: int, status: int
 ) -> None:
     cells = fresh()
@@ -286,7 +286,7 @@ def test_what_no_body_can_mend_is_refused_at_the_head(
     assert cells == before
 
 
-def test_what_is_only_held_refuses_no_head() -> None:
+def test_tokens_and_money_that_are_only_held_reject_no_head() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=9, budget=9)
     ask(cells, limits, prompt_tokens=4, answer_tokens=5, prompt_cost=4, answer_cost=5)
     entered = enter(cells, limits, NOW, held=9)
@@ -296,7 +296,7 @@ def test_what_is_only_held_refuses_no_head() -> None:
     assert (cells[MINUTE_REQUESTS], cells[DAY_REQUESTS]) == (1, 1)
 
 
-def test_a_call_is_counted_when_its_head_came_and_held_when_its_body_did() -> None:
+def test_a_call_is_counted_with_its_head_and_held_for_with_its_body() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_day=9, tokens_per_minute=100, budget=100)
     enter(cells, limits, MIDNIGHT - 1)
     lease = reserve(cells, limits, MIDNIGHT + MINUTE_MS, Demand(4, 5, True, 4, 5))
@@ -306,7 +306,7 @@ def test_a_call_is_counted_when_its_head_came_and_held_when_its_body_did() -> No
     assert (cells[MINUTE_TOKENS], cells[MINUTE_HELD], cells[DAY_SPENT]) == (3, 0, 2)
 
 
-def test_what_leaves_after_its_minute_or_day_takes_nothing_from_the_next() -> None:
+def test_a_call_that_leaves_after_its_minute_or_day_takes_nothing_from_the_next() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=9, requests_per_day=9)
     entered = enter(cells, limits, MIDNIGHT - 1)
     ask(cells, limits, MIDNIGHT + MINUTE_MS)
@@ -325,7 +325,7 @@ def test_what_leaves_after_its_minute_or_day_takes_nothing_from_the_next() -> No
         pytest.param("total", None, id="for good"),
     ],
 )
-def test_a_spent_budget_refuses_with_the_wait(period: str, wait: float | None) -> None:
+def test_a_spent_budget_rejects_with_the_seconds_to_wait(period: str, wait: float | None) -> None:
     cells, limits = fresh(), KeyLimits(budget=PICO, budget_period=period)
     lease = ask(cells, limits)
     settle(cells, lease, tokens=0, spent=PICO - 1)
@@ -341,7 +341,7 @@ def priced(prompt: int, answer: int, *, is_bounded: bool = True) -> dict[str, An
     return {"prompt_cost": prompt, "answer_cost": answer, "is_bounded": is_bounded}
 
 
-def test_what_a_call_may_cost_is_held_and_then_what_it_cost_takes_its_place() -> None:
+def test_the_possible_cost_of_a_call_is_held_until_its_cost_takes_its_place() -> None:
     cells, limits = fresh(), KeyLimits(budget=100)
     leases = [ask(cells, limits, **priced(10, 40)) for _ in range(2)]
     assert cells[TOTAL_SPENT] == 100
@@ -364,7 +364,7 @@ def test_what_a_call_may_cost_is_held_and_then_what_it_cost_takes_its_place() ->
         pytest.param(priced(10, 91), "lower its max_tokens", False, id="more than a whole budget"),
     ],
 )
-def test_a_call_for_which_too_little_is_left_is_told_what_helps(
+def test_an_error_about_too_little_money_says_what_helps(
     wish: dict[str, Any], advice: str, waits: bool
 ) -> None:
     cells, limits = fresh(), KeyLimits(budget=100, budget_period="day")
@@ -377,7 +377,7 @@ def test_a_call_for_which_too_little_is_left_is_told_what_helps(
     ask(cells, limits, **priced(10, 30))
 
 
-def test_a_guessed_cost_gives_way_to_what_is_left() -> None:
+def test_an_expected_cost_is_cut_to_the_money_that_is_left() -> None:
     cells, limits = fresh(), KeyLimits(budget=100)
     settle(cells, ask(cells, limits), tokens=0, spent=99)
     lease = ask(cells, limits, **priced(1, 500, is_bounded=False))
@@ -387,7 +387,7 @@ def test_a_guessed_cost_gives_way_to_what_is_left() -> None:
     ask(cells, limits, **priced(1, 500, is_bounded=False))
 
 
-def test_what_costs_nothing_is_refused_only_once_the_budget_is_really_spent() -> None:
+def test_a_free_call_is_rejected_only_once_the_budget_is_really_spent() -> None:
     cells, limits = fresh(), KeyLimits(budget=100)
     lease = ask(cells, limits, **priced(50, 50))
     assert ask(cells, limits, held=100).cost == 0
@@ -401,7 +401,7 @@ def test_without_a_budget_no_money_is_held() -> None:
     assert cells[TOTAL_SPENT] == 0
 
 
-def test_what_ends_after_its_day_or_month_is_settled_where_it_began() -> None:
+def test_a_call_that_ends_after_its_day_or_month_is_settled_where_it_began() -> None:
     last = (1_701_388_800 - 1) * 1000  # a second before December
     cells, limits = fresh(), KeyLimits(budget=100)
     lease = ask(cells, limits, last, **priced(10, 40))
@@ -501,7 +501,7 @@ def limit_headers(cells: list[int], limits: KeyLimits, now_ms: int) -> list[tupl
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
 
 
-def test_headers_tell_of_the_minute_or_else_of_the_day() -> None:
+def test_header_lines_are_about_the_minute_or_else_about_the_day() -> None:
     cells = fresh()
     limits = KeyLimits(requests_per_minute=10, requests_per_day=20, tokens_per_minute=500)
     ask(cells, limits, prompt_tokens=40, answer_tokens=60)
@@ -523,7 +523,7 @@ def test_headers_tell_of_the_minute_or_else_of_the_day() -> None:
     assert daily[b"x-ratelimit-reset-requests"] == b"1h46m40s"
 
 
-def test_within_the_last_second_milliseconds_are_told() -> None:
+def test_within_the_last_second_the_wait_is_in_milliseconds() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=10)
     ask(cells, limits)
     for left, text in ((1001, b"2s"), (1000, b"1s"), (999, b"999ms"), (1, b"1ms"), (0, b"0ms")):
@@ -531,7 +531,7 @@ def test_within_the_last_second_milliseconds_are_told() -> None:
         assert told[b"x-ratelimit-reset-tokens"] == text
 
 
-def test_after_the_minute_everything_is_left() -> None:
+def test_after_the_minute_the_whole_limit_is_left() -> None:
     cells, limits = fresh(), KeyLimits(requests_per_minute=10)
     ask(cells, limits)
     later = dict(limit_headers(cells, limits, NOW + 2 * MINUTE_MS))

@@ -78,7 +78,7 @@ def test_a_finished_request_is_one_human_line() -> None:
     )
 
 
-def test_a_failed_request_says_why_and_what_was_tried() -> None:
+def test_the_line_of_a_failed_request_says_why_and_names_its_attempts() -> None:
     line = format_human(FAILED)
     assert " 504 " in line and " in=- out=- first=- " in line
     assert line.endswith(
@@ -92,7 +92,7 @@ def test_estimated_counts_are_marked() -> None:
     assert " in=~12 out=~34 " in line
 
 
-def test_a_request_no_model_answered_shows_the_one_asked_for() -> None:
+def test_the_line_of_a_request_that_no_model_answered_has_the_requested_one() -> None:
     assert " model=no/such " in format_human(record(slug="", requested=("no/such", "a/b")))
     assert json.loads(format_json(record(slug="", requested=("no/such",))))["model"] == "no/such"
 
@@ -183,7 +183,9 @@ def test_the_json_line_holds_what_an_operator_asks_for() -> None:
         pytest.param({"slug": "\x7f", "failures": FAILED.failures}, id="DEL beside failures"),
     ],
 )
-def test_what_the_fast_serializer_cannot_do_still_makes_a_line(values: dict[str, Any]) -> None:
+def test_values_that_the_fast_serializer_cannot_write_still_make_a_line(
+    values: dict[str, Any],
+) -> None:
     assert format_json(record(**values)).decode("ascii").isprintable()
     line = json.loads(format_json(record(**values)))
     assert line["prompt_tokens"] == values.get("prompt_tokens", 12)
@@ -274,7 +276,7 @@ def test_an_unknown_format_is_refused() -> None:
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking sink", "non-blocking sink"])
-def test_a_blocked_sink_costs_lines_that_are_counted_and_told(
+def test_a_blocked_stream_loses_lines_that_are_counted_and_logged(
     pipe: tuple[int, int], blocking: bool
 ) -> None:
     reader, writer = pipe
@@ -294,7 +296,7 @@ def test_a_blocked_sink_costs_lines_that_are_counted_and_told(
     assert log.close(PATIENCE) == 0
 
 
-def test_the_human_form_tells_of_lost_lines_too(pipe: tuple[int, int]) -> None:
+def test_the_human_form_has_lost_lines_too(pipe: tuple[int, int]) -> None:
     log = AccessLog(pipe[1], "human", capacity=1, flush_interval=0.05, clock=lambda: 0.0)
     while not log.lost:
         log.write(record())
@@ -304,7 +306,7 @@ def test_the_human_form_tells_of_lost_lines_too(pipe: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("blocking", [True, False], ids=["blocking sink", "non-blocking sink"])
-def test_closing_on_a_blocked_sink_gives_up_and_says_how_many(
+def test_closing_on_a_blocked_stream_gives_up_and_returns_how_many(
     pipe: tuple[int, int], blocking: bool
 ) -> None:
     reader, writer = pipe
@@ -322,7 +324,7 @@ def test_closing_on_a_blocked_sink_gives_up_and_says_how_many(
             time.sleep(0.002)
 
 
-def test_a_sink_that_is_gone_costs_lines_and_not_the_log(pipe: tuple[int, int]) -> None:
+def test_a_closed_stream_loses_lines_and_the_log_goes_on(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     os.close(reader)
     log = AccessLog(writer, "json", flush_interval=0.001)
@@ -332,7 +334,7 @@ def test_a_sink_that_is_gone_costs_lines_and_not_the_log(pipe: tuple[int, int]) 
     assert log.close(PATIENCE) == 0
 
 
-def test_a_line_after_a_torn_one_starts_anew(
+def test_a_line_after_a_torn_one_begins_on_a_new_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write

@@ -25,7 +25,7 @@ def lag(*values: float) -> dict[str, Any]:
 
 
 @given(st.lists(COUNTS, max_size=5))
-def test_nothing_is_lost_or_made_up(snapshots: list[dict[str, Any]]) -> None:
+def test_a_sum_has_each_count_once(snapshots: list[dict[str, Any]]) -> None:
     merged = merge(snapshots)
     total = sum(value for each in snapshots for _, value in each["requests"])
     assert sum(value for _, value in merged.get("requests", [])) == total
@@ -42,13 +42,13 @@ def test_of_processes_that_have_ended_only_counters_stay() -> None:
     assert merge([snapshot], ended=True) == {"attempts": [[[], 4]]}
 
 
-def test_what_another_version_counts_is_no_trouble() -> None:
+def test_metrics_of_another_version_are_left_out() -> None:
     assert merge([{"of_tomorrow": [[[], 1]]}]) == {}
     assert merge([lag(1.0, 2.0), lag(1.0, 2.0, 3.0)]) == lag(1.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_each_family_is_shown_under_its_name(family: Any) -> None:
+def test_each_family_has_its_name_in_the_text_form(family: Any) -> None:
     labels = ["x"] * len(family.labels)
     value: Any = [1.0] * (len(family.buckets) + 2) if family.buckets else 1
     text = render({family.name: [[labels, value]]}).decode()

@@ -76,7 +76,7 @@ def test_every_family_has_a_type_and_a_text() -> None:
         assert family.documentation.endswith(".")
 
 
-def test_gauges_are_told_as_they_are() -> None:
+def test_gauges_have_their_current_values() -> None:
     samples = scrape(metrics_of())
     assert samples[of("hoberproxy_requests_open")] == 3
     assert samples[of("hoberproxy_connections_open")] == 8
@@ -155,7 +155,7 @@ def test_failed_attempts_are_counted_by_provider_and_phase() -> None:
     assert samples[of(attempts, provider="west", phase="connect")] == 1
 
 
-def test_what_was_refused_before_it_was_a_request_is_counted() -> None:
+def test_malformed_heads_are_counted() -> None:
     samples = scrape(metrics_of())
     assert samples[of("hoberproxy_bad_heads_total")] == 4
     assert samples[of("hoberproxy_refused_connections_total")] == 9
@@ -178,7 +178,7 @@ def test_a_request_without_content_is_in_no_bucket() -> None:
     assert not named(scrape(metrics_of(record())), "hoberproxy_first_content_seconds_count")
 
 
-def test_slugs_that_clients_make_up_share_labels() -> None:
+def test_invented_slugs_share_labels() -> None:
     endpoint = (Endpoint("east", "m"),)
     catalog = Catalog([Model("a/b", endpoint), Model("open/*", (Endpoint("east", "*"),))])
     slugs = [f"made/up-{number}" for number in range(100)]
@@ -209,7 +209,7 @@ def test_counters_never_fall_from_scrape_to_scrape() -> None:
     assert second[of("hoberproxy_first_content_seconds_count", model="a/b", provider="east")] == 2
 
 
-def test_failovers_are_the_failures_that_another_try_followed() -> None:
+def test_failovers_are_failures_that_another_attempt_followed() -> None:
     failures = (
         FailedAttempt("east", 429, "upstream_error", "head", 1),
         FailedAttempt("west", None, "upstream_error", "connect", 1),
@@ -237,7 +237,7 @@ def test_the_gaps_of_a_stream_are_counted_at_its_end() -> None:
     assert samples[of("hoberproxy_request_seconds_sum", **labels)] == 2.0
 
 
-def test_a_late_loop_is_seen() -> None:
+def test_a_late_loop_is_counted() -> None:
     metrics = metrics_of()
     metrics.observe_lag(0.3)
     metrics.observe_lag(-0.001)  # a clock that was read a little earlier

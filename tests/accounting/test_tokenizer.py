@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from hoberproxy.access.limits import DAY_SPENT, MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
-from hoberproxy.accounting import tokenizer as counting_module
+from hoberproxy.accounting import tokenizer as tokenizer_module
 from hoberproxy.accounting.record import Record
 from hoberproxy.accounting.tokenizer import (
     TOKENS_PER_MESSAGE,
@@ -110,7 +110,7 @@ def test_a_text_that_cannot_be_read_does_not_end_the_counting(
 def test_what_is_counted_and_not_delivered_is_bounded(
     tokenizer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counting_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(tokenizer_module, "MAX_WAITING", 3)
     body, counted, deliveries = orjson.dumps({"messages": []}), list[tuple[int, int]](), Queue()
     counter = TokenCounter(deliveries.put)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hoberproxy.cli.demo import MODEL, DemoModel
-from hoberproxy.cli.live_check import probe
+from hoberproxy.cli.live_check import check_endpoints
 from hoberproxy.cli.live_check_report import COLUMNS, Report
 from hoberproxy.cli.main import _print_progress, main
 from hoberproxy.config.settings import (
@@ -96,10 +96,10 @@ def config_of(providers: list[Provider], *models: Model) -> Config:
     )
 
 
-async def probed(config: Config, *, limit: float = WAIT, concurrency: int = 8) -> list[Report]:
+async def reports_of(config: Config, *, limit: float = WAIT, concurrency: int = 8) -> list[Report]:
     """All reports, none of which tells a key or an upstream's text."""
-    reports = await probe(
-        config, limit=limit, concurrency=concurrency, tell=lambda done, total: None
+    reports = await check_endpoints(
+        config, limit=limit, concurrency=concurrency, on_progress=lambda done, total: None
     )
     told = "\n".join(" ".join((*report.cells, *report.problems)) for report in reports)
     assert KEY not in told
@@ -108,7 +108,7 @@ async def probed(config: Config, *, limit: float = WAIT, concurrency: int = 8) -
 
 
 async def report_of(upstream: ScriptedUpstream, limit: float = WAIT, **settings: Any) -> Report:
-    (report,) = await probed(config_of([provider(upstream.port, **settings)]), limit=limit)
+    (report,) = await reports_of(config_of([provider(upstream.port, **settings)]), limit=limit)
     return report
 
 
@@ -122,7 +122,7 @@ async def test_three_requests_are_asked_in_the_form_of_real_ones() -> None:
     endpoint = Endpoint("scripted", "upstream-model", adaptation=adaptation)
     async with ScriptedUpstream(default=able) as upstream:
         only = provider(upstream.port, headers=(("x-title", "mine"),))
-        (report,) = await probed(config_of([only], Model("test/model", (endpoint,))))
+        (report,) = await reports_of(config_of([only], Model("test/model", (endpoint,))))
     assert report.reachable == "yes"
     bodies = [seen.json() for seen in upstream.requests]
     assert [body.get("stream", False) for body in bodies] == [True, False, False]
@@ -149,7 +149,7 @@ async def test_no_more_endpoints_are_asked_at_a_time_than_allowed(concurrency: i
 
     async with ScriptedUpstream(default=waiting) as upstream:
         config = config_of([provider(upstream.port)], Model("test/model", endpoints))
-        task = asyncio.create_task(probed(config, concurrency=concurrency))
+        task = asyncio.create_task(reports_of(config, concurrency=concurrency))
         await upstream.wait_for_requests(concurrency)
         await asyncio.sleep(0.05)  # time for one too many to come
         assert len(upstream.requests) == concurrency
@@ -163,8 +163,11 @@ async def test_progress_is_told_after_each_endpoint() -> None:
     told = []
     async with ScriptedUpstream(default=able) as upstream:
         providers = [provider(upstream.port, name) for name in ("one", "two", "three")]
-        await probe(
-            config_of(providers), limit=WAIT, concurrency=8, tell=lambda *args: told.append(args)
+        await check_endpoints(
+            config_of(providers),
+            limit=WAIT,
+            concurrency=8,
+            on_progress=lambda *args: told.append(args),
         )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
@@ -177,7 +180,7 @@ async def test_the_demo_model_can_do_all() -> None:
     try:
         model = Model("hober/demo", (Endpoint("demo", MODEL),))
         config = config_of([provider(await demo.start(), "demo")], model)
-        (report,) = await probed(config)
+        (report,) = await reports_of(config)
     finally:
         await demo.aclose()
     cells = dict(zip(COLUMNS, report.cells, strict=True))
@@ -271,7 +274,7 @@ async def test_what_the_config_knows_to_be_missing_is_no_problem() -> None:
     endpoint = Endpoint("scripted", "upstream-model", abilities=Abilities(tools=False))
     async with ScriptedUpstream(STREAM, refusal(400), said("no")) as upstream:
         config = config_of([provider(upstream.port)], Model("test/model", (endpoint,)))
-        (report,) = await probed(config)
+        (report,) = await reports_of(config)
     (problem,) = report.problems
     assert "set json_mode = false" in problem
 
@@ -283,7 +286,7 @@ FAILURES: dict[str, tuple[Script, str, str]] = {
     "no credit": (refusal(402), "402", "credit"),
     "a key without rights": (refusal(403), "403", "rights"),
     "an unknown model": (refusal(404), "404", "check the endpoint's model"),
-    "a rate limit": (refusal(429), "429", "ask again later"),
+    "a rate limit": (refusal(429), "429", "check again later"),
     "a server that fails": (refusal(503), "503", "its log"),
     "a redirect": (refusal(308), "308", "final address"),
     "a web page": (
@@ -293,7 +296,7 @@ FAILURES: dict[str, tuple[Script, str, str]] = {
     ),
     "an error in the stream": (sse(b'data: {"error":{"message":"x"}}\n\n'), "200", "base_url"),
     "a status in the stream": (sse(b'data: {"error":{"code":429}}\n\n'), "429", "later"),
-    "a stream that is cut": (sse(*stream_events(2)[:2], complete=False), "200", "broke"),
+    "a stream that is cut": (sse(*stream_events(2)[:2], complete=False), "200", "incomplete"),
     "no answer at all": ([Close()], "cut", "http or https"),
     "silence": ([Stall()], "time limit", "--timeout"),
     "silence after the head": ([*sse()[:1], Stall()], "time limit", "--timeout"),
@@ -343,10 +346,10 @@ async def test_an_option_of_ours_that_is_refused_is_named_and_left_out(
 
     async with ScriptedUpstream(default=picky) as upstream:
         config = config_of([provider(upstream.port)], Model("test/model", (endpoint,)))
-        (report,) = await probed(config)
+        (report,) = await reports_of(config)
     assert (report.reachable, report.tools, report.json_mode) == ("yes", "yes", "yes")
     (problem,) = report.problems
-    assert f"it refuses {option}" in problem
+    assert f"the server refuses {option}" in problem
     assert advice in problem
     assert len(upstream.requests) == 3
 
@@ -355,7 +358,7 @@ async def test_a_certificate_that_is_not_known_is_named_and_one_that_is_serves()
     async with ScriptedUpstream(default=able, tls=True) as upstream:
         unknown = provider(upstream.port, "unknown", scheme="https")
         known = provider(upstream.port, "known", scheme="https", ca_file=upstream.ca_file)
-        reports = await probed(config_of([unknown, known]))
+        reports = await reports_of(config_of([unknown, known]))
     assert [report.reachable for report in reports] == ["no (certificate)", "yes"]
     assert "ca_file" in reports[0].problems[0]
 
@@ -364,13 +367,13 @@ async def test_tls_where_there_is_none_and_none_where_there_is() -> None:
     async with ScriptedUpstream(tls=True) as spoken, ScriptedUpstream() as plain:
         to_tls = provider(spoken.port, "plain")
         to_plain = provider(plain.port, "tls", scheme="https")
-        reports = await probed(config_of([to_tls, to_plain]), limit=0.3)
+        reports = await reports_of(config_of([to_tls, to_plain]), limit=0.3)
     assert all(report.is_unreachable for report in reports)
 
 
 async def test_a_port_where_nothing_listens() -> None:
     with refused_port() as port:
-        (report,) = await probed(config_of([provider(port)]))
+        (report,) = await reports_of(config_of([provider(port)]))
     assert report.reachable == "no (refused)"
     assert "check the port" in report.problems[0]
 
@@ -380,7 +383,7 @@ async def test_a_name_that_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(Connector, "_look_up", look_up)
-    (report,) = await probed(config_of([provider(80, host="nothing.invalid")]))
+    (report,) = await reports_of(config_of([provider(80, host="nothing.invalid")]))
     assert report.reachable == "no (name)"
     assert "check the host" in report.problems[0]
 
@@ -402,7 +405,7 @@ def wildcard(pattern: str = "*") -> Model:
 
 async def wildcard_report(upstream: ScriptedUpstream, pattern: str = "*") -> Report:
     only = provider(upstream.port)
-    (report,) = await probed(config_of([only], wildcard(pattern)), limit=patient(2.0))
+    (report,) = await reports_of(config_of([only], wildcard(pattern)), limit=patient(2.0))
     return report
 
 
@@ -468,7 +471,7 @@ async def test_a_provider_that_cannot_be_asked_for_its_list_is_unreachable(
 async def test_a_provider_is_asked_for_its_list_once() -> None:
     async with ScriptedUpstream(default=able) as upstream:
         models = (wildcard(), Model("other/*", (Endpoint("scripted", "*"),)))
-        reports = await probed(config_of([provider(upstream.port)], *models))
+        reports = await reports_of(config_of([provider(upstream.port)], *models))
     assert [report.reachable for report in reports] == ["yes", "yes"]
     assert sorted(seen.method for seen in upstream.requests) == ["GET"] + ["POST"] * 6
 

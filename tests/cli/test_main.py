@@ -25,6 +25,7 @@ import pytest
 from hoberproxy import __version__
 from hoberproxy._mypyc import HOW_TO_COMPILE, describe_build
 from hoberproxy.accounting.record import Record
+from hoberproxy.cli import service as commands_service
 from hoberproxy.cli.main import main
 from hoberproxy.cli.usage import GROUPS
 from hoberproxy.config.presets import PRESETS
@@ -125,6 +126,7 @@ def test_help_names_what_there_is(
         [],
         ["sevre"],
         ["serve", "--port", "80"],
+        ["serve", "--workers", "65"],  # a reload has twice as many processes
         ["config"],
         ["keys"],
         ["keys", "create"],
@@ -781,3 +783,78 @@ def test_records_are_exported_as_lines(costs: None, capsys: pytest.CaptureFixtur
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("id,started,key_id") and len(lines) == 3
     assert '"[""a/b"",""c/d""]"' in lines[0]
+
+
+# status
+
+NOW = 1_790_000_000.0
+STATUS = {
+    "kind": "answer",
+    "version": "1.2",
+    "pid": 7,
+    "started": NOW - 90_000,
+    "streams": 3,
+    "tokens_per_second": 12.5,
+    "generation": 2,
+    "upgrades": 1,
+    "restarts": 0,
+    "problems": ["server.listen: expected another"],
+    "workers": [
+        {
+            "pid": 8,
+            "state": "serving",
+            "generation": 2,
+            "started": NOW - 61,
+            "streams": 1234,
+            "connections": 5,
+            "tokens_per_second": 12.5,
+            "resident_bytes": 50 * 2**20,
+        }
+    ],
+    "writers": [{"pid": 9, "state": "serving", "generation": 1, "started": NOW - 5}],
+    "endpoints": [
+        {
+            "provider": "one",
+            "model": "m",
+            "cooling_in": 1,
+            "known_in": 2,
+            "cooldown": 30.2,
+            "failure_rate": 0.5,
+            "first_content": None,
+            "throughput": 41.7,
+        }
+    ],
+    "keys": [{"key": "laptop", "streams": 3}],
+}
+
+
+def test_status_prints_a_table_of_processes_endpoints_and_keys(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands_service, "ask", lambda path, kind: json.loads(json.dumps(STATUS)))
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    assert main(["status"]) == 0
+    headline, problem, *lines = capsys.readouterr().out.splitlines()
+    assert headline.startswith(
+        "hoberproxy 1.2, process 7, up 1 d 1 h: 3 streams, 12.5 tokens/s; gen"
+    )
+    assert problem == "the last reload failed: server.listen: expected another"
+    assert [re.split("  +", line) for line in lines if line] == [
+        "worker state generation up streams connections tokens/s memory".split(),
+        ["8", "serving", "2", "1 min 1 s", "1,234", "5", "12.5", "50 MB"],
+        ["9", "serving", "1", "5 s", "-", "-", "-", "-"],
+        ["provider", "model", "state", "failures", "first content", "tokens/s"],
+        ["one", "m", "cools 30 s in 1 of 2", "50%", "-", "42"],
+        ["key", "streams", "requests today", "tokens today"],
+        ["laptop", "3", "-", "-"],
+    ]
+
+
+@pytest.mark.parametrize("command", ["status", "upgrade"])
+def test_a_service_without_an_admin_socket_is_an_error(
+    folder: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = CONFIG.replace("[server]\n", '[server]\nadmin_socket = "off"\n')
+    (folder / "hoberproxy.toml").write_text(settings)
+    assert main([command]) == 1
+    assert "expected an admin socket, got server.admin_socket" in capsys.readouterr().err

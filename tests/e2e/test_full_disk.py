@@ -165,7 +165,7 @@ async def test_on_a_full_disk_requests_go_on_and_records_follow_when_there_is_ro
     assert not list((disk.root / "records.db-requests").iterdir())
 
 
-async def test_what_a_worker_that_ends_on_a_full_disk_cannot_leave_is_lost_counted_and_told(
+async def test_records_for_which_an_ending_worker_has_no_disk_are_lost_counted_and_logged(
     start_proxy: StartProxy, disk: Disk
 ) -> None:
     async with start_proxy(1) as proxy:
@@ -187,7 +187,7 @@ async def test_what_a_worker_that_ends_on_a_full_disk_cannot_leave_is_lost_count
     assert lost > 0 and len(proxy.asked) + 1 - len(recorded) in (lost, lost - 1)
 
 
-async def test_a_start_on_a_full_disk_serves_and_what_the_journals_have_follows(
+async def test_a_start_on_a_full_disk_serves_and_journals_are_stored_later(
     start_proxy: StartProxy, disk: Disk
 ) -> None:
     async with start_proxy(2) as proxy:

@@ -50,7 +50,7 @@ VICTIMS: dict[str, Victims] = {
 
 @pytest.mark.parametrize("kill", range(KILLS))
 @pytest.mark.parametrize("victim", VICTIMS)
-async def test_whoever_is_killed_each_request_has_one_record(
+async def test_whichever_process_is_killed_each_request_has_one_record(
     tmp_path: Path, victim: str, kill: int
 ) -> None:
     seen = Seen()
@@ -89,7 +89,7 @@ async def test_whoever_is_killed_each_request_has_one_record(
     assert not list((tmp_path / "records.db-requests").glob("*.segment"))
 
 
-async def test_a_hole_in_a_journal_takes_nothing_else_along_whoever_is_killed_then(
+async def test_damage_in_a_journal_loses_no_other_record_whichever_process_is_killed(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "records.db-requests"

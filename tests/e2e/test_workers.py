@@ -318,7 +318,8 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
     installed = tmp_path / "installed"
     shutil.copytree(Path(hoberproxy.__file__).parent, installed / "hoberproxy")
     init, server, source = (  # none of which is compiled
-        installed / "hoberproxy" / name for name in ("__init__.py", "supervisor.py", "source.py")
+        installed / "hoberproxy" / name
+        for name in ("__init__.py", "process/supervisor.py", "config/source.py")
     )
     good, read = server.read_text(), source.read_text()
     async with (

@@ -36,8 +36,8 @@ def counted(proxy: Proxy, key: str) -> tuple[list[int], int]:
     """The counters that a request changes, and calls under way."""
     caller = caller_of(proxy, key)
     cells = proxy.gateway.accounts.counters(caller, time.time())
-    tallies = proxy.server._tallies
-    running = tallies._count_running(tallies._slots[caller.key_id], KeyLimits(concurrency=10**6))
+    shared = proxy.server._shared_limits
+    running = shared._count_running(shared._slots[caller.key_id], KeyLimits(concurrency=10**6))
     places = (MINUTE_REQUESTS, DAY_REQUESTS, MINUTE_TOKENS, MINUTE_HELD, TOTAL_SPENT)
     return [cells[place] for place in places], running
 
@@ -126,7 +126,7 @@ LENGTH = json.dumps(QUESTION).encode()
         ),
     ],
 )
-async def test_whatever_becomes_of_a_body_its_place_is_given_back(
+async def test_however_a_body_ends_its_place_is_given_back(
     start_proxy: StartProxy,
     request_of: Callable[[str], bytes],
     end: Callable[[RawClient], Awaitable[None]],
@@ -197,22 +197,22 @@ async def test_a_key_with_one_place_is_refused_a_second_body(
         pytest.param(KeyLimits(budget=1), 402, id="a budget"),
     ],
 )
-async def test_what_is_used_up_is_told_before_the_body_comes(
+async def test_a_used_up_limit_rejects_before_the_body_comes(
     proxy: Proxy, limits: KeyLimits, status: int
 ) -> None:
     key = await new_key(proxy, limits=limits)
     caller = caller_of(proxy, key)
-    tallies = proxy.server._tallies
-    lease = tallies.enter(caller, time.time())
+    shared = proxy.server._shared_limits
+    lease = shared.enter(caller, time.time())
     lease.is_reserved = True
-    tallies.settle(caller, lease, tokens=5, spent=5)
+    shared.settle(caller, lease, tokens=5, spent=5)
     client = await begin(proxy, key)
     answer = await client.read_answer()
     assert answer.status == status
     assert await client.read_rest() == b""
 
 
-async def test_who_goes_on_sending_still_reads_the_refusal(proxy: Proxy) -> None:
+async def test_a_client_that_goes_on_sending_still_reads_the_error(proxy: Proxy) -> None:
     key = await new_key(proxy, limits=ONE_PLACE)
     first = await begin(proxy, key)
     await wait_until(lambda: proxy.gateway.exchanges)

@@ -1,12 +1,15 @@
-"""Which Python runs what is installed by now."""
+"""Which Python runs what is installed by now, and what a child finds in its environment."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from hoberproxy.process.child import start_child
+from hoberproxy.process.machine import malloc_variables
 from hoberproxy.process.upgrade import installed_python
 
 
@@ -39,3 +42,22 @@ def test_else_it_is_ours(
         path.write_text(script)
     monkeypatch.setattr(sys, "argv", [str(path)])
     assert installed_python() == sys.executable
+
+
+def test_a_child_keeps_freed_memory_and_is_no_service_of_systemd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environs = []
+
+    def note(path: str, arguments: list[str], environ: dict[str, str], **options: object) -> int:
+        environs.append(environ)
+        return 1
+
+    monkeypatch.setattr(os, "posix_spawn", note)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/socket")
+    for name in [*malloc_variables({}), "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name, raising=False)
+    start_child("worker", generation=1).close()
+    (environ,) = environs
+    assert malloc_variables({}).items() <= environ.items()
+    assert "NOTIFY_SOCKET" not in environ

@@ -41,6 +41,7 @@ from bench.scenarios import (
 )
 from hoberproxy.cli.main import BENCH_PARTS, main
 from hoberproxy.config.reader import parse_config
+from tests.conftest import IS_COMPILED
 from tests.support.patience import WAIT
 from tests.support.processes import all_below, is_alive
 
@@ -107,6 +108,7 @@ def test_the_report_holds_all_that_is_needed_to_repeat_the_run(quick: Any) -> No
     assert told["command"].startswith("python -m bench.side_by_side --quick --rounds 1")
     assert told["machine"].keys() >= {"cpu", "cores", "kernel", "versions", "load_average"}
     assert told["machine"]["versions"].keys() >= {"python", "hoberproxy", "uvloop"}
+    assert report.form_of_proxy(told) == ("compiled" if IS_COMPILED else "pure Python")
     assert told["date"][:2] == "20"
     assert set(told["peers"]) == set(TARGETS) - {DIRECT}
     if HAS_NGINX:
@@ -324,6 +326,17 @@ def test_the_proxy_runs_with_keys_and_records_and_its_log_on_or_off(
     assert config.keys.required
     assert config.log.access is (peer.name == PROXY_WITH_LOG)
     assert [each.provider for each in config.models[0].endpoints] == ["dead", "upstream"]
+
+
+def test_the_proxy_that_is_measured_is_the_one_installed(tmp_path: Path) -> None:
+    decoy = tmp_path / "hoberproxy"
+    decoy.mkdir()
+    (decoy / "__init__.py").touch()
+    (decoy / "__main__.py").write_text("raise SystemExit('a checkout we were started in')")
+    program, *options = PROXIES[0].command(sys.executable, a_wiring(tmp_path))
+    command = [program, *options[: options.index("serve")], "version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_reference_is_not_slowed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -43,10 +44,15 @@ def arguments_of(command: str) -> list[str]:
     return words[words.index(PROGRAM) + 1 :]
 
 
-def run(*command: str) -> tuple[int, str]:
+def run(*command: str, **environ: str) -> tuple[int, str]:
     """Its status and all that it printed."""
     ended = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=WAIT
+        command,
+        env=os.environ | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=WAIT,
     )
     return ended.returncode, ended.stdout
 
@@ -137,14 +143,36 @@ def test_the_shell_reads_the_scripts() -> None:
         assert run(need_tool("shellcheck"), str(script)) == (0, "")
 
 
-def test_a_dry_run_needs_no_root_and_says_every_command() -> None:
-    status, said = run(str(INSTALL), "--dry-run", "--python", "/usr/bin/python3")
+def run_dry(**environ: str) -> str:
+    """What install.sh would do."""
+    environ = {"HOBERPROXY_BUILD": ""} | environ
+    status, said = run(str(INSTALL), "--dry-run", "--python", "/usr/bin/python3", **environ)
     if "is not Python 3.11" in said:
         pytest.skip("/usr/bin/python3 is not Python 3.11 or newer")
     assert status == 0, said
+    return said
+
+
+def test_a_dry_run_needs_no_root_and_says_every_command() -> None:
+    said = run_dry()
     for path in ("/etc/systemd/system", "/etc/sysusers.d", "/etc/tmpfiles.d", "/etc/hoberproxy"):
         assert f"  + install -D -m 644 {DEPLOY}/hoberproxy" in said
         assert f" {path}/hoberproxy." in said
+
+
+def test_it_says_whether_it_compiles_and_if_not_what_to_do() -> None:
+    assert "from the checkout, compiled: that takes about two minutes" in run_dry(CC="/bin/true")
+    said = run_dry(CC="gcc-of-nowhere")
+    assert "from the checkout, pure: no C compiler is here (gcc-of-nowhere)" in said
+    assert "install gcc and Python's headers" in said
+
+
+def test_another_build_is_another_release_and_the_same_the_same() -> None:
+    compiled, again, pure = (
+        re.findall(r"installing (\S+)", run_dry(CC=compiler))
+        for compiler in ("/bin/true", "/bin/true", "gcc-of-nowhere")
+    )
+    assert compiled == again != pure
 
 
 @pytest.mark.parametrize(

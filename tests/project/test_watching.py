@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from hoberproxy.accounting.exposition import FAMILIES, empty_histogram, render
+from hoberproxy.accounting.exposition import FAMILIES, render
 from tests.support.patience import WAIT
 from tests.support.tools import need_tool
 
@@ -44,7 +44,7 @@ def scraped() -> bytes:
             family.name: [
                 [
                     list(family.labels),
-                    empty_histogram(family.buckets) if family.kind == "histogram" else 1,
+                    [0.0] * (len(family.buckets) + 2) if family.kind == "histogram" else 1,
                 ]
             ]
             for family in FAMILIES

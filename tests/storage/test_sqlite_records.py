@@ -179,7 +179,7 @@ def test_opening_again_keeps_what_is_there(path: Path) -> None:
     second.close()
 
 
-def test_an_older_file_is_brought_forward_with_its_data(
+def test_a_file_of_an_older_version_is_migrated_with_its_data(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = Store(path)
@@ -289,7 +289,7 @@ def test_long_text_of_others_is_cut(store: Store) -> None:
     assert found.requested == ("r" * 256,) * 32
 
 
-def test_a_full_disk_is_a_passing_failure_that_writes_nothing(store: Store) -> None:
+def test_a_full_disk_is_a_transient_error_and_nothing_is_written(store: Store) -> None:
     batch = [record(f"req_{n}", upstream_id="x" * 128) for n in range(2000)]
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages + 5}")
@@ -300,7 +300,7 @@ def test_a_full_disk_is_a_passing_failure_that_writes_nothing(store: Store) -> N
     assert write_records(store, batch) == 2000
 
 
-def test_a_lock_of_another_process_is_a_passing_failure(path: Path) -> None:
+def test_a_lock_of_another_process_is_a_transient_error(path: Path) -> None:
     store = Store(path, busy_timeout=0.0)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -330,7 +330,7 @@ def usage(rows: list[UsageRow]) -> dict[str, int]:
         ("status", {"200": 2, "404": 1}),
     ],
 )
-def test_usage_is_summed_by_what_was_asked(store: Store, by: str, names: dict[str, int]) -> None:
+def test_usage_is_summed_by_each_group(store: Store, by: str, names: dict[str, int]) -> None:
     write_records(
         store,
         [
@@ -406,7 +406,7 @@ def test_most_used_comes_first_and_days_in_their_order(store: Store) -> None:
     assert [row.name for row in store.sum_usage("day")] == ["2023-11-14", "2023-11-15"]
 
 
-def test_a_key_is_shown_by_its_latest_label(store: Store) -> None:
+def test_a_key_has_its_latest_label_in_sums(store: Store) -> None:
     write_records(
         store,
         [
@@ -417,7 +417,7 @@ def test_a_key_is_shown_by_its_latest_label(store: Store) -> None:
     assert store.sum_usage("key")[0].label == "new"
 
 
-def test_usage_by_something_else_names_what_there_is(store: Store) -> None:
+def test_usage_by_an_unknown_group_names_the_known_ones(store: Store) -> None:
     with pytest.raises(StoreError, match="key, model, provider, day, status"):
         store.sum_usage("id; DROP TABLE records")
 
@@ -482,7 +482,7 @@ def test_a_hint_of_two_keys_revokes_neither(store: Store) -> None:
     assert [row.revoked for row in store.list_keys()] == [None, None]
 
 
-def test_revoking_an_unknown_key_does_not_show_it(store: Store) -> None:
+def test_the_error_about_an_unknown_key_does_not_contain_it(store: Store) -> None:
     with pytest.raises(StoreError) as caught:
         store.revoke_key("hb_live_secret")
     assert "secret" not in str(caught.value)
@@ -529,7 +529,7 @@ def test_limits_and_models_of_a_key_reach_its_caller(store: Store) -> None:
     assert store.find_key(row.key_id) == row
 
 
-def test_a_key_without_limits_has_none_to_look_at(store: Store) -> None:
+def test_the_caller_of_a_key_without_limits_has_none(store: Store) -> None:
     key, _ = store.create_key("x")
     assert caller_of(store, key).limits is None
 
@@ -670,7 +670,7 @@ def test_a_record_that_comes_late_is_summed_with_its_day(store: Store) -> None:
     assert [row.requests for row in store.sum_usage("day")] == [2]
 
 
-def test_a_record_that_comes_after_its_day_was_deleted_does_not_take_its_sum_away(
+def test_a_record_of_a_deleted_day_does_not_remove_the_sum_of_that_day(
     store: Store,
 ) -> None:
     write_records(store, [spend(1, START - 9 * DAY), spend(2, START)])

@@ -116,7 +116,7 @@ def test_an_amendment_stands_in_place_of_an_estimate_alone(case: Case) -> None:
     assert (two.prompt_tokens, two.cost) == (5, None)
 
 
-def test_nothing_is_changed_while_it_is_locked_and_the_error_says_that_it_may_pass(
+def test_a_locked_store_changes_nothing_and_its_error_is_transient(
     case: Case,
 ) -> None:
     case.records.write([row("req_0", estimated=True)])
@@ -143,7 +143,7 @@ def test_only_records_of_summed_days_are_deleted(case: Case) -> None:
     assert set(case.stored()) == {"req_0", "req_1"}
 
 
-def test_the_writer_moves_records_into_any_of_them(case: Case, tmp_path: Path) -> None:
+def test_the_writer_moves_records_into_any_store(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     process = Process(path, has_writer=False)
     process.start()
@@ -174,7 +174,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     store.close()
 
 
-def test_others_writes_move_the_version_and_only_keys_that_of_keys(
+def test_any_write_changes_the_data_version_and_only_changes_of_keys_the_keys_version(
     store: Store, tmp_path: Path
 ) -> None:
     keys: Keys = store

@@ -145,7 +145,7 @@ def test_an_outage_is_logged_once_however_often_it_is_tried(
     assert (process.written, process.lost) == (1, 0)
 
 
-def test_closing_does_not_sit_out_the_back_off(
+def test_closing_does_not_wait_for_the_back_off(
     make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -185,7 +185,7 @@ def test_closing_on_a_locked_store_gives_up_in_time_and_says_how_many(
     assert "records stay in the journals" in caplog.text
 
 
-def test_closing_outlasts_a_short_lock(
+def test_closing_waits_for_a_short_lock(
     make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     process = make()
@@ -199,7 +199,7 @@ def test_closing_outlasts_a_short_lock(
     assert stored(path) == 1
 
 
-def test_a_record_put_after_closing_is_counted_as_lost(make: Callable[..., Process]) -> None:
+def test_a_record_after_closing_is_counted_as_lost(make: Callable[..., Process]) -> None:
     process = make()
     process.start()
     process.close()
@@ -219,7 +219,7 @@ def test_a_backlog_is_written_without_waiting_for_ticks(
     other.close()
 
 
-def test_what_no_table_takes_is_lost_alone(
+def test_a_record_that_no_table_takes_is_lost_alone(
     make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -302,7 +302,7 @@ def test_of_two_processes_one_writes_for_both(make: Callable[..., Process], path
     assert [writer.written for writer in writers] == [500, 0]
 
 
-def test_when_the_one_goes_the_other_writes(make: Callable[..., Process], path: Path) -> None:
+def test_when_one_writer_ends_the_other_writes(make: Callable[..., Process], path: Path) -> None:
     first, second = make(), make()
     first.start()
     second.start()
@@ -416,7 +416,7 @@ def die(process: Process) -> None:
         segment.close()
 
 
-def test_what_a_killed_process_did_not_write_is_taken_over(
+def test_records_that_a_killed_process_did_not_store_are_stored(
     make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -440,7 +440,7 @@ def test_what_a_killed_process_did_not_write_is_taken_over(
     assert "2 records taken over" in caplog.text
 
 
-def test_what_is_in_the_store_already_is_not_taken_over_again(
+def test_records_of_a_killed_process_are_not_stored_twice(
     make: Callable[..., Process], path: Path
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -458,7 +458,7 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
     store.close()
 
 
-def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
+def test_entries_around_damage_are_stored_once_and_the_file_is_kept(
     make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -495,7 +495,7 @@ def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
     ]
 
 
-def test_what_no_store_takes_keeps_no_other_request_of_the_journal_out(
+def test_an_entry_that_no_store_takes_keeps_no_other_out(
     make: Callable[..., Process], path: Path
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -512,7 +512,7 @@ def test_what_no_store_takes_keeps_no_other_request_of_the_journal_out(
     assert (process.lost, process.writer.unreadable) == (1, 1)
 
 
-def test_an_amendment_does_not_stand_for_an_end_that_is_damaged(
+def test_an_amendment_does_not_replace_a_damaged_end(
     make: Callable[..., Process], path: Path
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -527,7 +527,7 @@ def test_an_amendment_does_not_stand_for_an_end_that_is_damaged(
     store.close()
 
 
-def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
+def test_entries_of_another_version_are_stored_as_far_as_their_names_are_known(
     make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = Process(path, has_writer=False)
@@ -558,7 +558,7 @@ def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
     assert list(path.with_name("store.db-requests").glob("*.unreadable"))
 
 
-def test_a_living_process_takes_over_what_another_leaves(
+def test_a_living_process_stores_the_records_of_a_dead_one(
     make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.storage.writer.TAKE_OVER_INTERVAL", 0.01)
@@ -573,7 +573,7 @@ def test_a_living_process_takes_over_what_another_leaves(
 
 
 @pytest.mark.parametrize("read", [0, 2], ids=["unread", "partly read"])
-def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
+def test_records_of_the_dead_that_could_not_be_stored_are_stored_by_the_next_try(
     path: Path, read: int
 ) -> None:
     writer = Writer(path, batch_size=2)
@@ -597,7 +597,7 @@ def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
     assert not list(path.with_name("store.db-requests").iterdir())
 
 
-def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
+def test_a_writer_starts_while_the_store_takes_no_records_of_the_dead(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Store(path).close()
@@ -646,7 +646,7 @@ def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
     assert not list(path.with_name("store.db-requests").iterdir())
 
 
-def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
+def test_on_a_full_disk_losses_are_counted_and_logged_and_the_journal_recovers(
     make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -21,7 +21,7 @@ PROVIDER_KEY = "sk-provider-secret"
 INSTALL = "/srv/checkout/deploy/install.sh"
 CONFIG = "/etc/hoberproxy/hoberproxy.toml"
 PROGRAM = "/opt/hoberproxy/bin/hoberproxy"
-INSTALL_TIME = patient(600.0)  # seconds; it compiles
+INSTALL_TIME = patient(800.0)  # seconds; it compiles
 # Given to the service, so that what takes minutes in production takes seconds here.
 DROP_IN = "/etc/systemd/system/hoberproxy.service.d/test.conf"
 

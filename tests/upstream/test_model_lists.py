@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from hoberproxy.api.routes import ModelsPage
-from hoberproxy.upstream import model_lists
-from hoberproxy.upstream import models_listing as listing
+from hoberproxy.upstream import model_lists, models_listing
 from hoberproxy.upstream.models_listing import parse_listing
 from tests.conftest import SLUG, Proxy, StartProxy, chat, get, wait_until
 from tests.support.patience import WAIT
@@ -219,7 +218,7 @@ async def test_a_provider_that_hangs_is_given_up_and_asked_again(
 async def test_a_list_is_bounded_in_bytes_and_in_models(
     start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "MAX_BODY_BYTES", 10_000)
+    monkeypatch.setattr(models_listing, "MAX_BODY_BYTES", 10_000)
     monkeypatch.setattr(model_lists, "MAX_MODELS", 3)
     upstream._default = models("a", "b", "c", "d", "e")
     upstream.add(models(*(f"long-name-{number}" for number in range(1000))))

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.wheel
 DIST = Path(__file__).parents[2] / "dist"
 INSTALL_TIME = patient(300.0)
 PYTHON = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-TAGS = {"pure": "py3-none-any", "compiled": rf"{PYTHON}-{PYTHON}-(many|musl)linux_\S+"}
+TAGS = {"pure": "py3-none-any", "compiled": rf"{PYTHON}-{PYTHON}-(many|musl)linux\S+"}
 
 
 def find_wheel(build: str) -> Path:

@@ -1,71 +1,95 @@
-"""What a process keeps of the memory it frees."""
+"""What a process may have of its machine, and what it does with it."""
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from hoberproxy.accounting import memory
+from hoberproxy.process import machine
 from tests.support.patience import WAIT
 
-# As a prompt of 1 MB does: pieces, the whole, what goes upstream, all freed after the answer.
+
+def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    environ.pop("GLIBC_TUNABLES", None)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+        env=environ | {"PYTHONPATH": str(Path(machine.__file__).parents[2])} | variables,
+    )
+
+
+# Files
+
+LIMITED = """
+import resource
+from hoberproxy.process.machine import connections_limit, raise_file_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
+raise_file_limit()
+print(*resource.getrlimit(resource.RLIMIT_NOFILE), connections_limit())
+"""
+
+
+def test_a_process_takes_all_files_that_it_may_have() -> None:
+    done = run(LIMITED)
+    assert done.stdout.split() == ["500", "500", "218"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("soft", "limit"), [(1024, 480), (65536, 32736), (10, 1), (resource.RLIM_INFINITY, 2**31)]
+)
+def test_half_of_the_files_are_for_model_servers(
+    soft: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, soft))
+    assert machine.connections_limit() == limit
+
+
+# Memory
+
+# As concurrent prompts of 100 KB: pieces, the whole, the body that goes upstream, freed together.
 REQUESTS = """
-import resource, sys
-from hoberproxy.memory import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit(3)
-def faults():
+import resource
+def serve():
     blocks = []
-    for _ in range(8):
-        blocks += [bytes(250_000) for _ in range(4)]
-        blocks.append(b"".join(blocks[-4:]))
+    for _ in range(16):
+        blocks += [bytes(50_000) for _ in range(2)]
+        blocks.append(b"".join(blocks[-2:]))
 for _ in range(5):
-    faults()
+    serve()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
-    faults()
+    serve()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(how: str, code: str = REQUESTS, **variables: str) -> subprocess.CompletedProcess[str]:
-    environ = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
-    environ.pop("GLIBC_TUNABLES", None)
-    return subprocess.run(
-        [sys.executable, "-c", code, how],
-        capture_output=True,
-        text=True,
-        timeout=WAIT,
-        env=environ | {"PYTHONPATH": str(Path(memory.__file__).parents[2])} | variables,
-    )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _has_mallopt() -> None:
-    if run("keep").returncode == 3:
-        pytest.skip("this C library has no mallopt")
-
-
 def test_freed_memory_is_there_for_the_next_request() -> None:
-    kept, given_back = run("keep"), run("as it is")
-    assert int(kept.stdout) < 200, "page faults of 20 times 16 MB"
+    kept, given_back = run(REQUESTS, **machine.malloc_variables({})), run(REQUESTS)
+    if kept.stdout == given_back.stdout:
+        pytest.skip("this C library does not know the variables")
+    assert int(kept.stdout) < 200, "page faults of 20 times 3 MB"
     assert int(given_back.stdout) > 10 * int(kept.stdout), "else there is no need for it"
 
 
-def test_an_operators_own_choice_is_left_alone() -> None:
-    assert run("keep", MALLOC_TRIM_THRESHOLD_="131072").returncode == 3
-    assert run("keep", GLIBC_TUNABLES="glibc.malloc.tcache_count=7").returncode == 3
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_an_operators_own_choice_is_left_alone(name: str) -> None:
+    assert machine.malloc_variables({"PATH": "/bin"})
+    assert machine.malloc_variables({name: "1"}) == {}
 
 
 # 600,000 things that are kept, as of thousands of open streams; then rings of references that have
 # lived long enough to be seen by full collections alone, and things kept until they are gone.
 COLLECTIONS = """
 import gc, sys
-from hoberproxy.memory import collect_rarely
+from hoberproxy.process.machine import collect_rarely
 if sys.argv[1] == "rarely":
     collect_rarely()
 full = []
@@ -90,13 +114,13 @@ print(len(kept))
     sys.version_info >= (3, 14), reason="3.14 collects in steps, without full collections"
 )
 def test_many_open_streams_bring_on_no_full_collection() -> None:
-    as_it_is, rarely = run("as it is", COLLECTIONS), run("rarely", COLLECTIONS)
+    as_it_is, rarely = run(COLLECTIONS, "as it is"), run(COLLECTIONS, "rarely")
     assert int(rarely.stdout.split()[0]) == 0
     assert int(as_it_is.stdout.split()[0]) > 0, "else there is no need for it"
 
 
 def test_rings_of_references_are_collected_all_the_same() -> None:
-    assert int(run("rarely", COLLECTIONS).stdout.split()[1]) < 5_000_000, "where it gives up"
+    assert int(run(COLLECTIONS, "rarely").stdout.split()[1]) < 5_000_000, "where it gives up"
 
 
 def write_files(root: Path, files: dict[str, str]) -> str:
@@ -134,11 +158,11 @@ def write_files(root: Path, files: dict[str, str]) -> str:
 def test_the_memory_of_a_container_is_less_than_the_machines(
     tmp_path: Path, files: dict[str, str]
 ) -> None:
-    assert memory.machine_memory(write_files(tmp_path, files)) == 64 * 1024 * 1024
+    assert machine.machine_memory(write_files(tmp_path, files)) == 64 * 1024 * 1024
 
 
 def test_without_limits_the_machines_memory_counts(tmp_path: Path) -> None:
-    whole = memory.machine_memory(str(tmp_path))
+    whole = machine.machine_memory(str(tmp_path))
     assert 64 * 1024 * 1024 < whole < 2**50
     unlimited = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}
-    assert memory.machine_memory(write_files(tmp_path, unlimited)) == whole
+    assert machine.machine_memory(write_files(tmp_path, unlimited)) == whole
