@@ -63,20 +63,15 @@ class ServerContext(ConnectionContext):
         self.frames = Frames()
         self.draw: Callable[[], float] = random.random  # for weights and jitter
         self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
-        self.model_lists = ModelLists()
         self.exchanges: set[RequestHandler] = set()
         self.openings: dict[tuple[str, str], Opening] = {}  # by provider and slug
         self.refused_options: dict[Key, frozenset[str]] = {}
-        self.configure(config, upstreams)
-
-    def configure(self, config: Config, upstreams: dict[str, Upstream]) -> None:
-        """Serve by `config` from now on, with these `upstreams` made of it."""
         self.config = config
         self.settings = config.server
         self.upstreams = upstreams
         self.shortest_wait = shortest_wait_of(config)
-        self.model_lists.configure(
-            _behind_wildcards(config, upstreams), self.settings.models_refresh
+        self.model_lists = ModelLists(
+            _behind_wildcards(config, upstreams), config.server.models_refresh
         )
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:

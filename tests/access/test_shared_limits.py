@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hoberproxy.access import shared_limits as shared_limits_module
+from hoberproxy.access.admission import MAX_WORKERS
 from hoberproxy.access.keys import Caller
 from hoberproxy.access.limits import (
     BUSY_WAIT,
@@ -160,6 +161,16 @@ def test_more_limited_keys_than_there_is_room_for_are_refused(
     with pytest.raises(UnavailableError):
         passes(shared, caller("key_3", requests_per_minute=1))
     assert "more" in caplog.text
+
+
+def test_a_reload_of_the_most_workers_finds_room_and_no_process_more(path: Path) -> None:
+    processes = [SharedLimits(path) for _ in range(2 * MAX_WORKERS)]
+    with pytest.raises(OSError, match=f"up to {2 * MAX_WORKERS} processes"):
+        SharedLimits(path)
+    processes.pop().close()
+    processes.append(SharedLimits(path))
+    for each in processes:
+        each.close()
 
 
 def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(

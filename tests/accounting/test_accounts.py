@@ -147,15 +147,17 @@ def test_what_costs_nothing_holds_nothing(
     assert held(shared) == 0
 
 
-def test_what_is_assumed_of_answers_without_a_limit_may_change(
-    accounts: Accounts, shared: SharedLimits
+def test_what_is_assumed_of_answers_without_a_limit_is_a_setting(
+    journal: Journal, shared: SharedLimits
 ) -> None:
     prompt = round(CALL.prompt_bytes / BYTES_PER_TOKEN)
-    for tokens in (ASSUMED, 50):
+    for accounts, tokens in (
+        (Accounts(journal, shared, ASSUMED), ASSUMED),
+        (Accounts(journal, shared, 50), 50),
+    ):
         lease = accounts.open(record(), RICH, CALL, PLAN, NOW)
         assert lease is not None and lease.cost == (prompt + 2 * tokens) * 10**6
         shared.settle(RICH, lease, tokens=0, spent=0)
-        accounts.assume_output(50)  # as a reload of the config does
 
 
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
