@@ -446,6 +446,16 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def describe_command(argv: Sequence[str]) -> str:
+    """The command line without the folders of this machine: a report is for others to read."""
+    arguments = [
+        f"{before}{equals}{Path(after).name}" if "/" in each else each
+        for each in argv
+        for before, equals, after in [each.rpartition("=")]
+    ]
+    return shlex.join(["python", "-m", "bench.fast_paths", *arguments])
+
+
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fast_paths", description=(__doc__ or "").partition("\n")[0]
@@ -500,7 +510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render(rows))
     if options.json is not None:
         told = {
-            "command": shlex.join(["python", "-m", "bench.fast_paths", *(argv or sys.argv[1:])]),
+            "command": describe_command(sys.argv[1:] if argv is None else argv),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "is_compiled": program.is_compiled,
             "machine": machine,

@@ -21,6 +21,7 @@ from bench.fast_paths import (
     Program,
     Switch,
     add_switches,
+    describe_command,
     make_copy,
     parse_options,
     summarize,
@@ -103,6 +104,11 @@ def test_a_ratio_is_of_the_same_turn_and_its_median_is_told() -> None:
     assert (again["ratio"], again["median_us"]) == (1.0, 101.0)
     assert again["ratio_low"] == pytest.approx(0.975)
     assert again["ratio_high"] == pytest.approx(1.005)
+
+
+def test_the_command_that_is_told_has_no_folder_of_this_machine() -> None:
+    told = describe_command(["--folder", "/a/copy", "--beside", "old=/b/other", "--turns", "3"])
+    assert told == "python -m bench.fast_paths --folder copy --beside old=other --turns 3"
 
 
 def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
