@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Final
 
 from ..protocol.json_bytes import load_json
+from ..protocol.text import clip_text
 
 JsonObject = dict[str, Any]
 
@@ -332,8 +333,7 @@ def _find_code(layers: list[JsonObject]) -> str:
 
 def clean_text(text: str, limit: int) -> str:
     """`text` on one line, of bounded length, fit for any encoding."""
-    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
-    return _SPACE.sub(" ", text[: 4 * limit].encode("utf-8", "replace").decode()).strip()[:limit]
+    return _SPACE.sub(" ", clip_text(text, 4 * limit)).strip()[:limit]
 
 
 def _one_line(document: Any) -> str:

@@ -57,8 +57,6 @@ _match_element: Final = re.compile(
     rb'[\s,]*+(%b|%b|[^\s,"\[\]{}]++|)' % (_STRING, _container_pattern(8, _STRING))
 ).match
 _WALK: Final = _walk_pattern(_STRING)
-MAX_KEPT_NAME: Final = 256  # characters
-MAX_KEPT_NAMES: Final = 1024
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
@@ -96,18 +94,8 @@ def scan_members(data: bytes) -> list[Member]:
 
 
 def model_member(name: str) -> bytes:
-    """The member `model` with this value, as orjson writes it."""
-    member = _model_members.get(name)
-    if member is None:
-        member = b'"model":%b' % orjson.dumps(name)
-        if len(name) <= MAX_KEPT_NAME:  # clients choose them
-            if len(_model_members) >= MAX_KEPT_NAMES:
-                _model_members.clear()
-            _model_members[name] = member
-    return member
-
-
-_model_members: Final[dict[str, bytes]] = {}  # the same few all the time
+    """Return the member `model` with the value `name`, as orjson writes it."""
+    return b'"model":%b' % orjson.dumps(name)
 
 
 def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:

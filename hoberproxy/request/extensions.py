@@ -8,10 +8,11 @@ of one at all is checked with the rest of the body, in request/checks.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..errors import RequestError
+from .field_errors import one_of, wrong_type, wrong_value
 
 TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
 RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
@@ -78,16 +79,10 @@ def _refused(extension: str, place: int | None) -> RequestError:
     """The error for an extension: the contract's value was expected."""
     param, name = param_of(extension, place), extension.partition("=")[0]
     if name == "content":
-        message = f"{param}: expected string or array of parts, got null"
-        return RequestError(message, code="invalid_type", param=param)
+        return wrong_type(param, "string or array of parts", None)
     if name in _LENGTHS:
         expected, got = "1 or more", str(UNLIMITED)
     else:
         allowed = TOOL_CHOICES if name == "tool_choice" else RESPONSE_FORMATS
-        expected, got = _one_of(allowed), "another string"
-    message = f"{param}: expected {expected}, got {got}, which no endpoint of this model accepts"
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _one_of(allowed: Iterable[str]) -> str:
-    return "one of " + ", ".join(sorted(allowed))
+        expected, got = one_of(allowed), "another string"
+    return wrong_value(param, expected, f"{got}, which no endpoint of this model accepts")
