@@ -131,7 +131,7 @@ SWITCHES = {
     "parse-cache": Switch(
         "what a request says around its messages",
         ("json", "tools"),
-        {"Frames._fitting": "return None", "Frames._keep": "return None"},
+        {"ParseCache._fitting": "return None", "ParseCache._keep": "return None"},
     ),
     "mutexes": Switch(
         "robust mutexes in place of a lock of the file",

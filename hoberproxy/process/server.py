@@ -377,7 +377,7 @@ class Server(Timed):
         assert self._gateway is not None
         self._sweeps += 1
         if self._sweeps % FRAMES_SWEEP == 0:
-            self._gateway.frames.forget_unused()
+            self._gateway.parse_cache.forget_unused()
         for upstream in self._gateway.upstreams.values():
             upstream.pool.close_expired(now)
         return now + POOL_SWEEP
