@@ -61,9 +61,10 @@ _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9
 
 
 def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
-    """Check a body against every rule of the contract; raises RequestError naming the field.
+    """Return the call in `body`, checked against every rule of the contract.
 
-    `known_ends` has the ends of top-level values by their beginnings, where they are known.
+    `known_ends` has the ends of top-level values by their beginnings, where they are known. Raises
+    RequestError, which names the field.
     """
     survey = Survey(body)
     while survey.step():
@@ -77,7 +78,7 @@ def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
 def parse_in_steps(
     body: bytes, survey: Survey, known_ends: dict[int, int]
 ) -> Generator[None, None, Call]:
-    """Do as `parse_call`, for a large body that `survey` has seen: pause where it may take long."""
+    """Do as `parse_call` for a large body, which `survey` has counted; pause between long steps."""
     document = _load_object(body)
     yield
     members = _find_members(body, document, known_ends, survey)
@@ -88,7 +89,7 @@ def parse_in_steps(
 
 
 def check_survey(survey: Survey) -> None:
-    """Raise RequestError for a body of too many values."""
+    """Raise RequestError if `survey` counted more values than a body may have."""
     if survey.has_too_many:
         message = f"the body: expected at most {MAX_VALUES} JSON values in all, got more"
         raise RequestError(message, code="invalid_value")
@@ -101,7 +102,7 @@ def make_call(
     raw_messages: bytes | memoryview,
     members: list[Member] | None = None,
 ) -> Call:
-    """Check `messages`, which are `raw_messages` parsed, a part of `body`; and return the call.
+    """Return the call of `body`, whose part `raw_messages` parses to `messages`.
 
     Raises RequestError for the first message that is wrong.
     """
@@ -128,7 +129,7 @@ def _check_document(body: bytes, document: JsonObject, members: list[Member]) ->
 
 
 def _check_size(param: str, members: list[Member]) -> None:
-    """Of a member that is read once more where it is changed."""
+    """Raise RequestError if the member `param` is too large; a change reads it once more."""
     for member in members:
         if member.name == param and (size := member.end - member.value_start) > MAX_OPTIONS_BYTES:
             expected = f"an object of at most {MAX_OPTIONS_BYTES} bytes"
@@ -152,7 +153,7 @@ def _load_object(body: bytes) -> JsonObject:
 
 
 def _check_names(document: JsonObject) -> None:
-    """No name that another server could take for one of ours."""
+    """Raise RequestError for a name that another server could take for a parameter."""
     for name in document:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
         if name in _PARAMETERS:
@@ -191,7 +192,7 @@ def _duplicate(name: str, start: int) -> RequestError:
 
 
 def _fold(name: str) -> str:
-    """What `name` is to the most lenient of the servers that ignore case.
+    """Return what `name` is to the most lenient of the servers that ignore case.
 
     Go folds the long s to s and the Kelvin sign to k, Java both Turkish i's to i. Through upper
     case all of these come out, and whatever `lower` or `casefold` alone would find.
@@ -275,7 +276,7 @@ def _check_enum(param: str, value: object, allowed: frozenset[str]) -> None:
 
 
 def _check_word(param: str, value: object, usual: frozenset[str]) -> None:
-    """One of the `usual` words, or another that an endpoint may accept: see extensions.py."""
+    """Accept the `usual` words, and others that an endpoint may take: see extensions.py."""
     if type(value) is not str or not is_word(value):
         _check_enum(param, value, usual)
 
@@ -291,7 +292,7 @@ def _number_check(highest: int) -> Callable[[str, object], None]:
 
 
 def _flags_check(flag: str) -> Callable[[str, object], None]:
-    """For an object of which one member, a boolean, means something to us."""
+    """Return a check of an object of which only the boolean `flag` is read."""
 
     def check(param: str, value: object) -> None:
         if type(value) is not dict:
@@ -349,11 +350,10 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 
 
 def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
-    """Return whether any message holds an image, and how many messages have which role.
+    """Return (has an image, bytes of media beyond MEDIA_BYTES for each, messages by role).
 
-    Between these, the bytes of images and sounds beyond MEDIA_BYTES for each. Under NO_CONTENT
-    stands the first place of an assistant that said nothing, if there is one. Raises RequestError
-    for the first message that is wrong.
+    Under NO_CONTENT stands the place of the first message of an assistant that has no content, if
+    there is one. Raises RequestError for the first message that is wrong.
     """
     if type(messages) is not list:
         raise wrong_type("messages", "array", messages)

@@ -1,8 +1,8 @@
-"""Values beyond the contract's that some servers take: which of them a request uses.
+"""Extensions: values beyond the contract's that some servers take.
 
 An extension is written as the member and its value, `tool_choice=any`. Endpoints say which they
 accept (`Abilities.accepts`); the router lets a request go to no other. Whether a value has the form
-of one at all is checked with the rest of the body, in request/checks.py.
+of an extension is checked with the rest of the body, in request/checks.py.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _match_extension: Final = re.compile(
 
 
 def is_word(text: str) -> bool:
-    """Whether `text` may be the name of a choice or format that some server has."""
+    """Return whether `text` may be the name of a choice or format that some server has."""
     return _match_word(text) is not None
 
 
 def is_extension(text: str) -> bool:
-    """Whether `text` is an extension's name, as a config may list it."""
+    """Return whether `text` is an extension's name, as a config may list it."""
     return _match_extension(text) is not None
 
 
 def find_extensions(get: Callable[[str], Any]) -> frozenset[str]:
-    """The extensions that a body uses beside its messages; `get` reads its checked members."""
+    """Return the extensions that a body uses beside its messages; `get` reads a checked member."""
     found = []
     choice, wanted = get("tool_choice"), get("response_format")
     if type(choice) is str and choice not in TOOL_CHOICES:
@@ -52,7 +52,7 @@ def find_extensions(get: Callable[[str], Any]) -> frozenset[str]:
 
 
 def param_of(extension: str, place: int | None = None) -> str:
-    """The field that uses `extension`; `place` is that of a message without content."""
+    """Return the field that uses `extension`; `place` is that of a message without content."""
     name = extension.partition("=")[0]
     if name == "content":
         return "messages" if place is None else f"messages[{place}].content"
@@ -76,7 +76,7 @@ def check_accepted(
 
 
 def _refused(extension: str, place: int | None) -> RequestError:
-    """The error for an extension: the contract's value was expected."""
+    """Return the error for `extension`: the contract's value was expected."""
     param, name = param_of(extension, place), extension.partition("=")[0]
     if name == "content":
         return wrong_type(param, "string or array of parts", None)
