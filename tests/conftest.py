@@ -36,6 +36,7 @@ from hoberproxy.config.settings import (
     ServerSettings,
 )
 from hoberproxy.exchange.context import ServerContext
+from hoberproxy.process.listeners import Listeners
 from hoberproxy.process.server import Server
 from hoberproxy.relay import content_template as stencil
 from hoberproxy.routing.catalog import Endpoint, Model, Provider
@@ -285,19 +286,29 @@ async def upstream() -> AsyncIterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterator[StartProxy]:
-    """Starts proxies in front of `upstream`; keywords are settings of `[server]`."""
+    """Starts proxies in front of `upstream`; keywords are settings of `[server]`.
+
+    `change` makes another config of the usual one.
+    """
     started: list[Proxy] = []
 
-    async def start(*, keys_required: bool = True, **settings: Any) -> Proxy:
+    async def start(
+        *,
+        keys_required: bool = True,
+        change: Callable[[Config], Config] | None = None,
+        **settings: Any,
+    ) -> Proxy:
         config = make_config(
             tmp_path / "records.db", upstream.port, keys_required=keys_required, **settings
         )
+        if change is not None:
+            config = change(config)
         store = Store(config.records.file)
         key, _ = store.create_key("test", kind="test")
         store.close()
-        server = Server(config)
+        server = Server(config, await listen(config))
         await server.start()
-        gateway = server._gateway
+        gateway = server._context
         assert gateway is not None
         records: list[Record] = []
         gateway.on_closed = records.append
@@ -314,6 +325,13 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
 async def proxy(start_proxy: StartProxy) -> Proxy:
     """One with the usual settings."""
     return await start_proxy()
+
+
+async def listen(config: Config) -> Listeners:
+    """Sockets where the config says."""
+    listeners = Listeners()
+    await listeners.listen(config.server.listen, lambda: False)
+    return listeners
 
 
 def make_config(

@@ -60,11 +60,6 @@ class Accounts:
         self._counter: TokenCounter | None = None  # with the first request to be counted
         self._silent: set[Key] = set()  # endpoints that the log has named for want of usage
 
-    def assume_output(self, tokens: int) -> None:
-        """Go by another number of tokens, for an answer that nothing limits, from now on."""
-        self._assumed_output = tokens
-        self._offers.clear()
-
     def enter(self, caller: Caller, now: float) -> Lease | None:
         """Count a call in when its head has come and its body has not; None without limits.
 

@@ -15,17 +15,10 @@ from typing import Any, Final
 
 from ..access.limits import PICO
 from ..errors import FailedAttempt
-from .exposition import (
-    CONTENT_TYPE,
-    FIRST_CONTENT_BUCKETS,
-    GAP_BUCKETS,
-    LAG_BUCKETS,
-    REQUEST_BUCKETS,
-    render,
-)
+from .exposition import FIRST_CONTENT_BUCKETS, GAP_BUCKETS, LAG_BUCKETS, REQUEST_BUCKETS
 from .record import CLIENT_CLOSED, Record
 
-__all__: Final = ["CONTENT_TYPE", "FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
+__all__: Final = ["FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
 TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
@@ -234,10 +227,6 @@ class Metrics:
             for key, series in self._series.items()
             if (histogram := of(series)) is not None
         ]
-
-    def render(self, gauges: Gauges) -> bytes:
-        """Return all counts and gauges in the text format, version 0.0.4."""
-        return render(self.snapshot(gauges))
 
 
 def _samples(counts: Mapping[Any, int]) -> list[Any]:

@@ -1,7 +1,6 @@
 """aiohttp's side of the door: every path but the chat POST, on the same port.
 
-Models, health, refusals with the paths that exist, CORS; and /metrics, an application of its own
-for a listener of its own.
+Models, health, refusals with the paths that exist, CORS.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
-from ..accounting.exposition import CONTENT_TYPE
 from ..downstream.cors import cors_headers
 from ..errors import (
     ProxyError,
@@ -33,20 +31,20 @@ logger = logging.getLogger("hoberproxy.server")
 
 
 class ModelsPage:
-    """The body of GET /v1/models, made anew only when something in it may have changed."""
+    """The body of GET /v1/models, made anew only when a list of models has changed."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._made_of: tuple[object, object] | None = None
+        self._made_of: object = None
         self._body = b""
 
     def body(self) -> bytes:
         """Return the list as JSON."""
-        catalog, listed = self._context.catalog, self._context.model_lists.listed
-        made_of = self._made_of
-        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
-            self._body = orjson.dumps({"object": "list", "data": catalog.listing(listed)})
-            self._made_of = catalog, listed
+        listed = self._context.model_lists.listed
+        if self._made_of is not listed:
+            data = self._context.catalog.listing(listed)
+            self._body = orjson.dumps({"object": "list", "data": data})
+            self._made_of = listed
         return self._body
 
 
@@ -86,17 +84,6 @@ def make_app(context: ServerContext) -> web.Application:
         app.router.add_get(prefix + "/healthz", _health)
         app.router.add_get(prefix + "/health", _health)
         app.router.add_get(prefix + "/readyz", _ready)
-    return app
-
-
-def make_metrics_app(render: Callable[[], bytes]) -> web.Application:
-    """Make the application of the metrics listener."""
-
-    async def show(request: web.Request) -> web.Response:
-        return web.Response(body=render(), headers={"Content-Type": CONTENT_TYPE})
-
-    app = web.Application()
-    app.router.add_get("/metrics", show)
     return app
 
 

@@ -19,13 +19,12 @@ from ..config.settings import Config
 from ..downstream.response import Answer, Client
 from ..downstream.socket_writer import Sink
 from ..errors import UpstreamError
-from ..exchange.attempt import Attempt, Owner
+from ..exchange.attempt import Attempt, AttemptOwner
 from ..protocol.http_head import ResponseHead
 from ..request.checks import parse_call
 from ..routing.catalog import Endpoint, Model, TimeLimits
 from ..routing.plan import Step
 from ..timer_wheel import Ticker, Wheel
-from ..upstream.body import make_upstream_body
 from ..upstream.models_listing import list_models
 from ..upstream.provider import Upstream, make_upstreams
 from .live_check_report import Report
@@ -205,7 +204,7 @@ def _is_object(text: object) -> bool:
         return False
 
 
-class _Request(Owner):
+class _Request(AttemptOwner):
     """One request to an endpoint: the owner of its attempt, which keeps what the answer says.
 
     `without` names options that are left out of the body.
@@ -219,19 +218,10 @@ class _Request(Owner):
         self.first_content: float | None = None  # loop time
         self.error: UpstreamError | None = None
         self.message: dict[str, Any] = {}  # of an answer that is not streamed
-        call, endpoint = parse_call(orjson.dumps(body)), step.endpoint
-        rules, options = endpoint.adaptation, upstream.provider.stream_options
-        adapted, injected = make_upstream_body(
-            call,
-            endpoint.upstream_model,
-            stream_options=options,
-            adaptation=rules,
-            without=without,
-        )
-        request = upstream.serialize_request(adapted, [], stream=call.terms.stream)
+        call = parse_call(orjson.dumps(body))
         nobody = _Nobody()
         answer = Answer(Sink(nobody), nobody, version_minor=1, keep_alive=True)
-        self.attempt = Attempt(self, call, step, upstream.pool, answer, request, injected)
+        self.attempt = Attempt(self, call, step, upstream, answer, without)
 
     async def send(self) -> _Request:
         """Send the request and wait for its end, which the attempt's limits bring about."""

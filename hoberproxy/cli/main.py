@@ -7,36 +7,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from .._mypyc import HOW_TO_COMPILE, describe_build, is_compiled
 from ..access.admission import MAX_WORKERS
-from ..config.settings import (
-    Address,
-    Config,
-    KeySettings,
-    LogSettings,
-    RecordSettings,
-    ServerSettings,
-)
-from ..config.source import read_example, read_source
+from ..config.settings import Config, RecordSettings, ServerSettings
+from ..config.source import parse_listen, read_example, read_source
 from ..config.values import ConfigError
 from ..storage.sqlite_records import open_store
 from ..storage.store import Store, StoreError
 from .keys import add_keys
 from .printing import print_table
 from .usage import add_usage
-
-if TYPE_CHECKING:
-    from ..process.server import Server
 
 T = TypeVar("T", int, float)
 
@@ -96,8 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workers",
         metavar="COUNT",
         type=_number_parser(int, 0, MAX_WORKERS),
-        help="processes that serve, under one that watches them; 0 is one per core. "
-        "Without it a single process serves",
+        help="processes that serve, under one that watches them; 0 is one per core; default: 1",
     )
     serve.set_defaults(run=_serve)
 
@@ -110,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     upgrade = commands.add_parser(
         "upgrade",
         parents=[config_option],
-        help="let the running `serve --workers` go on with what is installed now",
+        help="let the running proxy go on with what is installed now",
     )
     upgrade.set_defaults(run=_upgrade)
 
@@ -146,6 +135,12 @@ def make_parser() -> argparse.ArgumentParser:
     add_usage(commands, config_option, _open_store)
     _add_bench(commands)
 
+    # What a supervisor starts. Without a help text they are in no list of commands.
+    for name, run in (("worker", _worker), ("writer", _writer)):
+        child = commands.add_parser(name)
+        child.add_argument("channel", help="number of a descriptor")
+        child.set_defaults(run=run)
+
     version = commands.add_parser("version", help="print the version, and whether it is compiled")
     version.set_defaults(run=_version)
     return parser
@@ -172,123 +167,90 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from ..process.joining import hold_signals
+    path = _config_path(arguments)
+    if path is None:
+        if arguments.workers is not None:
+            return _cannot_start(
+                f"--workers needs a config: expected ./{DEFAULT_CONFIG} or --config FILE"
+            )
+        return _serve_embedded(arguments.listen)
+    # A reload or an upgrade that is asked for during the start waits until there are handlers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR2))
     from ..process.listeners import StartError
+    from ..process.supervisor import serve
 
-    if arguments.workers is not None:
-        return _serve_with_workers(arguments)
-    if arguments.config is not None or Path(DEFAULT_CONFIG).exists():
-        hold_signals()
-    config = _load_config(arguments)
-    listen = _parse_listen(arguments.listen) if arguments.listen else None
-    if config is not None:
-        config = _at(config, listen)
-    _set_up_logging(config.log.level if config is not None else "info")
     try:
-        if config is not None:
-            _run_configured(config, lambda: _at(_load_again(arguments), listen))
-        else:
-            _run_embedded(ServerSettings(listen=(listen,)) if listen else ServerSettings())
-    except (StartError, StoreError) as error:
-        return _cannot_start(str(error))
-    return EXIT_OK
-
-
-def _serve_with_workers(arguments: argparse.Namespace) -> int:
-    from ..process.joining import hold_signals
-    from ..process.listeners import StartError
-    from ..process.service import serve_with_workers
-
-    path = arguments.config or DEFAULT_CONFIG
-    if arguments.config is None and not Path(path).exists():
-        return _cannot_start(f"--workers needs a config: expected ./{path} or --config FILE")
-    hold_signals()
-    try:
-        serve_with_workers(path, arguments.listen, arguments.workers)
+        serve(path, arguments.listen, 1 if arguments.workers is None else arguments.workers)
     except StartError as error:
         return _cannot_start(*error.problems)
     return EXIT_OK
 
 
+def _serve_embedded(listen: str | None) -> int:
+    """Serve the demo model, and what the environment names, in this one process."""
+    from ..process.channel import LOG_FORMAT
+    from ..process.listeners import StartError
+    from ..process.server import run
+
+    settings = ServerSettings(listen=(parse_listen(listen),)) if listen else ServerSettings()
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    try:
+        run(lambda: _run_embedded(settings))
+    except (StartError, StoreError) as error:
+        return _cannot_start(str(error))
+    return EXIT_OK
+
+
+async def _run_embedded(settings: ServerSettings) -> None:
+    from ..accounting.journal_directory import count_living
+    from ..process.listeners import Listeners
+    from ..process.server import Server
+    from .quickstart import embedded_config, make_key, start_demo, welcome
+
+    demo, port = await start_demo()
+    listeners = Listeners()
+    try:
+        config = embedded_config(port, os.environ, settings)
+        key = make_key(config.records.file)  # before the start, which reads the keys
+        await listeners.listen(settings.listen, lambda: count_living(config.records.file) > 0)
+        server = Server(config, listeners)
+        try:
+            await server.start()
+        except BaseException:
+            await server.aclose()
+            raise
+        server.stop_on_signals()
+        print(welcome(config, server.addresses[0], key, _program()), flush=True)
+        await server.wait_closed()
+    finally:
+        listeners.close()
+        await demo.aclose()
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from ..process import worker
+
+    if arguments.channel == "check":
+        return worker.check(sys.stdin.buffer.read())
+    return worker.main(arguments.channel)
+
+
+def _writer(arguments: argparse.Namespace) -> int:
+    from ..process.writer_process import main
+
+    return main(arguments.channel)
+
+
 def _status(arguments: argparse.Namespace) -> int:
     from .service import show_status
 
-    return show_status(_config_of_service(arguments), as_json=arguments.json)
+    return show_status(_need_config(arguments), as_json=arguments.json)
 
 
 def _upgrade(arguments: argparse.Namespace) -> int:
     from .service import upgrade
 
-    return upgrade(_config_of_service(arguments))
-
-
-def _config_of_service(arguments: argparse.Namespace) -> Config:
-    """Return the config; without one, the defaults that `serve` uses without a config."""
-    config = _load_config(arguments)
-    if config is not None:
-        return config
-    return Config(ServerSettings(), KeySettings(), RecordSettings(), LogSettings(), {}, ())
-
-
-def _at(config: Config, listen: Address | None) -> Config:
-    """The config with the address of --listen, where that was given."""
-    if listen is None:
-        return config
-    return dataclasses.replace(config, server=dataclasses.replace(config.server, listen=(listen,)))
-
-
-async def _started(config: Config) -> Server:
-    from ..process.listeners import passed_by_systemd
-    from ..process.server import Server
-    from ..process.systemd import Notifier
-
-    server = Server(config, passed_by_systemd(os.environ), Notifier(os.environ))
-    try:
-        await server.start()
-    except BaseException:
-        await server.aclose()
-        raise
-    server.stop_on_signals()
-    server.announce()
-    return server
-
-
-def _load_again(arguments: argparse.Namespace) -> Config:
-    config = _load_config(arguments)
-    if config is None:
-        raise ConfigError([f"{DEFAULT_CONFIG} is gone"])
-    return config
-
-
-def _run_configured(config: Config, load: Callable[[], Config]) -> None:
-    from ..process.server import run
-
-    async def serve() -> None:
-        server = await _started(config)
-        server.reload_on_signal(load)
-        for address in server.addresses:
-            print(f"{describe_build()} listens on http://{address}", flush=True)
-        await server.wait_closed()
-
-    run(serve)
-
-
-def _run_embedded(settings: ServerSettings) -> None:
-    from ..process.server import run
-    from .quickstart import embedded_config, make_key, start_demo, welcome, without_taken_metrics
-
-    async def serve() -> None:
-        demo, port = await start_demo()
-        try:
-            config = embedded_config(port, os.environ, without_taken_metrics(settings))
-            key = make_key(config.records.file)  # before the start, which reads the keys
-            server = await _started(config)
-            print(welcome(config, server.addresses[0], key, _program()), flush=True)
-            await server.wait_closed()
-        finally:
-            await demo.aclose()
-
-    run(serve)
+    return upgrade(_need_config(arguments))
 
 
 def _program() -> str:
@@ -307,12 +269,7 @@ def _from_here(path: str) -> str:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    config = _load_config(arguments)
-    if config is None:
-        return _cannot_start(
-            f"expected ./{DEFAULT_CONFIG} or --config FILE, got neither; "
-            "make one with `hoberproxy config --example`"
-        )
+    config = _need_config(arguments)
     endpoints = sum(len(model.endpoints) for model in config.models)
     print(
         f"ok: {len(config.providers)} providers, {len(config.models)} models, {endpoints} endpoints"
@@ -365,14 +322,26 @@ def _version(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def _config_path(arguments: argparse.Namespace) -> str | None:
+    """Return the path of --config, or of the config in this directory; None if neither is there."""
+    path: str | None = arguments.config
+    return path or (DEFAULT_CONFIG if Path(DEFAULT_CONFIG).exists() else None)
+
+
 def _load_config(arguments: argparse.Namespace) -> Config | None:
-    """Return the config of --config or of this directory, None if neither is there."""
-    path = arguments.config
-    if path is None:
-        if not Path(DEFAULT_CONFIG).exists():
-            return None
-        path = DEFAULT_CONFIG
-    return read_source(path)[1]
+    path = _config_path(arguments)
+    return read_source(path)[1] if path is not None else None
+
+
+def _need_config(arguments: argparse.Namespace) -> Config:
+    config = _load_config(arguments)
+    if config is None:
+        problem = (
+            f"expected ./{DEFAULT_CONFIG} or --config FILE, got neither; "
+            "make one with `hoberproxy config --example`"
+        )
+        raise ConfigError([problem])
+    return config
 
 
 def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]:
@@ -386,21 +355,6 @@ def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]
         raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
-
-
-def _parse_listen(text: str) -> Address:
-    from ..config.values import InvalidValue, parse_host_and_port
-
-    try:
-        return Address(*parse_host_and_port(text))
-    except InvalidValue as error:
-        raise ConfigError([f"--listen: {error}"]) from None
-
-
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
 
 
 def _cannot_start(*problems: str) -> int:

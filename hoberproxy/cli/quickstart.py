@@ -6,11 +6,9 @@ are in the environment.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
 
 from .._mypyc import describe_build
 from ..config.presets import PRESETS, presets_from_environment
@@ -49,20 +47,6 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
         providers={provider.name: provider for provider in (demo, *providers)},
         models=(demo_model, *models),
     )
-
-
-def without_taken_metrics(settings: ServerSettings) -> ServerSettings:
-    """Return `settings`, with metrics off if their port is taken, as by another such start."""
-    address = settings.metrics_listen
-    if address is None:
-        return settings
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address.host, address.port))
-        except OSError:
-            return replace(settings, metrics_listen=None)
-    return settings
 
 
 def make_key(records_file: str) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import Config
-from ..process.admin_socket import AdminError, admin_path, ask
+from ..process.admin_socket import PATIENCE, AdminError, admin_path, ask
 from ..storage.sqlite_records import open_store
 from ..storage.store import StoreError
 from .printing import print_table
 
 UPGRADE_LIMIT = 120.0  # seconds
+EXEC_LIMIT = 20.0  # seconds of it in which the service may be silent: it becomes another program
 DAY = 86400.0
 
 Document = dict[str, Any]  # the service's report, see status.combine
@@ -66,7 +67,7 @@ def upgrade(config: Config) -> int:
     deadline = time.monotonic() + UPGRADE_LIMIT
     while time.monotonic() < deadline:
         time.sleep(0.2)
-        now = _ask(config, "state")
+        now = _ask(config, "state", EXEC_LIMIT)
         if now is None:
             return 1
         if now["problems"]:
@@ -77,13 +78,13 @@ def upgrade(config: Config) -> int:
     return _fail(f"not upgraded within {UPGRADE_LIMIT:g} s; see the log")
 
 
-def _ask(config: Config, kind: str) -> Document | None:
+def _ask(config: Config, kind: str, patience: float = PATIENCE) -> Document | None:
     path = admin_path(config)
     if path is None:
         _fail('expected an admin socket, got server.admin_socket = "off"; set a path and restart')
         return None
     try:
-        return ask(path, kind)
+        return ask(path, kind, patience)
     except AdminError as error:
         _fail(str(error))
         return None

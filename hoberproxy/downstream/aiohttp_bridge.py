@@ -1,6 +1,6 @@
-"""One request in aiohttp's hands, on a connection that is downstream/connection.py's.
+"""Has aiohttp answer one request on a connection that downstream/connection.py keeps.
 
-aiohttp sees a transport of its own, a head that was checked, and the body as it comes.
+aiohttp sees a transport of its own, the checked head, and the body as it comes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from ..protocol.http_body import BodyReader, FramingError
 from ..protocol.http_head import RequestHead
 from .socket_writer import Sink
 
-# What aiohttp sees of a head: what its handlers read, and the framing. It is stricter than we are
-# with some other fields, and shows them in its log.
+# The fields that aiohttp sees: those that its handlers read, and the framing. With some others its
+# parser is stricter than ours, and writes them into its log.
 HANDLER_FIELDS: Final = frozenset(
     (
         b"host",
@@ -33,7 +33,7 @@ HANDLER_FIELDS: Final = frozenset(
 
 
 class HandlerConnection(Protocol):
-    """The client's connection, as a handler's transport sees it."""
+    """A client's connection, as a handler's transport sees it."""
 
     @property
     def sink(self) -> Sink | None:
@@ -41,24 +41,24 @@ class HandlerConnection(Protocol):
 
     @property
     def transport(self) -> asyncio.Transport | None:
-        """The socket's, None once it is lost."""
+        """The socket's transport, None once the socket is lost."""
 
     @property
     def max_body_bytes(self) -> int:
         """The limit of a request's body."""
 
     def refuse_handler(self, error: FramingError) -> None:
-        """The request breaks its own framing."""
+        """Answer a request whose body breaks its own framing."""
 
     def handler_ended(self, *, keep_alive: bool, is_request_complete: bool) -> None:
-        """The last byte of the answer was written."""
+        """Go on after the last byte of the answer."""
 
     def abort(self) -> None:
         """Cut the connection."""
 
 
 def _head_for_handler(head: RequestHead) -> bytes:
-    """A head for aiohttp's parser, of parts that passed ours."""
+    """Return `head` for aiohttp's parser, of parts that passed the proxy's own."""
     target = b"%b?%b" % (head.path, head.query) if head.query else head.path
     fields = [b"%b: %b\r\n" % item for item in head.headers if item[0] in HANDLER_FIELDS]
     line = b"%b %b HTTP/1.%d\r\n" % (head.method, target, head.version_minor)
@@ -66,9 +66,11 @@ def _head_for_handler(head: RequestHead) -> bytes:
 
 
 class Handler(asyncio.Transport):
-    """One request in aiohttp's hands, and the transport it sees: ours, except that its closing
-    only ends the answer. A response hook (api/routes.py) makes every handler close after one
-    answer."""
+    """One request that aiohttp answers, and the transport that aiohttp sees.
+
+    Its `close` ends the answer and not the connection: a hook (api/routes.py) makes every handler
+    close after one answer.
+    """
 
     def __init__(
         self,
@@ -84,24 +86,24 @@ class Handler(asyncio.Transport):
         self.head = head
         self._body = body
         self.wants_keep_alive = keep_alive
-        self.keep_alive = False  # the hook's word, once it has seen the response
+        self.keep_alive = False  # set by the hook that sees the response
         self.is_answering = False  # a byte of the answer is out
         self._is_ended = False
         self._body_bytes = 0
 
     def start(self) -> None:
-        """Give aiohttp its head."""
+        """Give aiohttp the head."""
         self.protocol.connection_made(self)
         self.protocol.data_received(_head_for_handler(self.head))
 
     def feed(self, data: bytes) -> bytes:
-        """Give aiohttp its part of the body; returns what belongs to the next request."""
+        """Give aiohttp what `data` has of the body; return what belongs to the next request."""
         if self._body.is_complete:
             return data
         try:
             self._body.feed(data)
         except FramingError as error:
-            # aiohttp's parser is not trusted with what ours refuses: the request ends here.
+            # What the proxy's parser refuses never reaches aiohttp's.
             self._connection.refuse_handler(error)
             return b""
         leftover = self._body.leftover
@@ -115,12 +117,12 @@ class Handler(asyncio.Transport):
         return leftover
 
     def lose(self, exc: Exception | None) -> None:
-        """The client has gone."""
+        """End the handler of a client that has gone."""
         self._is_ended = True
-        # Not now: the task that aiohttp started with `start` must have begun, or it fails.
+        # In a later turn: the task that aiohttp made in `start` fails unless it has begun.
         asyncio.get_running_loop().call_soon(self.protocol.connection_lost, exc)
 
-    # What aiohttp asks of a transport
+    # The transport of aiohttp
 
     def write(self, data: Any) -> None:
         if not self._is_ended and (sink := self._connection.sink) is not None:
@@ -148,10 +150,10 @@ class Handler(asyncio.Transport):
         return default if transport is None else transport.get_extra_info(name, default)
 
     def pause_reading(self) -> None:
-        """Never: a request's body is bounded, and the client's leaving must be seen."""
+        """Do nothing: a body is bounded, and that the client leaves must be seen."""
 
     def resume_reading(self) -> None:
-        """Nothing to resume."""
+        """Do nothing."""
 
     def is_reading(self) -> bool:
         return True

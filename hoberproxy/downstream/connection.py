@@ -1,8 +1,8 @@
-"""A client's connection: one strict check of every head, then one of two handlers.
+"""A client's connection: checks every request's head and gives the request to a handler.
 
-Chat requests are read here and go to a RequestHandler; every other request is handed, whole and
-checked, to aiohttp, one handler a request. The connection knows where requests begin and end and
-who answers now; what is answered is the handlers' decision.
+The body of a chat request is read here, for a RequestHandler; every other request goes, with its
+head checked, to aiohttp (downstream/aiohttp_bridge.py). The connection knows where requests begin
+and end and which handler answers; handlers decide what is answered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import sys
 import termios
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aiohttp import web
 
@@ -45,9 +45,9 @@ MAX_PIPELINED_BYTES: Final = 64 * 1024
 SMALL_PIECE_BYTES: Final = 4096  # of a body; smaller ones are joined, or objects outweigh bytes
 LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
-# aiohttp's parser refuses other methods in a form of its own.
 # An empty line, but not one that ends a head.
 _find_bare_end: Final = re.compile(rb"\n\r?\n").search
+# aiohttp's parser refuses other methods in a form of its own.
 METHODS: Final = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
 
 
@@ -62,7 +62,6 @@ class State(Enum):
     CLOSED = "closed"
 
 
-# As globals: on Python 3.11 a look-up on the enum class costs 0.1 µs.
 _HEAD: Final = State.HEAD
 _BODY: Final = State.BODY
 _ANSWERING: Final = State.ANSWERING
@@ -72,9 +71,9 @@ _CLOSED: Final = State.CLOSED
 
 
 class DownstreamConnection(Client):
-    """One socket of a client, any number of requests one after the other.
+    """One socket of a client, with any number of requests one after the other.
 
-    An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
+    An asyncio.Protocol by its methods (docs/mypyc.md).
     """
 
     def __init__(
@@ -84,7 +83,10 @@ class DownstreamConnection(Client):
         handlers: web.Server,
         connections: set[Any],
     ) -> None:
-        """`begin` makes the handler of a chat request, `handlers` those of all other requests."""
+        """Use `begin` to make handlers of chat requests, and `handlers` for all other requests.
+
+        The connection keeps itself in `connections` while it is open.
+        """
         self._context = context
         self._begin = begin
         self._handlers = handlers
@@ -108,10 +110,9 @@ class DownstreamConnection(Client):
     # What the loop does
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        ours: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
         socket = transport.get_extra_info("socket")
-        self._transport = ours
-        self._sink = Sink(ours, -1 if socket is None else socket.fileno())
+        self._transport = made = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._sink = Sink(made, -1 if socket is None else socket.fileno())
         self._connections.add(self)
         try:
             room = self._context.room
@@ -189,16 +190,16 @@ class DownstreamConnection(Client):
     # The head
 
     def _await_request(self) -> None:
-        """Nothing is under way: the next bytes are a head."""
+        """Take the next bytes as a head: no request is under way."""
         self._state = _HEAD
         self._searched = 0
         self._is_overrun = False
         context = self._context
-        # Also while draining: one more answer, which tells the client to connect anew. A request
-        # may be on its way already, and closing would reset it.
+        # Also while draining: a request may be on its way already, and closing would reset it. Its
+        # answer says that the connection closes.
         if self._buffer or self.is_paused:
             if not self.is_paused:
-                # Not from here: an answer may just be ending in the caller.
+                # In a later turn: an answer may just be ending in the caller.
                 context.loop.call_soon(self._read_head)
             self._wait()
         else:
@@ -206,13 +207,13 @@ class DownstreamConnection(Client):
             context.wheel.hasten(self, now + context.settings.keepalive_timeout)
 
     def _wait(self) -> None:
-        """From now on the client has to do something, within the limit of the state we are in."""
+        """Give the client from now on the time limit of the connection's state."""
         wheel = self._context.wheel
         self._waiting_since = wheel.now
         wheel.hasten(self, self._due())
 
     def _read_head(self) -> None:
-        # Who does not read the answers to earlier requests gets no further ones into memory.
+        # A client that does not read earlier answers gets no further requests into memory.
         if self._state is not _HEAD or not self._buffer or self.is_paused:
             return
         buffer = self._buffer
@@ -241,29 +242,29 @@ class DownstreamConnection(Client):
             self._refuse_head(unknown, head)
 
     def _check_unfinished(self, buffer: bytes) -> None:
-        """Refuse a head now that no more bytes can mend."""
+        """Refuse an unfinished head in `buffer` that no further bytes can make valid."""
         if len(buffer) > MAX_REQUEST_HEAD_BYTES:
             too_large = f"expected a head of at most {MAX_REQUEST_HEAD_BYTES} bytes, got more"
             self._refuse_head(HeadError(too_large, 431))
         elif _find_bare_end(buffer, max(0, self._searched - 2)) is not None:
-            # A line before its end ends in bare LF: we would wait for another until the time limit.
+            # A line ends in bare LF: the head's end would be waited for until the time limit.
             self._refuse_head(HeadError("expected lines that end with CR LF, got a bare LF"))
 
     def _refuse_head(self, error: HeadError, head: RequestHead | None = None) -> None:
-        """What is no request, or could be read as two: 400 and close (RFC 9112, 11.2).
+        """Answer 400 to what is no request, or could be read as two (RFC 9112, 11.2), and close.
 
-        `head` is that of the request if it is one as far as that.
+        `head` is the request's, where it could be parsed.
         """
         self._context.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
         self._refuse(status, RequestError(str(error), code=code, status=status), head)
 
-    def _refuse(self, status: int, refusal: ProxyError, head: RequestHead | None = None) -> None:
-        """Answer before there is a request, and close."""
+    def _refuse(self, status: int, error: ProxyError, head: RequestHead | None = None) -> None:
+        """Answer with `error` in place of a request, and close."""
         origins = self._context.settings.cors_origins
         origin = head.get(b"origin") if head is not None else None
-        # The target of what is no request, as far as it can be told.
+        # Without a head: what stands where a request has its target.
         path = head.path if head is not None else self._buffer[:64].lstrip().partition(b" ")[2]
         self._buffer = b""
         self._answer_early()
@@ -273,11 +274,11 @@ class DownstreamConnection(Client):
             [
                 (b"content-type", b"application/json"),
                 (b"x-request-id", self._context.new_request_id().encode()),
-                *(retry_headers(refusal) or [(b"x-should-retry", b"false")]),
+                *(retry_headers(error) or [(b"x-should-retry", b"false")]),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
                 *cors_headers(origins, origin),
             ],
-            serialize_error(refusal, numeric_code=path.startswith(b"/api/")),
+            serialize_error(error, numeric_code=path.startswith(b"/api/")),
         )
 
     def _answer(self, *, version_minor: int, keep_alive: bool) -> Answer:
@@ -323,7 +324,7 @@ class DownstreamConnection(Client):
             self._wait()
 
     def _refuse_at_head(self, head: RequestHead, length: int | None, rest: bytes) -> None:
-        """Refuse a request by its head alone: nobody waits for the body of a stranger.
+        """Refuse a request by its head alone, without waiting for a stranger's body.
 
         Where the whole body came along, the next request is found behind it, and the connection
         goes on.
@@ -362,14 +363,14 @@ class DownstreamConnection(Client):
         if self._body_bytes > self.max_body_bytes:
             self._refuse_body()
             return
-        # One object a read at most: chunks of a byte or two would cost twenty times their size.
+        # At most one object a read: chunks of a byte or two would cost twenty times their size.
         if self._pieces and len(self._pieces[-1]) < SMALL_PIECE_BYTES:
             pieces.insert(0, self._pieces.pop())
         if pieces:
             self._pieces.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         try:
             handler.hold_body(self._body_bytes)
-        except UnavailableError as full:  # compiled, a name has one type in a function
+        except UnavailableError as full:
             self._answer_early()
             handler.fail(full, close=True)
             return
@@ -394,13 +395,13 @@ class DownstreamConnection(Client):
         )
 
     def _answer_early(self) -> None:
-        """An answer comes before the request's end: what still comes of it can't be trusted."""
+        """Note that an answer comes before the request's end, whose rest cannot be trusted."""
         self._pieces = []
         self._state = _ANSWERING
         self._is_overrun = True
 
     def on_answer_end(self, *, keep_alive: bool) -> None:
-        """The last byte of an answer to a chat request was written."""
+        """Go on after the last byte of an answer to a chat request."""
         self._handler = None
         self._after_answer(keep_alive=keep_alive)
 
@@ -442,7 +443,7 @@ class DownstreamConnection(Client):
             self._refuse_head(HeadError(f"the body's framing: {error}"), handler.head)
 
     def handler_ended(self, *, keep_alive: bool, is_request_complete: bool) -> None:
-        """The last byte of an answer by aiohttp was written."""
+        """Go on after the last byte of an answer by aiohttp."""
         self._bridge = None
         if self._state is _HANDLER:
             self._is_overrun = self._is_overrun or not is_request_complete
@@ -455,7 +456,7 @@ class DownstreamConnection(Client):
 
     @property
     def transport(self) -> asyncio.Transport | None:
-        """The socket's, None once it is lost."""
+        """The socket's transport, None once the socket is lost."""
         return self._transport
 
     @property
@@ -465,12 +466,13 @@ class DownstreamConnection(Client):
 
     @property
     def unread_bytes(self) -> int:
-        """What waits for the client to read it: in our buffer, and in the system's."""
+        """Bytes that the client has yet to read: in the transport's buffer and in the system's."""
         transport = self._transport
         if transport is None:
             return 0
         sock = transport.get_extra_info("socket")
-        # The buffer alone stands still for minutes: the system takes from it in lumps of megabytes.
+        # The transport's buffer alone may not change for minutes: the system takes megabytes of it
+        # at once.
         queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
         return transport.get_write_buffer_size() + int.from_bytes(queued, sys.byteorder)
 
@@ -478,26 +480,26 @@ class DownstreamConnection(Client):
 
     @property
     def is_waiting(self) -> bool:
-        """No request is under way: none has begun, its head is not whole, or the last is over."""
+        """Whether no request is under way, but for a head that is not whole."""
         return self._state is _HEAD or self._state is _LINGERING
 
     @property
     def waiting_since(self) -> float:
-        """Loop time at which the waiting of `is_waiting` began."""
+        """Loop time since which `is_waiting` holds."""
         return self._waiting_since
 
     @property
     def is_idle(self) -> bool:
-        """No request has begun on it."""
+        """Whether no byte of a request has come."""
         return self._state is _HEAD and not self._buffer
 
     def close_if_idle(self, since: float = math.inf) -> None:
-        """Close unless a request is under way, or one ended after `since`, in loop time."""
+        """Close unless a request is under way, or one ended after `since` (loop time)."""
         if self.is_idle and self._waiting_since <= since:
             self._close()
 
     def abort(self) -> None:
-        """Cut the connection; a running request is abandoned now, not in a later turn."""
+        """Cut the connection; abandon a running request now, not in a later turn."""
         handler, self._handler = self._handler, None
         if handler is not None:
             handler.abandon()
@@ -505,12 +507,12 @@ class DownstreamConnection(Client):
             self._sink.abort()
 
     def _shut(self) -> None:
-        """Nothing goes past the transport any more: it drops what comes after its end."""
+        """Write nothing past the transport any more, which drops what comes after its end."""
         if self._sink is not None:
             self._sink.shut()
 
     def _close(self) -> None:
-        """Flush what is written and close; who does not read it in time is cut."""
+        """Close once all is flushed; cut a client that does not read it in time."""
         self._state = _CLOSED
         self._shut()
         if self._transport is not None:
@@ -518,7 +520,7 @@ class DownstreamConnection(Client):
             self._wait()
 
     def _linger(self) -> None:
-        """Send our end and read on: closing over unread bytes would reset the answer away."""
+        """End the sending side and read on: to close over unread bytes would reset the answer."""
         self._state = _LINGERING
         self._buffer = b""
         self._discarded_bytes = 0
@@ -544,7 +546,7 @@ class DownstreamConnection(Client):
         return since + settings.write_timeout if state is _CLOSED else math.inf
 
     def on_deadline(self, now: float) -> float | None:
-        """A limit of the answer has passed, or the client has been silent for too long."""
+        """Pass the time on to the handler, or end a client that has been silent for too long."""
         handler = self._handler
         if self._state is _ANSWERING and handler is not None:
             due = handler.on_deadline(now)

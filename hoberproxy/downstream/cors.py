@@ -1,4 +1,4 @@
-"""Which web pages and names may talk to the proxy: CORS, and the checks of a head's fields."""
+"""Checks which web pages and host names may use the proxy: CORS, Host, and media types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from ..errors import AccessError, RequestError
 from ..protocol.http_head import Headers, RequestHead
 
-# What of an answer a page may read, each by its name: no wildcard holds for part of one.
+# The fields that a page may read, each by its name: no wildcard holds for a part of a name.
 _EXPOSED: Final = b", ".join(
     (
         b"x-request-id",
@@ -32,7 +32,7 @@ _EXPOSED: Final = b", ".join(
 
 
 def cors_headers(allowed: Sequence[str], origin: bytes | None) -> Headers:
-    """The fields that let a page of `origin` read an answer; only for origins the config names."""
+    """Return the fields that let a page of `origin` read an answer, if `origin` is `allowed`."""
     if origin is None or (origin.decode("latin-1") not in allowed and "*" not in allowed):
         return []
     return [
@@ -43,10 +43,10 @@ def cors_headers(allowed: Sequence[str], origin: bytes | None) -> Headers:
 
 
 def check_local_request(head: RequestHead) -> None:
-    """Refuse what a web page could send to a proxy without keys on the reader's own machine.
+    """Refuse what any web page could send to a proxy without keys on the reader's own machine.
 
-    A page can post text/plain anywhere without asking, and by a name of its own that resolves to
-    127.0.0.1 (DNS rebinding) anything: so JSON is asked for, and a Host that is ours.
+    A page may post text/plain anywhere without a preflight, and anything under a name of its own
+    that resolves to 127.0.0.1 (DNS rebinding): so JSON is required, and a Host of this machine.
     """
     if head.content_type != b"application/json":
         raise RequestError(
@@ -85,7 +85,7 @@ def check_media_type(head: RequestHead) -> None:
 
 
 def is_local_host(host: bytes | None) -> bool:
-    """Whether a Host field is an IP address, localhost or this machine's name."""
+    """Return whether `host`, a Host field, is an IP address, localhost or this machine's name."""
     if not host:
         return False
     text = host.decode("latin-1").lower()

@@ -1,6 +1,6 @@
-"""What a client's connection calls: the handler of a chat request, and what connections share.
+"""The interface between a client's connection and the handler of a chat request.
 
-The connection knows neither who handles a request nor how: it is given a `BeginHandler`.
+A connection makes handlers by the `BeginHandler` that it was made with, and knows none by name.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
 
 
 class ConnectionContext:
-    """What the connections of one process share."""
+    """The state that all connections of one process share."""
 
     is_draining = False  # every connection ends with its next answer
     bad_heads = 0  # requests refused for their head alone
@@ -57,7 +57,7 @@ class ConnectionContext:
 
 
 class Admitted(NamedTuple):
-    """Who sent a head. It holds for the same head again, while keys and config are the same."""
+    """The sender of a head, which holds for an equal head while keys and config are the same."""
 
     caller: Caller
     keyring_version: int
@@ -66,11 +66,11 @@ class Admitted(NamedTuple):
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class RequestHandler:
-    """Made by the connection when a chat request's head has come: `admit` it first.
+    """Handles one chat request, from when its head has come.
 
-    Then `run` it with its body, or `abandon` it. Between these, `enter` where the body has not
-    come with the head. The connection calls `pause` and `resume` as the client's watermarks say,
-    and `on_deadline`.
+    The connection calls `admit` first, then `run` with the body, or `abandon`; in between `enter`,
+    where the body has not come with the head. It calls `pause` and `resume` as the client's
+    watermarks say, and `on_deadline`.
     """
 
     @property
@@ -80,18 +80,18 @@ class RequestHandler:
 
     @property
     def content_events(self) -> int:
-        """Content events of the answer so far, which are its tokens or nearly so."""
+        """The number of content events so far, which are an answer's tokens or nearly so."""
         raise NotImplementedError
 
     def admit(self, known: Admitted | None = None) -> Admitted | None:
-        """Check the head; None if the request is refused, which `run` then tells the client.
+        """Check the head; return None if `run` will answer with an error.
 
         `known` is what `admit` returned for an equal head on the same connection.
         """
         raise NotImplementedError
 
     def enter(self) -> bool:
-        """Count the request in before its body comes; False if `run` will refuse it."""
+        """Count the request in before its body comes; return False if `run` will refuse it."""
         raise NotImplementedError
 
     def hold_body(self, size: int) -> None:
@@ -99,11 +99,11 @@ class RequestHandler:
         raise NotImplementedError
 
     def run(self, body: bytes, *, close: bool = False) -> None:
-        """Serve the request, whose whole body has come. `close`: a refusal ends the connection."""
+        """Serve the request with its whole `body`; `close` the connection after an error."""
         raise NotImplementedError
 
     def fail(self, error: ProxyError, *, close: bool = False) -> None:
-        """Tell the client that its request failed, in the form that is still possible."""
+        """Answer with `error` in the form that is still possible; `close` ends the connection."""
         raise NotImplementedError
 
     def abandon(self) -> None:

@@ -1,7 +1,7 @@
-"""The answer to one client, framed for its version of HTTP.
+"""The response to one request, framed for the client's version of HTTP.
 
-Knows framing and counts bytes; what is said is the exchange's and the relay's. HTTP/1.1 gets
-chunks, HTTP/1.0 a body until close (RFC 9112, 6.3).
+Frames and counts bytes that the exchange and its relay choose. HTTP/1.1 gets chunks, HTTP/1.0 a
+body until the connection closes (RFC 9112, 6.3).
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from .socket_writer import Sink
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Client(Timed):
-    """The connection of a client, as its answers and their exchange see it."""
+    """A client's connection, as its answers and their exchange see it."""
 
-    is_paused = False  # the client reads slower than we write
+    is_paused = False  # the client reads more slowly than is written
 
     @property
     def unread_bytes(self) -> int:
-        """What waits for the client to read it, here and in the system."""
+        """Bytes that the client has yet to read, here and in the system."""
         raise NotImplementedError
 
     def hasten(self, when: float) -> None:
-        """Ask `on_deadline` by `when` (loop time)."""
+        """Call `on_deadline` by `when` (loop time)."""
         raise NotImplementedError
 
     def on_answer_end(self, *, keep_alive: bool) -> None:
-        """The last byte was written; the connection may go on if `keep_alive`."""
+        """Take note that the last byte was written; the connection goes on if `keep_alive`."""
         raise NotImplementedError
 
 
@@ -45,14 +45,14 @@ class ResponseBody:
         raise NotImplementedError
 
     def open_sink(self) -> Sink | None:
-        """Return where chunks may be written that their writer frames and counts; None if nowhere.
+        """Return where the caller may write chunks that it has framed and counted; None if nowhere.
 
-        Such a writer may also `hold` chunks, and must `flush` then.
+        The caller may also `hold` such chunks, and must `flush` then.
         """
         return None
 
     def hold(self, chunks: bytes) -> None:
-        """Send chunks, framed and counted already, before whatever comes next."""
+        """Send `chunks`, framed and counted already, together with whatever comes next."""
         raise NotImplementedError
 
     def flush(self) -> None:
@@ -62,14 +62,14 @@ class ResponseBody:
 class Answer(ResponseBody):
     """One response: `send` it whole, or `start`, `write` and `finish` it; or `abort` it.
 
-    `prepared` are further lines of the head, of which it is known that they are well-formed.
+    `prepared` are further lines of the head, which are known to be well-formed.
     """
 
     status = 0  # sent status, 0 before
     is_ended = False
     _pending = b""  # the head, or what is held: goes with what is written next, in one segment
     _body_bytes = 0
-    _open_sink: Sink | None = None  # to which chunks pass beside `write`
+    _open_sink: Sink | None = None  # to which chunks go beside `write`
 
     def __init__(self, sink: Sink, client: Client, *, version_minor: int, keep_alive: bool) -> None:
         self._sink = sink
@@ -85,7 +85,7 @@ class Answer(ResponseBody):
 
     @property
     def is_started(self) -> bool:
-        """The status line is spent."""
+        """Whether the status is chosen."""
         return self.status != 0
 
     def send(
@@ -112,7 +112,7 @@ class Answer(ResponseBody):
         self._end()
 
     def start(self, status: int, headers: Headers, prepared: bytes = b"") -> None:
-        """Begin a response whose length is not known; its head goes out with the first `write`."""
+        """Begin a response of unknown length; its head goes out with the first `write`."""
         assert not self.is_started, "one answer per request"
         self.status = status
         if self._is_chunked:
@@ -170,14 +170,14 @@ class Answer(ResponseBody):
         self._client.on_answer_end(keep_alive=self._keep_alive)
 
     def _connection(self) -> bytes:
-        """The line that says whether the connection goes on; none where the version says it."""
+        """Return the field that says whether the connection goes on, where the version does not."""
         if not self._keep_alive:
             return b"connection: close\r\n"
         return b"" if self._is_chunked else b"connection: keep-alive\r\n"
 
 
 class KeptAnswer(ResponseBody):
-    """A response's body whose bytes, up to `limit`, are kept on their way to `body`."""
+    """Passes a response on to `body`, and keeps its bytes if they are `limit` at most."""
 
     def __init__(self, body: ResponseBody, limit: int) -> None:
         self._body = body
@@ -194,12 +194,12 @@ class KeptAnswer(ResponseBody):
         self._body.finish(data, close=close)
 
     def keep(self, data: bytes) -> None:
-        """Keep `data`, which is written elsewhere."""
+        """Keep `data`, which the caller writes elsewhere."""
         self._kept_bytes += len(data)
         if self._kept_bytes <= self._limit:
             self._pieces.append(data)
 
     @property
     def kept(self) -> bytes | None:
-        """All that was written; None if it was more than the limit."""
+        """All bytes of the response; None if they are more than the limit."""
         return b"".join(self._pieces) if self._kept_bytes <= self._limit else None

@@ -1,8 +1,8 @@
-"""Bytes for a client: straight to its socket, past the transport, while that has nothing waiting.
+"""Writes to a client's socket itself, past the transport, while the transport has nothing queued.
 
-uvloop's own write reaches the socket too, by a hundred cache lines more (bench/README). Who reads
-slowly is left to the transport, which queues, pauses and tells of a broken connection; until a
-write by it leaves its queue empty everything goes that way, so that nothing overtakes.
+uvloop's own write touches a hundred cache lines more (bench/README). What the socket does not take
+goes to the transport, which queues, pauses and reports a broken connection; until a write by the
+transport leaves its queue empty, every further write goes there, so that nothing overtakes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Transport(Protocol):
 
 
 class Sink:
-    """One connection's. `fd` is its socket's, which does not block; -1: the transport's alone.
+    """The writer of one connection.
 
-    The socket takes the bytes as they are: a transport that encrypts has none for us.
+    `fd` is the descriptor of its non-blocking socket, or -1 where only the transport may write, as
+    one that encrypts.
 
-    Duty of the owner: `shut` it in `connection_lost`, and before it closes the transport itself.
+    The connection must call `shut` in `connection_lost`, and before it closes the transport itself.
     uvloop and asyncio close the socket only after `connection_lost` (a loop that is closed does at
     once, but then nothing writes any more); later its number may be another connection's.
     """
@@ -37,16 +38,16 @@ class Sink:
         self._transport = transport
         self._fd = fd
         self._is_clear = fd >= 0  # nothing waits in the transport
-        # Payload of the chunks that their writer has framed, counted by it: side by side with what
-        # each of them touches anyway. The answer of the moment begins at 0.
+        # Payload of chunks that a relay has framed and counted: here, because each of them touches
+        # this object anyway. Every answer begins at 0.
         self.framed_bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Send it, behind all that was written before."""
+        """Send `data` behind all that was written before."""
         if self._is_clear:
             try:
                 sent = _write(self._fd, data)
-            except OSError:  # no room; or broken, of which the transport tells the owner
+            except OSError:  # no room; or a broken connection, which the transport reports
                 sent = 0
             if sent == len(data):
                 return
@@ -54,13 +55,13 @@ class Sink:
         self.write_aside(data)
 
     def write_aside(self, data: bytes) -> None:
-        """The same by the transport, which takes any buffer."""
+        """Send `data`, any buffer, by the transport."""
         self._is_clear = False
         self._transport.write(data)
         self._is_clear = self._fd >= 0 and not self._transport.get_write_buffer_size()
 
     def shut(self) -> None:
-        """Leave the socket alone from now on."""
+        """Write to the socket no more."""
         self._fd = -1
         self._is_clear = False
 

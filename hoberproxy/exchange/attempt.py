@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from typing import Final
 
@@ -14,8 +15,7 @@ from .._mypyc import mypyc_attr
 from ..downstream.request_handler import RequestHandler
 from ..downstream.response import ResponseBody
 from ..errors import Phase, UpstreamError
-from ..protocol.http_body import Parts
-from ..protocol.http_head import ResponseHead
+from ..protocol.http_head import Headers, ResponseHead
 from ..protocol.json_bytes import dump_json
 from ..relay.opening_template import Opening
 from ..relay.relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
@@ -23,11 +23,11 @@ from ..relay.scanner import StreamScanner
 from ..request.call import Call
 from ..routing.catalog import TimeLimits
 from ..routing.plan import Step
-from ..upstream.body import named_option
+from ..upstream.body import make_upstream_body, named_option
 from ..upstream.connection import ChunkTaker, Loss, UpstreamConnection
 from ..upstream.credentials import secrets_of
 from ..upstream.error_response import judge_document, parse_refusal, parse_retry_after
-from ..upstream.pool import Pool
+from ..upstream.provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -40,6 +40,7 @@ _JSON_TYPE: Final = b"application/json"
 # `event`, `error`, `retry`, a comment) begins no JSON document, nor the other way round.
 _EVENT_BYTES: Final = frozenset(b"deir:")
 _JSON_BYTES: Final = frozenset(b"{[")
+_NO_FIELDS: Final[Headers] = []
 _WHITE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
 # The part of `first_content` after which a stream is watched again, for so long: one event of it is
@@ -57,7 +58,7 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Owner(RequestHandler):
+class AttemptOwner(RequestHandler):
     """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it.
 
     A request handler, for what is compiled derives from one class.
@@ -113,26 +114,36 @@ class Attempt(Reporter):
 
     def __init__(
         self,
-        owner: Owner,
+        owner: AttemptOwner,
         call: Call,
         step: Step,
-        pool: Pool,
+        upstream: Upstream,
         answer: ResponseBody,
-        request: Parts,
-        injected: frozenset[str] = frozenset(),
+        without: frozenset[str] = frozenset(),
+        forwarded: Headers = _NO_FIELDS,
         opening: Opening | None = None,
     ) -> None:
+        """Prepare the request, `without` some options and with fields `forwarded` to `upstream`.
+
+        Raises RequestError if the endpoint's rules cannot be applied to the body of the `call`.
+        """
+        body, self._injected = make_upstream_body(  # the second: members that are not the client's
+            call,
+            step.endpoint.upstream_model,
+            stream_options=upstream.provider.stream_options,
+            adaptation=step.endpoint.adaptation,
+            without=without,
+        )
+        self._request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
         self.phase = _CONNECT
         self._owner = owner
         self._is_stream = call.terms.stream  # not the call itself: it holds the body
         self._wants_usage = call.terms.wants_usage
         self.step = step
-        self._pool = pool
+        self._pool = upstream.pool
         self._answer = answer
-        self._request = request
-        self._injected = injected  # members of the body that are ours, not the client's
         self._opening = opening  # how such streams begin
-        self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
+        self.limits: TimeLimits = step.endpoint.limits or upstream.provider.limits
         self.started = self._last_activity = owner.now
 
     # Connect
@@ -380,6 +391,13 @@ class Attempt(Reporter):
         if self._connection is None:
             return self._last_activity
         return max(self._last_activity, self._connection.heard_at)
+
+    @property
+    def silent_since(self) -> float:
+        """Loop time since which a stream is silent: 0 before its content, inf within a line."""
+        if self.phase is not _CONTENT:
+            return 0.0
+        return self.idle_since if self.may_insert_line else math.inf
 
     def outcome(self) -> Outcome:
         """What the answer has told so far."""

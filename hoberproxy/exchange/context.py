@@ -63,25 +63,23 @@ class ServerContext(ConnectionContext):
         self.parse_cache = ParseCache()
         self.draw: Callable[[], float] = random.random  # for weights and jitter
         self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
-        self.model_lists = ModelLists()
         self.exchanges: set[RequestHandler] = set()
         self.openings: dict[tuple[str, str], Opening] = {}  # by provider and slug
         self.refused_options: dict[Key, frozenset[str]] = {}
-        self.configure(config, upstreams)
-
-    def configure(self, config: Config, upstreams: dict[str, Upstream]) -> None:
-        """Serve by `config` from now on, with these `upstreams` made of it."""
         self.config = config
         self.settings = config.server
         self.upstreams = upstreams
         self.shortest_wait = shortest_wait_of(config)
-        self.model_lists.configure(
-            _behind_wildcards(config, upstreams), self.settings.models_refresh
+        self.model_lists = ModelLists(
+            _behind_wildcards(config, upstreams), config.server.models_refresh
         )
 
     def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
-        """An endpoint answers without these members that we would put in: leave them out too."""
-        known = self.refused_options.pop(endpoint, frozenset())
+        """Leave `options`, members that the proxy puts in, out of what `endpoint` gets next."""
+        known = self.refused_options.get(endpoint, frozenset())
+        if options <= known:
+            return
+        self.refused_options.pop(endpoint, None)
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options

@@ -18,16 +18,14 @@ from ..access.keys import ANONYMOUS, Caller
 from ..access.limits import Lease
 from ..accounting.record import CLIENT_CLOSED, Record
 from ..accounting.tokenizer import MAX_KEPT_BYTES
-from ..downstream.cors import check_local_request, check_media_type, cors_headers
+from ..downstream.cors import check_local_request, check_media_type
 from ..downstream.request_handler import Admitted
 from ..downstream.response import Answer, Client, KeptAnswer, ResponseBody
 from ..errors import (
     Phase,
     ProxyError,
-    RequestError,
     UnavailableError,
     UpstreamError,
-    retry_headers,
     serialize_error,
     serialize_error_event,
 )
@@ -38,11 +36,13 @@ from ..request.parse_cache import STEPPED_BYTES
 from ..routing.filters import keep_permitted
 from ..routing.plan import Plan
 from ..routing.router import make_plan
-from ..upstream.body import make_upstream_body
 from ..upstream.provider import SSE_TYPE, Upstream
-from .attempt import Attempt, Owner
+from .attempt import Attempt, AttemptOwner
 from .context import ServerContext
+from .deadlines import ClientDeadlines
 from .failover import NOTHING_REFUSED, Failover
+from .observations import observe_failure, observe_success, observe_throughput
+from .response_fields import attempts_fields, cors_fields, error_fields
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -51,16 +51,13 @@ logger = logging.getLogger("hoberproxy.server")
 COMMENT: Final = b": HOBER PROCESSING\n"
 REST: Final = 0.002  # seconds left to others between two steps of reading a large body
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
-# Seconds of writing below which tokens per second are mostly the noise of a few packets.
-SHORTEST_MEASURED: Final = 0.05
 _monotonic: Final = time.monotonic
 _unix_time: Final = time.time
-_JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = (b"content-type", SSE_TYPE)
 _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
 
 
-class Exchange(Owner):
+class Exchange(AttemptOwner):
     """One chat request. However it ends, exactly one record is closed."""
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
@@ -77,9 +74,6 @@ class Exchange(Owner):
     _prompt_bytes = 0
     _failover: Failover | None = None  # with the plan
     _attempt: Attempt | None = None
-    _quiet_since = 0.0
-    _paused_since = 0.0
-    _unread_bytes = 0
     _is_closed = False
     _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
     _upstream: Upstream  # of the attempt
@@ -92,11 +86,12 @@ class Exchange(Owner):
         self._head = head
         self._answer = answer
         self._clock_start = _monotonic()
+        self._deadlines = ClientDeadlines(context.settings)
         self.record = Record(context.new_request_id(), _unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
-            self._paused_since, self._unread_bytes = self.now, client.unread_bytes
+            self._deadlines.pause(self.now, client.unread_bytes)
 
     @property
     def key_label(self) -> str:
@@ -185,13 +180,10 @@ class Exchange(Owner):
                 return
             self._note_call(call)
             self._open_account(call, self._route(call))
-        except ProxyError as error:
-            self.fail(error)
-            return
-        except Exception:
-            self._fail_ourselves()
-            return
-        self._begin_step()
+        except Exception as error:
+            self._fail_by(error)
+        else:
+            self._begin_step()
 
     def _parse(self, body: bytes) -> Call | None:
         """Read the call; None if it is large and the next step of reading is still to be taken."""
@@ -233,7 +225,7 @@ class Exchange(Owner):
         self._lease = self._context.accounts.open(
             self.record, self._caller, call, plan, _unix_time(), self._lease
         )
-        self._quiet_since = self.now
+        self._deadlines.begin(self.now, is_stream=call.terms.stream)
 
     # Connect
 
@@ -254,11 +246,8 @@ class Exchange(Owner):
             if is_first:
                 self.record.overhead = _monotonic() - self._run_start
             attempt.start()
-        except RequestError as error:  # a body that the endpoint's rules cannot be applied to
-            self.fail(error)
-            return
-        except Exception:
-            self._fail_ourselves()
+        except Exception as error:  # as a body that the endpoint's rules cannot be applied to
+            self._fail_by(error)
             return
         # From here on the model server is at work: nobody waits for what is done now.
         self._context.health.begin(attempt.step.endpoint.key, self.now)
@@ -271,18 +260,6 @@ class Exchange(Owner):
         assert call is not None and failover is not None, "nothing is tried after the first content"
         step = failover.step
         self._upstream = upstream = self._upstreams[step.endpoint.provider]
-        rules, options = step.endpoint.adaptation, upstream.provider.stream_options
-        body, injected = make_upstream_body(
-            call,
-            step.endpoint.upstream_model,
-            stream_options=options,
-            adaptation=rules,
-            without=failover.refused,
-        )
-        forwarded = upstream.forwarded_headers(self._head)
-        request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
-        if self._attempt is not None:
-            self._attempt.forget()
         answer: ResponseBody = self._answer
         self._kept = None
         if step.endpoint.usage == "count":
@@ -290,7 +267,12 @@ class Exchange(Owner):
             self._kept_body = call.body
         is_stream = call.terms.stream
         opening = self._context.opening(upstream.provider.name, step.slug) if is_stream else None
-        return Attempt(self, call, step, upstream.pool, answer, request, injected, opening)
+        forwarded = upstream.forwarded_headers(self._head)
+        without, earlier = failover.refused, self._attempt
+        attempt = Attempt(self, call, step, upstream, answer, without, forwarded, opening)
+        if earlier is not None:
+            earlier.forget()
+        return attempt
 
     # Relay: what the attempt reports of an answer that passes
 
@@ -317,73 +299,58 @@ class Exchange(Owner):
         self._call = None  # nor is another endpoint needed any more
         if self._kept is None:
             self.hold_body(0)
-        attempt, context = self._attempt, self._context
-        assert attempt is not None
-        now, key, waited = self.now, attempt.step.endpoint.key, None
-        # A body's first content comes with its last: better than nothing to sort by, no more.
-        if is_stream or context.health.first_content(key, now) is None:
-            is_first = self.record.attempts == 1  # whose start is known more precisely than a tick
-            waited = self.record.first_content if is_first else now - attempt.started
-        context.health.observe_success(key, now, waited)
-        assert self._failover is not None
-        refused = self._failover.refused
-        if refused and not refused <= context.refused_options.get(key, NOTHING_REFUSED):
-            context.learn_refused(key, refused)  # that it answers now proves it
+        attempt, context, failover = self._attempt, self._context, self._failover
+        assert attempt is not None and failover is not None
+        key, now, began = attempt.step.endpoint.key, self.now, attempt.started
+        observe_success(context.health, key, self.record, now, began, is_stream=is_stream)
+        if failover.refused:
+            context.learn_refused(key, failover.refused)  # that it answers now proves it
 
     def _answer_head(self, head: ResponseHead, *, is_stream: bool) -> tuple[Headers, bytes]:
         """Return the fields of an answer: those that vary, and ready lines of the others."""
-        attempt = self._attempt
+        attempt, upstream, record = self._attempt, self._upstream, self.record
         assert attempt is not None
-        upstream, request_id = self._upstream, self.record.id.encode()
-        headers = self._cors_headers() + self._attempts_header() + upstream.passed_headers(head)
-        fields = upstream.answer_fields(attempt.step.slug, is_stream)
-        limits = self._limit_lines()
-        return headers, b"".join((fields, limits, b"x-request-id: ", request_id, b"\r\n"))
+        fields = self._cors_fields() + attempts_fields(record.attempts)
+        lines = upstream.answer_fields(attempt.step.slug, is_stream)
+        request_id = record.id.encode()
+        prepared = b"".join((lines, self._limit_lines(), b"x-request-id: ", request_id, b"\r\n"))
+        return fields + upstream.passed_headers(head), prepared
 
-    def _common_headers(self) -> Headers:
-        return [(b"x-request-id", self.record.id.encode()), *self._cors_headers()]
+    def _common_fields(self) -> Headers:
+        return [(b"x-request-id", self.record.id.encode()), *self._cors_fields()]
+
+    def _cors_fields(self) -> Headers:
+        return cors_fields(self._context.settings.cors_origins, self._head)
 
     def _limit_lines(self) -> bytes:
-        """The lines about the limits of the caller's key; well-formed, being ours."""
+        """Return the lines about the limits of the caller's key, which are well-formed."""
         if self._caller.limits is None:
             return b""
         return self._context.accounts.limit_lines(self._caller, _unix_time())
-
-    def _cors_headers(self) -> Headers:
-        origins = self._context.settings.cors_origins
-        return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
     def sent_body(self) -> bytes:
         return self._call.body if self._call is not None else b""
 
     def attempt_finished(self, attempt: Attempt) -> None:
         self._account(200)
-        self._observe_throughput(attempt)
-
-    def _observe_throughput(self, attempt: Attempt) -> None:
-        record = self.record
-        if record.streamed and record.has_usage and record.first_content is not None:
-            seconds = record.total - record.first_content
-            if seconds >= SHORTEST_MEASURED and record.completion_tokens > 1:
-                self._context.health.observe_throughput(
-                    attempt.step.endpoint.key,
-                    self._context.loop.time(),
-                    record.completion_tokens / seconds,
-                )
+        if self.record.streamed:
+            context, key = self._context, attempt.step.endpoint.key
+            observe_throughput(context.health, key, self.record, self.now)
 
     # Failures of an attempt
 
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
         """Try once more without an option of the proxy's, or the next step, or fail."""
-        failover, context = self._failover, self._context
+        failover, context, key = self._failover, self._context, attempt.step.endpoint.key
         assert failover is not None
         if error.refused_option is not None:
-            context.health.abandon(attempt.step.endpoint.key)
+            context.health.abandon(key)
             failover.refused |= {error.refused_option}
             self._try_step()
             return
         now, has_begun = context.loop.time(), self._call is None
-        self._judge_endpoint(attempt, error, now)
+        is_slow = self._client.is_paused
+        observe_failure(context.health, key, error, now, is_client_slow=is_slow, draw=context.draw)
         failover.note(error, now - attempt.started)
         if not has_begun and failover.advance(_monotonic() - self._clock_start):
             self._begin_step()
@@ -391,22 +358,6 @@ class Exchange(Owner):
         final = failover.conclude(has_begun=has_begun, health=context.health, now=now)
         self.record.phase = final.phase.value
         self.fail(final)
-
-    def _judge_endpoint(self, attempt: Attempt, error: UpstreamError, now: float) -> None:
-        health, key = self._context.health, attempt.step.endpoint.key
-        is_ours = error.code == "upstream_timeout" and self._client.is_paused
-        # It works, as far as this tells: the request was wrong, or the client slow.
-        if error.is_refusal or is_ours or error.is_doubtful:
-            health.abandon(key)
-            return
-        health.observe_failure(
-            key,
-            now,
-            retry_after=error.retry_after,
-            is_rate_limit=error.upstream_status == 429,
-            was_answering=error.phase is Phase.CONTENT,
-            draw=self._context.draw,
-        )
 
     # Ends that are not an answer
 
@@ -421,8 +372,8 @@ class Exchange(Owner):
             status = error.status
             body = serialize_error(error, numeric_code=self._numeric_code)
             self.seal(status, len(body))
-            headers = [_JSON, *self._error_headers(error)]
-            answer.send(status, headers, body, close=close, prepared=self._limit_lines())
+            fields = self._common_fields() + error_fields(error, self.record.attempts)
+            answer.send(status, fields, body, close=close, prepared=self._limit_lines())
         elif self.record.streamed:
             status = answer.status
             # In the middle of a long event a blank line ends what can't be completed.
@@ -436,29 +387,18 @@ class Exchange(Owner):
             answer.abort()
         self._account(status)
 
-    def _fail_ourselves(self) -> None:
-        """Answer for a fault of the proxy, which is not to be taken for a client that left."""
-        logger.exception("request %s failed", self.record.id)
-        self.fail(ProxyError("an error in the proxy itself", code="internal_error"))
+    def _fail_by(self, error: Exception) -> None:
+        """Fail by `error`, of which the client gets the text only if it is meant for clients."""
+        if isinstance(error, ProxyError):
+            self.fail(error)
+        else:  # a fault of the proxy, which is not to be taken for a client that left
+            logger.error("request %s failed", self.record.id, exc_info=error)
+            self.fail(ProxyError("an error in the proxy itself", code="internal_error"))
 
     @property
     def _numeric_code(self) -> bool:
         """Whether the client's SDK wants an error's code to be the status."""
         return self._head.path.startswith(b"/api/")
-
-    def _error_headers(self, error: ProxyError) -> Headers:
-        headers = self._common_headers() + retry_headers(error)
-        # The SDKs try 5xx three times by themselves, which would multiply our own tries.
-        is_final = 400 <= error.status < 500 and error.status != 429
-        is_tried = error.status in (502, 504) and self.record.attempts >= 2
-        if is_final or is_tried:
-            headers.append((b"x-should-retry", b"false"))
-        return headers + self._attempts_header()
-
-    def _attempts_header(self) -> Headers:
-        """How many endpoints were tried, where it was more than one."""
-        attempts = self.record.attempts
-        return [(b"x-hober-attempts", b"%d" % attempts)] if attempts > 1 else []
 
     def abandon(self) -> None:
         if self._is_closed:
@@ -472,68 +412,50 @@ class Exchange(Owner):
     # Flow control and deadlines
 
     def pause(self) -> None:
-        self._paused_since = self.now
-        self._unread_bytes = self._client.unread_bytes
+        self._deadlines.pause(self.now, self._client.unread_bytes)
         if self._attempt is not None:
             self._attempt.pause()
 
     def resume(self) -> None:
+        self._deadlines.resume()
         if self._attempt is not None:
             self._attempt.resume()
-
-    def _longest_wait(self, attempt: Attempt) -> float:
-        """Seconds in which no limit can pass that begins later: so long we need not be asked."""
-        settings, limits = self._context.settings, attempt.limits
-        return min(limits.shortest, settings.write_timeout, settings.comment_after or math.inf)
 
     def on_deadline(self, now: float) -> float | None:
         if self._attempt is not None:
             self._attempt.check_limits(now)
-        if not self._is_closed and now >= self._stall_due():
+        if not self._is_closed and now >= self._deadlines.stall_due:
             self._check_stall(now)
         if not self._is_closed and now >= self._comment_due():
             self._write_comment(now)
         if self._is_closed or self._attempt is None:
             return None
-        return min(self._next_due(), now + self._longest_wait(self._attempt))
+        return self._next_due(self._attempt, now)
 
     def _check_stall(self, now: float) -> None:
-        """Cut a client that has read nothing; one that reads slowly gets the same time again."""
-        unread = self._client.unread_bytes
-        if unread < self._unread_bytes:
-            self._paused_since, self._unread_bytes = now, unread
-        else:
+        if self._deadlines.has_stalled(now, self._client.unread_bytes):
             self._answer.abort()
             self.abandon()
 
-    def _next_due(self) -> float:
-        assert self._attempt is not None
-        due = self._attempt.due
-        if self.record.streamed:
-            due = min(due, self._comment_due())
-        return min(due, self._stall_due()) if self._client.is_paused else due
+    def _write_comment(self, now: float) -> None:
+        """Keep a waiting client's connection alive; the first comment spends the status line."""
+        if not self._answer.is_started:
+            self._answer.start(200, [_SSE, *self._common_fields()], self._limit_lines())
+        self._answer.write(COMMENT)
+        self._deadlines.note_comment(now)
 
-    def _stall_due(self) -> float:
-        if not self._client.is_paused:
-            return math.inf
-        return self._paused_since + self._context.settings.write_timeout
+    def _next_due(self, attempt: Attempt, now: float) -> float:
+        due = min(attempt.due, self._deadlines.stall_due, self._comment_due())
+        return min(due, now + self._longest_wait(attempt))
 
     def _comment_due(self) -> float:
-        attempt, after = self._attempt, self._context.settings.comment_after
-        if not self.record.streamed or not after or attempt is None or self._client.is_paused:
+        if self._attempt is None:
             return math.inf
-        if attempt.phase is Phase.CONTENT:
-            if not attempt.may_insert_line:
-                return math.inf
-            return max(self._quiet_since, attempt.idle_since) + after
-        return self._quiet_since + after
+        return self._deadlines.comment_due(self._attempt.silent_since)
 
-    def _write_comment(self, now: float) -> None:
-        """Keep a waiting client's connection alive; the first one spends the status line."""
-        if not self._answer.is_started:
-            self._answer.start(200, [_SSE, *self._common_headers()], self._limit_lines())
-        self._answer.write(COMMENT)
-        self._quiet_since = now
+    def _longest_wait(self, attempt: Attempt) -> float:
+        """Return the seconds in which no limit can pass that begins later."""
+        return min(attempt.limits.shortest, self._deadlines.shortest)
 
     # Account
 

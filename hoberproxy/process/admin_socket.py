@@ -29,11 +29,11 @@ Answer = Callable[[Message], Awaitable[Message]]
 
 
 class AdminError(Exception):
-    """Nobody answered; the message says why."""
+    """No service has answered; the message says why."""
 
 
 def admin_path(config: Config) -> Path | None:
-    """Where the service of this config is asked: beside its records, unless it says otherwise."""
+    """Return the admin socket's path, by default beside the records file; None for none."""
     named = config.server.admin_socket
     if named == OFF:
         return None
@@ -49,7 +49,7 @@ class AdminSocket:
         self._server: asyncio.AbstractServer | None = None
 
     async def start(self) -> None:
-        """Listen, in place of a service that is gone."""
+        """Listen; the file of a service that is gone is replaced."""
         if self._path is None:
             return
         try:
@@ -63,7 +63,7 @@ class AdminSocket:
         )
 
     def close(self) -> None:
-        """Answer no more, and leave no file."""
+        """Stop listening and remove the file."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -107,9 +107,9 @@ def _bind(path: Path) -> socket.socket:
     return listener
 
 
-def ask(path: Path, kind: str) -> Message:
-    """Ask a running service. Raises AdminError."""
-    deadline = time.monotonic() + PATIENCE
+def ask(path: Path, kind: str, patience: float = PATIENCE) -> Message:
+    """Ask a running service, which may be silent for `patience` seconds. Raises AdminError."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             return _ask_once(path, kind)

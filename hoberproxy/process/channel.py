@@ -1,4 +1,4 @@
-"""Messages between supervisor and worker: one JSON object a line, over a socket pair.
+"""Messages between supervisor and child: one JSON object a line, over a socket pair.
 
 Readers ignore members and kinds they do not know: after an upgrade the two ends are of different
 versions.
@@ -7,12 +7,18 @@ versions.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a config with the files it names; a snapshot is kilobytes
+
+START_LIMIT = 30.0  # seconds to wait for the word to start
+EXIT_CANNOT_START = 3
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
 Message = dict[str, Any]
 
@@ -47,39 +53,39 @@ class Channel(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """What is said may still be heard."""
+        """Whether the peer may still read what is sent."""
         return self._transport is not None
 
     def send(self, kind: str, **members: Any) -> None:
-        """Say something; nothing happens if the peer is gone."""
+        """Send a message, unless the peer is gone."""
         if self._transport is not None:
             self._transport.write(serialize_message(kind, **members))
 
     def close(self) -> None:
-        """Say nothing more; what was said is still sent."""
+        """Send nothing more; what is in the buffer still goes out."""
         if self._transport is not None:
             self._transport.close()
 
     def hold(self) -> bool:
-        """Read no more, so that another program can go on here; whether all was sent."""
+        """Stop reading, so that another program can go on here; return whether all was sent."""
         if self._transport is None:
             return True
         self._transport.pause_reading()
         return self._transport.get_write_buffer_size() == 0
 
     def go_on(self) -> None:
-        """The other program did not come."""
+        """Read again: no other program has taken over."""
         if self._transport is not None:
             self._transport.resume_reading()
 
 
 def serialize_message(kind: str, **members: Any) -> bytes:
-    """One line."""
+    """Return a message as one line."""
     return json.dumps({"kind": kind, **members}, separators=(",", ":")).encode() + b"\n"
 
 
 def parse_message(line: bytes) -> Message:
-    """The message of a line; what is none has the kind ""."""
+    """Return the message of a line; a line that is none gives the kind ""."""
     try:
         message = json.loads(line)
     except ValueError:
@@ -102,3 +108,28 @@ def read_first_message(end: socket.socket) -> Message:
         line += end.recv(ahead.find(b"\n") + 1 or len(ahead))
         if line.endswith(b"\n"):
             return parse_message(bytes(line[:-1]))
+
+
+# How a child begins
+
+
+def take_end(number: str) -> socket.socket:
+    """Return this process's end of the channel, by the number of its descriptor.
+
+    It waits START_LIMIT at most. Signals that a terminal or an operator sends to all processes are
+    ignored from now on: the supervisor says what is to happen.
+    """
+    for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.signal(ignored, signal.SIG_IGN)
+    end = socket.socket(fileno=int(number))
+    end.set_inheritable(False)
+    end.settimeout(START_LIMIT)
+    return end
+
+
+def send_failed(end: socket.socket, problems: Iterable[str]) -> int:
+    """Send why this process cannot start; return its exit code."""
+    with contextlib.suppress(OSError):
+        end.setblocking(True)
+        end.sendall(serialize_message("failed", problems=list(problems)))
+    return EXIT_CANNOT_START

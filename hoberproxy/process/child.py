@@ -1,4 +1,4 @@
-"""A worker process as its supervisor sees it: started, heard of, told what to do, reaped."""
+"""A worker, or the writer of records, as its supervisor has it: started, asked, ended, reaped."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ _SUPERVISORS_OWN = frozenset(
 )
 
 
-WORKER = "hoberproxy.process.worker"  # the module that a worker runs
 FIRST_BACK_OFF = 0.1
 MAX_BACK_OFF = 30.0
 STEADY = 60.0  # seconds a process must have lived for its death to be no failure to start
 
 
 class State(Enum):
-    """Where a worker is on its way."""
+    """The stages of a child's life."""
 
     STARTING = "starting"
     SERVING = "serving"
@@ -39,7 +38,7 @@ class State(Enum):
 
 
 class Child:
-    """One worker. `on_change` is called when it is ready, and when its process has ended."""
+    """One process. `settled` and `ended` are set when it is ready, and when it has ended."""
 
     def __init__(
         self, pid: int, *, generation: int, slot: int, state: State, started: float
@@ -51,7 +50,7 @@ class Child:
         self.started = started  # unix seconds
         self.last_heard = time.monotonic()
         self.snapshot: dict[str, Any] = {}
-        self.account: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
         self.problems: list[str] = []
         self.exit_code: int | None = None
         self.settled = asyncio.Event()  # ready, or ended without having been
@@ -62,13 +61,13 @@ class Child:
         self.end: socket.socket | None = None  # of the channel
 
     def take(self, end: socket.socket, unread: bytes = b"") -> None:
-        """This is our end of its channel; `attach` follows."""
+        """Take the supervisor's end of the channel; `attach` follows."""
         end.setblocking(False)
         self.end = end
         self.channel.unread = unread
 
     async def attach(self) -> None:
-        """Talk over the channel from now on, if the process has not ended meanwhile."""
+        """Read and write the channel from now on, unless the process has ended."""
         if self.end is None or self.ended.is_set():
             return
         loop = asyncio.get_running_loop()
@@ -83,9 +82,9 @@ class Child:
             self.settled.set()
         elif kind == "failed":
             self.problems = [str(problem) for problem in message.get("problems", ())]
-        elif kind in ("snapshot", "bye", "account"):
+        elif kind in ("snapshot", "bye", "report"):
             self.snapshot = message.get("snapshot", self.snapshot)
-            self.account = message.get("account", self.account)
+            self.report = message.get("report", self.report)
             waiter = self._asked.pop(message.get("id", 0), None)
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
@@ -96,7 +95,7 @@ class Child:
         self._asked.clear()
 
     async def refresh(self, what: str = "snapshot", limit: float = 2.0) -> None:
-        """Ask for a new snapshot or account; after `limit` seconds the last one has to do."""
+        """Ask for a new snapshot or report; after `limit` seconds the last one has to do."""
         if self.state is State.STARTING or self.ended.is_set():
             return
         self._last_ask += 1
@@ -113,13 +112,13 @@ class Child:
                 raise
 
     def leave(self) -> None:
-        """Others serve now: take no more connections and end with the last."""
+        """Let the child take no more connections and end with the last: others serve now."""
         if self.state in (State.STARTING, State.SERVING):
             self.state = State.DRAINING
             self.channel.send("leave")
 
     def stop(self, *, at_once: bool = False) -> None:
-        """The whole service ends."""
+        """Let the child end its answers and itself: the whole service ends."""
         if self.state is State.STARTING or not self.channel.is_open:
             self.signal(signal.SIGTERM)  # it does not hear what is said on its channel
         self.state = State.DRAINING
@@ -133,7 +132,7 @@ class Child:
 
     @property
     def was_killed(self) -> bool:
-        """It was ended by a signal, and did not end by itself."""
+        """Whether a signal has ended it."""
         return self.exit_code is not None and self.exit_code < 0
 
     @property
@@ -143,7 +142,7 @@ class Child:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def reap(self) -> bool:
-        """Look whether it has ended; True once."""
+        """Return True once when the process has ended."""
         if self.ended.is_set():
             return False
         try:
@@ -159,29 +158,29 @@ class Child:
         return True
 
     def _read_rest(self) -> None:
-        """Its last words: the news of its end may overtake them."""
+        """Read what it has sent last: SIGCHLD may have come before that."""
         with contextlib.suppress(OSError):
             while self.end is not None and (data := self.end.recv(1 << 16)):
                 self.channel.data_received(data)
 
     def close(self) -> None:
-        """Let go of the channel."""
+        """Close both copies of the channel's end."""
         self.channel.close()
         if self.end is not None:
             self.end.close()
 
 
 def back_off(failures: int) -> float:
-    """Seconds before another try, after so many that failed in a row."""
+    """Return seconds to wait before another try after `failures` in a row."""
     return min(FIRST_BACK_OFF * 2 ** min(failures - 1, 20), MAX_BACK_OFF) if failures else 0.0
 
 
-async def accounts_of(children: Iterable[Child]) -> list[dict[str, Any]]:
-    """What `hoberproxy status` tells of each."""
+async def reports_of(children: Iterable[Child]) -> list[dict[str, Any]]:
+    """Return what `hoberproxy status` says of each of `children`."""
     children = list(children)
-    await asyncio.gather(*(child.refresh("account") for child in children))
+    await asyncio.gather(*(child.refresh("report") for child in children))
     return [
-        child.account
+        child.report
         | {
             "pid": child.pid,
             "state": child.state.value,
@@ -192,10 +191,12 @@ async def accounts_of(children: Iterable[Child]) -> list[dict[str, Any]]:
     ]
 
 
-def spawn(passed: list[int], module: str = WORKER) -> tuple[int, socket.socket]:
-    """Start a process of `module` that inherits these; its id and our end of its channel.
+def start_child(
+    command: str, passed: Iterable[int] = (), *, generation: int, slot: int = -1
+) -> Child:
+    """Start `python -m hoberproxy COMMAND` with a channel and these descriptors; `attach` follows.
 
-    Spawned, not forked: a worker that is started with newly installed code runs that.
+    Spawned, not forked: a child that is started with newly installed code runs that.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -205,33 +206,26 @@ def spawn(passed: list[int], module: str = WORKER) -> tuple[int, socket.socket]:
             name: value for name, value in os.environ.items() if name not in _SUPERVISORS_OWN
         }
         environ |= malloc_variables(os.environ)
-        command = python_command(module, str(theirs.fileno()))
-        pid = os.posix_spawn(command[0], command, environ, file_actions=actions, setsigmask=[])
-    return pid, ours
+        words = python_command(command, str(theirs.fileno()))
+        pid = os.posix_spawn(words[0], words, environ, file_actions=actions, setsigmask=[])
+    child = Child(pid, generation=generation, slot=slot, state=State.STARTING, started=time.time())
+    child.take(ours)
+    return child
 
 
-def python_command(module: str, *arguments: str, python: str = "") -> list[str]:
-    """How to run a module of this package in a new process, by this Python or another."""
+def python_command(*arguments: str, python: str = "") -> list[str]:
+    """Return the words that run a command of this package, by this Python or another.
+
+    By the package's name alone: an upgrade may have moved everything within it.
+    """
     # As this process was started: only `python -m` looks for modules in the folder it is in.
     is_module = Path(sys.argv[0]).name == "__main__.py"
-    return [python or sys.executable, *([] if is_module else ["-P"]), "-m", module, *arguments]
-
-
-def installed_python() -> str:
-    """The Python of what is installed by now: the one named by the script we were started as.
-
-    Each version may have an environment of its own, and the script be a link to the latest.
-    """
-    with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
-        mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()
-        is_python = mark == b"#!" and Path(python).name.startswith("python")
-        if is_python and os.access(python, os.X_OK):
-            return python
-    return sys.executable
+    options = [] if is_module else ["-P"]
+    return [python or sys.executable, *options, "-m", "hoberproxy", *arguments]
 
 
 def problems_of(failed: list[Child]) -> str:
-    """Why these do not serve, one problem a line."""
+    """Return why `failed` workers do not serve, one problem a line."""
     problems = dict.fromkeys(problem for child in failed for problem in child.problems)
     return "\n".join(problems) or "\n".join(
         dict.fromkeys(
@@ -244,27 +238,5 @@ def problems_of(failed: list[Child]) -> str:
 
 
 def pids_of(children: Iterable[Child]) -> str:
-    """Their process ids, for the log."""
+    """Return the process ids of `children`, for the log."""
     return ", ".join(str(child.pid) for child in children)
-
-
-async def try_installed(source: bytes, limit: float) -> str | None:
-    """What is wrong with the installed code, None if it imports and takes this config.
-
-    Once it runs in our place it is too late: a config that it refuses would end all streams.
-    """
-    command = python_command(WORKER, "check", python=installed_python())
-    process = await asyncio.create_subprocess_exec(
-        *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(limit):
-            _, errors = await process.communicate(source)
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        return "the installed code does not start in time"
-    if process.returncode == 0:
-        return None
-    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
-    return f"the installed code cannot be run: {last}"

@@ -1,4 +1,4 @@
-"""The sockets that clients connect to: bound here, or handed over by systemd.
+"""The listening sockets for clients and scrapers, bound here or handed over by systemd.
 
 Whoever has a copy of a listening socket keeps its waiting connections: workers come and go on the
 supervisor's.
@@ -13,17 +13,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from ..config.settings import Address
 
 logger = logging.getLogger("hoberproxy.server")
-Listening = TypeVar("Listening")
 
 BACKLOG = 4096  # connections that wait to be accepted: a burst of clients that start together
-FIRST_PASSED = 3  # systemd's first descriptor (sd_listen_fds(3))
 # Seconds for processes of an earlier run to let go of an address: after a kill they notice it, and
 # close their copies of its sockets, as soon as they come to it.
 FREE_WITHIN = 10.0
@@ -33,15 +30,14 @@ TRY_INTERVAL = 0.1
 # to 4 MB for one who does not read, and some hundred of these take all memory that the system has
 # for TCP: then it drops what others send and receive. What is on its way is not limited by this.
 UNSENT_BYTES = 512 * 1024
-METRICS_NAME = "metrics"  # FileDescriptorName= of a socket that is not for clients
 
 
 class StartError(Exception):
-    """The process cannot start; the message says what was in the way."""
+    """A process cannot start; the message says why."""
 
     @property
     def problems(self) -> list[str]:
-        """As ConfigError has them."""
+        """The lines of the message, as ConfigError has them."""
         return str(self).split("\n")
 
 
@@ -55,22 +51,44 @@ class Listeners:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where clients are really listened to, the port chosen where the config left it open."""
+        """The addresses of the sockets for clients, with the ports that the system chose."""
         return [name_of(sockets[0]) for sockets in self.clients.values()]
 
+    async def listen(
+        self, addresses: Iterable[Address], has_predecessor: Callable[[], bool]
+    ) -> None:
+        """Listen for clients at those of `addresses` that are not listened at. Raises StartError.
+
+        What systemd has opened takes the place of all of them. `has_predecessor`: as in
+        `bind_when_free`.
+        """
+        if self.is_passed:
+            return
+        for address in addresses:
+            if address not in self.clients:
+                self.clients[address] = await listen_for_clients(address, has_predecessor)
+
+    def keep(self, addresses: Iterable[Address]) -> None:
+        """Close the sockets for clients that are of no address of these."""
+        if self.is_passed:
+            return
+        for address in self.clients.keys() - set(addresses):
+            for each in self.clients.pop(address):
+                each.close()
+
     def close(self) -> None:
-        """Close our copies."""
+        """Close this process's copies of all sockets."""
         for each in (*flat(self.clients.values()), *self.metrics):
             each.close()
 
 
 def flat(groups: Iterable[list[socket.socket]]) -> list[socket.socket]:
-    """All sockets of all groups."""
+    """Return the sockets of all groups in one list."""
     return [each for group in groups for each in group]
 
 
 def name_of(listener: socket.socket) -> Address:
-    """Where a socket is bound; of a Unix socket its path, with port 0."""
+    """Return where a socket is bound; of a Unix socket its path, with port 0."""
     name = listener.getsockname()
     if isinstance(name, tuple):
         return Address(name[0], name[1])
@@ -78,7 +96,7 @@ def name_of(listener: socket.socket) -> Address:
 
 
 def bind(address: Address) -> list[socket.socket]:
-    """A listening socket for each address that the host's name leads to. Raises StartError."""
+    """Listen at each address that the host's name leads to. Raises StartError."""
     bound: list[socket.socket] = []
     try:
         found = socket.getaddrinfo(
@@ -103,40 +121,42 @@ def bind(address: Address) -> list[socket.socket]:
     return bound
 
 
-async def listen_when_free(
-    listen: Callable[[], Awaitable[Listening]], has_predecessor: Callable[[], bool]
-) -> Listening:
-    """Return what `listen` returns, once nobody listens on its address any more.
+async def bind_when_free(
+    address: Address, has_predecessor: Callable[[], bool]
+) -> list[socket.socket]:
+    """Call `bind` once nobody listens at the address any more.
 
     Waits for FREE_WITHIN seconds while `has_predecessor` says that processes of an earlier run are
-    still there; an address that is another program's is an error. Raises what `listen` does.
+    still there; an address that is another program's is an error. Raises StartError.
     """
     begun = time.monotonic()
-    is_told = False
+    is_logged = False
     while True:
         try:
-            return await listen()
-        except (OSError, StartError) as exc:
+            return bind(address)
+        except StartError as error:
             waited = time.monotonic() - begun
-            if not _is_in_use(exc) or waited >= FREE_WITHIN:
+            if not _is_in_use(error) or waited >= FREE_WITHIN:
                 raise
             is_ending = has_predecessor()
             if not is_ending and waited >= FREE_AT_ONCE:
                 raise
-            if is_ending and not is_told:
+            if is_ending and not is_logged:
                 logger.warning(
-                    "%s: processes of an earlier run are ending; trying for %g s", exc, FREE_WITHIN
+                    "%s: processes of an earlier run are ending; trying for %g s",
+                    error,
+                    FREE_WITHIN,
                 )
-                is_told = True
+                is_logged = True
         await asyncio.sleep(TRY_INTERVAL)
 
 
 async def listen_for_clients(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
-    """`bind` for clients, once the address is free. Raises StartError."""
+    """Listen for clients once the address is free. Raises StartError."""
     try:
-        return await _bind_when_free(address, has_predecessor)
+        return await bind_when_free(address, has_predecessor)
     except StartError as error:
         raise StartError(f"{error}; choose another with --listen") from error
 
@@ -144,57 +164,20 @@ async def listen_for_clients(
 async def listen_for_metrics(
     address: Address, has_predecessor: Callable[[], bool]
 ) -> list[socket.socket]:
-    """`bind` for scrapers, once the address is free. Raises StartError."""
+    """Listen for scrapers once the address is free. Raises StartError."""
     try:
-        return await _bind_when_free(address, has_predecessor)
+        return await bind_when_free(address, has_predecessor)
     except StartError as error:
         advice = 'choose another, or "off", as server.metrics_listen'
         raise StartError(f"metrics: {error}; {advice}") from error
 
 
-async def _bind_when_free(
-    address: Address, has_predecessor: Callable[[], bool]
-) -> list[socket.socket]:
-    async def listen() -> list[socket.socket]:
-        return bind(address)
-
-    return await listen_when_free(listen, has_predecessor)
-
-
-def _is_in_use(error: BaseException | None) -> bool:
-    if isinstance(error, StartError):
-        return _is_in_use(error.__cause__)
-    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+def _is_in_use(error: StartError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE
 
 
 def limit_unsent(listener: socket.socket) -> None:
-    """Give the connections that come of a listening socket their share of the system's memory."""
+    """Limit the unsent bytes that the system keeps for each connection of a listening socket."""
     with contextlib.suppress(AttributeError, OSError):  # a system without it; a Unix socket
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
-
-
-def passed_by_systemd(environ: MutableMapping[str, str]) -> Listeners | None:
-    """What systemd opened for us (sd_listen_fds(3)), None without; children are not told."""
-    pid = environ.pop("LISTEN_PID", None)
-    count = environ.pop("LISTEN_FDS", None)
-    names = environ.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or count is None or not count.isdecimal() or int(count) == 0:
-        return None
-    listeners = Listeners(is_passed=True)
-    for index in range(int(count)):
-        try:
-            listener = socket.socket(fileno=FIRST_PASSED + index)
-        except OSError as exc:
-            raise StartError(f"descriptor {FIRST_PASSED + index} of systemd is no socket") from exc
-        listener.set_inheritable(False)
-        listener.setblocking(False)
-        limit_unsent(listener)
-        with contextlib.suppress(OSError):  # a longer queue than the unit's, if it may be
-            listener.listen(BACKLOG)
-        if index < len(names) and names[index] == METRICS_NAME:
-            listeners.metrics.append(listener)
-        else:
-            listeners.clients[name_of(listener)] = [listener]
-    if not listeners.clients:
-        raise StartError("systemd handed over no socket for clients")
-    return listeners

@@ -28,7 +28,7 @@ class MetricsListener:
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
-        """Begin to answer."""
+        """Answer on a copy of `listener` from now on."""
         self._server = await asyncio.start_server(
             self._answer, sock=listener.dup(), limit=MAX_HEAD_BYTES
         )

@@ -1,6 +1,6 @@
-"""Combine the accounts of all workers into the one document that `hoberproxy status` prints.
+"""Combine the reports of all workers into the one document that `hoberproxy status` prints.
 
-An account is what one process reports of itself at a moment; two of them give the rates between.
+A report is what one process reports of itself at a moment; two of them give the rates between.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-Account = dict[str, Any]
+Report = dict[str, Any]
 
 
-def combine(before: Sequence[Account], after: Sequence[Account], seconds: float) -> Account:
-    """One document of all workers. `events` of an account counts tokens since its start."""
-    earlier = {account["pid"]: account for account in before}
+def combine(before: Sequence[Report], after: Sequence[Report], seconds: float) -> Report:
+    """Return one document of all workers. `events` of a report counts tokens since its start."""
+    earlier = {report["pid"]: report for report in before}
     workers = []
     keys: Counter[str] = Counter()
-    for account in after:
-        since = earlier.get(account["pid"], account)
-        rate = max(account.get("events", 0) - since.get("events", 0), 0) / seconds
-        keys.update(account.get("keys", {}))
+    for report in after:
+        since = earlier.get(report["pid"], report)
+        rate = max(report.get("events", 0) - since.get("events", 0), 0) / seconds
+        keys.update(report.get("keys", {}))
         workers.append(
             {
-                **{name: account.get(name) for name in _OF_A_WORKER},
+                **{name: report.get(name) for name in _OF_A_WORKER},
                 "tokens_per_second": round(rate, 1),
             }
         )
@@ -39,12 +39,12 @@ def combine(before: Sequence[Account], after: Sequence[Account], seconds: float)
 _OF_A_WORKER = ("pid", "state", "generation", "started", "streams", "connections", "resident_bytes")
 
 
-def _endpoints(accounts: Iterable[Account]) -> list[dict[str, Any]]:
-    """What workers learnt of each endpoint, each for itself: means, and how many let it rest."""
+def _endpoints(reports: Iterable[Report]) -> list[dict[str, Any]]:
+    """Return for each endpoint the means over the workers, and in how many of them it cools."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for account in accounts:
-        if account.get("state") != "draining":  # what it knows is old
-            for health in account.get("health", ()):
+    for report in reports:
+        if report.get("state") != "draining":  # what it knows is old
+            for health in report.get("health", ()):
                 groups.setdefault((health["provider"], health["model"]), []).append(health)
     return [
         {

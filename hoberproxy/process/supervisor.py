@@ -1,7 +1,7 @@
 """The supervisor: owns the listening sockets, keeps workers on them, replaces them and itself.
 
     SIGHUP   read and check the config; start workers with it; when they serve, the old ones leave
-    SIGUSR2  the same, after this process has become what is installed by now
+    SIGUSR2  the same, after this process has become what is installed by now (process/upgrade.py)
     SIGTERM  let all workers drain; a second one ends them at once
 
 A listening socket is never closed while the service runs, so no connection is refused or reset:
@@ -16,7 +16,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import time
 from asyncio import FIRST_COMPLETED
 from collections import Counter
@@ -26,31 +25,27 @@ from typing import Any
 
 from .. import __version__
 from .._mypyc import describe_build
-from ..access.admission import MAX_PROCESSES
+from ..access.admission import MAX_PROCESSES, MAX_WORKERS
 from ..accounting.exposition import Snapshot, merge, render, resident_bytes
 from ..accounting.journal_directory import count_living
 from ..config.settings import Config
-from ..config.source import ConfigSource
+from ..config.source import ConfigSource, read_source
 from ..config.values import ConfigError
 from .admin_socket import AdminSocket, admin_path
-from .channel import Message
-from .child import (
-    STEADY,
-    Child,
-    State,
-    accounts_of,
-    back_off,
-    installed_python,
-    pids_of,
-    problems_of,
-    spawn,
-    try_installed,
-)
-from .listeners import Listeners, StartError, flat, listen_for_clients, listen_for_metrics, name_of
+from .channel import LOG_FORMAT, Message
+from .child import STEADY, Child, State, back_off, pids_of, problems_of, reports_of, start_child
+from .listeners import Listeners, StartError, flat, listen_for_metrics, name_of
 from .metrics_listener import MetricsListener
 from .status import combine
-from .systemd import Notifier
-from .upgrade import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_stream_counts
+from .systemd import Notifier, passed_by_systemd
+from .upgrade import (
+    Handover,
+    hold_channels,
+    open_stream_counts,
+    replace_program,
+    take_handover,
+    try_installed,
+)
 from .writer_keeper import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -75,7 +70,7 @@ class Supervisor:
         count: int,
         notifier: Notifier,
         passed: Listeners | None = None,
-        legacy: Legacy | None = None,
+        handover: Handover | None = None,
     ) -> None:
         self._load = load
         self._source = source
@@ -83,12 +78,12 @@ class Supervisor:
         self._count = count
         self._notifier = notifier
         self._listeners = passed or Listeners()
-        self._legacy = legacy
+        self._left = handover
         self._children: list[Child] = []
         self._writers = Writers(self._count_ended)
-        self.generation = legacy.generation if legacy else 0
-        self.upgrades = legacy.upgrades + 1 if legacy else 0
-        self.started = legacy.started if legacy else time.time()
+        self.generation = handover.generation if handover else 0
+        self.upgrades = handover.upgrades + 1 if handover else 0
+        self.started = handover.started if handover else time.time()
         self.problems: list[str] = []  # of the last reload or upgrade
         self.restarts = 0
         self._failures = 0
@@ -96,9 +91,9 @@ class Supervisor:
         self._due: set[str] = set()  # "reload", "upgrade"
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ended: Snapshot = legacy.ended if legacy else {}  # counts of workers that are gone
+        self._ended: Snapshot = handover.ended if handover else {}  # of workers that are gone
         self._stream_counts_file, self._stream_counts = open_stream_counts(
-            legacy.stream_counts if legacy else -1
+            handover.stream_counts if handover else -1
         )
         self._reloads = {"ok": 0, "failed": 0}
         self._admin: AdminSocket | None = None
@@ -110,8 +105,8 @@ class Supervisor:
     async def run(self) -> None:
         """Serve until stopped. Raises StartError or ConfigError if the start cannot succeed."""
         self._handle_signals()
-        if self._legacy is not None:
-            await self._adopt(self._legacy)
+        if self._left is not None:
+            await self._adopt(self._left)
         else:
             await self._start()
         if not self._is_stopping:
@@ -120,7 +115,7 @@ class Supervisor:
         await self._end()
 
     async def _begin(self) -> None:
-        """Answer scrapers and the admin socket, and say that clients are served."""
+        """Answer scrapers and the admin socket, and announce that clients are served."""
         for each in self._listeners.metrics:
             metrics = MetricsListener(self.render_metrics)
             await metrics.start(each)
@@ -128,7 +123,7 @@ class Supervisor:
             logger.info("metrics of all workers are at http://%s/metrics", name_of(each))
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
-        if self._legacy is None:
+        if self._left is None:
             self._announce()
         self._start_task(self._poll(), "poll")
         if self._notifier.watchdog is not None:
@@ -162,7 +157,7 @@ class Supervisor:
     async def _start(self) -> None:
         async with self._starting:  # a reload that is asked for meanwhile follows
             try:
-                await self._bind(self._config, self._has_predecessor)
+                await self._listeners.listen(self._config.server.listen, self._has_predecessor)
                 await self._bind_metrics(self._config)
                 await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
@@ -180,7 +175,7 @@ class Supervisor:
         self._listeners.close()
 
     def _has_predecessor(self) -> bool:
-        """Whether processes of an earlier run still serve, as after a kill."""
+        """Return whether processes of an earlier run still serve, as after a kill."""
         return not self._is_stopping and count_living(self._config.records.file) > 0
 
     def _announce(self) -> None:
@@ -188,34 +183,18 @@ class Supervisor:
         for address in self._listeners.addresses:
             print(f"{describe_build()} listens on http://{address}", flush=True)
 
-    async def _bind(self, config: Config, has_predecessor: Callable[[], bool]) -> None:
-        """Listen where the config says, too; what is not in it any more goes with `_unbind`."""
-        if self._listeners.is_passed:
-            return
-        for address in config.server.listen:
-            if address not in self._listeners.clients:
-                listening = await listen_for_clients(address, has_predecessor)
-                self._listeners.clients[address] = listening
-
     async def _bind_metrics(self, config: Config) -> None:
         address = config.server.metrics_listen
         if address is None or self._listeners.metrics:
             return
         self._listeners.metrics = await listen_for_metrics(address, self._has_predecessor)
 
-    def _unbind(self, config: Config) -> None:
-        if self._listeners.is_passed:
-            return
-        for address in self._listeners.clients.keys() - set(config.server.listen):
-            for each in self._listeners.clients.pop(address):
-                each.close()
-
     async def _start_workers(self) -> list[Child]:
-        """A new generation; StartError, and none of it is left, if one cannot start."""
+        """Start a new generation; end all of it and raise StartError if one worker cannot start."""
         if len(self._children) + self._count > MAX_PROCESSES:
             raise StartError(
-                f"expected at most {MAX_PROCESSES} workers at a time, old ones among them; "
-                "wait for old ones to end their streams"
+                f"expected at most {MAX_PROCESSES} workers at a time, got {self._count} beside "
+                f"{len(self._children)} that end; try again later, or end them by a restart"
             )
         self.generation += 1
         children = [await self._spawn() for _ in range(self._count)]
@@ -240,7 +219,7 @@ class Supervisor:
         return children
 
     async def _settle(self, children: list[Child], deadline: float) -> None:
-        """Wait until all of them serve or have ended, or the service is to stop."""
+        """Wait until all `children` serve or have ended, or the service is to stop."""
         waits = asyncio.gather(*(child.settled.wait() for child in children))
         stopped = asyncio.ensure_future(self._stopped.wait())
         try:
@@ -255,17 +234,10 @@ class Supervisor:
         groups = self._listeners.clients
         wanted = groups if self._listeners.is_passed else self._config.server.listen
         listening = [each.fileno() for each in flat(groups[address] for address in wanted)]
-        pid, end = spawn([*listening, self._stream_counts_file])
         slot = min(set(range(MAX_PROCESSES)) - {child.slot for child in self._children})
-        child = Child(
-            pid,
-            generation=self.generation,
-            slot=slot,
-            state=State.STARTING,
-            started=time.time(),
-        )
+        passed = [*listening, self._stream_counts_file]
+        child = start_child("worker", passed, generation=self.generation, slot=slot)
         self._children.append(child)
-        child.take(end)
         await child.attach()
         child.channel.send(
             "start",
@@ -280,7 +252,7 @@ class Supervisor:
         return child
 
     async def _kill(self, children: Iterable[Child]) -> None:
-        """End these now; they serve nobody yet."""
+        """Kill `children`, which serve nobody yet, and wait for their ends."""
         for child in children:
             child.state = State.DRAINING
             child.signal(signal.SIGKILL)
@@ -321,7 +293,7 @@ class Supervisor:
             self._start_task(self._replace(delay), "replace a worker")
 
     def _count_ended(self, snapshot: Snapshot) -> None:
-        """Counts go on where a process that is gone stopped."""
+        """Add the last snapshot of a process that is gone to the counts of all."""
         self._ended = merge([self._ended, snapshot], ended=True)
 
     async def _start_writer(self) -> Child:
@@ -391,14 +363,14 @@ class Supervisor:
         old, old_writers = list(self._children), list(self._writers.all)
         try:
             source, config = await asyncio.to_thread(self._load)
-            await self._bind(config, lambda: False)
+            await self._listeners.listen(config.server.listen, lambda: False)
             self._source, self._config = source, config
             await self._start_writer()
             await self._start_workers()
         except (ConfigError, StartError) as error:
             self._source, self._config = before
             self._writers.keep(old_writers, self._config)
-            self._unbind(self._config)
+            self._listeners.keep(self._config.server.listen)
             self._note_problems("config not reloaded", error.problems)
             return
         self._reloads["ok"] += 1
@@ -413,7 +385,7 @@ class Supervisor:
         for child in old:
             child.leave()
         self._writers.replace(old_writers, before[1])
-        self._unbind(self._config)
+        self._listeners.keep(self._config.server.listen)
         logging.getLogger("hoberproxy").setLevel(self._config.log.level.upper())
         logger.info("config reloaded; generation %d serves", self.generation)
 
@@ -424,7 +396,7 @@ class Supervisor:
             logger.error("%s: %s", what, problem)
 
     async def _exec(self) -> None:
-        """Run the installed code in this very process, with all sockets and workers."""
+        """Run the installed code in this very process; returns only if it cannot be run."""
         try:
             await asyncio.to_thread(self._load)
         except ConfigError as error:
@@ -434,22 +406,19 @@ class Supervisor:
         if problem is not None:
             self._note_problems("not upgraded", [problem])
             return
-        deadline = time.monotonic() + START_LIMIT
-        while not all([child.channel.hold() for child in self._everyone]):
-            if time.monotonic() > deadline:
-                self._note_problems("not upgraded", ["a worker does not read what it is told"])
-                break
-            await asyncio.sleep(0.01)
-        else:
+        if await hold_channels(self._everyone, START_LIMIT):
             logger.info("upgrading: process %d goes on with the installed code", os.getpid())
-            self._replace_program()
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            problem = replace_program(self._handover())
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        else:
+            problem = "a worker does not read what it is told"
+        self._note_problems("not upgraded", [problem])
         for child in self._everyone:
             child.channel.go_on()
 
-    def _replace_program(self) -> None:
-        # A signal must find either this program's handlers or the next one's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        legacy = Legacy(
+    def _handover(self) -> Handover:
+        return Handover(
             source=self._source,
             generation=self.generation,
             upgrades=self.upgrades,
@@ -462,27 +431,16 @@ class Supervisor:
             reloads=self._reloads,
             stream_counts=self._stream_counts_file,
         )
-        number = leave_legacy(legacy)
-        os.environ[STATE_VARIABLE] = str(number)
-        python = installed_python()
-        try:
-            os.execv(python, [python, *sys.orig_argv[1:]])
-        except OSError as exc:
-            del os.environ[STATE_VARIABLE]
-            os.close(number)
-            keep_legacy(legacy)
-            self._note_problems("not upgraded", [f"{python}: {exc.strerror}"])
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    async def _adopt(self, legacy: Legacy) -> None:
-        """Go on where the program before us stopped; then as after a reload."""
-        self._listeners = legacy.listeners
-        self.restarts = legacy.restarts
-        self._reloads.update(legacy.reloads)
-        self._children = legacy.children
-        self._writers.adopt(legacy.writers, self._config)
+    async def _adopt(self, handover: Handover) -> None:
+        """Go on where the program before this one stopped, then reload."""
+        self._listeners = handover.listeners
+        self.restarts = handover.restarts
+        self._reloads.update(handover.reloads)
+        self._children = handover.children
+        self._writers.adopt(handover.writers, self._config)
         for child in self._everyone:  # before any of them can be found to have ended
-            child.take(*legacy.ends[child.pid])
+            child.take(*handover.ends[child.pid])
         async with self._starting:
             for child in self._everyone:
                 await child.attach()
@@ -498,16 +456,16 @@ class Supervisor:
             await self.refresh()
 
     async def refresh(self) -> None:
-        """Ask all workers how they are."""
+        """Ask all children for new snapshots."""
         await asyncio.gather(*(child.refresh() for child in self._everyone))
 
     async def _answer_admin(self, question: Message) -> Message:
         kind = question["kind"]
         if kind == "status":
-            before, begun = await accounts_of(self._children), time.monotonic()
+            before, begun = await reports_of(self._children), time.monotonic()
             await asyncio.sleep(SAMPLE)
-            after = await accounts_of(self._children)
-            writers = {"writers": await self._writers.accounts()}
+            after = await reports_of(self._children)
+            writers = {"writers": await self._writers.reports()}
             return combine(before, after, time.monotonic() - begun) | writers | self._state()
         if kind == "upgrade":
             self.problems = []
@@ -530,12 +488,12 @@ class Supervisor:
         }
 
     async def render_metrics(self) -> bytes:
-        """The sum over all workers, also those that are gone, as Prometheus' text."""
+        """Return the sums over all workers, gone ones among them, as Prometheus' text."""
         await self.refresh()
         return render(self.snapshot())
 
     def snapshot(self) -> Snapshot:
-        """As of the workers' last snapshots."""
+        """Return the sums by the children's last snapshots."""
         states = Counter(child.state.value for child in self._children)
         own = {
             "workers": [
@@ -565,7 +523,7 @@ class Supervisor:
     # The end
 
     def stop(self) -> None:
-        """First call: let running answers end. Second: end them now."""
+        """Let running answers end and stop; at the second call end them now."""
         if self._is_stopping:
             self._is_cut = True
             for child in self._children:
@@ -597,3 +555,31 @@ class Supervisor:
         await self._writers.end()
         for task in list(self._tasks):
             task.cancel()
+
+
+def serve(path: str, listen: str | None, count: int) -> None:
+    """Serve by the config file at `path` until stopped; `count` 0 is one worker for each core.
+
+    Raises ConfigError or StartError if the start cannot succeed.
+    """
+
+    def load() -> tuple[ConfigSource, Config]:
+        return read_source(path, listen)
+
+    handover = take_handover(os.environ)
+    # What was served until now is good, whatever the file says by now.
+    source, config = load() if handover is None else (handover.source, handover.source.parse())
+    logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
+    passed = passed_by_systemd(os.environ) if handover is None else None
+
+    async def run() -> None:
+        notifier = Notifier(os.environ)
+        workers = count or count_cores()
+        await Supervisor(load, source, config, workers, notifier, passed, handover).run()
+
+    asyncio.run(run())
+
+
+def count_cores() -> int:
+    """Return on how many cores this process may run, MAX_WORKERS at most."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)

@@ -1,33 +1,38 @@
-"""What a supervisor leaves to the program it becomes: descriptors, workers and counts.
+"""An upgrade: the supervisor becomes the installed program, with all its sockets and children.
 
-    state as JSON ─► memfd ─► exec ─► the installed program reads it, and goes on
+    is the installed code good? ─► channels held ─► state as JSON in a memfd ─► exec ─► it goes on
 
-Members that are not known are ignored, and those that are missing have defaults: the two programs
-are of different versions.
+Members of the state that are not known are ignored, and those that are missing have defaults: the
+two programs are of different versions.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import mmap
 import os
 import socket
-from collections.abc import MutableMapping
+import sys
+import time
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..access.admission import STREAM_COUNTS_BYTES, StreamCounts
 from ..config.settings import Address
 from ..config.source import ConfigSource
-from .child import Child, State
+from .child import Child, State, python_command
 from .listeners import Listeners, flat
 
 STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the state is read from
 
 
 @dataclass(slots=True)
-class Legacy:
-    """All that goes over. `ends`: of each worker's channel, with bytes of it that were read."""
+class Handover:
+    """What the next program goes on with. `ends`: of each child's channel, with unread bytes."""
 
     source: ConfigSource
     generation: int
@@ -43,32 +48,32 @@ class Legacy:
     reloads: dict[str, int] = field(default_factory=dict)  # by how they went
 
 
-def leave_legacy(legacy: Legacy) -> int:
-    """Write it down, and let what it names outlive an exec; the number to put in the variable."""
-    listeners = legacy.listeners
+def save_handover(handover: Handover) -> int:
+    """Write the state and let its descriptors outlive an exec; return the state's own."""
+    listeners = handover.listeners
     state = {
         "source": {
-            "text": legacy.source.text,
-            "files": legacy.source.files,
-            "listen": legacy.source.listen,
+            "text": handover.source.text,
+            "files": handover.source.files,
+            "listen": handover.source.listen,
         },
-        "generation": legacy.generation,
-        "upgrades": legacy.upgrades,
-        "started": legacy.started,
-        "restarts": legacy.restarts,
+        "generation": handover.generation,
+        "upgrades": handover.upgrades,
+        "started": handover.started,
+        "restarts": handover.restarts,
         "is_passed": listeners.is_passed,
         "clients": [
             [address.host, address.port, [_keep(each) for each in sockets]]
             for address, sockets in listeners.clients.items()
         ],
         "metrics": [_keep(each) for each in listeners.metrics],
-        "children": [_state_of(child) for child in legacy.children],
-        "writers": [_state_of(child) for child in legacy.writers],
-        "ended": legacy.ended,
-        "reloads": legacy.reloads,
-        "stream_counts": legacy.stream_counts,
+        "children": [_state_of(child) for child in handover.children],
+        "writers": [_state_of(child) for child in handover.writers],
+        "ended": handover.ended,
+        "reloads": handover.reloads,
+        "stream_counts": handover.stream_counts,
     }
-    os.set_inheritable(legacy.stream_counts, True)
+    os.set_inheritable(handover.stream_counts, True)
     number = os.memfd_create("hoberproxy", 0)
     with os.fdopen(os.dup(number), "wb") as file:
         file.write(json.dumps(state).encode())
@@ -94,17 +99,17 @@ def _keep(each: socket.socket) -> int:
     return each.fileno()
 
 
-def keep_legacy(legacy: Legacy) -> None:
-    """There was no exec: nothing of it is for other programs."""
-    listeners = legacy.listeners
-    ends = [child.end for child in (*legacy.children, *legacy.writers) if child.end]
+def keep_handover(handover: Handover) -> None:
+    """Let the descriptors of the state end with this program again: there was no exec."""
+    listeners = handover.listeners
+    ends = [child.end for child in (*handover.children, *handover.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
         each.set_inheritable(False)
-    os.set_inheritable(legacy.stream_counts, False)
+    os.set_inheritable(handover.stream_counts, False)
 
 
-def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
-    """What the program before left; None if there was none."""
+def take_handover(environ: MutableMapping[str, str]) -> Handover | None:
+    """Return what the program before this one has left; None if there was none."""
     number = environ.pop(STATE_VARIABLE, None)
     if number is None:
         return None
@@ -115,7 +120,7 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
     for host, port, numbers in state["clients"]:
         listeners.clients[Address(host, port)] = [_take(each) for each in numbers]
     listeners.metrics = [_take(each) for each in state["metrics"]]
-    legacy = Legacy(
+    handover = Handover(
         source=ConfigSource(**state["source"]),
         generation=state["generation"],
         upgrades=state["upgrades"],
@@ -127,14 +132,14 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
         reloads=state.get("reloads", {}),
         stream_counts=state.get("stream_counts", -1),
     )
-    if legacy.stream_counts >= 0:
-        os.set_inheritable(legacy.stream_counts, False)
-    for name, children in (("children", legacy.children), ("writers", legacy.writers)):
+    if handover.stream_counts >= 0:
+        os.set_inheritable(handover.stream_counts, False)
+    for name, children in (("children", handover.children), ("writers", handover.writers)):
         for each in state.get(name, ()):
             child = _child_of(each)
             children.append(child)
-            legacy.ends[child.pid] = _take(each["channel"]), each["unread"].encode("latin-1")
-    return legacy
+            handover.ends[child.pid] = _take(each["channel"]), each["unread"].encode("latin-1")
+    return handover
 
 
 def _child_of(state: dict[str, Any]) -> Child:
@@ -161,3 +166,68 @@ def open_stream_counts(number: int) -> tuple[int, StreamCounts]:
         number = os.memfd_create("hoberproxy-counts")
         os.ftruncate(number, STREAM_COUNTS_BYTES)
     return number, StreamCounts(mmap.mmap(number, STREAM_COUNTS_BYTES), 0)
+
+
+# The installed program
+
+
+def installed_python() -> str:
+    """Return the Python of what is installed by now, as the script of this program names it.
+
+    Each version may have an environment of its own, and the script be a link to the latest.
+    """
+    with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
+        mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()
+        is_python = mark == b"#!" and Path(python).name.startswith("python")
+        if is_python and os.access(python, os.X_OK):
+            return python
+    return sys.executable
+
+
+async def try_installed(source: bytes, limit: float) -> str | None:
+    """Return what is wrong with the installed code; None if it imports and takes `source`.
+
+    Once it runs in our place it is too late: a config that it refuses would end all streams.
+    """
+    command = python_command("worker", "check", python=installed_python())
+    process = await asyncio.create_subprocess_exec(
+        *command, stderr=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(limit):
+            _, errors = await process.communicate(source)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        return "the installed code does not start in time"
+    if process.returncode == 0:
+        return None
+    last = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    return f"the installed code cannot be run: {last}"
+
+
+async def hold_channels(children: Iterable[Child], limit: float) -> bool:
+    """Read no more of `children`'s messages; return whether all messages to them were sent."""
+    deadline = time.monotonic() + limit
+    while not all([child.channel.hold() for child in children]):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+def replace_program(handover: Handover) -> str:
+    """Run the installed program in this process; return only if that fails, with the problem.
+
+    A signal must find either this program's handlers or the next one's: they are to be blocked.
+    """
+    number = save_handover(handover)
+    os.environ[STATE_VARIABLE] = str(number)
+    python = installed_python()
+    try:
+        os.execv(python, [python, *sys.orig_argv[1:]])
+    except OSError as exc:
+        del os.environ[STATE_VARIABLE]
+        os.close(number)
+        keep_handover(handover)
+        return f"{python}: {exc.strerror}"

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import importlib
 import json
 import logging
 import mmap
@@ -19,15 +17,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
 
 from ..access.admission import STREAM_COUNTS_BYTES, StreamCounts
 from ..config.source import ConfigSource
 from ..config.values import ConfigError
 from ..storage.store import StoreError
-from .admin_socket import OFF
-from .channel import Channel, Message, read_first_message
-from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
+from .channel import (
+    EXIT_CANNOT_START,
+    LOG_FORMAT,
+    Channel,
+    Message,
+    read_first_message,
+    send_failed,
+    take_end,
+)
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 
@@ -37,7 +40,7 @@ BYE_LIMIT = 2.0  # seconds for the last message to be read
 
 
 class Worker:
-    """Serves until it is told to leave or to stop."""
+    """Serve until the supervisor says *leave* or *stop*."""
 
     def __init__(self, server: Server, end: socket.socket) -> None:
         self._server = server
@@ -47,7 +50,7 @@ class Worker:
         self._lost = asyncio.Event()
 
     async def serve(self) -> None:
-        """From start to end. Raises what `Server.start` does."""
+        """Serve from start to end. Raises what `Server.start` does."""
         try:
             await self._server.start()
         except BaseException:
@@ -68,8 +71,8 @@ class Worker:
         kind = message["kind"]
         if kind == "snapshot":
             self._channel.send("snapshot", id=message.get("id"), snapshot=self._server.snapshot())
-        elif kind == "account":
-            self._channel.send("account", id=message.get("id"), account=self._server.account())
+        elif kind == "report":
+            self._channel.send("report", id=message.get("id"), report=self._server.report())
         elif kind == "leave":
             self._server.hand_over()
         elif kind == "stop":
@@ -85,30 +88,27 @@ class Worker:
         self._channel.send("alive")
 
 
-def _check(source: bytes) -> int:
-    """Can all be imported, and is the config one that we take? Empty: of an older supervisor."""
-    for name in ("cli", "service"):  # what the supervisor will be
-        importlib.import_module(f"{__package__}.{name}")
+def check(source: bytes) -> int:
+    """Import all that an upgrade needs, and parse a config; return 1, and say why, if it cannot be.
+
+    A supervisor runs this before it becomes the installed program.
+    """
+    from . import supervisor, writer_process  # noqa: F401  # what there is beside this
+
     try:
-        if source:
-            ConfigSource(**json.loads(source)).parse()
+        ConfigSource(**json.loads(source)).parse()
     except ConfigError as error:
         print("; ".join(error.problems), file=sys.stderr)
         return 1
     return 0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the number of the channel's descriptor, or `check`."""
-    if arguments == ["check"]:
-        return _check(sys.stdin.buffer.read())
-    end = take_end(arguments[0])
+def main(channel: str) -> int:
+    """Serve until the supervisor or its end says to stop; `channel` is the descriptor's number."""
+    end = take_end(channel)
     try:
         start = read_first_message(end)
         config = ConfigSource(start["text"], start["files"], start["listen"]).parse()
-        # The supervisor tells of all.
-        settings = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
-        config = dataclasses.replace(config, server=settings)
         listeners = _listeners(start["sockets"])
         counts = StreamCounts(mmap.mmap(start["stream_counts"], STREAM_COUNTS_BYTES), start["slot"])
         os.close(start["stream_counts"])
@@ -119,13 +119,13 @@ def main(arguments: Sequence[str]) -> int:
             listeners,
             counts=counts,
             has_writer=False,
-            workers=start.get("workers", 1),  # an older supervisor does not say
+            workers=start["workers"],
         )
         run(lambda: _serve(server, end))
     except (StartError, StoreError) as error:
-        return tell_failed(end, [str(error)])
+        return send_failed(end, [str(error)])
     except ConfigError as error:
-        return tell_failed(end, error.problems)
+        return send_failed(end, error.problems)
     except (EOFError, OSError):  # the supervisor has given up
         return EXIT_CANNOT_START
     return 0
@@ -142,7 +142,3 @@ def _listeners(numbers: list[int]) -> Listeners:
 
 async def _serve(server: Server, end: socket.socket) -> None:
     await Worker(server, end).serve()
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

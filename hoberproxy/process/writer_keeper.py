@@ -18,7 +18,7 @@ from typing import Any
 
 from ..accounting.exposition import Snapshot
 from ..config.settings import Config
-from .child import STEADY, Child, State, accounts_of, back_off, spawn
+from .child import STEADY, Child, State, back_off, reports_of, start_child
 from .listeners import StartError
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -42,7 +42,7 @@ class Writers:
         self._replacing: asyncio.Task[None] | None = None
 
     async def start(self, config: Config, generation: int) -> Child:
-        """One more, for this config from now on; StartError, and it is gone, if it cannot."""
+        """Start a writer for `config`. If it cannot start, end it and raise StartError."""
         async with self._starting:
             self._config, self._generation = config, generation
             return await self._start(config)
@@ -65,12 +65,8 @@ class Writers:
         return writer
 
     async def _spawn(self, config: Config) -> Child:
-        pid, end = spawn([], "hoberproxy.process.writer_process")
-        writer = Child(
-            pid, generation=self._generation, slot=-1, state=State.STARTING, started=time.time()
-        )
+        writer = start_child("writer", generation=self._generation)
         self.all.append(writer)
-        writer.take(end)
         await writer.attach()
         writer.channel.send(
             "start",
@@ -81,11 +77,11 @@ class Writers:
         return writer
 
     def adopt(self, writers: list[Child], config: Config) -> None:
-        """Those that another program has left to this one."""
+        """Take over the writers that the program before this one has left."""
         self.all, self._config = writers, config
 
     def replace(self, old: Iterable[Child], before: Config) -> None:
-        """The last one started stands in place of these, which served the config before."""
+        """End `old` writers, of the config `before`, in favour of the last one that has started."""
         assert self._config is not None, "started"
         for writer in old:
             if writer.state is State.DRAINING:
@@ -96,7 +92,7 @@ class Writers:
                 writer.leave()
 
     def keep(self, old: Iterable[Child], config: Config) -> None:
-        """The new config is not used: these go on, and others end."""
+        """Let `old` writers go on by `config` and end others: the new config is not used."""
         self._config = config
         for writer in set(self.all) - set(old):
             writer.stop()
@@ -108,7 +104,7 @@ class Writers:
     # Those that end
 
     def reap(self) -> None:
-        """Look who has ended; another starts in place of one that should not have."""
+        """Forget writers that have ended, and replace one that should not have."""
         for writer in list(self.all):
             if writer.reap():
                 self._forget(writer)
@@ -143,7 +139,7 @@ class Writers:
                     return
 
     async def end(self) -> None:
-        """After the workers, so that all they told their journals gets into the store."""
+        """End all writers once the store has all records; the workers have ended before."""
         self._is_ending = True
         async with self._starting:  # one that starts has to be told, too
             with contextlib.suppress(StartError):
@@ -162,7 +158,7 @@ class Writers:
             await self.kill()
 
     async def kill(self, writers: Iterable[Child] | None = None) -> None:
-        """End these now, or all."""
+        """Kill `writers`, or all, and wait for their ends."""
         ending = list(self.all if writers is None else writers)
         for writer in ending:
             writer.state = State.DRAINING
@@ -172,10 +168,10 @@ class Writers:
 
     # Watching
 
-    async def accounts(self) -> list[dict[str, Any]]:
-        """What `hoberproxy status` tells of each."""
+    async def reports(self) -> list[dict[str, Any]]:
+        """Return what `hoberproxy status` says of each writer."""
         serving = State.SERVING.value
         return [
             told | ({"state": "writer"} if told["state"] == serving else {})
-            for told in await accounts_of(self.all)
+            for told in await reports_of(self.all)
         ]

@@ -1,40 +1,58 @@
 """The writer of records as a process of its own, beside the workers of one supervisor.
 
-    supervisor ── start (records file, days to keep), snapshot, account, leave, stop ──► writer
-               ◄── ready or failed, snapshot, account, bye ──
+    supervisor ── start (records file, days to keep), snapshot, report, leave, stop ──► writer
+               ◄── ready or failed, snapshot, report, bye ──
 
 *stop* ends it once all is in the store; *leave*, SIGTERM and the supervisor's death do so when the
 processes that append to journals by then have ended. No asyncio here: it works, and waits for the
 channel.
+
+It works at low priority, for on a core that it shares with a worker each of its turns is a pause of
+all streams there: at saturation the p99 of small requests was five times as long. Where that leaves
+it too little of the core, records pile up in the journals, and some turns run at normal priority.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import signal
 import socket
-import sys
-from collections.abc import Sequence
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from ..accounting.exposition import resident_bytes
 from ..storage.store import StoreError
 from ..storage.writer import Writer
-from .channel import Message, parse_message, read_first_message, serialize_message
-from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
+from .channel import (
+    EXIT_CANNOT_START,
+    LOG_FORMAT,
+    Message,
+    parse_message,
+    read_first_message,
+    send_failed,
+    serialize_message,
+    take_end,
+)
 
 logger = logging.getLogger("hoberproxy.ledger")
 
 
+NICENESS = 15  # of its turns: one thirtieth of a worker's share of a core
+BEHIND_AFTER = 10.0  # seconds with more in the journals than a turn writes: some 50 MB at most
+
+
 class WriterProcess:
-    """Writes until it is told to leave or to stop."""
+    """Write records until the supervisor says *leave* or *stop*."""
 
     def __init__(self, writer: Writer, end: socket.socket) -> None:
         self._writer = writer
         self._end = end
         self._unread = b""
+        self._level_at = time.monotonic()  # when all that was in the journals was stored
         self._is_open = True
         self._is_stopped = False
         self._is_leaving = False
@@ -42,14 +60,29 @@ class WriterProcess:
         self._awaited: set[str] | None = None
 
     def run(self) -> None:
-        """From the first turn to the last record."""
+        """Write until the end has come, then what is left."""
         signal.signal(signal.SIGTERM, lambda *_: self.leave())
         self._send("ready")
-        self._writer.run(self._pause)
+        try:
+            with ThreadPoolExecutor(1, "hoberproxy-writer", lower_priority) as low:
+                while not self._pause(self._turn(low)):
+                    pass
+            self._writer.finish()
+        finally:
+            self._writer.close()
         self._send("bye", **self._state())
 
+    def _turn(self, low: Executor) -> float:
+        """Do one turn of the writer; return in how many seconds the next one is due."""
+        is_behind = time.monotonic() - self._level_at > BEHIND_AFTER
+        # The priority is a thread's, and only root may raise it again.
+        pause = self._writer.turn() if is_behind else low.submit(self._writer.turn).result()
+        if pause:
+            self._level_at = time.monotonic()
+        return pause
+
     def leave(self) -> None:
-        """End with the last of the processes that have journals now."""
+        """End when all processes that have journals now have ended."""
         self._is_leaving = True
 
     def _pause(self, seconds: float) -> bool:
@@ -84,7 +117,7 @@ class WriterProcess:
 
     def _obey(self, message: Message) -> None:
         kind = message["kind"]
-        if kind in ("snapshot", "account"):
+        if kind in ("snapshot", "report"):
             self._send(kind, id=message.get("id"), **self._state())
         elif kind == "leave":
             self.leave()
@@ -99,7 +132,7 @@ class WriterProcess:
                 "journals_unreadable": [[[], self._writer.unreadable]],
                 "resident_bytes": [[[], size]],
             },
-            "account": {
+            "report": {
                 "resident_bytes": size,
                 "written": self._writer.written,
                 "is_active": self._writer.is_active,
@@ -111,9 +144,15 @@ class WriterProcess:
             self._end.sendall(serialize_message(kind, **members))
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`arguments`: the number of the channel's descriptor."""
-    end = take_end(arguments[0])
+def lower_priority() -> None:
+    """Give the calling thread a lower priority than the workers have."""
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.nice(NICENESS)  # of this thread alone, on Linux
+
+
+def main(channel: str) -> int:
+    """Write until the supervisor or its end says to stop; `channel` is the descriptor's number."""
+    end = take_end(channel)
     try:
         start = read_first_message(end)
     except (EOFError, OSError):  # the supervisor has given up
@@ -124,10 +163,6 @@ def main(arguments: Sequence[str]) -> int:
         writer.open()
     except StoreError as error:
         writer.close()
-        return tell_failed(end, [str(error)])
+        return send_failed(end, [str(error)])
     WriterProcess(writer, end).run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -131,7 +131,7 @@ _TRANSIENT = {
 class Database:
     """One connection to the file at `path`, which is made with mode 0600 if it does not exist.
 
-    Use and close it on the thread that opened it. Every method raises StoreError. `busy_timeout`
+    Use it on one thread at a time. Every method raises StoreError. `busy_timeout`
     (seconds) is how long a call waits for another process's lock.
     """
 
@@ -146,7 +146,9 @@ class Database:
         self._clock = clock
         _create_private(self._path)
         with self._mapped("open"):
-            self._db = sqlite3.connect(self._path, isolation_level=None, timeout=busy_timeout)
+            self._db = sqlite3.connect(
+                self._path, isolation_level=None, timeout=busy_timeout, check_same_thread=False
+            )
         try:
             with self._mapped("open"):
                 self._set_up(busy_timeout)
@@ -226,7 +228,7 @@ class Database:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        # IMMEDIATE: a lock asked for at the first write of a read transaction is not waited for.
+        # IMMEDIATE: SQLite does not wait for a lock at the first write of a read transaction.
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

@@ -69,7 +69,7 @@ class WriterLock:
 
 
 class Writer:
-    """The writer of one records file, for one thread. `open` raises StoreError, `turn` nothing.
+    """The writer of one records file, for one thread at a time. `open` raises StoreError.
 
     `written` counts records that it stored, `lost` those that no store takes, and `unreadable` the
     files of dead processes' journals that are damaged and kept.
@@ -115,15 +115,6 @@ class Writer:
             except StoreError as exc:
                 self._keep_for_later(exc)
         self._store.set_busy_timeout(BUSY_TIMEOUT)
-
-    def run(self, pause: Callable[[float], bool]) -> None:
-        """Write until `pause`, which gets the seconds to wait, returns that the end has come."""
-        try:
-            while not pause(self.turn()):
-                pass
-            self.finish()
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Close journals and store, and free the lock last."""

@@ -35,29 +35,19 @@ class ModelLists:
     `listed` maps a provider to its models; it is another object after each change.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
+        """Each of `upstreams` is asked every `interval` seconds."""
         self.listed: dict[str, tuple[str, ...]] = {}
-        self._upstreams: Mapping[str, Upstream] = {}
-        self._interval = 0.0
-        self._asked: dict[str, Upstream] = {}  # who was asked last under a provider's name
+        self._upstreams = upstreams
+        self._interval = interval
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
-        self._woken = asyncio.Event()
         self._is_wanted = asyncio.Event()
         self._has_asked = asyncio.Event()  # all providers, once
         self._task: asyncio.Task[None] | None = None
 
-    def configure(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
-        """Ask these every `interval` seconds; forget the lists of others."""
-        self._upstreams, self._interval = upstreams, interval
-        for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
-            for known in (self._asked, self._due, self._failures):
-                known.pop(name, None)
-            self._publish(name, ())
-        self._woken.set()
-
     def start(self) -> None:
-        """Ask from now on."""
+        """Ask providers for their models from now on."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
@@ -83,26 +73,20 @@ class ModelLists:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_vary(BEGIN_AFTER) if self._upstreams else 0.0):
-                await self._is_wanted.wait()
-        while True:
-            self._woken.clear()
-            now = loop.time()
-            due = [name for name in self._upstreams if self._due.get(name, now) <= now]
-            await asyncio.gather(*(self._ask(name) for name in due))
-            self._has_asked.set()
-            following = min(self._due.values(), default=None)
+        if self._upstreams:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(following):
-                    await self._woken.wait()
+                async with asyncio.timeout(_vary(BEGIN_AFTER)):
+                    await self._is_wanted.wait()
+        while self._upstreams:
+            now = loop.time()
+            due = [each for each in self._upstreams.items() if self._due.get(each[0], now) <= now]
+            await asyncio.gather(*(self._ask(*each) for each in due))
+            self._has_asked.set()
+            await asyncio.sleep(min(self._due.values()) - loop.time())
+        self._has_asked.set()
 
-    async def _ask(self, name: str) -> None:
+    async def _ask(self, name: str, upstream: Upstream) -> None:
         """Ask one provider; never raises."""
-        upstream = self._upstreams.get(name)
-        if upstream is None:
-            return  # a reload came first
-        self._asked[name] = upstream
         names: list[str] | None = None
         reason = "no list of models in its answer"
         try:
@@ -111,8 +95,6 @@ class ModelLists:
             reason = error.recorded_code
         except Exception:
             logger.exception("listing the models of provider %s failed", name)
-        if self._upstreams.get(name) is not upstream:
-            return  # a reload came meanwhile
         if names is not None:
             self._failures[name] = 0
             self._publish(name, tuple(names[:MAX_MODELS]))

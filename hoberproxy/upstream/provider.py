@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Final
 
 from .. import __version__
@@ -121,21 +119,12 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
 
 
 def make_upstreams(
-    config: Config,
-    loop: asyncio.AbstractEventLoop,
-    wheel: Wheel,
-    existing: Mapping[str, Upstream] = MappingProxyType({}),
+    config: Config, loop: asyncio.AbstractEventLoop, wheel: Wheel
 ) -> dict[str, Upstream]:
-    """One for each provider; an `existing` one that has not changed goes on, with its pool.
-
-    Raises ConfigError if a certificate file cannot be used.
-    """
+    """Return one for each provider. Raise ConfigError if a certificate file cannot be used."""
     upstreams: dict[str, Upstream] = {}
     problems: list[str] = []
     for name, provider in config.providers.items():
-        if name in existing and existing[name].provider == provider:
-            upstreams[name] = existing[name]
-            continue
         try:
             upstreams[name] = Upstream(provider, loop, wheel)
         except (OSError, ssl.SSLError):

@@ -19,7 +19,7 @@ from hoberproxy.access.admission import (
     StreamCounts,
     body_memory_limit,
 )
-from hoberproxy.config.settings import ServerSettings
+from hoberproxy.config.settings import Config, ServerSettings
 from hoberproxy.errors import UnavailableError
 from tests.conftest import QUESTION, Proxy, RawClient, StartProxy, chat, wait_until
 from tests.support.scripted import (
@@ -300,11 +300,12 @@ async def test_a_body_is_held_until_the_first_content_and_no_longer(
 async def test_a_body_that_is_counted_afterwards_is_held_to_the_end(
     start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
-    proxy = await start_proxy()
-    config = proxy.gateway.config
-    (endpoint,) = config.models[0].endpoints
-    counted = replace(config.models[0], endpoints=(replace(endpoint, usage="count"),))
-    proxy.server.reload(replace(config, models=(counted,)))
+    def count(config: Config) -> Config:
+        (endpoint,) = config.models[0].endpoints
+        counted = replace(config.models[0], endpoints=(replace(endpoint, usage="count"),))
+        return replace(config, models=(counted,))
+
+    proxy = await start_proxy(change=count)
     upstream.add([*sse(*stream_events(2))[:3], AwaitRelease("rest"), *sse(*stream_events(2))[3:]])
     client = await proxy.connect()
     client.send(chat(proxy.key, {**QUESTION, "stream": True}))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hoberproxy.accounting.exposition import CONTENT_TYPE, FIRST_CONTENT_BUCKETS
+from hoberproxy.accounting.exposition import CONTENT_TYPE, FIRST_CONTENT_BUCKETS, render
 from hoberproxy.accounting.metrics import Gauges, Metrics
 from hoberproxy.accounting.record import CLIENT_CLOSED, Record
 from hoberproxy.errors import FailedAttempt
@@ -49,7 +49,7 @@ def metrics_of(*records: Record, label: Callable[[str], str] = str) -> Metrics:
 def scrape(metrics: Metrics) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
-        for family in text_string_to_metric_families(metrics.render(GAUGES).decode())
+        for family in text_string_to_metric_families(render(metrics.snapshot(GAUGES)).decode())
         for sample in family.samples
     }
 
@@ -68,7 +68,7 @@ def test_the_content_type_is_that_of_the_text_format() -> None:
 
 def test_every_family_has_a_type_and_a_text() -> None:
     metrics = metrics_of(record(first_content=1.0, prompt_tokens=1))
-    families = list(text_string_to_metric_families(metrics.render(GAUGES).decode()))
+    families = list(text_string_to_metric_families(render(metrics.snapshot(GAUGES)).decode()))
     assert len(families) == len({family.name for family in families}) > 10
     for family in families:
         assert family.name.startswith("hoberproxy_")

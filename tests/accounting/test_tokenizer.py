@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from hoberproxy.access.limits import DAY_SPENT, MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
-from hoberproxy.accounting import tokenizer as counting_module
+from hoberproxy.accounting import tokenizer as tokenizer_module
 from hoberproxy.accounting.record import Record
 from hoberproxy.accounting.tokenizer import (
     TOKENS_PER_MESSAGE,
@@ -25,6 +25,7 @@ from hoberproxy.accounting.tokenizer import (
     count_answer,
     count_prompt,
 )
+from hoberproxy.config.settings import Config
 from hoberproxy.routing.catalog import Endpoint, Model, Prices
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from tests.conftest import SLUG, Proxy, StartProxy, chat, wait_until
@@ -109,7 +110,7 @@ def test_a_text_that_cannot_be_read_does_not_end_the_counting(
 def test_what_is_counted_and_not_delivered_is_bounded(
     tokenizer: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(counting_module, "MAX_WAITING", 3)
+    monkeypatch.setattr(tokenizer_module, "MAX_WAITING", 3)
     body, counted, deliveries = orjson.dumps({"messages": []}), list[tuple[int, int]](), Queue()
     counter = TokenCounter(deliveries.put)
 
@@ -133,11 +134,14 @@ def test_what_is_counted_and_not_delivered_is_bounded(
 # Through the proxy
 
 
-async def counted(proxy: Proxy, body: dict[str, Any], key: str = "") -> Record:
+def to_be_counted(config: Config) -> Config:
     endpoint = Endpoint(
         "scripted", "upstream-model", prices=Prices(Decimal(1), Decimal(1)), usage="count"
     )
-    proxy.server.reload(replace(proxy.gateway.config, models=(Model(SLUG, (endpoint,)),)))
+    return replace(config, models=(Model(SLUG, (endpoint,)),))
+
+
+async def counted(proxy: Proxy, body: dict[str, Any], key: str = "") -> Record:
     client = await proxy.connect()
     client.send(chat(key or proxy.key, body))
     assert (await client.read_answer()).status == 200
@@ -161,7 +165,8 @@ async def test_a_count_takes_the_place_of_an_estimate(
     upstream.add(sse(*events) if is_stream else json_response(200, completion("a b c", usage=None)))
     messages = [{"role": "user", "content": "one two three four"}]
     record = await counted(
-        await start_proxy(), {"model": SLUG, "stream": is_stream, "messages": messages}
+        await start_proxy(change=to_be_counted),
+        {"model": SLUG, "stream": is_stream, "messages": messages},
     )
     assert not record.has_usage
     assert record.prompt_tokens == 4 + TOKENS_PER_MESSAGE + TOKENS_PER_REPLY
@@ -174,7 +179,9 @@ async def test_reported_usage_wins(
 ) -> None:
     upstream.add(json_response(200, completion("a b c", usage=(50, 60))))
     messages = [{"role": "user", "content": "one"}]
-    record = await counted(await start_proxy(), {"model": SLUG, "messages": messages})
+    record = await counted(
+        await start_proxy(change=to_be_counted), {"model": SLUG, "messages": messages}
+    )
     assert (record.prompt_tokens, record.completion_tokens, record.has_usage) == (50, 60, True)
 
 
@@ -182,7 +189,7 @@ async def test_reported_usage_wins(
 async def test_a_count_amends_what_the_key_has_used_in_the_windows_of_the_call(
     tokenizer: None, start_proxy: StartProxy, upstream: ScriptedUpstream, words_in: int
 ) -> None:
-    proxy = await start_proxy()
+    proxy = await start_proxy(change=to_be_counted)
     store = Store(proxy.gateway.config.records.file)
     limits = KeyLimits(tokens_per_minute=100_000, budget=PICO, concurrency=2)
     key, _ = store.create_key("x", limits=limits)

@@ -25,11 +25,12 @@ USAGE = (1000, 500)  # tokens of prompt and answer
 async def proxy(start_proxy: StartProxy, upstream: ScriptedUpstream) -> Proxy:
     """One whose answers cost 0.002 USD."""
     upstream._default = json_response(200, completion(usage=USAGE))
-    proxy = await start_proxy()
-    endpoint = Endpoint("scripted", "upstream-model", prices=PRICES)
-    config = replace(proxy.gateway.config, models=(Model(SLUG, (endpoint,)),))
-    proxy.server.reload(config)
-    return proxy
+    return await start_priced(start_proxy, PRICES)
+
+
+async def start_priced(start_proxy: StartProxy, prices: Prices) -> Proxy:
+    model = Model(SLUG, (Endpoint("scripted", "upstream-model", prices=prices),))
+    return await start_proxy(change=lambda config: replace(config, models=(model,)))
 
 
 async def ask(proxy: Proxy, key: str | None = None) -> ClientAnswer:
@@ -72,16 +73,14 @@ async def test_a_request_is_found_as_soon_as_its_answer_is_there(proxy: Proxy, p
 
 
 async def test_it_says_what_came_from_a_cache_and_what_went_into_one(
-    proxy: Proxy, upstream: ScriptedUpstream
+    start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
     details = {"cached_tokens": 600, "cache_write_tokens": 300}
     answer = completion(usage=USAGE)
     answer["usage"]["prompt_tokens_details"] = details
     upstream._default = json_response(200, answer)
-    (model,) = proxy.gateway.config.models
     prices = replace(PRICES, cached=Decimal("0.1"), cache_write=Decimal("1.25"))
-    model = replace(model, endpoints=(replace(model.endpoints[0], prices=prices),))
-    proxy.server.reload(replace(proxy.gateway.config, models=(model,)))
+    proxy = await start_priced(start_proxy, prices)
     found = await fetch(proxy, f"/v1/generation?id={(await ask(proxy)).headers['x-request-id']}")
     data = found.json()["data"]
     assert (data["native_tokens_cached"], data["native_tokens_cache_write"]) == (600, 300)

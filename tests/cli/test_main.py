@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from hoberproxy.config.presets import PRESETS
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from tests.conftest import IS_COMPILED
 from tests.support.patience import WAIT
+from tests.support.processes import all_below
 from tests.support.stores import write_records
 
 PATIENCE = WAIT
@@ -434,7 +435,9 @@ def serving(folder: Path, *options: str, command: list[str] = MODULE) -> Iterato
             assert found, output.read_text()
             yield Running(process, output, found[1])
         finally:
-            process.kill()
+            for pid in (process.pid, *all_below(process.pid)):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -568,7 +571,41 @@ def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
     wait_until(lambda: "hober/demo" in used() and f" {requests} " in used().splitlines()[1])
 
 
-def test_a_second_one_starts_beside_it_without_metrics(quickstart: Running, tmp_path: Path) -> None:
+def test_what_a_killed_one_has_answered_is_in_its_records_after_the_next_start(
+    quickstart: Running, folder: Path
+) -> None:
+    text = quickstart.output.read_text()
+    key = re.search(r"hb_test_\w{39}", text)
+    assert key is not None and not all_below(quickstart.process.pid), "it is one process"
+    asked = set()
+    for _ in range(20):
+        body = b'{"model": "hober/demo", "messages": [{"role": "user", "content": "Count to 3"}]}'
+        headers = {"authorization": f"Bearer {key[0]}", "content-type": "application/json"}
+        request = urllib.request.Request(f"{quickstart.url}/v1/chat/completions", body, headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            asked.add(answer.headers["x-request-id"])
+    quickstart.process.kill()
+    quickstart.process.wait(PATIENCE)
+    with serving(folder, "--listen", "127.0.0.1:0") as again:
+        wait_until(lambda: "Ctrl-C stops" in again.output.read_text())
+        exported = run([*MODULE, "export"]).stdout.splitlines()
+    found = [json.loads(line)["id"] for line in exported]
+    assert set(found) == asked and len(found) == len(asked)
+
+
+def test_it_has_nobody_to_ask_and_says_what_cannot_be_done(quickstart: Running) -> None:
+    for command in ("status", "upgrade"):
+        done = run([*MODULE, command])
+        assert (done.returncode, "no config: expected ./hoberproxy.toml" in done.stderr) == (
+            3,
+            True,
+        )
+    quickstart.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "can be upgraded while it runs" in quickstart.output.read_text())
+    assert quickstart.process.poll() is None
+
+
+def test_a_second_one_starts_beside_it(quickstart: Running, tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     with serving(tmp_path / "second", "--listen", "127.0.0.1:0") as second:
         wait_until(lambda: "Ctrl-C stops" in second.output.read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.downstream import connection as wire
+from hoberproxy.downstream import connection as connection_module
 from hoberproxy.downstream.connection import MAX_PIPELINED_BYTES, DownstreamConnection, State
 from hoberproxy.process import server
 from hoberproxy.process.listeners import UNSENT_BYTES
@@ -684,7 +684,7 @@ async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     fields: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(wire, "Handler", None)  # nothing may come to aiohttp
+    monkeypatch.setattr(connection_module, "Handler", None)  # nothing may come to aiohttp
     first_line = b"POST /v1/chat/completions" if request_to == "chat" else b"GET /v1/models"
     head = first_line + b" HTTP/1.1\r\nhost: localhost\r\n" + fields
     head += b"authorization: Bearer %b\r\n\r\n" % proxy.key.encode()
@@ -926,7 +926,7 @@ async def test_a_bad_head_is_answered_though_the_client_goes_on_sending(
 async def test_who_floods_a_refused_connection_is_cut(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "LINGER_MAX_BYTES", 256 * 1024)
+    monkeypatch.setattr(connection_module, "LINGER_MAX_BYTES", 256 * 1024)
     client = await proxy.connect()
     client.send(b"nonsense\r\n\r\n")
     with pytest.raises(ConnectionError):
@@ -936,7 +936,7 @@ async def test_who_floods_a_refused_connection_is_cut(
 async def test_a_refused_connection_does_not_linger_for_ever(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "LINGER", 0.1)
+    monkeypatch.setattr(connection_module, "LINGER", 0.1)
     client = await proxy.connect()
     client.send(b"nonsense\r\n\r\n")
     assert_refused(await client.read_answer())
@@ -1038,7 +1038,7 @@ async def test_a_stranger_that_goes_on_sending_reads_its_refusal(proxy: Proxy) -
 async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
     start_proxy: StartProxy, request_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wire, "LINGER", 0.1)
+    monkeypatch.setattr(connection_module, "LINGER", 0.1)
     monkeypatch.setattr(server, "LINGER", 0.1)
     proxy = await start_proxy()
     client = await proxy.connect()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
+import signal
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,9 @@ from hoberproxy.config.settings import (
 from hoberproxy.config.values import parse_base_url
 from hoberproxy.process.server import Server
 from hoberproxy.routing.catalog import Endpoint, Model, Provider, TimeLimits
+from tests.conftest import listen
 from tests.support.patience import WAIT, patient
+from tests.support.processes import all_below, children_of
 from tests.support.scripted import ScriptedUpstream
 
 SLUG = "test/model"
@@ -240,7 +244,7 @@ class Proxy:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        gateway = server._gateway
+        gateway = server._context
         assert gateway is not None
         self.gateway = gateway
         self.port = server.addresses[0].port
@@ -314,7 +318,7 @@ def model_at(slug: str, *providers: str) -> Model:
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Proxy]:
     """The proxy, and afterwards the proof that it let go of everything."""
-    server = Server(config)
+    server = Server(config, await listen(config))
     await server.start()
     proxy = Proxy(server)
     try:
@@ -360,8 +364,11 @@ model = "{upstream_model}"
 """
 
 
+WORKER, WRITER = "hoberproxy\0worker", "hoberproxy\0writer"  # in their command lines
+
+
 class Program:
-    """A proxy process: its port, its memory, its signals."""
+    """`hoberproxy serve`, a supervisor and its processes: its port, its memory, its signals."""
 
     def __init__(self, process: asyncio.subprocess.Process, port: int, folder: Path) -> None:
         self.process = process
@@ -381,10 +388,21 @@ class Program:
         async with asyncio.timeout(WAIT):
             return await self.process.wait()
 
+    async def kill(self) -> None:
+        """Kill all of its processes."""
+        for pid in (self.process.pid, *all_below(self.process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self.wait()
+
+    def workers(self) -> list[int]:
+        """Process ids of all workers, old ones among them."""
+        return children_of(self.process.pid, running=WORKER)
+
     def resident_bytes(self) -> int:
-        """Its physical memory now."""
-        statm = Path(f"/proc/{self.process.pid}/statm").read_text()
-        return int(statm.split()[1]) * resource.getpagesize()
+        """The physical memory of its workers now."""
+        statms = [Path(f"/proc/{pid}/statm").read_text() for pid in self.workers()]
+        return sum(int(statm.split()[1]) for statm in statms) * resource.getpagesize()
 
     def stored(self) -> list[tuple[int, str, int, int]]:
         """Status, code, completion tokens and events of the records in its store."""
@@ -428,5 +446,5 @@ async def running_program(
         yield Program(process, int(line.decode().rpartition(":")[2]), folder)
     finally:
         if process.returncode is None:
-            process.kill()
+            await Program(process, 0, folder).kill()
         await process.communicate()

@@ -98,8 +98,7 @@ async def test_whenever_the_process_is_killed_each_request_has_one_record(
             loads = [asyncio.create_task(seen.load(program.port, n % 2 == 0)) for n in range(6)]
             await eventually(lambda: len(seen.whole) > 5)
             await asyncio.sleep(random.random() * 0.5)
-            program.process.kill()
-            await program.wait()
+            await program.kill()
             await asyncio.gather(*loads)
         async with running_program(tmp_path, upstream):
             recorded = ids_in(tmp_path)
@@ -218,10 +217,10 @@ async def test_the_count_of_a_day_survives_the_process(tmp_path: Path, is_killed
         async with running_program(tmp_path, upstream, keys=True) as program:
             first = [await ask(program) for _ in range(2)]
             if is_killed:
-                program.process.kill()
+                await program.kill()
             else:
                 program.process.terminate()
-            await program.wait()
+                await program.wait()
         (tmp_path / "records.db-limits").unlink()  # as after a power cut, at the worst
         async with running_program(tmp_path, upstream, keys=True) as program:
             second = [await ask(program) for _ in range(2)]

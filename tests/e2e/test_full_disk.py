@@ -119,10 +119,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture
 def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
-    """Starts one with so many workers, or without; unless the disk is full it has a record."""
+    """Starts one with so many workers; unless the disk is full it has a record."""
 
     @asynccontextmanager
-    async def start(workers: int | None, *, is_full: bool = False) -> AsyncIterator[Proxy]:
+    async def start(workers: int, *, is_full: bool = False) -> AsyncIterator[Proxy]:
         metrics = f"127.0.0.1:{unused_tcp_port}"
         async with (
             ScriptedUpstream(default=answer) as upstream,
@@ -136,17 +136,16 @@ def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
             if not is_full:
                 await eventually(lambda: proxy.recorded() >= Counter(proxy.asked))
                 # Room that is being allocated when the disk gets full would be given back.
-                await eventually(lambda: proxy.segments() == (workers or 1) + 1)
+                await eventually(lambda: proxy.segments() == workers + 1)
             yield proxy
 
     return start
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "alone"])
 async def test_on_a_full_disk_requests_go_on_and_records_follow_when_there_is_room(
-    start_proxy: StartProxy, disk: Disk, workers: int | None
+    start_proxy: StartProxy, disk: Disk
 ) -> None:
-    async with start_proxy(workers) as proxy:
+    async with start_proxy(2) as proxy:
         disk.fill()
         await proxy.fill_journal()
         await proxy.ask(10)
@@ -188,17 +187,16 @@ async def test_records_for_which_an_ending_worker_has_no_disk_are_lost_counted_a
     assert lost > 0 and len(proxy.asked) + 1 - len(recorded) in (lost, lost - 1)
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "alone"])
 async def test_a_start_on_a_full_disk_serves_and_journals_are_stored_later(
-    start_proxy: StartProxy, disk: Disk, workers: int | None
+    start_proxy: StartProxy, disk: Disk
 ) -> None:
-    async with start_proxy(workers) as proxy:
+    async with start_proxy(2) as proxy:
         disk.fill()
         await proxy.ask(300)
         await proxy.running.logged("records wait in the journals")
         proxy.running.send(signal.SIGTERM)
         assert await proxy.running.wait() == 0
-    async with start_proxy(workers, is_full=True) as again:
+    async with start_proxy(2, is_full=True) as again:
         await again.ask(10)
         disk.free()
         await eventually(lambda: again.recorded() == Counter(proxy.asked + again.asked))

@@ -1,4 +1,4 @@
-"""`serve --workers`: one writer brings all records into the store, whoever is killed meanwhile."""
+"""`serve`: one writer brings all records into the store, whoever is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.patience import WAIT
 from tests.support.processes import is_alive
 from tests.support.scripted import ScriptedUpstream
 
-from .harness import chat, eventually
+from .harness import WRITER, chat, eventually
 from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in
 from .test_status import command
 from .test_workers import WAITING, Service, begin_stream, finish_stream, service
@@ -27,7 +27,7 @@ Victims = Callable[[Service], list[int]]
 
 def writers(running: Service) -> list[int]:
     """Process ids of the writers of records."""
-    return running.children("hoberproxy.process.writer_process")
+    return running.children(WRITER)
 
 
 def holder_of_lock(folder: Path) -> list[int]:
@@ -89,13 +89,12 @@ async def test_whichever_process_is_killed_each_request_has_one_record(
     assert not list((tmp_path / "records.db-requests").glob("*.segment"))
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
 async def test_damage_in_a_journal_loses_no_other_record_whichever_process_is_killed(
-    tmp_path: Path, workers: int | None
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "records.db-requests"
     async with ScriptedUpstream(default=answer) as upstream:
-        async with service(tmp_path, upstream, workers=workers) as running:
+        async with service(tmp_path, upstream) as running:
             blocked = sqlite3.connect(tmp_path / "records.db", isolation_level=None)
             blocked.execute("BEGIN IMMEDIATE")  # so that all of it is in the journals
             seen = Seen()
@@ -118,17 +117,16 @@ async def test_damage_in_a_journal_loses_no_other_record_whichever_process_is_ki
                     whole.add(name)
         holes = sum(b"req_" in path.read_bytes()[8192:] for path in segments(folder))
         assert holes and len(whole) > 20
-        async with service(tmp_path, upstream, workers=workers) as running:
+        async with service(tmp_path, upstream) as running:
             await eventually(lambda: whole <= set(ids_in(tmp_path)))
             assert len(list(folder.glob("*.unreadable"))) >= holes
-            for pid in writers(running) or [running.process.pid]:
+            for pid in writers(running):
                 os.kill(pid, signal.SIGKILL)
-            if workers is not None:
-                await eventually(lambda: writers(running))
-                await running.post(chat())
-                running.process.terminate()
+            await eventually(lambda: writers(running))
+            await running.post(chat())
+            running.process.terminate()
             await running.wait()
-        async with service(tmp_path, upstream, workers=workers) as running:
+        async with service(tmp_path, upstream) as running:
             assert (await running.post(chat())).status == 200
             running.process.terminate()
             await running.wait()

@@ -18,13 +18,12 @@ import pytest
 from tests.support.processes import all_below, children_of, is_alive
 from tests.support.scripted import ScriptedUpstream
 
-from .harness import Program, chat, connected
+from .harness import WORKER, WRITER, Program, chat, connected
 from .test_account import KILLS
 from .test_status import command
 from .test_workers import GOOD, PATIENCE, WAITING, begin_stream, finish_stream, write_config
 
 STARTS = max(8, KILLS)
-WORKER, WRITER = "hoberproxy.process.worker", "hoberproxy.process.writer_process"
 
 
 async def until(holds: Callable[[], Any]) -> Any:
@@ -54,12 +53,12 @@ class Run:
         self.started: dict[Process, int] = {}
         self.below: set[int] = set()
 
-    async def begin(self, workers: int | None = 2) -> Process:
+    async def begin(self) -> Process:
         """Start it, and do not wait."""
         with self.errors.open("ab") as errors, self.out(len(self.started)).open("wb") as out:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "hoberproxy", "serve", "--config", str(self.config)),
-                *(() if workers is None else ("--workers", str(workers))),
+                *("--workers", "2"),
                 stdout=out,
                 stderr=errors,
             )
@@ -139,9 +138,8 @@ async def test_each_start_right_after_a_kill_of_the_supervisor_serves(tmp_path: 
         assert await running.process.wait() == 0
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
 async def test_a_start_waits_for_a_worker_that_is_slow_to_see_its_supervisor_s_death(
-    tmp_path: Path, workers: int | None
+    tmp_path: Path,
 ) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream, run(tmp_path, upstream) as starts:
         first = await starts.begin()
@@ -150,7 +148,7 @@ async def test_a_start_waits_for_a_worker_that_is_slow_to_see_its_supervisor_s_d
         for pid in slow:
             os.kill(pid, signal.SIGSTOP)
         await kill(first)
-        second = await starts.begin(workers)
+        second = await starts.begin()
         await starts.logged("processes of an earlier run are ending")
         for pid in slow:
             os.kill(pid, signal.SIGCONT)
@@ -211,19 +209,13 @@ async def test_a_stop_while_the_service_starts_ends_all_of_it(
         assert not (tmp_path / "records.sock").exists()
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
 async def test_a_reload_while_the_service_starts_follows_the_start(
-    tmp_path: Path, workers: int | None
+    tmp_path: Path,
 ) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream, run(tmp_path, upstream) as starts:
-        with socket.create_server(("127.0.0.1", starts.port)) as other:
-            process = await starts.begin(workers)
-            if workers is None:  # it is about to listen, and cannot yet
-                await until((tmp_path / "records.db-writer").exists)
-            else:
-                other.close()
-                await child(process, WRITER)
-            process.send_signal(signal.SIGHUP)
+        process = await starts.begin()
+        await child(process, WRITER)
+        process.send_signal(signal.SIGHUP)
         running = await starts.serves(process)
         await starts.logged("config reloaded")
         assert (await running.post(chat())).status == 200
@@ -231,20 +223,18 @@ async def test_a_reload_while_the_service_starts_follows_the_start(
         assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("workers", [2, None], ids=["workers", "one process"])
 async def test_a_stop_right_behind_reloads_ends_all_of_it(
-    tmp_path: Path, workers: int | None
+    tmp_path: Path,
 ) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream, run(tmp_path, upstream) as starts:
-        process = await starts.begin(workers)
+        process = await starts.begin()
         running = await starts.serves(process)
         assert (await running.post(chat())).status == 200
         below = all_below(process.pid)
         for _ in range(2):
             process.send_signal(signal.SIGHUP)
             await asyncio.sleep(0.02)  # two that are pending are one
-        if workers is not None:  # those of the new config start
-            await until(lambda: all_below(process.pid) - below)
+        await until(lambda: all_below(process.pid) - below)  # those of the new config start
         below |= all_below(process.pid)
         process.terminate()
         async with asyncio.timeout(PATIENCE):

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.scripted import WAIT, AwaitRelease, Script, ScriptedUpstream, sse, stream_events
 
-from .harness import chat, running_program
+from .harness import chat
 from .test_workers import begin_stream, finish_stream, service, write_config
 
 EVENTS = stream_events(3)
@@ -56,20 +56,6 @@ async def test_status_shows_workers_streams_endpoints_and_keys(tmp_path: Path) -
         assert "1 streams" in table and "anonymous" in table and "serving" in table
         upstream.release("go")
         await finish_stream(client)
-
-
-async def test_status_of_a_single_process(tmp_path: Path) -> None:
-    async with (
-        ScriptedUpstream(default=sse(*EVENTS)) as upstream,
-        running_program(tmp_path, upstream) as program,
-    ):
-        await program.post(chat(stream=True))
-        code, out, _ = await command(tmp_path, "status", "--json")
-        assert code == 0
-        (worker,) = json.loads(out)["workers"]
-        assert (worker["pid"], worker["state"]) == (program.process.pid, "serving")
-        code, _, errors = await command(tmp_path, "upgrade")
-        assert (code, "--workers" in errors) == (1, True)
 
 
 async def test_the_socket_is_for_its_owner_alone_and_goes_with_the_service(tmp_path: Path) -> None:

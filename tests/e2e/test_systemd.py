@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import children_of
 from tests.support.scripted import WAIT, ScriptedUpstream, completion, json_response
 
 from .harness import Program, chat, connected, eventually
@@ -28,7 +27,6 @@ os.dup2(int(number), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 os.execv(command[0], command)
 """
-ONE, WORKERS = ("one process", []), ("workers", ["--workers", "2"])
 
 
 class Manager:
@@ -68,9 +66,9 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 @asynccontextmanager
 async def started(
-    folder: Path, options: list[str], environ: dict[str, str], passed: socket.socket | None = None
+    folder: Path, environ: dict[str, str], passed: socket.socket | None = None
 ) -> AsyncIterator[Program]:
-    command = [sys.executable, "-m", "hoberproxy", "serve", *options]
+    command = [sys.executable, "-m", "hoberproxy", "serve", "--workers", "2"]
     command += ["--config", str(folder / "hoberproxy.toml")]
     if passed is not None:
         command = [sys.executable, "-c", LAUNCH, str(passed.fileno()), *command]
@@ -93,13 +91,10 @@ async def started(
             await process.communicate()
 
 
-@pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
-async def test_readiness_reloads_and_the_end_are_told(
-    manager: Manager, tmp_path: Path, options: list[str]
-) -> None:
+async def test_readiness_reloads_and_the_end_are_told(manager: Manager, tmp_path: Path) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
-        async with started(tmp_path, options, manager.environ) as running:
+        async with started(tmp_path, manager.environ) as running:
             assert (await manager.hear()).startswith("READY=1\n")
             assert (await running.post(chat())).status == 200
             running.process.send_signal(signal.SIGHUP)
@@ -119,7 +114,7 @@ async def test_an_upgrade_is_a_reload_of_the_same_main_process(
 ) -> None:
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
-        async with started(tmp_path, WORKERS[1], manager.environ) as running:
+        async with started(tmp_path, manager.environ) as running:
             assert (await manager.hear()).startswith("READY=1\n")
             running.process.send_signal(signal.SIGUSR2)
             assert (await manager.hear()).startswith("RELOADING=1\n")
@@ -131,15 +126,14 @@ async def test_an_upgrade_is_a_reload_of_the_same_main_process(
             assert (await running.post(chat())).status == 200
 
 
-@pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
 async def test_a_socket_of_systemd_is_served_and_stays_open_at_the_end(
-    tmp_path: Path, options: list[str]
+    tmp_path: Path,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         async with ScriptedUpstream(default=GOOD) as upstream:
             write_config(tmp_path, upstream.base_url)
-            async with started(tmp_path, options, dict(os.environ), listener) as running:
+            async with started(tmp_path, dict(os.environ), listener) as running:
                 assert running.port == port
                 assert (await running.post(chat())).status == 200
                 running.process.send_signal(signal.SIGHUP)
@@ -148,22 +142,20 @@ async def test_a_socket_of_systemd_is_served_and_stays_open_at_the_end(
                 assert await running.wait() == 0
             async with connected(port) as waiting:  # the next start will answer it
                 await waiting.ask(chat())
-                async with started(tmp_path, options, dict(os.environ), listener) as running:
+                async with started(tmp_path, dict(os.environ), listener) as running:
                     assert (await waiting.read_reply()).status == 200
 
 
-@pytest.mark.parametrize("options", [ONE[1], WORKERS[1]], ids=[ONE[0], WORKERS[0]])
 async def test_the_watchdog_hears_nothing_more_once_a_loop_is_stuck(
-    manager: Manager, tmp_path: Path, options: list[str]
+    manager: Manager, tmp_path: Path
 ) -> None:
     manager.environ["WATCHDOG_USEC"] = "1200000"
     async with ScriptedUpstream(default=GOOD) as upstream:
         write_config(tmp_path, upstream.base_url)
-        async with started(tmp_path, options, manager.environ) as running:
+        async with started(tmp_path, manager.environ) as running:
             while await manager.hear() != "WATCHDOG=1":
                 pass
-            main = running.process.pid
-            stuck = [*children_of(main, running="hoberproxy.process.worker"), main][0]
+            stuck = running.workers()[0]
             os.kill(stuck, signal.SIGSTOP)
             try:
                 await asyncio.sleep(1.0)

@@ -1,4 +1,4 @@
-"""`hoberproxy serve --workers`: nothing is lost when it changes, and little when it breaks."""
+"""`hoberproxy serve` with a config: nothing is lost when it changes, little when it breaks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import hoberproxy
-from tests.support.processes import children_of, is_alive, open_files
+from tests.support.processes import children_of, is_alive, mapped_by, open_files
 from tests.support.scripted import (
     WAIT,
     AwaitRelease,
@@ -36,6 +36,7 @@ from .harness import (
     PROGRAM_CONFIG,
     SLUG,
     UPSTREAM_MODEL,
+    WRITER,
     Client,
     Program,
     Reply,
@@ -61,13 +62,9 @@ class Service(Program):
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def workers(self) -> list[int]:
-        """Process ids of all workers, old ones among them."""
-        return self.children("hoberproxy.process.worker")
-
-    def children(self, module: str) -> list[int]:
-        """Process ids of those that run this module."""
-        return children_of(self.process.pid, running=module)
+    def children(self, command: str) -> list[int]:
+        """Process ids of those that run this."""
+        return children_of(self.process.pid, running=command)
 
     async def logged(self, text: str, times: int = 1) -> None:
         async with asyncio.timeout(PATIENCE):
@@ -92,7 +89,7 @@ async def service(
     folder: Path,
     upstream: ScriptedUpstream,
     *,
-    workers: int | None = 2,
+    workers: int = 2,
     server: str = "",
     metrics: str = "off",
     installed: Path | None = None,
@@ -100,14 +97,14 @@ async def service(
 ) -> AsyncIterator[Service]:
     """It must have ended by itself, or it is told to.
 
-    `workers=None`: one process without a supervisor. `within`: a command that runs commands.
+    `within`: a command that runs commands.
     """
     config = write_config(folder, upstream.base_url, server=server, metrics=metrics)
     log = folder / "stderr.txt"
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
             *(*within, sys.executable, "-m", "hoberproxy", "serve", "--config", str(config)),
-            *(() if workers is None else ("--workers", str(workers))),
+            *("--workers", str(workers)),
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
             cwd=installed,
@@ -148,6 +145,10 @@ async def test_as_many_workers_serve_as_were_asked_for_and_sigterm_ends_all(tmp_
     async with ScriptedUpstream(default=GOOD) as upstream, service(tmp_path, upstream) as running:
         assert len(running.workers()) == 2
         assert (await running.post(chat())).status == 200
+        for pid in (running.process.pid, *running.children(WRITER)):
+            mapped = mapped_by(pid)
+            assert "python" in mapped
+            assert "aiohttp" not in mapped and "uvloop" not in mapped, "tens of MB in each"
         running.send(signal.SIGTERM)
         assert await running.wait() == 0
     assert len(running.stored()) == 1
@@ -318,7 +319,7 @@ async def test_an_upgrade_brings_the_installed_version_unless_that_is_broken(
     shutil.copytree(Path(hoberproxy.__file__).parent, installed / "hoberproxy")
     init, server, source = (  # none of which is compiled
         installed / "hoberproxy" / name
-        for name in ("__init__.py", "process/service.py", "config/source.py")
+        for name in ("__init__.py", "process/supervisor.py", "config/source.py")
     )
     good, read = server.read_text(), source.read_text()
     async with (

@@ -12,7 +12,7 @@ import pytest
 from bench.micro.path import NullTransport
 from hoberproxy.config.reader import parse_config
 from hoberproxy.errors import UpstreamError
-from hoberproxy.exchange.attempt import Attempt, Owner
+from hoberproxy.exchange.attempt import Attempt, AttemptOwner
 from hoberproxy.protocol.http_head import ResponseHead
 from hoberproxy.request.parse_cache import ParseCache
 from hoberproxy.routing.catalog import TimeLimits
@@ -53,14 +53,15 @@ class Transport(NullTransport):
         pass
 
 
-class Exchange(Owner):
+class Exchange(AttemptOwner):
     """An attempt, its upstream's connection, and the time."""
 
     def __init__(self, limits: TimeLimits = LIMITS) -> None:
         loop = asyncio.get_running_loop()
         config = parse_config(CONFIG, environ={}, read_file=lambda path: "")
         self.wheel = Wheel(1000.0)
-        self.pool = make_upstreams(config, loop, self.wheel)["acme"].pool
+        upstream = make_upstreams(config, loop, self.wheel)["acme"]
+        self.pool = upstream.pool
         self.connection = UpstreamConnection(self.pool)
         self.connection.connection_made(cast(Any, Transport()))
         self.pool.on_idle(self.connection, None)
@@ -69,9 +70,7 @@ class Exchange(Owner):
         self.is_finished = False
         endpoint = replace(config.models[0].endpoints[0], limits=limits)
         call = ParseCache().read(REQUEST, "")
-        self.attempt = Attempt(
-            self, call, Step(SLUG, endpoint), self.pool, self.sent.answer, [b"a request"]
-        )
+        self.attempt = Attempt(self, call, Step(SLUG, endpoint), upstream, self.sent.answer)
         self.attempt.start()
 
     def wait(self, seconds: float) -> None:
@@ -91,7 +90,7 @@ class Exchange(Owner):
     def is_over(self) -> bool:
         return self.is_finished or bool(self.errors)
 
-    # Owner
+    # AttemptOwner
 
     @property
     def now(self) -> float:

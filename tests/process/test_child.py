@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.process.child import installed_python, spawn
+from hoberproxy.process.child import start_child
 from hoberproxy.process.machine import malloc_variables
+from hoberproxy.process.upgrade import installed_python
 
 
 def test_the_script_that_started_us_names_it(
@@ -56,8 +57,7 @@ def test_a_child_keeps_freed_memory_and_is_no_service_of_systemd(
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/socket")
     for name in [*malloc_variables({}), "GLIBC_TUNABLES"]:
         monkeypatch.delenv(name, raising=False)
-    _, end = spawn([])
-    end.close()
+    start_child("worker", generation=1).close()
     (environ,) = environs
     assert malloc_variables({}).items() <= environ.items()
     assert "NOTIFY_SOCKET" not in environ

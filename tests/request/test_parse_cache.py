@@ -236,7 +236,7 @@ async def test_a_proxy_forgets_what_is_not_asked_for_again(
     start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.process.server.POOL_SWEEP", 0.02)
-    monkeypatch.setattr("hoberproxy.process.server.FRAMES_SWEEP", 2)
+    monkeypatch.setattr("hoberproxy.process.server.PARSE_CACHE_SWEEP", 2)
     proxy = await start_proxy()
     cache = proxy.gateway.parse_cache
     client = await proxy.connect()
@@ -258,7 +258,7 @@ def test_a_long_list_of_models_is_not_kept() -> None:
     assert not cache._templates
 
 
-def test_no_key_knows_another_ones_frames() -> None:
+def test_no_key_knows_another_ones_templates() -> None:
     cache = taught(numbered(1))
     assert is_known(cache, numbered(1))
     cache.read(numbered(2), "")

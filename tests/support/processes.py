@@ -33,6 +33,11 @@ def all_below(pid: int) -> set[int]:
     return found
 
 
+def mapped_by(pid: int) -> str:
+    """The files in its memory, among more."""
+    return _read(pid, "maps")
+
+
 def open_files(pid: int) -> set[str]:
     """What its descriptors lead to, as in `socket:[12345]`."""
     links = set()

@@ -65,8 +65,8 @@ class Process:
         if not record.is_sealed:
             self.journal.seal(record)
 
-    def close(self, timeout: float = FINISH_LIMIT) -> int:
-        """End all three; the number of records not written."""
+    def close(self, timeout: float = FINISH_LIMIT) -> None:
+        """End all three."""
         if not self._is_closed:
             self._is_closed = True
             self.journal.flush()
@@ -75,4 +75,3 @@ class Process:
             if self.thread is not None:
                 self.thread.close(timeout)
             self.journal.close()
-        return self.depth

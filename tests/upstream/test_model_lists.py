@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from hoberproxy.api.routes import ModelsPage
-from hoberproxy.routing.catalog import Endpoint, Model, Provider
-from hoberproxy.upstream import model_lists
-from hoberproxy.upstream import models_listing as listing
+from hoberproxy.upstream import model_lists, models_listing
 from hoberproxy.upstream.models_listing import parse_listing
 from tests.conftest import SLUG, Proxy, StartProxy, chat, get, wait_until
 from tests.support.patience import WAIT
@@ -22,7 +20,6 @@ from tests.support.scripted import (
     Reset,
     Script,
     ScriptedUpstream,
-    SeenRequest,
     Send,
     Stall,
     completion,
@@ -221,7 +218,7 @@ async def test_a_provider_that_hangs_is_given_up_and_asked_again(
 async def test_a_list_is_bounded_in_bytes_and_in_models(
     start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listing, "MAX_BODY_BYTES", 10_000)
+    monkeypatch.setattr(models_listing, "MAX_BODY_BYTES", 10_000)
     monkeypatch.setattr(model_lists, "MAX_MODELS", 3)
     upstream._default = models("a", "b", "c", "d", "e")
     upstream.add(models(*(f"long-name-{number}" for number in range(1000))))
@@ -229,42 +226,14 @@ async def test_a_list_is_bounded_in_bytes_and_in_models(
     await wait_until(listed(proxy, "a", "b", "c"))
 
 
-async def test_a_reload_asks_new_providers_and_forgets_old_ones(
-    start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer(seen: SeenRequest) -> Script:
-        return models("other" if seen.path.startswith("/other") else "m")
-
-    upstream._default = answer
-    proxy = await start(start_proxy, monkeypatch, models_refresh=600.0)
-    await wait_until(listed(proxy, "m"))
-    config = proxy.gateway.config
-    other = Provider("other", "http", "127.0.0.1", upstream.port, "/other")
-    wildcard = Model("more/*", (Endpoint("other", "*"),))
-    both = {**config.providers, "other": other}
-    proxy.server.reload(replace(config, providers=both, models=(*config.models, wildcard)))
-    await wait_until(lambda: proxy.gateway.model_lists.listed.get("other") == ("other",))
-    assert await slugs(proxy) == [SLUG, "any/m", "more/other"]
-    moved = replace(config.providers["scripted"], path="/other")
-    proxy.server.reload(replace(config, providers={"scripted": moved}))
-    await wait_until(listed(proxy, "other"))
-    assert await slugs(proxy) == [SLUG, "any/other"]
-    assert len(upstream.requests) == 3
-
-
 async def test_nobody_is_asked_without_need(
     start_proxy: StartProxy, upstream: ScriptedUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     off = await start(start_proxy, monkeypatch, models_refresh=0.0)
     assert await slugs(off) == [SLUG]
-    config = off.gateway.config
-    named = replace(
-        config,
-        server=replace(config.server, models_refresh=0.01),
-        models=config.models[:1],
+    proxy = await start_proxy(
+        models_refresh=0.01, change=lambda config: replace(config, models=config.models[:1])
     )
-    proxy = await start(start_proxy, monkeypatch, models_refresh=0.0)
-    proxy.server.reload(named)
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
