@@ -295,7 +295,7 @@ class Catalog:
             slug.removesuffix("*"): model for slug, model in self._all.items() if model.is_wildcard
         }
         self._filled: dict[str, Model] = {}
-        self.standing: dict[str, Any] = {}  # what routing/router.py has worked out once for a slug
+        self.standing: dict[str, Any] = {}  # plans that routing/router.py keeps, by slug
 
     def find(self, slug: str) -> Model | None:
         """Return the entry of `slug`, else the longest wildcard's, filled in with the rest of it.

@@ -64,6 +64,17 @@ def make_plan(
     may_stand = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
     if may_stand and (standing := _find_standing(call, catalog)) is not None:
         return standing
+    plan = _work_out(call, catalog, health, now, draw)
+    if may_stand:
+        _keep_standing(terms.candidates[0], plan, catalog)
+    return plan
+
+
+def _work_out(
+    call: Call, catalog: Catalog, health: Health, now: float, draw: Callable[[], float]
+) -> Plan:
+    """Return the plan of `call` as `make_plan` does, whatever is kept of earlier ones."""
+    terms = call.terms
     filters = choose_filters(call)
     steps: list[Step] = []
     removed: list[Removal] = []
@@ -84,10 +95,7 @@ def make_plan(
     if not terms.provider.allow_fallbacks:
         removed += [removed_fallback(step) for step in steps[1:]]
         del steps[1:]
-    plan = Plan(tuple(steps), tuple(removed), tuple(unknown))
-    if may_stand:
-        _keep_standing(terms.candidates[0], plan, catalog)
-    return plan
+    return Plan(tuple(steps), tuple(removed), tuple(unknown))
 
 
 class _Standing:  # no tuple: see docs/mypyc.md
