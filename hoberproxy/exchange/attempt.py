@@ -26,7 +26,7 @@ from ..routing.router import Step
 from ..upstream.body import make_upstream_body, named_option
 from ..upstream.connection import ChunkTaker, Loss, UpstreamConnection
 from ..upstream.credentials import secrets_of
-from ..upstream.error_response import judge_document, parse_refusal, parse_retry_after
+from ..upstream.error_response import judge_document, parse_error_response, parse_retry_after
 from ..upstream.provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
@@ -319,7 +319,7 @@ class Attempt(Reporter):
         head = self._head
         assert head is not None
         provider = self._pool.provider
-        error = parse_refusal(
+        error = parse_error_response(
             provider.name,
             head.status,
             head.get,
