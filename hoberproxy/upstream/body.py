@@ -226,9 +226,7 @@ def _adapt(
 
 
 def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
-    if (
-        name not in call.terms.given
-    ):  # a null is as good as absent, except where the name is forbidden
+    if name not in call.terms.given:  # a null, which an endpoint that forbids the name refuses too
         changes[name] = None
 
 
