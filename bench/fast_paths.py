@@ -22,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ from .c_upstream import c_upstream
 from .machine import choose_cores, describe_machine, raise_open_files
 from .mock_answers import Settings
 from .peers import MODEL, PROXIES, Wiring, create_key
-from .processes import StartError, free_port, running, wait_listening
+from .processes import StartError, free_port, own_module, running, wait_listening
 from .procfs import ProcessTree
+from .runner import upstream
 from .saturate import FAILURES, LoadError, Request, counted_by, start_wrk
 
 ROOT = Path(__file__).parents[1]
 COPIED = (
     "pyproject.toml",
+    "hatch_build.py",
     "Makefile",
     "README.md",
     "CHANGELOG.md",
@@ -53,10 +55,6 @@ VARIABLE = "HOBERPROXY_BENCH_OFF"
 FULL, AGAIN = "everything on", "again"
 EVENTS = 64
 SETTLE = 0.5  # seconds: who listens may still be about to start its workers
-MALLOC = {
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024),
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024 * 1024),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +65,9 @@ class Load:
     prompt_bytes: int = 30
     tools_bytes: int = 0
     is_stream: bool = False
+    is_paced: bool = False  # by bench.load and the mock: the core has time to spare
+    is_closing: bool = False  # a connection for each request
     has_limits: bool = False
-
-    def request(self, port: int, keys: tuple[str, str]) -> Request:
-        """For the server on `port`; `keys` are one without limits and one with all of them."""
-        events = EVENTS if self.is_stream else None
-        url, key = f"http://127.0.0.1:{port}", keys[self.has_limits]
-        return Request(url, MODEL, key, self.prompt_bytes, events, self.tools_bytes)
 
 
 LOADS = {
@@ -81,7 +75,9 @@ LOADS = {
     "limits": Load(has_limits=True),
     "tools": Load(tools_bytes=40_000),
     "large": Load(connections=4, prompt_bytes=1_000_000),
+    "churn": Load(is_closing=True),
     "burst": Load(is_stream=True),
+    "paced": Load(connections=40, is_stream=True, is_paced=True),
 }
 
 
@@ -94,28 +90,27 @@ class Switch:
 
     what: str
     loads: tuple[str, ...]
-    off: Mapping[str, str] = field(default_factory=dict)
-    variables: Mapping[str, str] = field(default_factory=dict)
+    off: Mapping[str, str]
 
 
 SWITCHES = {
     "content": Switch(
         "content template",
-        ("burst",),
+        ("burst", "paced"),
         {"Stencil.take": "return data", "Stencil.pass_events": "return None"},
     ),
     "openings": Switch(
         "templates of a stream's first events",
-        ("burst",),
+        ("burst", "paced"),
         {"Opening.find": "return None", "Opening.learn": "return None"},
     ),
     "endings": Switch(
         "templates of a stream's last events",
-        ("burst",),
+        ("burst", "paced"),
         {"StreamScanner._pass_ending": "return at", "Ending.learn": "return None"},
     ),
     "sink": Switch(
-        "socket writer past the transport", ("burst", "json"), {"Sink.__init__": "fd = -1"}
+        "socket writer past the transport", ("burst", "json", "paced"), {"Sink.__init__": "fd = -1"}
     ),
     "response-heads": Switch(
         "patterns of response heads",
@@ -123,26 +118,25 @@ SWITCHES = {
         {"ResponseHeads.find": "return 0", "ResponseHeads._learn": "return None"},
     ),
     "repeated-head": Switch(
-        "the head that comes again on a connection", ("json",), {"RepeatedHead.find": "return 0"}
+        "the head that comes again on a connection",
+        ("json", "churn"),
+        {"RepeatedHead.find": "return 0"},
     ),
     "admitted": Switch(
-        "who sent the head that comes again", ("json",), {"Exchange.admit": "known = None"}
+        "who sent the head that comes again", ("json", "churn"), {"Exchange.admit": "known = None"}
     ),
     "parse-cache": Switch(
         "what a request says around its messages",
         ("json", "tools"),
         {"Frames._fitting": "return None", "Frames._keep": "return None"},
     ),
-    "mutexes": Switch(
-        "robust mutexes in place of a lock of the file",
+    "locks": Switch(
+        "locks of a file by the C library itself",
         ("limits",),
-        {"MutexLocks.__init__": 'raise OSError(38, "switched off")'},
+        {"_find_fcntl": "return _python_fcntl"},
     ),
     "malloc": Switch(
-        "malloc that keeps freed memory", ("large", "json"), {"keep_freed_memory": "return False"}
-    ),
-    "malloc-by-environment": Switch(
-        "the same set from outside, not from within", ("large", "json"), variables=MALLOC
+        "malloc that keeps freed memory", ("large", "json"), {"malloc_variables": "return {}"}
     ),
 }
 
@@ -225,17 +219,17 @@ class Program:
     python: str
     is_compiled: bool
 
-    def variables(self, off: str, more: Mapping[str, str]) -> dict[str, str]:
+    def variables(self, off: str) -> dict[str, str]:
         """The environment of a variant. No other copy of the package is in reach."""
         path = "" if self.is_compiled else str(self.folder)
-        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", VARIABLE: off} | dict(more)
+        return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", VARIABLE: off}
 
     def check(self) -> None:
         """Raise StartError unless the package that is imported is the copy's."""
         code = "import hoberproxy; print(hoberproxy.__file__)"
         done = subprocess.run(
             [self.python, "-c", code],
-            env=os.environ | self.variables("", {}),
+            env=os.environ | self.variables(""),
             capture_output=True,
             text=True,
         )
@@ -293,9 +287,7 @@ def started(
     config = folder / "hoberproxy.toml"
     keys = (create_key(config, has_limits=False), create_key(config, has_limits=True))
     command = [program.python, *arguments, *serve_args]
-    switch = SWITCHES.get(name)
-    off, more = (name, dict(switch.variables)) if switch else ("", {})
-    variables = program.variables(off, more)
+    variables = program.variables(name if name in SWITCHES else "")
     with running(command, log, core, variables=variables) as process:
         wait_listening(process, wiring.port, log)
         time.sleep(SETTLE)
@@ -304,60 +296,122 @@ def started(
         yield Server(name, wiring.port, keys, tree)
 
 
-def measure_turn(servers: Sequence[Server], load: Load, seconds: int) -> dict[str, float]:
-    """µs of CPU per request of each server, all loaded at the same time. Raises LoadError."""
-    with ExitStack() as stack:
+class Loader:
+    """Loads servers for `seconds`, all at the same time, from `core`."""
+
+    def __init__(self, folder: Path, core: int, options: argparse.Namespace) -> None:
+        self._folder = folder
+        self._core = core
+        self._seconds: int = options.seconds
+        self._is_plain: bool = options.plain_events
+
+    def measure(self, servers: Sequence[Server], load: Load) -> dict[str, float]:
+        """Return µs of CPU per request of each server. Raises LoadError."""
         before = {server.name: server.tree.cpu_seconds() for server in servers}
-        running_loads = {
-            server.name: stack.enter_context(
-                start_wrk(load.request(server.port, server.keys), load.connections, seconds)
-            )
+        start = self._start_paced if load.is_paced else self._start_wrk
+        with ExitStack() as stack:
+            waits = {server.name: start(stack, server, load) for server in servers}
+            counted = {name: wait() for name, wait in waits.items()}
+        return {
+            server.name: (server.tree.cpu_seconds() - before[server.name])
+            / max(counted[server.name], 1)
+            * 1e6
             for server in servers
         }
-        counted = {name: counted_by(process) for name, process in running_loads.items()}
-    for name, each in counted.items():
-        if any(each[failure] for failure in FAILURES):
-            raise LoadError(f"{name}: requests failed: {each}")
-    values = {}
-    for server in servers:
-        spent = server.tree.cpu_seconds() - before[server.name]
-        values[server.name] = spent / max(counted[server.name]["requests"], 1) * 1e6
-    return values
+
+    def _start_wrk(self, stack: ExitStack, server: Server, load: Load) -> Callable[[], int]:
+        events = EVENTS if load.is_stream else None
+        url, key = f"http://127.0.0.1:{server.port}", server.keys[load.has_limits]
+        request = Request(url, MODEL, key, load.prompt_bytes, events, load.tools_bytes)
+        process = stack.enter_context(
+            start_wrk(request, load.connections, self._seconds, is_closing=load.is_closing)
+        )
+
+        def wait() -> int:
+            counted = counted_by(process)
+            if any(counted[failure] for failure in FAILURES):
+                raise LoadError(f"{server.name}: requests failed: {counted}")
+            return int(counted["requests"])
+
+        return wait
+
+    def _start_paced(self, stack: ExitStack, server: Server, load: Load) -> Callable[[], int]:
+        output = self._folder / f"load-{server.port}.json"
+        output.unlink(missing_ok=True)
+        command = own_module("load", "--url", f"http://127.0.0.1:{server.port}", "--stream")
+        command += ["--connections", str(load.connections), "--duration", str(self._seconds)]
+        command += ["--events", str(EVENTS), "--event-bytes", "240", "--pace", "0.02"]
+        command += ["--ramp", "1", "--cpu", str(self._core), "--json", str(output)]
+        command += ["--plain-events"] if self._is_plain else []
+        log, key = self._folder / f"load-{server.port}.log", server.keys[load.has_limits]
+        process = stack.enter_context(running(command, log, variables={"BENCH_KEY": key}))
+
+        def wait() -> int:
+            if process.wait():
+                raise LoadError(f"{server.name}: {log.read_text()[-1000:]}")
+            return int(orjson.loads(output.read_bytes())["requests"]["complete"])
+
+        return wait
 
 
-def measure(program: Program, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
-    """By load and variant: µs of each turn. The order of the starts changes from turn to turn."""
+Values = dict[str, dict[str, list[float]]]  # µs of each turn, by load and variant
+
+
+def measure(program: Program, options: argparse.Namespace) -> Values:
+    """Measure all loads that are asked for."""
     cores = choose_cores(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores.load})
-    values: dict[str, dict[str, list[float]]] = {}
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hoberproxy-bench-")))
-        settings = Settings(
-            events=EVENTS, event_bytes=240, block_bytes=0, plain_events=options.plain_events
-        )
-        port = stack.enter_context(c_upstream(folder, cores.upstream, settings))
-        servers = {}
-        for name in (FULL, AGAIN, *names):
-            wiring = Wiring(folder / name.replace(" ", "-"), free_port(), port)
-            server = started(name, program, wiring, cores.server, options.serve_args)
-            servers[name] = stack.enter_context(server)
-        for turn in range(-1, options.turns):  # the first one warms up
-            for load_name in options.load:
-                taking_part = [
-                    server
-                    for name, server in servers.items()
-                    if name in (FULL, AGAIN) or load_name in SWITCHES[name].loads
-                ]
-                if len(taking_part) == 2:
-                    continue
-                place = turn % len(taking_part)
-                order = (*taking_part[place:], *taking_part[:place])
-                title = f"turn {turn + 1} of {options.turns}" if turn >= 0 else "warm-up"
-                print(f"{title}, {load_name}", file=sys.stderr)
-                for name, us in measure_turn(order, LOADS[load_name], options.seconds).items():
-                    if turn >= 0:
-                        values.setdefault(load_name, {}).setdefault(name, []).append(us)
+    options.core = cores.server
+    values: Values = {}
+    for is_paced in (False, True):
+        loads = [name for name in options.load if LOADS[name].is_paced is is_paced]
+        if not loads:
+            continue
+        with ExitStack() as stack:
+            made = tempfile.TemporaryDirectory(prefix="hoberproxy-bench-")
+            folder = Path(stack.enter_context(made))
+            if is_paced:
+                port = stack.enter_context(upstream(folder, cores, None)).port
+            else:
+                form = Settings(EVENTS, 240, block_bytes=0, plain_events=options.plain_events)
+                port = stack.enter_context(c_upstream(folder, cores.upstream, form))
+            servers = start_all(stack, program, folder, port, options)
+            run_turns(servers, loads, Loader(folder, cores.load, options), options.turns, values)
     return values
+
+
+def start_all(
+    stack: ExitStack, program: Program, folder: Path, port: int, options: argparse.Namespace
+) -> dict[str, Server]:
+    """Start every variant in front of the upstream on `port`."""
+    servers = {}
+    for name in (FULL, AGAIN, *options.only):
+        wiring = Wiring(folder / name.replace(" ", "-"), free_port(), port)
+        server = started(name, program, wiring, options.core, options.serve_args)
+        servers[name] = stack.enter_context(server)
+    return servers
+
+
+def run_turns(
+    servers: Mapping[str, Server], loads: Sequence[str], loader: Loader, turns: int, values: Values
+) -> None:
+    """Put into `values` what each turn says; the order of the starts changes from turn to turn."""
+    for turn in range(-1, turns):  # the first one warms up
+        for load in loads:
+            taking_part = [
+                server
+                for name, server in servers.items()
+                if name in (FULL, AGAIN) or load in SWITCHES[name].loads
+            ]
+            if len(taking_part) == 2:
+                continue
+            place = turn % len(taking_part)
+            order = (*taking_part[place:], *taking_part[:place])
+            title = f"turn {turn + 1} of {turns}" if turn >= 0 else "warm-up"
+            print(f"{title}, {load}", file=sys.stderr)
+            for name, us in loader.measure(order, LOADS[load]).items():
+                if turn >= 0:
+                    values.setdefault(load, {}).setdefault(name, []).append(us)
 
 
 # What is told
@@ -418,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe_machine()
     try:
         program = build(options.folder, is_compiled=not options.pure)
-        values = measure(program, options.only, options)
+        values = measure(program, options)
     except (StartError, LoadError, ValueError) as exc:
         print(f"failed: {exc}", file=sys.stderr)
         return 1

@@ -97,7 +97,8 @@ def _descendants(pid: int) -> Iterator[int]:
                     yield from _descendants(int(child))
 
 
-_ROLE = re.compile(rb"(?:hoberproxy\.|nginx: )?(worker|writer)(?:[ _]process)?")
+# As arguments: `worker`, or a module of that name, and nginx's title.
+_ROLE = re.compile(rb"(?:hoberproxy\.(?:\w+\.)*|nginx: )?(worker|writer)(?:[ _]process)?")
 
 
 def _role(pid: int) -> str:

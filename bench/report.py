@@ -46,8 +46,8 @@ def report_lines(report: Report) -> Iterator[str]:
 def _head(report: Report) -> Iterator[str]:
     yield report["command"]
     yield describe_machine(report)
-    if (modules := compiled_modules(report)) is not None:
-        yield f"{PROXY}: {f'{modules} compiled modules' if modules else 'pure Python'}"
+    if (form := form_of_proxy(report)) is not None:
+        yield f"{PROXY}: {form}"
     yield "load average before: {:.2f} {:.2f} {:.2f}, ".format(
         *report["machine"]["load_average"]
     ) + "after: {:.2f} {:.2f} {:.2f}".format(*report["load_average_after"])
@@ -121,12 +121,14 @@ def describe_machine(report: Report) -> str:
     return f"{machine['cpu']}, {cores}, Linux {machine['kernel']}; {told}; {report['date'][:10]}"
 
 
-def compiled_modules(report: Report) -> int | None:
-    """How many modules of the proxy that was measured are compiled; None where it is not told."""
+def form_of_proxy(report: Report) -> str | None:
+    """Whether the proxy that was measured is compiled; None where the report does not say."""
     runs = [run for scenario in report["scenarios"] for run in scenario["runs"]]
-    told = [run["around"].get("compiled_modules") for run in runs if "around" in run]
-    counts = {int(each) for each in told if each is not None}
-    return min(counts) if counts else None
+    told = [run["around"].get("is_compiled") for run in runs if "around" in run]
+    forms = [bool(each) for each in told if each is not None]
+    if not forms:
+        return None
+    return "compiled" if all(forms) else "pure Python"
 
 
 # For the README

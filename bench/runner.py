@@ -241,7 +241,7 @@ class Runner:
             _wait(load, variant.traffic.seconds * 2 + PATIENCE)
         run.around = meter.read()
         if is_ours(run.target) and server.tree is not None:
-            run.around["compiled_modules"] = float(len(server.tree.compiled_modules()))
+            run.around["is_compiled"] = float(bool(server.tree.compiled_modules()))
         if not output.exists():
             raise StartError(f"no report of the generator: {log.read_text()[-1000:]}")
         run.load = json.loads(output.read_bytes())

@@ -103,8 +103,13 @@ def make_tools(size: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def start_wrk(request: Request, connections: int, seconds: int) -> Iterator[subprocess.Popen[str]]:
-    """Start wrk, which sends requests for `seconds`; `counted_by` waits for its end."""
+def start_wrk(
+    request: Request, connections: int, seconds: int, *, is_closing: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Start wrk, which sends requests for `seconds`; `counted_by` waits for its end.
+
+    `is_closing`: each request has a connection of its own.
+    """
     program = find_wrk()
     if program is None:
         raise LoadError("expected wrk on the path, got none (Debian: wrk)")
@@ -113,9 +118,10 @@ def start_wrk(request: Request, connections: int, seconds: int) -> Iterator[subp
         body.flush()
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s"]
         command = [program, *options, "-s", str(SCRIPT), request.url + PATH, "--", body.name]
+        variables = {"BENCH_KEY": request.key} | ({"BENCH_CLOSE": "1"} if is_closing else {})
         with subprocess.Popen(
             command,
-            env=os.environ | {"BENCH_KEY": request.key},
+            env=os.environ | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

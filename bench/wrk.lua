@@ -1,5 +1,6 @@
 -- A request from a file, and what wrk counted as one line of JSON.
---     wrk -s wrk.lua URL -- BODY_FILE       with the key in BENCH_KEY
+--     wrk -s wrk.lua URL -- BODY_FILE
+-- The key is in BENCH_KEY; with BENCH_CLOSE each request has a connection of its own.
 function init(arguments)
   local file = assert(io.open(arguments[1], "rb"))
   wrk.method, wrk.body = "POST", file:read("*a")
@@ -7,6 +8,7 @@ function init(arguments)
   wrk.headers["Content-Type"] = "application/json"
   wrk.headers["Authorization"] = "Bearer " .. os.getenv("BENCH_KEY")
   wrk.headers["Accept"] = "application/json"
+  if os.getenv("BENCH_CLOSE") then wrk.headers["Connection"] = "close" end
 end
 
 function done(summary, latency, _)

@@ -17,14 +17,14 @@ from pathlib import Path
 
 from hoberproxy.access.keys import ANONYMOUS, Caller
 from hoberproxy.access.limits import PICO, KeyLimits
-from hoberproxy.access.shared_limits import Tallies
+from hoberproxy.access.shared_limits import SharedLimits
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import Record, make_row
 from hoberproxy.dialects.usage import Usage
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.storage.journal_reader import Journals
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from hoberproxy.storage.writer import Writer
@@ -88,7 +88,7 @@ def accounts_in(folder: Path) -> tuple[Accounts, Drain]:
     """Make accounts on a journal, and what counts their records so that the journal has room."""
     journal = Journal(folder / "store.db-requests")
     journal.prepare()
-    return Accounts(journal, Tallies(folder / "limits"), 8192), Drain(journal, folder)
+    return Accounts(journal, SharedLimits(folder / "limits"), 8192), Drain(journal, folder)
 
 
 def temporary_folder() -> Path:

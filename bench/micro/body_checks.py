@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.request.parse_cache import Frames
 from hoberproxy.upstream.body import make_upstream_body
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Catalog, Endpoint, Model
 from hoberproxy.routing.health import Health
 from hoberproxy.routing.router import make_plan

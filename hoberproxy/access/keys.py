@@ -2,7 +2,7 @@
 
 A key is `hb_live_` or `hb_test_`, 33 base62 characters with 192 random bits, and 6 more with the
 CRC-32 of all before them, which tells a mistyped key from an unknown one without a look-up. Storing
-keys is left to the store, randomness and the clock to the caller, counting to limits.py.
+keys is left to the store, randomness and the clock to the caller, counting to access/limits.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The limits of a key: requests and tokens a minute, requests a day, calls in flight, money.
 
 The counters of a key are a list of integers, its cells, so that they can be copied from memory that
-several processes share; memory and locks are left to tallies.py. A minute begins with the first
-request after the last minute ended; days and months are those of the calendar in UTC, so that they
-can be counted again from the records. Money is in whole picodollars (1e-12 USD).
+several processes share; memory and locks are left to access/shared_limits.py. A minute begins
+with the first request after the last minute ended; days and months are those of the calendar in
+UTC, so that they can be counted again from the records. Money is in whole picodollars (1e-12 USD).
 
 The tokens and the money that a call may take are held from its admission on, as if it had used
 them; at its end, its usage takes their place. If its request does not limit the answer, the longest

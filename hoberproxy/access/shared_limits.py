@@ -197,7 +197,7 @@ class _Slot:
         self.history: History | None = None  # the one that was compared last
 
 
-class Tallies(Limiter):
+class SharedLimits(Limiter):
     """The limits file, as one process uses it, on one thread. `close` frees what it holds."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -20,7 +20,7 @@ from ..dialects.usage import Usage
 from ..request.call import CHOICES, MAXIMA, Call, Terms, output_limits
 from ..routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from ..routing.health import Key
-from ..routing.router import Plan
+from ..routing.plan import Plan
 from .estimates import Estimates
 from .journal import Journal
 from .record import Record

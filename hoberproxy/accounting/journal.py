@@ -10,9 +10,9 @@
 *Opened* is appended before the upstream is called, *closed* before the last byte goes to the
 client. Appending copies into memory: no system call, and the copy survives the process, for the
 page belongs to the kernel (a power cut may take the last seconds). The writer, in whichever
-process, reads the segments of all (journals.py) and notes in a head up to which place, and how many
-closed requests, the store has of this generation; then the segment can be used again. The owner
-holds a lock on each of its segments, which the kernel frees with the process.
+process, reads the segments of all (storage/journal_reader.py) and notes in a head up to which
+place, and how many closed requests, the store has of this generation; then the segment can be used
+again. The owner holds a lock on each of its segments, which the kernel frees with the process.
 
 Each entry begins with its segment's *generation*, eight bytes that no payload can contain, so a
 reader finds the next whole entry behind a damaged one. The place where it was written is in it too:

@@ -18,7 +18,7 @@ import orjson
 from aiohttp import web
 
 from ..errors import ProxyError, RequestError, serialize_error
-from ..request.call import parse_call
+from ..request.checks import parse_call
 
 MODEL = "hober-demo-1"  # differs from any slug, as the names of real upstreams do
 

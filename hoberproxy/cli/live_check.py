@@ -21,9 +21,9 @@ from ..downstream.socket_writer import Sink
 from ..errors import UpstreamError
 from ..exchange.attempt import Attempt, AttemptOwner
 from ..protocol.http_head import ResponseHead
-from ..request.call import parse_call
+from ..request.checks import parse_call
 from ..routing.catalog import Endpoint, Model, TimeLimits
-from ..routing.router import Step
+from ..routing.plan import Step
 from ..timer_wheel import Ticker, Wheel
 from ..upstream.models_listing import list_models
 from ..upstream.provider import Upstream, make_upstreams

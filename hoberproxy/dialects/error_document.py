@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import load_json
 
 JsonObject = dict[str, Any]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import load_json
 from .chat import is_empty
 from .error_document import as_status
 

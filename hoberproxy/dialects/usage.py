@@ -20,7 +20,7 @@ MAX_TOKENS: Final = 1 << 40
 # What a total holds beyond prompt and completion is taken for output that was not listed (Gemini's
 # thoughts) up to here, the longest output of any model; above, the total is nonsense.
 MAX_UNLISTED: Final = 1 << 20
-MAX_CHOICES: Final = 128  # whose usage is added up; OpenAI's `n` ends there too
+MAX_COUNTED_CHOICES: Final = 128  # whose usage is added up; OpenAI's `n` ends there too
 
 
 class Usage:  # made for every request: no dataclass, whose making is not compiled
@@ -362,7 +362,7 @@ def _add_up(by_index: dict[int, Usage]) -> Usage:
     prompt = completion = cached = written = reasoning = 0
     choices: dict[int, Usage] = {}
     for index, usage in by_index.items():
-        if len(choices) == MAX_CHOICES:
+        if len(choices) == MAX_COUNTED_CHOICES:
             break
         choices[index] = usage
         prompt = max(prompt, usage.prompt_tokens)

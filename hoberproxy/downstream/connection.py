@@ -24,13 +24,12 @@ from ..protocol.http_head import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
     HeadError,
-    RepeatedHead,
     RequestHead,
     find_head_end,
     parse_request_head,
-    repeated_head,
     skip_empty_line,
 )
+from ..protocol.known_heads import RepeatedHead, repeated_head
 from .aiohttp_bridge import Handler
 from .cors import cors_headers
 from .request_handler import Admitted, BeginHandler, ConnectionContext, RequestHandler

@@ -16,13 +16,13 @@ from ..downstream.request_handler import RequestHandler
 from ..downstream.response import ResponseBody
 from ..errors import Phase, UpstreamError
 from ..protocol.http_head import Headers, ResponseHead
-from ..protocol.lenient_json import dump_json
+from ..protocol.json_bytes import dump_json
 from ..relay.opening_template import Opening
 from ..relay.relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from ..relay.scanner import StreamScanner
 from ..request.call import Call
 from ..routing.catalog import TimeLimits
-from ..routing.router import Step
+from ..routing.plan import Step
 from ..upstream.body import make_upstream_body, named_option
 from ..upstream.connection import ChunkTaker, Loss, UpstreamConnection
 from ..upstream.credentials import secrets_of

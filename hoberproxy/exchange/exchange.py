@@ -34,7 +34,8 @@ from ..protocol.text import clip_text, escape_client_text
 from ..request.call import Call
 from ..request.parse_cache import STEPPED_BYTES
 from ..routing.filters import keep_permitted
-from ..routing.router import Plan, make_plan
+from ..routing.plan import Plan
+from ..routing.router import make_plan
 from ..upstream.provider import SSE_TYPE, Upstream
 from .attempt import Attempt, AttemptOwner
 from .context import ServerContext

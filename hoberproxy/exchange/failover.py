@@ -11,7 +11,7 @@ from typing import Final
 from ..config.settings import RoutingSettings
 from ..errors import FailedAttempt, UpstreamError
 from ..routing.health import Health
-from ..routing.router import Plan, Step
+from ..routing.plan import Plan, Step
 from ..upstream.error_response import choose_error
 
 NOTHING_REFUSED: Final[frozenset[str]] = frozenset()

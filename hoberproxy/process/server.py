@@ -32,7 +32,7 @@ from ..access.admission import (
     body_memory_limit,
 )
 from ..access.keys import Keyring
-from ..access.shared_limits import Tallies
+from ..access.shared_limits import SharedLimits
 from ..accounting.access_log import AccessLog
 from ..accounting.accounts import Accounts
 from ..accounting.exposition import resident_bytes
@@ -110,7 +110,7 @@ class Server(Timed):
         self._stop_now = asyncio.Event()
         self._sweeps = 0
         self._gateway: ServerContext | None = None
-        self._tallies: Tallies | None = None
+        self._shared_limits: SharedLimits | None = None
         records = config.records
         self._journal = Journal(journal_directory(records.file))
         self._loader: KeyLoader | None = None
@@ -172,14 +172,14 @@ class Server(Timed):
         upstreams = make_upstreams(config, loop, wheel)
         keyring = Keyring()
         catalog = Catalog(config.models)
-        self._tallies = tallies = _open_tallies(config.records.file)
+        self._shared_limits = shared_limits = _open_shared_limits(config.records.file)
         return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
-            accounts=Accounts(self._journal, tallies, config.keys.assumed_output),
+            accounts=Accounts(self._journal, shared_limits, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
                 if config.log.access
@@ -512,8 +512,8 @@ class Server(Timed):
             await upstream.pool.aclose()
         gateway.accounts.shut()
         await asyncio.to_thread(self._close_records)
-        if self._tallies is not None:
-            self._tallies.close()
+        if self._shared_limits is not None:
+            self._shared_limits.close()
         if gateway.access_log is not None:
             gateway.access_log.close()
 
@@ -597,10 +597,10 @@ def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
         )
 
 
-def _open_tallies(records_file: str) -> Tallies:
+def _open_shared_limits(records_file: str) -> SharedLimits:
     path = f"{os.path.realpath(records_file)}-limits"
     try:
-        return Tallies(path)
+        return SharedLimits(path)
     except FileNotFoundError as exc:
         raise StartError(
             f"expected the directory {os.path.dirname(path)} to exist, got none; create it or "

@@ -21,18 +21,11 @@ MAX_REQUEST_HEAD_BYTES: Final = 32 * 1024
 MAX_RESPONSE_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 100
 MAX_LENGTH: Final = 2**53  # what every JSON reader and log store still holds exactly
-MAX_PLAIN_DIGITS: Final = 15  # always less than MAX_LENGTH
 MAX_KEPT_LINE_BYTES: Final = 128  # longer lines are read anew each time
 MAX_KEPT_LINES: Final = 1024
 MAX_KEPT_VALUES: Final = 64  # of one header's name
-MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one is no pattern for the next
-MAX_PATTERNS: Final = 4  # of one server's heads: of streams, of bodies
 
 _END: Final = b"\r\n\r\n"  # of a head
-_ZERO: Final = 0x30
-_NINE: Final = 0x39
-_SPACE: Final = 0x20
-_TILDE: Final = 0x7E
 _NOTHING: Final[list[bytes]] = []
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -42,10 +35,6 @@ VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
 _TARGET: Final = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
 
 _TOKEN_ONLY: Final = re.compile(TOKEN)
-# What else than its length settles how a response is read, and whether its connection goes on.
-_TELLING_NAMES: Final = frozenset(
-    (b"transfer-encoding", b"connection", b"keep-alive", b"content-type", b"content-encoding")
-)
 _REQUEST_LINE: Final = re.compile(rb"(%b) (%b) HTTP/([0-9]\.[0-9])" % (TOKEN, _TARGET))
 # The reason phrase may be missing, its space too (RFC 9112 4 wants the space; servers forget it).
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: %b)?" % VALUE)
@@ -212,49 +201,6 @@ class ResponseHead:  # no dataclass, whose making is not compiled; nobody change
         return self._first.get(name)
 
 
-class RepeatedHead:
-    """A request's head that comes again, as on a kept connection of an SDK, with another length.
-
-    Compared as bytes and not read anew: 0.5 µs instead of 6.
-    """
-
-    __slots__ = ("_after", "_before", "head", "length")
-
-    def __init__(self, head: RequestHead, before: bytes, after: bytes) -> None:
-        self.head = head  # its length, in `headers` too, is that of the first one
-        self.length = 0  # of the body, as the head says that was found last
-        self._before = before  # the digits of its content-length
-        self._after = after
-
-    def find(self, data: bytes) -> int:
-        """Offset past the same head at the beginning of `data`, 0 if it is not there, or not all.
-
-        What makes a length that `parse_request_head` would refuse is no repetition.
-        """
-        # Slices and numbers are compared: compiled, most methods of bytes cost three times as much.
-        if not data.startswith(self._before):
-            return 0
-        start = stop = len(self._before)
-        length, last = 0, min(len(data), start + 9)
-        while stop < last and _ZERO <= (digit := data[stop]) <= _NINE:
-            length = 10 * length + digit - _ZERO
-            stop += 1
-        end = stop + len(self._after)
-        if stop == start or data[stop:end] != self._after:
-            return 0
-        self.length = length
-        return end
-
-
-_LENGTH_LINE: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]+)")
-
-
-def repeated_head(head: RequestHead, raw: bytes) -> RepeatedHead | None:
-    """What the next one is compared with; `raw` is what `head` was read from."""
-    found = _LENGTH_LINE.search(raw) if head.kind is _LENGTH else None
-    return None if found is None else RepeatedHead(head, raw[: found.start(1)], raw[found.end(1) :])
-
-
 def skip_empty_line(buffer: bytes | bytearray) -> int:
     """Offset of the request line: past one CRLF that old clients send after a body (RFC 9112 2.2).
 
@@ -297,7 +243,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
     """Read a request's head, `raw` up to and with its empty line; raises HeadError."""
     if len(raw) > MAX_REQUEST_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_REQUEST_HEAD_BYTES), 431)
-    lines = _split_lines(raw)
+    lines = split_lines(raw)
     line = lines.pop(0)
     may_keep = len(line) <= MAX_KEPT_LINE_BYTES and b"?" not in line
     read = _known_request_line if may_keep else _parse_request_line
@@ -337,7 +283,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
-    lines = _split_lines(raw)
+    lines = split_lines(raw)
     line = lines.pop(0)
     read = _known_status_line if len(line) <= MAX_KEPT_LINE_BYTES else _parse_status_line
     status, version_minor = read(line)
@@ -359,115 +305,6 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
         _media_type(first),
         _joined(headers, b"content-encoding").lower() or b"identity",
     )
-
-
-class _Pattern:
-    """A head but for the values of some fields, whose lines are at `_places` among its lines."""
-
-    __slots__ = ("_names", "_places", "_texts", "found", "known", "lines")
-
-    def __init__(self, head: ResponseHead, lines: list[bytes], places: list[int]) -> None:
-        self.known = self.found = head
-        self.lines = lines  # as they are in `head`
-        self._places = places
-        self._names = [head.headers[place - 1][0] for place in places]
-        self._texts: list[bytes] = []  # before and behind the values
-        text = b""
-        for place, line in enumerate(lines):
-            if place in places:
-                value = head.headers[place - 1][1]
-                start = line.index(value, line.index(b":") + 1)
-                self._texts.append(text + line[:start])
-                text = line[start + len(value) :] + b"\r\n"
-            else:
-                text += line + b"\r\n"
-        self._texts.append(text + b"\r\n")
-
-    def find(self, data: bytes) -> int:
-        """The end of such a head at the beginning of `data`, 0 without one; it is in `found`."""
-        texts, names, known, size = self._texts, self._names, self.known, len(data)
-        values: list[bytes] = []
-        length = known.length
-        at = 0
-        for slot in range(len(texts)):
-            text = texts[slot]
-            start = at + len(text)
-            if data[at:start] != text:
-                return 0
-            at = start
-            if slot == len(names):
-                break
-            # By hand: it is compiled, and an expression's engine is in no cache when a head comes.
-            while at < size and _SPACE <= data[at] <= _TILDE:
-                at += 1
-            if at == start or at == size or data[start] == _SPACE or data[at - 1] == _SPACE:
-                return 0
-            value = data[start:at]
-            if names[slot] == b"content-length":
-                if not value.isdigit() or len(value) > MAX_PLAIN_DIGITS:
-                    return 0
-                length = int(value)
-            values.append(value)
-        if at > MAX_KEPT_HEAD_BYTES:
-            return 0
-        self.found = known.varied(names, values, length) if values else known
-        return at
-
-    def widened(self, head: ResponseHead, lines: list[bytes]) -> _Pattern | None:
-        """The pattern of this one's heads and of another; None if that says another thing."""
-        if len(lines) != len(self.lines) or lines[0] != self.lines[0]:
-            return None
-        places = []
-        for place in range(1, len(lines)):
-            name = head.headers[place - 1][0]
-            if name != self.known.headers[place - 1][0]:
-                return None
-            if place in self._places:
-                places.append(place)
-            elif lines[place] != self.lines[place]:
-                if name in _TELLING_NAMES:
-                    return None
-                places.append(place)
-        return _Pattern(head, lines, places)
-
-
-class ResponseHeads:
-    """Heads of one model server: the next one says what one before said, but for some values.
-
-    Compared as bytes and not read anew: 0.2 µs instead of 1, though its lines be known.
-    """
-
-    __slots__ = ("_patterns", "head")
-
-    def __init__(self) -> None:
-        self._patterns: list[_Pattern] = []  # the oldest first
-        self.head: ResponseHead | None = None  # found last
-
-    def find(self, data: bytes) -> int:
-        """Offset past a known head at the beginning of `data`, 0 if it is not there, or not all."""
-        for pattern in self._patterns:
-            end = pattern.find(data)
-            if end:
-                self.head = pattern.found
-                return end
-        return 0
-
-    def parse(self, raw: bytes) -> ResponseHead:
-        """As `parse_response_head`, and have the next one like it known."""
-        head = parse_response_head(raw)
-        # Each name once, or it would not be sure whose value is whose.
-        is_plain = head.status == 200 and len(head._first) == len(head.headers)
-        if is_plain and len(raw) <= MAX_KEPT_HEAD_BYTES:
-            self._learn(head, _split_lines(raw))
-        return head
-
-    def _learn(self, head: ResponseHead, lines: list[bytes]) -> None:
-        patterns = self._patterns
-        for place, pattern in enumerate(patterns):
-            if (wider := pattern.widened(head, lines)) is not None:
-                patterns[place] = wider
-                return
-        self._patterns = [*patterns[1 - MAX_PATTERNS :], _Pattern(head, lines, [])]
 
 
 # Lines of a head
@@ -509,7 +346,7 @@ class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
 _field_lines: Final = _FieldLines()
 
 
-def _split_lines(raw: bytes) -> list[bytes]:
+def split_lines(raw: bytes) -> list[bytes]:
     # A bare CR or LF stays inside a line, where no pattern lets it pass (RFC 9112 2.2).
     if not raw.endswith(_END):
         raise HeadError("expected a head that ends with an empty line")
@@ -738,11 +575,6 @@ def begin_response_head(status: int, headers: Headers) -> bytes:
     if line is None:
         raise ValueError(f"expected a status from 200 to 599, got {status}")
     return line + serialize_fields(headers) if headers else line
-
-
-def serialize_response_head(status: int, headers: Headers) -> bytes:
-    """A final response's head, ready to send; raises ValueError for what would not be one head."""
-    return begin_response_head(status, headers) + b"\r\n"
 
 
 def serialize_fields(headers: Headers) -> bytes:

@@ -1,17 +1,16 @@
-"""The top-level members of a JSON object as spans of its bytes: nothing below is decoded.
+"""JSON on bytes: members as spans that can be replaced, and documents as model servers write them.
 
-Documents are scanned as a whole: `scan_members`, and `scan_elements` for an array in them. Whether
-the bytes are valid JSON is orjson's business.
-
-Neither steps through a string byte by byte or escape by escape: the next quote is looked for, and
-what stands before it tells whether the string ends there.
+`scan_members` and `scan_elements` decode nothing below the level that they scan, and leave it to
+orjson whether the bytes are valid JSON. Neither steps through a string byte by byte or escape by
+escape: they look for the next quote, and what stands before it says whether the string ends there.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import orjson
 
@@ -154,3 +153,28 @@ def replace_member(data: bytes, member: Member, value: bytes) -> bytes:
     """`data` with the member's value replaced by `value`, which is JSON; one copy."""
     view = memoryview(data)
     return b"".join((view[: member.value_start], value, view[member.end :]))
+
+
+# JSON as model servers write it. Those that cut text into tokens send half an emoji as a lone
+# surrogate ("\ud83d"), and some send NaN among the logprobs; orjson takes neither, the SDKs read
+# both, so we must. Requests are held to the strict form.
+
+
+def load_json(data: bytes) -> Any:
+    """Return the value of `data`. Raises ValueError, without the data, if it is not JSON at all."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("expected JSON, got something else or a part of it") from None
+
+
+def dump_json(value: Any) -> bytes:
+    """Return `value` as JSON; lone surrogates stay what they were."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # a lone surrogate, which only an escape can carry
+        return json.dumps(value, separators=(",", ":")).encode()

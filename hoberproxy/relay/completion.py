@@ -12,8 +12,7 @@ import orjson
 
 from ..dialects.error_document import describes_error
 from ..dialects.usage import Usage, read_usage
-from ..protocol.json_bytes import find_member, model_member, replace_member
-from ..protocol.lenient_json import dump_json, load_json
+from ..protocol.json_bytes import dump_json, find_member, load_json, model_member, replace_member
 from ..protocol.sse import DONE, serialize_event
 
 _DONE_BEHIND: Final = re.compile(rb"\s*data: ?\[DONE\]\s*\Z")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Final
 
-from ..protocol.json_bytes import model_member
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import load_json, model_member
 from .event_edits import (
     MODEL_VALUE_AT,
     Edit,

@@ -13,8 +13,7 @@ import re
 from typing import Any, Final
 
 from ..dialects.chat import content_of, is_usage_event
-from ..protocol.json_bytes import find_member
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import find_member, load_json
 from .event_edits import Edit, apply_edits
 
 _BACKSLASH: Final = 0x5C

@@ -13,7 +13,7 @@ import re
 from typing import Any, Final
 
 from ..dialects.stream_errors import StreamFailure, error_field
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import load_json
 from ..protocol.sse import BOM, DONE
 from .json_outline import Outline, clip
 

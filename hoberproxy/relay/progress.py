@@ -7,7 +7,7 @@ that they are alike may all be empty, and comments keep an upstream from being i
 from __future__ import annotations
 
 from ..dialects.chat import content_of
-from ..protocol.lenient_json import load_json
+from ..protocol.json_bytes import load_json
 from ..protocol.sse import blank_line_end, parse_event
 
 

@@ -2,7 +2,7 @@
 
 An extension is written as the member and its value, `tool_choice=any`. Endpoints say which they
 accept (`Abilities.accepts`); the router lets a request go to no other. Whether a value has the form
-of one at all is checked with the rest of the body, in request/call.py.
+of one at all is checked with the rest of the body, in request/checks.py.
 """
 
 from __future__ import annotations

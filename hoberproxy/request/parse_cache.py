@@ -19,16 +19,8 @@ from typing import Any, Final
 import orjson
 
 from .body_scan import Survey, end_by_error, may_have_too_many
-from .call import (
-    MAX_REQUESTED,
-    Call,
-    Terms,
-    check_survey,
-    find_messages,
-    parse_call,
-    parse_in_steps,
-    raw_part,
-)
+from .call import MAX_REQUESTED, Call, Terms, find_messages, raw_part
+from .checks import check_survey, make_call, parse_call, parse_in_steps
 
 KEPT: Final = 4  # frames of one key
 MAX_FRAME_BYTES: Final = 64 * 1024  # the tools of an agent are most of it
@@ -187,6 +179,6 @@ def _parse_messages(body: bytes, frame: _Frame, ends: dict[int, int]) -> Any:
 def _make_call(body: bytes, frame: _Frame, messages: object) -> Call:
     """The call of a body that fits; raises RequestError for the messages."""
     raw = raw_part(body, len(frame.before), len(body) - len(frame.after))
-    call = Call(frame.terms, messages, body, raw)
+    call = make_call(frame.terms, messages, body, raw)
     frame.was_used = True
     return call

@@ -1,26 +1,33 @@
 """Which endpoints may serve a call, in which order: one pure function from call to plan.
 
-Filters take endpoints out, preferences and health put the rest in order; each place and each
-removal has its reason. No I/O and no clock; chance only as `draw`. What is then tried, for how long
-and how often, is exchange/attempt.py's.
+routing/filters.py leaves endpoints out, routing/order.py puts the rest in order; each place and
+each removal has its reason. No I/O and no clock; chance only as `draw`. What is then tried, for how
+long and how often, is exchange/attempt.py's.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
-from operator import itemgetter
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Final
 
 from ..errors import RouteError
-from ..protocol.text import is_parameter_name
-from ..request.call import NO_PREFERENCES, Call, ProviderPreferences
-from ..request.extensions import NO_CONTENT, check_accepted, param_of
-from .catalog import Abilities, Catalog, Endpoint, Model
+from ..request.call import NO_PREFERENCES, Call
+from ..request.extensions import check_accepted, param_of
+from .catalog import Abilities, Catalog, Model
+from .filters import (
+    BYTES_PER_TOKEN,
+    MAX_NAMED,
+    apply_filters,
+    choose_filters,
+    prompt_tokens,
+    removed_fallback,
+    used_extensions,
+)
 from .health import Health, Key
+from .order import arrange
+from .plan import Plan, Removal, Step
 
 # Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
 # refuses slugs that end in one, so none is ever hidden.
@@ -33,69 +40,7 @@ _VIRTUAL: Final = {
     "hober/auto:fast": "latency",
 }
 
-# Prose has 4 to 5 bytes per token, code and other scripts fewer: one token per 6 bytes would be
-# news. So only what is clearly too long is held back; the upstream counts better than we do.
-_BYTES_PER_TOKEN: Final = 6
-# What every endpoint takes, or what is ours and never sent on.
-_COMMON_PARAMETERS: Final = frozenset(
-    ("model", "models", "provider", "messages", "stream", "stream_options", "usage")
-)
-_MOST_TOLD: Final = 8  # endpoints, slugs or parameters in a message, which also reaches the log
 _NOTHING_LEARNT: Final = Health()  # only read
-
-_Offer = tuple[Model, Endpoint]
-_Filter = Callable[[Model, Endpoint], str | None]  # why not, in words
-
-
-class Step(NamedTuple):  # made for every request, at a third of the cost of a frozen dataclass
-    """One endpoint to try, under the slug the client will see.
-
-    `reason` for its place: "config", "weight", "order", "price", "latency", "throughput",
-    "balanced" or "cooldown".
-    """
-
-    slug: str
-    endpoint: Endpoint
-    reason: str = "config"
-
-
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """One endpoint that is not in the plan: the filter (a stable code), and why in words.
-
-    `context_length` is in tokens, where that was too short.
-    """
-
-    slug: str
-    provider: str
-    upstream_model: str
-    filter: str
-    words: str
-    context_length: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Endpoints in the order in which they are to be tried: at least one, none twice.
-
-    Each endpoint of each known candidate is a step or a removal. `unknown` are the candidates that
-    are not in the catalog, as the client wrote them.
-    """
-
-    steps: tuple[Step, ...]
-    removed: tuple[Removal, ...] = ()
-    unknown: tuple[str, ...] = ()
-
-    def after(self, position: int, refused: Container[str] = ()) -> int | None:
-        """The step to try when that at `position` failed, None when there is none left.
-
-        `refused` are the slugs whose endpoints would all say the same: the request is wrong for
-        that model.
-        """
-        for following in range(position + 1, len(self.steps)):
-            if self.steps[following].slug not in refused:
-                return following
-        return None
 
 
 def make_plan(
@@ -118,7 +63,7 @@ def make_plan(
     may_stand = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
     if may_stand and (standing := _find_standing(call, catalog)) is not None:
         return standing
-    filters = _choose_filters(call)
+    filters = choose_filters(call)
     steps: list[Step] = []
     removed: list[Removal] = []
     unknown: list[str] = []
@@ -128,15 +73,15 @@ def make_plan(
         if models is None:
             unknown.append(candidate)
             continue
-        offers = _filter(models, filters, taken, removed)
+        offers = apply_filters(models, filters, taken, removed)
         sort = terms.provider.sort or sort
-        steps += _arrange(offers, sort, terms.provider, health, now, draw)
+        steps += arrange(offers, sort, terms.provider, health, now, draw)
     if not steps:
         removing = {each.filter for each in removed}
-        check_accepted(_extensions(call), call.place_without_content, catalog.accepts, removing)
+        check_accepted(used_extensions(call), call.place_without_content, catalog.accepts, removing)
         raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
-        removed += [_fallback(step) for step in steps[1:]]
+        removed += [removed_fallback(step) for step in steps[1:]]
         del steps[1:]
     plan = Plan(tuple(steps), tuple(removed), tuple(unknown))
     if may_stand:
@@ -165,7 +110,7 @@ class _Standing:  # no tuple, whose methods are looked up by name
         terms = call.terms
         output = terms.max_output or 0
         return (
-            len(call.body) // _BYTES_PER_TOKEN + output <= self.context_length
+            len(call.body) // BYTES_PER_TOKEN + output <= self.context_length
             and output <= self.max_output
             and (not terms.needs_tools or "tools" in self.abilities)
             and (terms.json_format is None or "json" in self.abilities)
@@ -227,310 +172,7 @@ def _is_virtual(candidate: str) -> bool:
     return _without_suffix(candidate)[0] in _VIRTUAL
 
 
-# Filters: each is made for one call, and only if it can say no to anything
-
-
-def _choose_filters(call: Call) -> list[tuple[str, _Filter]]:
-    terms = call.terms
-    wanted = terms.provider
-    filters: list[tuple[str, _Filter]] = []
-    if wanted.only:
-        filters.append(("not_only", _only(frozenset(wanted.only))))
-    if wanted.ignore:
-        filters.append(("ignored", _ignore(frozenset(wanted.ignore))))
-    if wanted.max_price_prompt is not None or wanted.max_price_completion is not None:
-        filters.append(("price", _price_limit(wanted)))
-    filters += [(extension, _without_extension(extension)) for extension in _extensions(call)]
-    if terms.needs_tools:
-        filters.append(("no_tools", _without_tools))
-    if terms.json_format is not None:
-        filters.append(_json_filter(call))
-    if call.needs_images:
-        filters.append(("no_vision", _without_vision))
-    else:  # the bytes of an image are no tokens
-        filters.append(("context_length", _context_limit(call)))
-    if terms.max_output is not None:
-        filters.append(("max_output", _output_limit(terms.max_output)))
-    if wanted.require_parameters:
-        filters.append(("parameters", _require(terms.given - _COMMON_PARAMETERS)))
-    return filters
-
-
-def _filter(
-    models: Iterable[Model],
-    filters: list[tuple[str, _Filter]],
-    taken: set[Key],
-    removed: list[Removal],
-) -> list[_Offer]:
-    """What passes all filters and is in no plan yet; `taken` and `removed` are added to."""
-    offers = []
-    for model in models:
-        for endpoint in model.endpoints:
-            key = endpoint.key
-            for name, why_not in filters:
-                if (words := why_not(model, endpoint)) is not None:
-                    length = _context_of(model, endpoint) if name == "context_length" else None
-                    removed.append(Removal(model.slug, *key, name, words, length))
-                    break
-            else:
-                if key in taken:
-                    words = "it is in the plan already"
-                    removed.append(Removal(model.slug, *key, "duplicate", words))
-                else:
-                    taken.add(key)
-                    offers.append((model, endpoint))
-    return offers
-
-
-def _fallback(step: Step) -> Removal:
-    endpoint = step.endpoint
-    words = "provider.allow_fallbacks is false"
-    return Removal(step.slug, endpoint.provider, endpoint.upstream_model, "fallbacks_off", words)
-
-
-def _only(providers: frozenset[str]) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        return None if endpoint.provider in providers else "provider.only does not name it"
-
-    return why_not
-
-
-def _ignore(providers: frozenset[str]) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        return "provider.ignore names it" if endpoint.provider in providers else None
-
-    return why_not
-
-
-def _price_limit(wanted: ProviderPreferences) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        prices = endpoint.prices
-        if prices is None:
-            return "its price is not known"
-        for what, price, limit in (
-            ("prompt", prices.prompt, wanted.max_price_prompt),
-            ("completion", prices.completion, wanted.max_price_completion),
-        ):
-            if limit is not None and price > limit:
-                return f"its {what} price of {price} USD per million tokens is over {limit}"
-        return None
-
-    return why_not
-
-
-def _extensions(call: Call) -> list[str]:
-    """The values beyond the contract's that a call uses."""
-    found = sorted(call.terms.extensions)
-    return found if call.place_without_content is None else [*found, NO_CONTENT]
-
-
-def _without_extension(extension: str) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        accepted = endpoint.abilities.accepts or ()
-        return None if extension in accepted else f"it does not accept {extension}"
-
-    return why_not
-
-
-def _without_tools(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no tools" if endpoint.abilities.tools is False else None
-
-
-def _without_vision(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no images" if endpoint.abilities.vision is False else None
-
-
-def _json_filter(call: Call) -> tuple[str, _Filter]:
-    if call.terms.json_format == "json_schema":
-        return "no_json_schema", _without_json_schema
-    return "no_json_mode", _without_json_mode
-
-
-def _without_json_mode(model: Model, endpoint: Endpoint) -> str | None:
-    return "it has no JSON mode" if endpoint.abilities.json_mode is False else None
-
-
-def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no JSON schema" if endpoint.abilities.json_schema is False else None
-
-
-def _context_limit(call: Call) -> _Filter:
-    tokens = _prompt_tokens(call) + (call.terms.max_output or 0)
-
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        length = _context_of(model, endpoint)
-        if length is None or tokens <= length:
-            return None
-        return f"its context is {length} tokens, prompt and output need at least {tokens}"
-
-    return why_not
-
-
-def _prompt_tokens(call: Call) -> int:
-    """Fewer than the prompt has: see _BYTES_PER_TOKEN."""
-    return call.prompt_bytes // _BYTES_PER_TOKEN
-
-
-def _context_of(model: Model, endpoint: Endpoint) -> int | None:
-    own = endpoint.context_length
-    return own if own is not None else model.context_length
-
-
-def _output_limit(tokens: int) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        limit = endpoint.max_output
-        if limit is None or tokens <= limit:
-            return None
-        return f"it writes at most {limit} tokens, {tokens} were asked for"
-
-    return why_not
-
-
-def _require(parameters: frozenset[str]) -> _Filter:
-    def why_not(model: Model, endpoint: Endpoint) -> str | None:
-        known = endpoint.abilities.parameters
-        if known is None:
-            return "it does not say which parameters it supports"
-        # A parameter that is renamed on the way is supported under the name it arrives with.
-        renamed = {old for old, new in endpoint.adaptation.rename if new in known}
-        missing = parameters - known - renamed
-        return f"it does not say that it supports {_name(missing)}" if missing else None
-
-    return why_not
-
-
-def _name(parameters: Iterable[str]) -> str:
-    told = sorted(filter(is_parameter_name, parameters))[:_MOST_TOLD]
-    return ", ".join(told) or "a parameter that was sent"
-
-
-# Order
-
-
-def _arrange(
-    offers: list[_Offer],
-    sort: str | None,
-    wanted: ProviderPreferences,
-    health: Health,
-    now: float,
-    draw: Callable[[], float],
-) -> list[Step]:
-    """One candidate's steps: sorted, then those of `order` to the front, cooled ones to the end.
-
-    A cooled endpoint is last even if `order` names it: the client's order still holds among those
-    that work. But with `allow_fallbacks` false nothing takes the place of a provider in `order`.
-    """
-    if sort is None and not wanted.order:
-        steps = _plain_steps(offers, health, now)
-        if steps is not None:
-            return steps
-    reason = sort or "config"
-    if sort is not None:
-        offers = _sorted(offers, sort, health, now)
-    elif any(endpoint.weight is not None for _, endpoint in offers):
-        reason, offers = "weight", _drawn(offers, draw)
-    cooled = {
-        key: health.cooldown_ends(key) or now
-        for _, endpoint in offers
-        if health.is_cooling(key := endpoint.key, now)
-    }
-    if not cooled and not wanted.order:
-        return [Step(model.slug, endpoint, reason) for model, endpoint in offers]
-    return _placed(offers, reason, wanted, cooled)
-
-
-def _plain_steps(offers: list[_Offer], health: Health, now: float) -> list[Step] | None:
-    """The config's order, None where weights or a cooldown change it; what most requests get."""
-    steps = []
-    for model, endpoint in offers:
-        key = endpoint.key
-        if endpoint.weight is not None or health.is_cooling(key, now):
-            return None
-        steps.append(Step(model.slug, endpoint))
-    return steps
-
-
-def _placed(
-    offers: list[_Offer], reason: str, wanted: ProviderPreferences, cooled: dict[Key, float]
-) -> list[Step]:
-    named: dict[str, int] = {}
-    for provider in wanted.order or ():
-        named.setdefault(provider, len(named))
-    placed = []
-    for model, endpoint in offers:
-        rank = named.get(endpoint.provider, len(named))
-        is_unnamed = rank == len(named)
-        ends = cooled.get(endpoint.key)
-        is_cooled = ends is not None
-        place = (is_unnamed and not wanted.allow_fallbacks, is_cooled, ends or 0.0, rank)
-        why = "cooldown" if is_cooled else reason if is_unnamed else "order"
-        placed.append((place, Step(model.slug, endpoint, why)))
-    placed.sort(key=itemgetter(0))  # by the place alone: among equals the sort is kept
-    return [step for _, step in placed]
-
-
-def _drawn(offers: list[_Offer], draw: Callable[[], float]) -> list[_Offer]:
-    """A draw without replacement by weight: 1 if not given, and those of 0 only at the end.
-
-    The first of exponential variables, each with its weight as rate, falls to each in proportion
-    to its weight; and so for the rest.
-    """
-
-    def arrival(offer: _Offer) -> tuple[bool, float]:
-        weight = offer[1].weight
-        if weight is None:
-            weight = 1.0
-        return (False, -math.log(1.0 - draw()) / weight) if weight > 0 else (True, 0.0)
-
-    return sorted(offers, key=arrival)
-
-
-def _sorted(offers: list[_Offer], sort: str, health: Health, now: float) -> list[_Offer]:
-    if sort == "price":
-        return sorted(offers, key=_price)
-    if sort == "balanced":
-        return _balanced(offers, health, now)
-    return sorted(offers, key=lambda offer: _measured(offer, sort, health, now))
-
-
-def _price(offer: _Offer) -> tuple[bool, Decimal]:
-    prices = offer[1].prices
-    if prices is None:
-        return True, Decimal(0)  # after all whose price is known
-    return False, prices.prompt + prices.completion
-
-
-def _measured(offer: _Offer, sort: str, health: Health, now: float) -> tuple[int, float]:
-    """Best first. What was not measured of late comes before, or it never would be; but while one
-    request tries it, it comes after, or all would."""
-    key = offer[1].provider, offer[1].upstream_model
-    if sort == "throughput":
-        value = health.throughput(key, now)
-    else:
-        value = health.first_content(key, now)
-    if value is None:
-        return (2 if health.is_tried(key, now) else 0), 0.0
-    return 1, -value if sort == "throughput" else value
-
-
-def _balanced(offers: list[_Offer], health: Health, now: float) -> list[_Offer]:
-    """By the sum of the ranks in price and in latency, the cheaper one first among equals.
-
-    Equal values share a rank, so what is no worse in both and better in one always comes first.
-    Ranks and not values: dollars and seconds have no common measure.
-    """
-    prices = _ranks([_price(offer) for offer in offers])
-    latencies = _ranks([_measured(offer, "latency", health, now) for offer in offers])
-    order = sorted(range(len(offers)), key=lambda i: (prices[i] + latencies[i], prices[i]))
-    return [offers[i] for i in order]
-
-
-def _ranks(values: Sequence[Any]) -> list[int]:
-    rank = {value: place for place, value in enumerate(sorted(set(values)))}
-    return [rank[value] for value in values]
-
-
-# What the client is told when there is no plan
+# What the client reads where there is no plan
 
 # By filter: the field at fault, and what to do.
 _INABILITIES: Final = frozenset(("no_tools", "no_json_mode", "no_json_schema", "no_vision"))
@@ -582,7 +224,7 @@ def _too_short(candidates: tuple[str, ...], removed: list[Removal]) -> int | Non
 
 def _too_long(call: Call, length: int) -> RouteError:
     """The error by whose code and words clients know that they have to compact their messages."""
-    prompt, completion = _prompt_tokens(call), call.terms.max_output or 0
+    prompt, completion = prompt_tokens(call), call.terms.max_output or 0
     message = (
         f"This model's maximum context length is {length} tokens. However, you requested about"
         f" {prompt + completion} tokens ({prompt} in the messages, {completion} in the completion)."
@@ -598,5 +240,5 @@ def _unknown_models(candidates: tuple[str, ...]) -> str:
 
 def _listed(names: list[str]) -> str:
     told = list(dict.fromkeys(names))
-    more = f" and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
-    return (", ".join(told[:_MOST_TOLD]) or "none") + more
+    more = f" and {len(told) - MAX_NAMED} more" if len(told) > MAX_NAMED else ""
+    return (", ".join(told[:MAX_NAMED]) or "none") + more

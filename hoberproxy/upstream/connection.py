@@ -17,10 +17,10 @@ from ..protocol.http_head import (
     MAX_RESPONSE_HEAD_BYTES,
     HeadError,
     ResponseHead,
-    ResponseHeads,
     check_response_head,
     find_head_end,
 )
+from ..protocol.known_heads import ResponseHeads
 from ..timer_wheel import Timed, Wheel
 
 MAX_INTERIM_ANSWERS: Final = 16

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ..dialects.error_document import ErrorDocument, load_error, read_error
 from ..errors import Phase, UpstreamError
-from ..protocol.lenient_json import dump_json
+from ..protocol.json_bytes import dump_json
 from .credentials import concerns_account, holds_secret, may_be_quoted
 
 MAX_BODY_BYTES: Final = 64 * 1024

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from ..protocol.http_head import ResponseHeads
+from ..protocol.known_heads import ResponseHeads
 from ..routing.catalog import Provider
 from ..timer_wheel import Wheel
 from .connection import ConnectionOwner, UpstreamConnection

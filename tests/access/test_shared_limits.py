@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.access import shared_limits as tallies_module
+from hoberproxy.access import shared_limits as shared_limits_module
 from hoberproxy.access.keys import Caller
 from hoberproxy.access.limits import (
     BUSY_WAIT,
@@ -23,7 +23,7 @@ from hoberproxy.access.limits import (
     History,
     KeyLimits,
 )
-from hoberproxy.access.shared_limits import FileLock, Tallies
+from hoberproxy.access.shared_limits import FileLock, SharedLimits
 from hoberproxy.errors import AccessError, UnavailableError
 from tests.support.patience import WAIT
 
@@ -38,10 +38,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tallies(path: Path) -> Iterator[Tallies]:
-    tallies = Tallies(path)
-    yield tallies
-    tallies.close()
+def shared(path: Path) -> Iterator[SharedLimits]:
+    shared = SharedLimits(path)
+    yield shared
+    shared.close()
 
 
 def caller(key_id: str = "key_1", history: History | None = None, **limits: int) -> Caller:
@@ -56,9 +56,9 @@ def caller(key_id: str = "key_1", history: History | None = None, **limits: int)
     )
 
 
-def passes(tallies: Tallies, caller: Caller, now: float = NOW) -> bool:
+def passes(shared: SharedLimits, caller: Caller, now: float = NOW) -> bool:
     try:
-        tallies.admit(caller, now, CALL)
+        shared.admit(caller, now, CALL)
     except AccessError:
         return False
     return True
@@ -67,77 +67,83 @@ def passes(tallies: Tallies, caller: Caller, now: float = NOW) -> bool:
 # Within one process
 
 
-def test_keys_are_counted_apart(tallies: Tallies) -> None:
+def test_keys_are_counted_apart(shared: SharedLimits) -> None:
     one, other = (caller(name, requests_per_minute=1) for name in ("key_1", "key_2"))
-    assert [passes(tallies, each) for each in (one, one, other, other)] == [True, False] * 2
+    assert [passes(shared, each) for each in (one, one, other, other)] == [True, False] * 2
 
 
-def test_a_call_that_ended_makes_room(tallies: Tallies) -> None:
+def test_a_call_that_ended_makes_room(shared: SharedLimits) -> None:
     one = caller(concurrency=1)
-    lease = tallies.admit(one, NOW, CALL)
-    assert lease is not None and not passes(tallies, one)
-    tallies.settle(one, lease, tokens=2, spent=3)
-    assert passes(tallies, one)
-    assert tallies.counters(one, NOW)[TOTAL_SPENT] == 3
+    lease = shared.admit(one, NOW, CALL)
+    assert lease is not None and not passes(shared, one)
+    shared.settle(one, lease, tokens=2, spent=3)
+    assert passes(shared, one)
+    assert shared.counters(one, NOW)[TOTAL_SPENT] == 3
 
 
-def test_where_only_requests_are_limited_nothing_is_left_to_settle(tallies: Tallies) -> None:
+def test_where_only_requests_are_limited_nothing_is_left_to_settle(
+    shared: SharedLimits,
+) -> None:
     one = caller(requests_per_minute=5)
-    assert tallies.admit(one, NOW, CALL) is None
+    assert shared.admit(one, NOW, CALL) is None
 
 
-def test_history_counts_once(tallies: Tallies, path: Path) -> None:
+def test_history_counts_once(shared: SharedLimits, path: Path) -> None:
     one = caller(history=History(day_requests=3), requests_per_day=5)
-    assert passes(tallies, one)
-    other = Tallies(path)  # beside a living one nothing is forgotten
+    assert passes(shared, one)
+    other = SharedLimits(path)  # beside a living one nothing is forgotten
     assert other.counters(one, NOW)[DAY_REQUESTS] == 4
     other.close()
 
 
-def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(tallies: Tallies) -> None:
+def test_a_key_that_is_given_a_budget_has_spent_what_the_records_say(
+    shared: SharedLimits,
+) -> None:
     today = int(NOW // 86_400)
-    assert passes(tallies, caller(requests_per_minute=5))  # what is spent is not counted here
+    assert passes(shared, caller(requests_per_minute=5))  # what is spent is not counted here
     before = History(today, day_requests=1, day_spent=70, month_spent=80, total_spent=90)
     limited = caller(history=before, budget=100)
-    lease = tallies.admit(limited, NOW, CALL)
+    lease = shared.admit(limited, NOW, CALL)
     assert lease is not None
-    tallies.settle(limited, lease, tokens=0, spent=10)
-    assert not passes(tallies, limited)
-    assert tallies.counters(limited, NOW)[DAY_SPENT] == 80
+    shared.settle(limited, lease, tokens=0, spent=10)
+    assert not passes(shared, limited)
+    assert shared.counters(limited, NOW)[DAY_SPENT] == 80
     older = History(today, day_requests=1, day_spent=1, month_spent=1, total_spent=1)
-    assert tallies.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
+    assert shared.counters(caller(history=older, budget=100), NOW)[TOTAL_SPENT] == 100
 
 
 def test_held_money_counts_for_all_processes_until_it_is_settled(path: Path) -> None:
-    one, tallies, other = caller(budget=13), Tallies(path), Tallies(path)
-    lease = tallies.admit(one, NOW, CALL)
+    one, shared, other = caller(budget=13), SharedLimits(path), SharedLimits(path)
+    lease = shared.admit(one, NOW, CALL)
     assert lease is not None
     with pytest.raises(AccessError, match="wait for running calls") as caught:
         other.admit(one, NOW, CALL)
     assert caught.value.retry_after == BUSY_WAIT
-    tallies.settle(one, lease, tokens=2, spent=6)
+    shared.settle(one, lease, tokens=2, spent=6)
     assert passes(other, one)
     with pytest.raises(AccessError, match="wait for running calls"):
-        tallies.admit(one, NOW, CALL)
-    tallies.close()
+        shared.admit(one, NOW, CALL)
+    shared.close()
     other.close()
 
 
-def test_a_key_that_lost_its_budget_meanwhile_gets_back_held_money(tallies: Tallies) -> None:
+def test_a_key_that_lost_its_budget_meanwhile_gets_back_held_money(
+    shared: SharedLimits,
+) -> None:
     one = caller(budget=100)
-    lease = tallies.admit(one, NOW, CALL)
+    lease = shared.admit(one, NOW, CALL)
     assert lease is not None
-    tallies.settle(caller(requests_per_minute=1), lease, tokens=0, spent=1)
-    assert tallies.counters(one, NOW)[TOTAL_SPENT] == 1
-    assert tallies._sum_held(tallies._slots["key_1"]) == 0
+    shared.settle(caller(requests_per_minute=1), lease, tokens=0, spent=1)
+    assert shared.counters(one, NOW)[TOTAL_SPENT] == 1
+    assert shared._sum_held(shared._slots["key_1"]) == 0
 
 
 def test_the_first_process_after_all_have_ended_counts_by_the_records(path: Path) -> None:
     one = caller(requests_per_day=9, requests_per_minute=2)
-    first = Tallies(path)
+    first = SharedLimits(path)
     assert passes(first, one) and passes(first, one)
     first.close()
-    second = Tallies(path)
+    second = SharedLimits(path)
     again = caller(history=History(day_requests=8), requests_per_day=9, requests_per_minute=2)
     assert second.counters(again, NOW)[DAY_REQUESTS] == 8
     assert not passes(second, again)  # the minute is not forgotten
@@ -146,27 +152,30 @@ def test_the_first_process_after_all_have_ended_counts_by_the_records(path: Path
 
 
 def test_more_limited_keys_than_there_is_room_for_are_refused(
-    tallies: Tallies, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shared: SharedLimits, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tallies_module, "SLOTS", 3)
+    monkeypatch.setattr(shared_limits_module, "SLOTS", 3)
     for number in range(3):
-        assert passes(tallies, caller(f"key_{number}", requests_per_minute=1))
+        assert passes(shared, caller(f"key_{number}", requests_per_minute=1))
     with pytest.raises(UnavailableError):
-        passes(tallies, caller("key_3", requests_per_minute=1))
+        passes(shared, caller("key_3", requests_per_minute=1))
     assert "more" in caplog.text
 
 
 def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
-    tallies: Tallies, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shared: SharedLimits,
+    path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(tallies_module, "LOCK_PATIENCE", 0.01)
+    monkeypatch.setattr(shared_limits_module, "LOCK_PATIENCE", 0.01)
     one = caller(requests_per_minute=2)
-    assert passes(tallies, one)
-    stopped = Tallies(path)
+    assert passes(shared, one)
+    stopped = SharedLimits(path)
     stopped.counters(one, NOW)
     assert stopped._slots["key_1"].lock.try_lock()
-    assert passes(tallies, one)
-    assert not passes(tallies, one)
+    assert passes(shared, one)
+    assert not passes(shared, one)
     assert caplog.text.count("holds a lock") == 1
     stopped._slots["key_1"].lock.unlock()
     stopped.close()
@@ -191,7 +200,7 @@ def opened(path: Path, place: int = 64) -> Iterator[FileLock]:
 @pytest.fixture(params=["ctypes", "no ctypes"])
 def fcntl_function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "no ctypes":
-        monkeypatch.setattr(tallies_module, "_fcntl", tallies_module._python_fcntl)
+        monkeypatch.setattr(shared_limits_module, "_fcntl", shared_limits_module._python_fcntl)
 
 
 @pytest.mark.usefixtures("fcntl_function")
@@ -254,13 +263,13 @@ def wait_and_die(path: Path, begin: object) -> None:
 
 def test_a_file_of_another_layout_is_emptied_once_no_process_uses_it(path: Path) -> None:
     one = caller(requests_per_minute=1)
-    old = Tallies(path)
+    old = SharedLimits(path)
     assert passes(old, one)
-    old._view[tallies_module._MAGIC] += 1
+    old._view[shared_limits_module._MAGIC] += 1
     with pytest.raises(OSError, match="another version"):
-        Tallies(path)
+        SharedLimits(path)
     old.close()
-    new = Tallies(path)
+    new = SharedLimits(path)
     assert passes(new, one)
     new.close()
 
@@ -271,10 +280,10 @@ def test_a_file_of_another_layout_is_emptied_once_no_process_uses_it(path: Path)
 def count_passes(
     path: Path, limits: dict[str, int], tries: int, begin: object, out: object
 ) -> None:
-    tallies = Tallies(path)
+    shared = SharedLimits(path)
     begin.wait(WAIT)  # type: ignore[attr-defined]
     one = caller(**limits)
-    out.put(sum(passes(tallies, one) for _ in range(tries)))  # type: ignore[attr-defined]
+    out.put(sum(passes(shared, one) for _ in range(tries)))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +297,7 @@ def count_passes(
     ],
 )
 def test_of_four_processes_exactly_the_limit_passes(path: Path, limits: dict[str, int]) -> None:
-    stays = Tallies(path)  # else the first to end would leave its calls to the others
+    stays = SharedLimits(path)  # else the first to end would leave its calls to the others
     begin, out = PROCESSES.Barrier(4), PROCESSES.Queue()
     workers = [
         PROCESSES.Process(target=hold, args=(path, limits, 900, begin, out)) for _ in range(4)
@@ -310,84 +319,84 @@ def hold(path: Path, limits: dict[str, int], tries: int, begin: object, out: obj
 
 
 def test_a_lock_goes_with_its_holder(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tallies, one = Tallies(path), caller(requests_per_minute=2)
-    assert passes(tallies, one)
+    shared, one = SharedLimits(path), caller(requests_per_minute=2)
+    assert passes(shared, one)
     begin = PROCESSES.Event()
     worker = PROCESSES.Process(target=keep_the_lock, args=(path, begin))
     worker.start()
     assert begin.wait(WAIT)
-    assert not tallies._slots["key_1"].lock.try_lock()
+    assert not shared._slots["key_1"].lock.try_lock()
     worker.kill()
     worker.join()
-    assert passes(tallies, one)
-    assert not passes(tallies, one)
+    assert passes(shared, one)
+    assert not passes(shared, one)
     assert "holds a lock" not in caplog.text
-    tallies.close()
+    shared.close()
 
 
 def keep_the_lock(path: Path, begin: object) -> None:
-    tallies = Tallies(path)
-    tallies.counters(caller(requests_per_minute=2), NOW)
-    if tallies._slots["key_1"].lock.try_lock():
+    shared = SharedLimits(path)
+    shared.counters(caller(requests_per_minute=2), NOW)
+    if shared._slots["key_1"].lock.try_lock():
         begin.set()  # type: ignore[attr-defined]
         time.sleep(WAIT)
 
 
 def test_the_calls_of_a_killed_process_count_no_more(path: Path) -> None:
-    tallies = Tallies(path)
+    shared = SharedLimits(path)
     begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
     worker = PROCESSES.Process(target=hold, args=(path, {"concurrency": 3}, 3, begin, out))
     worker.start()
     begin.wait(WAIT)
     assert out.get(timeout=WAIT) == 3
-    assert not passes(tallies, caller(concurrency=3))
+    assert not passes(shared, caller(concurrency=3))
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    assert passes(tallies, caller(concurrency=3))
-    tallies.close()
+    assert passes(shared, caller(concurrency=3))
+    shared.close()
 
 
 def test_the_money_held_by_a_killed_process_is_spent(path: Path) -> None:
     limits = {"budget": 24}
-    tallies = Tallies(path)
+    shared = SharedLimits(path)
     begin, out = PROCESSES.Barrier(2), PROCESSES.Queue()
     worker = PROCESSES.Process(target=hold, args=(path, limits, 3, begin, out))
     worker.start()
     begin.wait(WAIT)
     assert out.get(timeout=WAIT) == 3
     with pytest.raises(AccessError, match="wait for running calls"):
-        tallies.admit(caller(**limits), NOW, CALL)
+        shared.admit(caller(**limits), NOW, CALL)
     worker.kill()
     worker.join()
     with pytest.raises(AccessError, match="lower its max_tokens"):
-        tallies.admit(caller(**limits), NOW, CALL)
-    another = Tallies(path)  # under the number of the dead one
+        shared.admit(caller(**limits), NOW, CALL)
+    another = SharedLimits(path)  # under the number of the dead one
     with pytest.raises(AccessError, match="lower its max_tokens"):
         another.admit(caller(**limits), NOW, CALL)
     another.close()
-    tallies.close()
-    again = Tallies(path)  # all have gone: the records have the calls that were lost
+    shared.close()
+    again = SharedLimits(path)  # all have gone: the records have the calls that were lost
     one = caller(history=History(total_spent=10), **limits)
     assert [passes(again, one) for _ in range(3)] == [True, True, False]
     again.close()
 
 
 def test_money_adds_up_over_processes(path: Path) -> None:
-    tallies = Tallies(path)
+    shared = SharedLimits(path)
     workers = [PROCESSES.Process(target=spend, args=(path, 200)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(WAIT)
-    assert tallies.counters(caller(budget=10**9), NOW)[TOTAL_SPENT] == 4 * 200 * 5
-    tallies.close()
+    assert shared.counters(caller(budget=10**9), NOW)[TOTAL_SPENT] == 4 * 200 * 5
+    shared.close()
 
 
 def spend(path: Path, times: int) -> None:
-    tallies = Tallies(path)
+    shared = SharedLimits(path)
     one = caller(budget=10**9)
     for _ in range(times):
-        lease = tallies.admit(one, NOW, CALL)
+        lease = shared.admit(one, NOW, CALL)
         assert lease is not None
-        tallies.settle(one, lease, tokens=0, spent=5)
+        shared.settle(one, lease, tokens=0, spent=5)

@@ -11,16 +11,16 @@ import pytest
 
 from hoberproxy.access.keys import Caller
 from hoberproxy.access.limits import MINUTE_TOKENS, PICO, TOTAL_SPENT, Demand, KeyLimits
-from hoberproxy.access.shared_limits import Tallies
+from hoberproxy.access.shared_limits import SharedLimits
 from hoberproxy.accounting import accounts as accounts_module
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import CLIENT_CLOSED, Record
 from hoberproxy.dialects.usage import BYTES_PER_TOKEN, Usage
 from hoberproxy.errors import AccessError
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.storage.journal_reader import Journals
 
 NOW = 1_700_000_000.0
@@ -32,10 +32,10 @@ LIMITED = Caller("key_1", "x", "live", None, None, limits=KeyLimits(tokens_per_m
 
 
 @pytest.fixture
-def tallies(tmp_path: Path) -> Iterator[Tallies]:
-    tallies = Tallies(tmp_path / "limits")
-    yield tallies
-    tallies.close()
+def shared(tmp_path: Path) -> Iterator[SharedLimits]:
+    shared = SharedLimits(tmp_path / "limits")
+    yield shared
+    shared.close()
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 @pytest.fixture
-def accounts(journal: Journal, tallies: Tallies) -> Accounts:
-    return Accounts(journal, tallies, ASSUMED)
+def accounts(journal: Journal, shared: SharedLimits) -> Accounts:
+    return Accounts(journal, shared, ASSUMED)
 
 
 def record(**values: object) -> Record:
@@ -62,21 +62,21 @@ def fill(accounts: Accounts, one: Record, usage: Usage | None, *, is_answered: b
 # From opening to closing
 
 
-def test_what_is_held_is_settled_by_what_was_used(accounts: Accounts, tallies: Tallies) -> None:
+def test_what_is_held_is_settled_by_what_was_used(accounts: Accounts, shared: SharedLimits) -> None:
     one = record(status=200, events=10)
     lease = accounts.open(one, LIMITED, CALL, PLAN, NOW)
-    assert tallies.counters(LIMITED, NOW)[MINUTE_TOKENS] > 500  # the usual answer
+    assert shared.counters(LIMITED, NOW)[MINUTE_TOKENS] > 500  # the usual answer
     fill(accounts, one, Usage(100, 20))
     accounts.seal(one)
     accounts.close(one, LIMITED, lease)
-    counters = tallies.counters(LIMITED, NOW)
+    counters = shared.counters(LIMITED, NOW)
     assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (120, 140 * 10**6)
 
 
-def test_a_wish_for_a_short_answer_holds_as_much(accounts: Accounts, tallies: Tallies) -> None:
+def test_a_wish_for_a_short_answer_holds_as_much(accounts: Accounts, shared: SharedLimits) -> None:
     call = parse_call(CALL.body[:-1] + b', "max_tokens": 7}')
     accounts.open(record(), LIMITED, call, PLAN, NOW)
-    assert 7 < tallies.counters(LIMITED, NOW)[MINUTE_TOKENS] < 30
+    assert 7 < shared.counters(LIMITED, NOW)[MINUTE_TOKENS] < 30
 
 
 def test_a_refused_request_is_not_in_the_journal(
@@ -100,8 +100,8 @@ RICH = replace(LIMITED, limits=KeyLimits(budget=PICO))
 BOUNDED = parse_call(CALL.body[:-1] + b', "max_tokens": 100}')
 
 
-def held(tallies: Tallies) -> int:
-    return tallies.counters(RICH, NOW)[TOTAL_SPENT]
+def held(shared: SharedLimits) -> int:
+    return shared.counters(RICH, NOW)[TOTAL_SPENT]
 
 
 def plan_of(*prices: Prices | None) -> Plan:
@@ -110,7 +110,7 @@ def plan_of(*prices: Prices | None) -> Plan:
 
 
 def test_a_call_holds_what_it_costs_by_the_dearest_endpoint_that_may_serve_it(
-    accounts: Accounts, tallies: Tallies
+    accounts: Accounts, shared: SharedLimits
 ) -> None:
     dear_prompt, dear_answer = Prices(Decimal(90)), Prices(completion=Decimal(3))
     plan = plan_of(Prices(Decimal(1), Decimal(2)), None, dear_prompt, dear_answer)
@@ -118,71 +118,71 @@ def test_a_call_holds_what_it_costs_by_the_dearest_endpoint_that_may_serve_it(
         lease = accounts.open(record(), RICH, BOUNDED, plan, NOW)
         prompt = round(BOUNDED.prompt_bytes / BYTES_PER_TOKEN)
         assert lease is not None
-        assert lease.cost == held(tallies) == max(prompt * 90, 300, prompt + 200) * 10**6
-        tallies.settle(RICH, lease, tokens=0, spent=0)
+        assert lease.cost == held(shared) == max(prompt * 90, 300, prompt + 200) * 10**6
+        shared.settle(RICH, lease, tokens=0, spent=0)
 
 
-def test_what_is_held_gives_way_to_what_it_cost(accounts: Accounts, tallies: Tallies) -> None:
+def test_what_is_held_gives_way_to_what_it_cost(accounts: Accounts, shared: SharedLimits) -> None:
     one = record(status=200)
     lease = accounts.open(one, RICH, BOUNDED, PLAN, NOW)
-    assert held(tallies) > 200 * 10**6
+    assert held(shared) > 200 * 10**6
     fill(accounts, one, Usage(10, 20))
     accounts.close(one, RICH, lease)
-    assert held(tallies) == 50 * 10**6
+    assert held(shared) == 50 * 10**6
 
 
-def test_what_no_upstream_answered_is_given_back(accounts: Accounts, tallies: Tallies) -> None:
+def test_what_no_upstream_answered_is_given_back(accounts: Accounts, shared: SharedLimits) -> None:
     one = record(status=502, code="upstream_error")
     lease = accounts.open(one, RICH, BOUNDED, PLAN, NOW)
     fill(accounts, one, None, is_answered=False)
     accounts.close(one, RICH, lease)
-    assert held(tallies) == 0
+    assert held(shared) == 0
 
 
 @pytest.mark.parametrize("prices", [None, Prices()], ids=["without a price", "free"])
 def test_what_costs_nothing_holds_nothing(
-    accounts: Accounts, tallies: Tallies, prices: Prices | None
+    accounts: Accounts, shared: SharedLimits, prices: Prices | None
 ) -> None:
     accounts.open(record(), RICH, BOUNDED, plan_of(prices), NOW)
-    assert held(tallies) == 0
+    assert held(shared) == 0
 
 
 def test_what_is_assumed_of_answers_without_a_limit_may_change(
-    accounts: Accounts, tallies: Tallies
+    accounts: Accounts, shared: SharedLimits
 ) -> None:
     prompt = round(CALL.prompt_bytes / BYTES_PER_TOKEN)
     for tokens in (ASSUMED, 50):
         lease = accounts.open(record(), RICH, CALL, PLAN, NOW)
         assert lease is not None and lease.cost == (prompt + 2 * tokens) * 10**6
-        tallies.settle(RICH, lease, tokens=0, spent=0)
+        shared.settle(RICH, lease, tokens=0, spent=0)
         accounts.assume_output(50)  # as a reload of the config does
 
 
 def test_prices_are_remembered_of_so_many_plans_and_of_none_that_is_gone(
-    accounts: Accounts, tallies: Tallies, monkeypatch: pytest.MonkeyPatch
+    accounts: Accounts, shared: SharedLimits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accounts_module, "MAX_PLANS", 3)
     for number in range(1, 20):
         plan = plan_of(Prices(request=Decimal(number) / 1000))
         accounts.open(record(), RICH, BOUNDED, plan, NOW)
         assert len(accounts._offers) <= 3
-    assert held(tallies) == sum(range(1, 20)) * PICO // 1000
+    assert held(shared) == sum(range(1, 20)) * PICO // 1000
 
 
 def test_what_is_counted_later_changes_the_windows_in_which_the_call_began(
-    tallies: Tallies,
+    shared: SharedLimits,
 ) -> None:
     rich = replace(RICH, limits=KeyLimits(budget=PICO, tokens_per_minute=1000, concurrency=1))
-    lease = tallies.admit(rich, NOW, Demand(1, 1, True, 5, 5))
+    lease = shared.admit(rich, NOW, Demand(1, 1, True, 5, 5))
     assert lease is not None
-    tallies.settle(rich, lease, tokens=100, spent=50)
-    tallies.amend(rich, lease, tokens=-30, spent=20)
-    counters = tallies.counters(rich, NOW)
+    shared.settle(rich, lease, tokens=100, spent=50)
+    shared.amend(rich, lease, tokens=-30, spent=20)
+    counters = shared.counters(rich, NOW)
     assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (70, 70)
-    later = tallies.admit(rich, NOW + 90, Demand(1, 1, True, 5, 5))  # one at once: it had ended
+    later = shared.admit(rich, NOW + 90, Demand(1, 1, True, 5, 5))  # one at once: it had ended
     assert later is not None
-    tallies.amend(rich, lease, tokens=-30, spent=20)
-    counters = tallies.counters(rich, NOW + 90)
+    shared.amend(rich, lease, tokens=-30, spent=20)
+    counters = shared.counters(rich, NOW + 90)
     assert (counters[MINUTE_TOKENS], counters[TOTAL_SPENT]) == (2, 100)
 
 

@@ -36,14 +36,15 @@ from hoberproxy.access.limits import (
     Lease,
     spent_in,
 )
-from hoberproxy.access.shared_limits import Limiter, Tallies
+from hoberproxy.access.shared_limits import Limiter, SharedLimits
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.dialects.usage import Usage
 from hoberproxy.errors import AccessError
-from hoberproxy.request.call import Call, parse_call
+from hoberproxy.request.call import Call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 from hoberproxy.upstream.body import make_upstream_body
 from tests.support.patience import TEST_LIMIT, examples, patient
 
@@ -68,7 +69,7 @@ class Processes:
 
     folder: Path
     accounts: Accounts
-    tallies: list[Tallies] = field(default_factory=list)
+    shared: list[SharedLimits] = field(default_factory=list)
     keys: int = 0
 
     def new_key(self, limits: KeyLimits) -> Caller:
@@ -76,12 +77,12 @@ class Processes:
         if self.keys % 4000 == 0:
             self.close()
             (self.folder / "limits").unlink(missing_ok=True)
-            self.tallies = [Tallies(self.folder / "limits") for _ in range(3)]
+            self.shared = [SharedLimits(self.folder / "limits") for _ in range(3)]
         self.keys += 1
         return Caller(f"key_{self.keys}", "x", "live", None, None, limits=limits)
 
     def close(self) -> None:
-        for each in self.tallies:
+        for each in self.shared:
             each.close()
 
 
@@ -229,8 +230,10 @@ class Mix:
     processes: Processes
     caller: Caller
     order: Random
-    under_way: list[tuple[Tallies, Lease | None, Call, Plan, int]] = field(default_factory=list)
-    waiting: list[tuple[Tallies, Lease, Call, Plan, int]] = field(default_factory=list)
+    under_way: list[tuple[SharedLimits, Lease | None, Call, Plan, int]] = field(
+        default_factory=list
+    )
+    waiting: list[tuple[SharedLimits, Lease, Call, Plan, int]] = field(default_factory=list)
     money: defaultdict[tuple[str, int], int] = field(default_factory=lambda: defaultdict(int))
     tokens: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))
     answer: int = 0  # the longest that any call may get, in tokens
@@ -238,33 +241,33 @@ class Mix:
 
     def begin(self, call: Call, plan: Plan, prompt: int, now: float) -> None:
         """A call comes: whole, or its head alone."""
-        tallies = self.order.choice(self.processes.tallies)
+        shared = self.order.choice(self.processes.shared)
         with suppress(AccessError):
             if self.order.random() < 0.5:
-                lease = tallies.enter(self.caller, now)
-                self.waiting.append((tallies, lease, call, plan, prompt))
+                lease = shared.enter(self.caller, now)
+                self.waiting.append((shared, lease, call, plan, prompt))
             else:
                 demand = self.processes.accounts._demand(plan, call.terms, prompt)
-                lease_or_none = tallies.admit(self.caller, now, demand)
-                self._run(tallies, lease_or_none, call, plan, prompt)
+                lease_or_none = shared.admit(self.caller, now, demand)
+                self._run(shared, lease_or_none, call, plan, prompt)
 
     def go_on(self, now: float) -> None:
         """One of those whose head has come: its body comes, or never does."""
-        tallies, lease, call, plan, prompt = self.waiting.pop(
+        shared, lease, call, plan, prompt = self.waiting.pop(
             self.order.randrange(len(self.waiting))
         )
         if self.order.random() < 0.7:
             demand = self.processes.accounts._demand(plan, call.terms, prompt)
             with suppress(AccessError):
-                held = tallies.reserve(self.caller, now, demand, lease)
-                self._run(tallies, held, call, plan, prompt)
+                held = shared.reserve(self.caller, now, demand, lease)
+                self._run(shared, held, call, plan, prompt)
                 return
-        tallies.leave(self.caller, lease)
+        shared.leave(self.caller, lease)
 
     def _run(
-        self, tallies: Tallies, lease: Lease | None, call: Call, plan: Plan, prompt: int
+        self, shared: SharedLimits, lease: Lease | None, call: Call, plan: Plan, prompt: int
     ) -> None:
-        self.under_way.append((tallies, lease, call, plan, prompt))
+        self.under_way.append((shared, lease, call, plan, prompt))
         for _, endpoint, _ in plan.steps:
             longest, _ = longest_answer(call, endpoint)
             self.answer = max(self.answer, longest)
@@ -273,7 +276,7 @@ class Mix:
 
     def end_one(self, shares: tuple[float, ...]) -> None:
         """Any of those under way gets its answer, from any endpoint of its plan."""
-        tallies, lease, call, plan, prompt = self.under_way.pop(
+        shared, lease, call, plan, prompt = self.under_way.pop(
             self.order.randrange(len(self.under_way))
         )
         endpoint = self.order.choice(plan.steps).endpoint
@@ -293,11 +296,11 @@ class Mix:
         self.tokens[lease.minute_start] += used
         for period, window in (("day", lease.day), ("month", lease.month), ("total", 0)):
             self.money[period, window] += cost
-        tallies.settle(self.caller, lease, tokens=used, spent=cost)
+        shared.settle(self.caller, lease, tokens=used, spent=cost)
 
     def check(self, now: float) -> None:
         """Every process sees the same, and nothing over the limits but one answer."""
-        views = [each.counters(self.caller, now) for each in self.processes.tallies]
+        views = [each.counters(self.caller, now) for each in self.processes.shared]
         assert views[0] == views[1] == views[2]
         assert min(views[0]) >= 0
         limits = self.caller.limits
@@ -343,13 +346,13 @@ def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
         mix.end_one((1.0,))  # all that it may take, at the worst
         mix.check(now)
     # All is given back: what is left are the answers, to the last picodollar.
-    cells = processes.tallies[0].counters(caller, now)
+    cells = processes.shared[0].counters(caller, now)
     assert cells[MINUTE_HELD] == 0
     if limits.needs_settling:
         assert cells[TOTAL_SPENT] == mix.money["total", 0]
         assert cells[MINUTE_TOKENS] == mix.tokens[cells[MINUTE_START]]
         assert spent_in(cells, "day") == mix.money["day", int(now * 1000) // DAY_MS]
-    for each in processes.tallies:
+    for each in processes.shared:
         slot = each._slots[caller.key_id]
         assert each._sum_held(slot) == 0
         assert each._count_running(slot, KeyLimits(concurrency=1)) == 0
@@ -358,10 +361,10 @@ def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
 def test_calls_that_never_got_a_body_leave_no_trace(processes: Processes) -> None:
     limits = KeyLimits(1, 100, 1, 1, 10**9)
     caller = processes.new_key(limits)
-    for each in [*processes.tallies, *processes.tallies]:
+    for each in [*processes.shared, *processes.shared]:
         lease = each.enter(caller, NOW)
         with pytest.raises(AccessError):
-            processes.tallies[0].enter(caller, NOW)
+            processes.shared[0].enter(caller, NOW)
         each.leave(caller, lease)
-    cells = processes.tallies[0].counters(caller, NOW)
+    cells = processes.shared[0].counters(caller, NOW)
     assert (cells[MINUTE_REQUESTS], cells[DAY_REQUESTS], cells[MINUTE_TOKENS]) == (0, 0, 0)

@@ -11,7 +11,7 @@ import pytest
 
 from hoberproxy.access.limits import PICO, KeyLimits, format_dollars
 from hoberproxy.dialects.usage import BYTES_PER_TOKEN
-from hoberproxy.request.call import parse_call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Model, Prices
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from tests.conftest import QUESTION, SLUG, ClientAnswer, Proxy, StartProxy, chat, get, wait_until

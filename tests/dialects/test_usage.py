@@ -13,7 +13,7 @@ from hoberproxy.access.limits import format_dollars
 from hoberproxy.accounting.accounts import cost_of
 from hoberproxy.config.presets import PRESETS
 from hoberproxy.dialects.usage import (
-    MAX_CHOICES,
+    MAX_COUNTED_CHOICES,
     MAX_TOKENS,
     MAX_UNLISTED,
     Usage,
@@ -228,10 +228,10 @@ def test_of_choices_that_tell_their_own_all_answers_count_and_one_prompt() -> No
 
 def test_the_choices_that_are_added_up_are_bounded() -> None:
     usage = None
-    for index in range(3 * MAX_CHOICES):
+    for index in range(3 * MAX_COUNTED_CHOICES):
         usage = newest_usage(usage, {"choices": [choice_with(index, 1)]})
-    assert usage == Usage(7, MAX_CHOICES)
-    assert usage.choices is not None and len(usage.choices) == MAX_CHOICES
+    assert usage == Usage(7, MAX_COUNTED_CHOICES)
+    assert usage.choices is not None and len(usage.choices) == MAX_COUNTED_CHOICES
 
 
 @pytest.mark.parametrize(

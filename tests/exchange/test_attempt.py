@@ -16,7 +16,7 @@ from hoberproxy.exchange.attempt import Attempt, AttemptOwner
 from hoberproxy.protocol.http_head import ResponseHead
 from hoberproxy.request.parse_cache import Frames
 from hoberproxy.routing.catalog import TimeLimits
-from hoberproxy.routing.router import Step
+from hoberproxy.routing.plan import Step
 from hoberproxy.timer_wheel import Wheel
 from hoberproxy.upstream.connection import UpstreamConnection
 from hoberproxy.upstream.provider import make_upstreams

@@ -36,8 +36,8 @@ def counted(proxy: Proxy, key: str) -> tuple[list[int], int]:
     """The counters that a request changes, and calls under way."""
     caller = caller_of(proxy, key)
     cells = proxy.gateway.accounts.counters(caller, time.time())
-    tallies = proxy.server._tallies
-    running = tallies._count_running(tallies._slots[caller.key_id], KeyLimits(concurrency=10**6))
+    shared = proxy.server._shared_limits
+    running = shared._count_running(shared._slots[caller.key_id], KeyLimits(concurrency=10**6))
     places = (MINUTE_REQUESTS, DAY_REQUESTS, MINUTE_TOKENS, MINUTE_HELD, TOTAL_SPENT)
     return [cells[place] for place in places], running
 
@@ -202,10 +202,10 @@ async def test_a_used_up_limit_rejects_before_the_body_comes(
 ) -> None:
     key = await new_key(proxy, limits=limits)
     caller = caller_of(proxy, key)
-    tallies = proxy.server._tallies
-    lease = tallies.enter(caller, time.time())
+    shared = proxy.server._shared_limits
+    lease = shared.enter(caller, time.time())
     lease.is_reserved = True
-    tallies.settle(caller, lease, tokens=5, spent=5)
+    shared.settle(caller, lease, tokens=5, spent=5)
     client = await begin(proxy, key)
     answer = await client.read_answer()
     assert answer.status == status

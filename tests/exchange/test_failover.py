@@ -11,7 +11,7 @@ from hoberproxy.errors import Phase, UpstreamError
 from hoberproxy.exchange.failover import Failover
 from hoberproxy.routing.catalog import Endpoint
 from hoberproxy.routing.health import Health
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 
 
 def failover(*slugs: str, reason: str = "config", **settings: Any) -> Failover:

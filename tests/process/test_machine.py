@@ -30,7 +30,7 @@ def run(code: str, *arguments: str, **variables: str) -> subprocess.CompletedPro
 
 LIMITED = """
 import resource
-from hoberproxy.machine import connections_limit, raise_file_limit
+from hoberproxy.process.machine import connections_limit, raise_file_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 500))
 raise_file_limit()
 print(*resource.getrlimit(resource.RLIMIT_NOFILE), connections_limit())
@@ -89,7 +89,7 @@ def test_an_operators_own_choice_is_left_alone(name: str) -> None:
 # lived long enough to be seen by full collections alone, and things kept until they are gone.
 COLLECTIONS = """
 import gc, sys
-from hoberproxy.machine import collect_rarely
+from hoberproxy.process.machine import collect_rarely
 if sys.argv[1] == "rarely":
     collect_rarely()
 full = []

@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 import pytest
 
-from bench import runner, saturate
+from bench import procfs, runner, saturate
 from bench.c_upstream import ANSWERS, c_upstream, find_compiler, serialize_answers
 from bench.checks import Answer
 from bench.mock_answers import Settings
@@ -154,6 +154,23 @@ def test_cpu_is_told_by_what_a_process_does() -> None:
         process.communicate()  # the child's program has come to its end
     assert roles["worker"] > 0 and roles["main"] > 0
     assert tree.cpu_by_role().keys() == {"worker", "main"}, "of processes that have ended, too"
+
+
+@pytest.mark.parametrize(
+    ("argument", "role"),
+    [
+        (b"worker", "worker"),
+        (b"hoberproxy.process.worker", "worker"),
+        (b"hoberproxy.process.writer_process", "writer"),
+        (b"nginx: worker process", "worker"),
+        (b"serve", None),
+        (b"--workers", None),
+        (b"/srv/worker.toml", None),
+    ],
+)
+def test_a_role_is_an_argument_of_its_own(argument: bytes, role: str | None) -> None:
+    found = procfs._ROLE.fullmatch(argument)
+    assert (found and found[1].decode()) == role
 
 
 def test_what_a_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,26 @@
-"""Spans of top-level members, against documents put together by hand."""
+"""Spans of members, against documents put together by hand; and JSON beyond the strict form."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.protocol.json_bytes import Member, find_member, replace_member, scan_members
+from hoberproxy.protocol.json_bytes import (
+    Member,
+    dump_json,
+    find_member,
+    load_json,
+    replace_member,
+    scan_members,
+)
+from hoberproxy.relay.completion import parse_completion, serialize_as_stream
+from hoberproxy.relay.scanner import StreamScanner
 
 SLUG = b'"vendor/slug-1"'
 
@@ -154,3 +165,49 @@ def test_replacing_a_member_changes_its_value_and_nothing_else(
     assert replaced[: member.value_start] == document.data[: member.value_start]
     assert replaced[member.value_start :].startswith(SLUG)
     assert replaced[member.value_start + len(SLUG) :] == document.data[member.end :]
+
+
+# JSON as model servers write it
+
+
+HALF_AN_EMOJI = b'{"id":"1","model":"m","choices":[{"index":0,"delta":{"content":"\\ud83d"}}]}'
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        pytest.param(b'"\\ud83d"', "\ud83d", id="a lone surrogate"),
+        pytest.param(b"[Infinity]", [float("inf")], id="infinity"),
+        pytest.param(b'{"a":1}', {"a": 1}, id="strict JSON"),
+    ],
+)
+def test_json_of_model_servers_is_read(data: bytes, value: Any) -> None:
+    assert load_json(data) == value
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"<html>", b"\xff", b"[" * 100_000], ids=repr)
+def test_what_is_no_json_is_refused_without_being_quoted(data: bytes) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_json(data)
+    assert not hasattr(caught.value, "doc")
+
+
+@given(st.text(st.characters(categories=None, exclude_categories=())))
+def test_every_text_can_be_written(text: str) -> None:
+    assert json.loads(dump_json(text)) == text
+
+
+def test_half_an_emoji_is_content_and_passes_as_it_came() -> None:
+    scanner = StreamScanner("a/b", wants_usage=False)
+    event = b"data: %b\n\n" % HALF_AN_EMOJI
+    assert scanner.feed(event) == event.replace(b'"m"', b'"a/b"')
+    assert scanner.failure is None and scanner.has_content
+
+
+def test_half_an_emoji_in_a_body_survives_its_way_into_a_stream() -> None:
+    body = HALF_AN_EMOJI.replace(b"delta", b"message")
+    completion = parse_completion(body, "a/b")
+    assert completion.body == body.replace(b'"m"', b'"a/b"')
+    event = serialize_as_stream(completion, "a/b", wants_usage=False).split(b"\n\n")[0]
+    choice = json.loads(event.removeprefix(b"data: "))["choices"][0]
+    assert choice["delta"]["content"] == "\ud83d"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hoberproxy.errors import RequestError
 from hoberproxy.request import parse_cache as frames_module
-from hoberproxy.request.call import Call, parse_call
+from hoberproxy.request.call import Call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.request.parse_cache import KEPT, MAX_FRAME_BYTES, Frames
 from hoberproxy.routing.catalog import Adaptation
 from hoberproxy.upstream.body import make_upstream_body

@@ -10,7 +10,7 @@ from hoberproxy.access.keys import ANONYMOUS
 from hoberproxy.errors import AccessError
 from hoberproxy.routing.catalog import Endpoint
 from hoberproxy.routing.filters import keep_permitted
-from hoberproxy.routing.router import Plan, Step
+from hoberproxy.routing.plan import Plan, Step
 
 ENDPOINT = Endpoint("east", "m")
 PLAN = Plan((Step("a/b", ENDPOINT), Step("c/d", replace(ENDPOINT, provider="west"))))

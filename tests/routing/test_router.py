@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hoberproxy.errors import RequestError, RouteError
-from hoberproxy.request.call import Call, parse_call
+from hoberproxy.request.call import Call
+from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Abilities, Adaptation, Catalog, Endpoint, Model, Prices
 from hoberproxy.routing.health import TRIAL, Health
-from hoberproxy.routing.router import Plan, Removal, Step, make_plan
+from hoberproxy.routing.plan import Plan, Removal, Step
+from hoberproxy.routing.router import make_plan
 
 NOW = 100.0
 IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 60_000}}]

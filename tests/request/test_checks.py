@@ -15,15 +15,8 @@ from hypothesis import strategies as st
 
 from hoberproxy.errors import RequestError
 from hoberproxy.protocol.json_bytes import Member, scan_elements, scan_members
-from hoberproxy.request.call import (
-    MAX_CHOICES,
-    MEDIA_BYTES,
-    ROLES,
-    Call,
-    ProviderPreferences,
-    output_limits,
-    parse_call,
-)
+from hoberproxy.request.call import ROLES, Call, ProviderPreferences, output_limits
+from hoberproxy.request.checks import MAX_CHOICES, MEDIA_BYTES, parse_call
 from hoberproxy.routing.catalog import NO_ADAPTATION, Adaptation
 from hoberproxy.upstream.body import make_upstream_body, named_option
 from tests.conftest import pure_only

@@ -1,0 +1,196 @@
+"""Heads that come again: whatever is known of earlier ones, each is read as the parser reads it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hoberproxy.protocol.http_head import (
+    MAX_RESPONSE_HEAD_BYTES,
+    HeadError,
+    ResponseHead,
+    parse_response_head,
+)
+from hoberproxy.protocol.known_heads import ResponseHeads
+from tests.protocol.test_http_head import response
+
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nDate: Wed, 25 Nov 2026 10:00:00 GMT\r\nX-Request-ID: one\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 5\r\nKeep-Alive: timeout=7\r\n\r\n"
+)
+
+
+def read_head(heads: ResponseHeads, raw: bytes) -> ResponseHead:
+    """As a connection does."""
+    if heads.find(raw):
+        assert heads.head is not None
+        return heads.head
+    return heads.parse(raw)
+
+
+ANOTHER = (
+    ANSWER.replace(b"10:00:00", b"10:00:07").replace(b"one", b"two").replace(b": 5", b": 1234")
+)
+TAUGHT = {"one head": [ANSWER], "two": [ANSWER, ANOTHER], "another one last": [ANOTHER, ANSWER]}
+taught = pytest.mark.parametrize("earlier", TAUGHT.values(), ids=TAUGHT.keys())
+
+
+def facts(head: ResponseHead) -> list[object]:
+    own = [head.status, head.headers, head.kind, head.length, head.keep_alive, head.keepalive_hint]
+    return [*own, *(head.get(name) for name, _ in head.headers)]
+
+
+def assert_read_as_plainly(heads: ResponseHeads, raw: bytes) -> None:
+    """With what is known of other heads as without it."""
+    try:
+        expected = facts(parse_response_head(raw))
+    except HeadError as error:
+        with pytest.raises(HeadError, match=re.escape(str(error))):
+            read_head(heads, raw)
+    else:
+        assert facts(read_head(heads, raw)) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b"", b""), id="nothing"),
+        pytest.param((b": 5", b": 17"), id="its length"),
+        pytest.param((b"one", b" \tanother "), id="a value"),
+        pytest.param((b"one", b"another "), id="a value with a space behind it"),
+        pytest.param((b"one", b""), id="a value that is gone"),
+        pytest.param((b"X-Request-ID", b"X-REQUEST-ID"), id="the writing of a name"),
+        pytest.param((b"X-Request-ID", b"Y"), id="a name"),
+        pytest.param((b"200 OK", b"404 Not Found"), id="its status"),
+        pytest.param((b"HTTP/1.1 200", b"HTTP/1.0 200"), id="its version"),
+        pytest.param((b"timeout=7", b"timeout=3"), id="how long it is kept"),
+        pytest.param((b"Keep-Alive: timeout=7", b"Connection: close"), id="that it closes"),
+        pytest.param((b"Content-Length: 5", b"Transfer-Encoding: chunked"), id="its framing"),
+        pytest.param((b"X-Request-ID: one\r\n", b""), id="a line less"),
+        pytest.param((b"one", b"one\r\nX: y"), id="a line more"),
+        pytest.param((b"json", b"json; charset=utf-8"), id="its type"),
+    ],
+)
+@taught
+def test_a_head_like_an_earlier_one_is_read_as_if_it_were_the_first(
+    earlier: list[bytes], change: tuple[bytes, bytes]
+) -> None:
+    heads = ResponseHeads()
+    for each in earlier:
+        read_head(heads, each)
+    first = read_head(heads, ANSWER)
+    before = facts(first)
+    other = ANSWER.replace(*change, 1)
+    assert facts(read_head(heads, other)) == facts(parse_response_head(other))
+    assert facts(first) == before == facts(read_head(heads, ANSWER))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b": 5", b": 5, 5"), id="two lengths"),
+        pytest.param((b": 5", b": +5"), id="a sign"),
+        pytest.param((b"Content-Type: application/json", b"Content-Length: 5"), id="twice"),
+        pytest.param((b"one", b"a\rb"), id="a bare CR"),
+        pytest.param((b"one", b"a\nb"), id="a bare LF"),
+        pytest.param((b"one", b"a\x00b"), id="NUL"),
+        pytest.param((b"one", b"a\x7fb"), id="DEL"),
+        pytest.param((b": 5", b": 9007199254740993"), id="more than 2**53 bytes"),
+        pytest.param((b"X-Request-ID:", b"X-Request-ID :"), id="a space before the colon"),
+        pytest.param((b"X-Request-ID: ", b" "), id="a folded line"),
+        pytest.param((b"one", b"o" * MAX_RESPONSE_HEAD_BYTES), id="too long"),
+    ],
+)
+@taught
+def test_a_bad_head_is_refused_behind_a_good_one_too(
+    earlier: list[bytes], change: tuple[bytes, bytes]
+) -> None:
+    heads = ResponseHeads()
+    for each in earlier:
+        read_head(heads, each)
+    bad = ANSWER.replace(*change, 1)
+    with pytest.raises(HeadError) as caught:
+        read_head(heads, bad)
+    assert caught.value.status == 502
+    with pytest.raises(HeadError) as plain:
+        parse_response_head(bad)
+    assert str(caught.value) == str(plain.value)
+
+
+STREAM = b"HTTP/1.1 200 OK\r\nx-request-id: one\r\ncontent-type: text/event-stream\r\n%b\r\n\r\n"
+
+
+def test_heads_of_streams_and_of_bodies_are_known_by_turns() -> None:
+    heads = ResponseHeads()
+    streams = [
+        STREAM.replace(b"one", b"s-%d" % n) % b"Transfer-Encoding: chunked" for n in range(9)
+    ]
+    bodies = [ANSWER.replace(b"one", b"b-%d" % n) for n in range(9)]
+    for raw in (*streams[:2], *bodies[:2], *streams[:2]):
+        read_head(heads, raw)
+    for stream, body in zip(streams[3:], bodies[3:], strict=True):
+        for raw in (stream, body):
+            assert heads.find(raw + b"what follows") == len(raw)
+            assert heads.head is not None
+            assert facts(heads.head) == facts(parse_response_head(raw))
+
+
+def test_what_has_varied_once_may_vary_again() -> None:
+    heads = ResponseHeads()
+    later = ANSWER.replace(b"10:00:00", b"10:00:07")
+    for raw in (ANSWER, later, later.replace(b"one", b"two")):
+        read_head(heads, raw)
+    other = ANSWER.replace(b"10:00:00", b"10:01:00").replace(b"one", b"three")
+    assert heads.find(other) == len(other)
+
+
+def test_a_known_head_is_found_when_all_of_it_is_there() -> None:
+    heads = ResponseHeads()
+    for raw in (ANSWER, ANOTHER):
+        read_head(heads, raw)
+    later = ANOTHER.replace(b"two", b"three").replace(b"1234", b"99")
+    assert [heads.find(later[:size]) for size in range(len(later))] == [0] * len(later)
+    assert heads.find(later) == len(later)
+    assert heads.head is not None
+    assert heads.head.length == 99
+    assert heads.head.get(b"x-request-id") == b"three"
+
+
+VALUES = st.sampled_from(
+    [b"1", b"22", b"a b", b" a", b"a ", b"", b"a\tb", b":", b"\xe9", b"a\rb", b"\0"]
+)
+LINES = st.lists(
+    st.tuples(
+        st.sampled_from([b"A", b"a", b"B", b"Content-Length", b"Content-Type", b"Keep-Alive"]),
+        st.sampled_from([b":", b": ", b" :"]),
+        VALUES,
+    ),
+    max_size=4,
+)
+
+
+@given(st.lists(LINES, min_size=1, max_size=5), st.lists(VALUES, min_size=4, max_size=4))
+def test_any_heads_are_read_as_by_the_plain_parser(
+    sequence: list[list[tuple[bytes, bytes, bytes]]], others: list[bytes]
+) -> None:
+    heads = ResponseHeads()
+    last = sequence[-1]
+    # The last one also with other values, twice: once to be learnt from, once to be known.
+    changed = [(name, colon, other) for (name, colon, _), other in zip(last, others, strict=False)]
+    for lines in (*sequence, changed, last, changed):
+        assert_read_as_plainly(heads, response(*(b"".join(line) for line in lines)))
+
+
+@given(st.lists(st.binary(max_size=4), min_size=1, max_size=6), st.integers(0, 5))
+def test_any_change_of_a_head_is_read_as_by_the_plain_parser(
+    values: list[bytes], place: int
+) -> None:
+    heads = ResponseHeads()
+    lines = [b"Content-Length: 1", *(b"A%d: b" % i for i in range(len(values)))]
+    read_head(heads, response(*lines))
+    lines[min(place, len(lines) - 1)] += values[0]
+    lines[-1] = b"A0:" + b"".join(values)
+    assert_read_as_plainly(heads, response(*lines))
