@@ -225,7 +225,7 @@ class SharedLimits(Limiter):
         """Leave: the locks of this process go with its descriptor."""
         self._slots.clear()  # and with them their parts of the map
         self._view.release()
-        with suppress(BufferError):  # a traceback that has a slot: the map goes with that
+        with suppress(BufferError):  # a traceback has a slot, and closes the map with it
             self._map.close()
         os.close(self._fd)
 
@@ -366,7 +366,7 @@ class SharedLimits(Limiter):
         processes: int = view[_PROCESSES_USED]
         for number in range(processes):
             running += view[start + number]
-        if running < limit:  # nobody needs to know who lives
+        if running < limit:  # whatever the dead have left in it
             return running
         for number in range(processes):
             place = start + number

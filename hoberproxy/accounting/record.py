@@ -17,7 +17,7 @@ import orjson
 from ..errors import FailedAttempt
 from ..protocol.text import clip_text
 
-LOST: Final = "lost"  # the code of a request whose end nobody saw: its process was killed
+LOST: Final = "lost"  # the code of a request whose end is not known: its process was killed
 CLIENT_CLOSED: Final = 499  # nginx's number for a client that went away; never sent, only recorded
 
 # The columns of a row: what is stored of a record, in this order.
@@ -49,7 +49,7 @@ class Record:  # no dataclass, whose making is not compiled
     key_id: str = ""
     key_label: str = ""
     path: str = ""
-    requested: tuple[str, ...] = ()  # slugs asked for, in order
+    requested: tuple[str, ...] = ()  # slugs of the request, in order
     slug: str = ""  # the one that answered
     provider: str = ""
     upstream_model: str = ""  # upstream's own values, through `clip_text`

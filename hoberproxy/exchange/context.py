@@ -21,7 +21,7 @@ from ..accounting.record import Record
 from ..config.settings import Config
 from ..downstream.request_handler import UNBOUNDED, ConnectionContext, RequestHandler
 from ..relay.opening_template import Opening
-from ..request.parse_cache import Frames
+from ..request.parse_cache import ParseCache
 from ..routing.catalog import Catalog
 from ..routing.health import Health, Key
 from ..timer_wheel import Wheel
@@ -60,7 +60,7 @@ class ServerContext(ConnectionContext):
         self.metrics = metrics
         self.bodies = bodies or BodyMemory(UNBOUNDED)
         self.health = Health()
-        self.frames = Frames()
+        self.parse_cache = ParseCache()
         self.draw: Callable[[], float] = random.random  # for weights and jitter
         self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
         self.exchanges: set[RequestHandler] = set()

@@ -187,12 +187,12 @@ class Exchange(AttemptOwner):
 
     def _parse(self, body: bytes) -> Call | None:
         """Read the call; None if it is large and the next step of reading is still to be taken."""
-        frames, key_id = self._context.frames, self._caller.key_id
+        cache, key_id = self._context.parse_cache, self._caller.key_id
         if len(body) <= STEPPED_BYTES:
-            return frames.read(body, key_id)
+            return cache.read(body, key_id)
         reading = self._reading
         if reading is None:
-            self._reading = frames.read_in_steps(body, key_id)
+            self._reading = cache.read_in_steps(body, key_id)
             return None
         try:
             next(reading)

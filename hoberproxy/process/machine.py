@@ -14,8 +14,8 @@ RESERVED_FILES: Final = 64  # for the store, journals, listeners and the log
 # Collections of middle age that pass before a full one; CPython's own number is 10.
 FULL_COLLECTION_AFTER: Final = 100
 
-# glibc gives freed memory back at once, and takes it anew page by page: half of what a prompt of
-# 100 KB costs while others are in flight (as measured: 84 µs of CPU a prompt in place of 190).
+# glibc returns freed memory at once, and gets it again page by page: half of the CPU time to take
+# apart a prompt of 100 KB while others are in flight (as measured: 84 µs in place of 190).
 _MALLOC: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 1024 * 1024),  # bytes kept, mostly never touched
     # To parse a body, orjson allocates twelve times its size.

@@ -31,12 +31,11 @@ from ..accounting.journal_directory import count_living
 from ..config.settings import Config
 from ..config.source import ConfigSource, read_source
 from ..config.values import ConfigError
-from .admin_socket import AdminSocket, admin_path
+from .admin_socket import AdminSocket, admin_path, combine
 from .channel import LOG_FORMAT, Message
 from .child import STEADY, Child, State, back_off, pids_of, problems_of, reports_of, start_child
 from .listeners import Listeners, StartError, flat, listen_for_metrics, name_of
 from .metrics_listener import MetricsListener
-from .status import combine
 from .systemd import Notifier, passed_by_systemd
 from .upgrade import (
     Handover,

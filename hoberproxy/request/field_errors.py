@@ -1,6 +1,6 @@
-"""What a client is told of a wrong request: the field, what was expected and what came.
+"""The errors of a wrong request: they name the field, what was expected and what came.
 
-Of values only types and numbers are told: a value may be a slipped prompt.
+Of values they say only types and numbers: a value may be a slipped prompt.
 """
 
 from __future__ import annotations

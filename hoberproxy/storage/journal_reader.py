@@ -46,7 +46,7 @@ logger = logging.getLogger("hoberproxy.ledger")
 Values = dict[str, Any]
 UNFINISHED_FOR = 60.0  # seconds after which the process that made a segment must have died
 UNREADABLE = ".unreadable"
-MAX_UNREADABLE = 64  # such files, of 4 MB at most; beyond that the oldest goes
+MAX_UNREADABLE = 64  # such files, of 4 MB at most; beyond that the oldest is removed
 _END = bytes(ENTRY.size)
 _SEARCHED = 64 * 1024  # bytes at a time
 _OPENED, _CLOSED, _REVISED, _AMENDED, _NAMES = b"ocran"
@@ -107,7 +107,7 @@ class Segment:
             self._use(generation)
 
     def _use(self, generation: bytes) -> None:
-        assert self._map is not None, "asked before"
+        assert self._map is not None, "a caller has checked it"
         self.generation = generation
         self._seed = first_sum(generation)
         mark = parse_mark(self._map[MARK_PLACE : MARK_PLACE + MARK.size], generation)
@@ -168,7 +168,7 @@ class Segment:
         By slices: on Python 3.11.2, `find` of a map has ended the process by a segmentation fault.
         """
         data, mark = self._map, self.generation
-        assert data is not None, "asked before"
+        assert data is not None, "a caller has checked it"
         for start in range(place, self.size, _SEARCHED):
             found = data[start : start + _SEARCHED + len(mark) - 1].find(mark)
             if found >= 0:
@@ -433,7 +433,7 @@ class Journals:
             if not segment.lock():
                 break
             locked.append(segment)
-        # Once more: another may have been made since, or this one have been let go of.
+        # Checked again: a segment may have been made since, or these have been unlocked.
         names = {name for name in self._names() if name.partition("-")[0] == owner}
         if len(locked) == len(segments) and names == {each.path.name for each in segments}:
             return True

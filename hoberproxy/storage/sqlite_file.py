@@ -228,7 +228,7 @@ class Database:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        # IMMEDIATE: a lock asked for at the first write of a read transaction is not waited for.
+        # IMMEDIATE: SQLite does not wait for a lock at the first write of a read transaction.
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

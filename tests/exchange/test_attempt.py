@@ -14,7 +14,7 @@ from hoberproxy.config.reader import parse_config
 from hoberproxy.errors import UpstreamError
 from hoberproxy.exchange.attempt import Attempt, AttemptOwner
 from hoberproxy.protocol.http_head import ResponseHead
-from hoberproxy.request.parse_cache import Frames
+from hoberproxy.request.parse_cache import ParseCache
 from hoberproxy.routing.catalog import TimeLimits
 from hoberproxy.routing.plan import Step
 from hoberproxy.timer_wheel import Wheel
@@ -69,7 +69,7 @@ class Exchange(AttemptOwner):
         self.errors: list[UpstreamError] = []
         self.is_finished = False
         endpoint = replace(config.models[0].endpoints[0], limits=limits)
-        call = Frames().read(REQUEST, "")
+        call = ParseCache().read(REQUEST, "")
         self.attempt = Attempt(self, call, Step(SLUG, endpoint), upstream, self.sent.answer)
         self.attempt.start()
 

@@ -18,6 +18,8 @@ from tests.support.patience import WAIT
 
 PACKAGE = Path(hoberproxy.__file__).parent
 TESTS = Path(__file__).parents[1]
+MAX_MODULES = 13  # of a folder
+MAX_LINES = 600  # of a module
 
 PATH = (
     "protocol",
@@ -165,6 +167,19 @@ def test_what_watches_and_writes_does_without_the_web_framework(module: str) -> 
     heavy = "{'aiohttp', 'uvloop'} & set(sys.modules)"
     code = f"import sys, hoberproxy.{module}; sys.exit(bool({heavy}))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT)
+
+
+@pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
+def test_a_folder_is_small_enough_to_be_known(folder: str) -> None:
+    names = [
+        name for name in MODULES if folder_of(name) == folder and not name.endswith("__init__")
+    ]
+    assert 0 < len(names) <= MAX_MODULES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=MODULES)
+def test_a_module_is_small_enough_to_be_read(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 def test_packages_export_nothing_again() -> None:
