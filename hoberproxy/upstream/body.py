@@ -1,7 +1,7 @@
 """The body that goes upstream: the client's bytes, with our few changes.
 
 Spliced, so that every value keeps its digits and escapes. What stands around the messages is made
-once for each frame of a client and kept with its `Terms`: a body costs the copy of its messages.
+once for each template of the parse cache and kept with its `Terms`: a body costs the copy of its messages.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..routing.catalog import NO_ADAPTATION, Adaptation
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
-_MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
+_MOST_KEPT: Final = 8  # forms of one template: as many as endpoints that take turns
 
 _READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
 _MANY_ROLES: Final = 16
