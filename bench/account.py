@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ import orjson
 
 from .machine import Cores, choose_cores, describe_machine, raise_open_files
 from .peers import MODEL, PROXIES, Wiring, create_key
-from .processes import START_TIMEOUT, StartError, free_port, own_module, running, wait_listening
+from .processes import StartError, free_port, own_module, running, wait_listening, wait_quiet
 from .procfs import ProcessTree
 from .runner import Upstream, upstream
 
@@ -39,8 +38,6 @@ NO_KEY, PLAIN_KEY, LIMITED = "no key asked for", "a key without limits", "a key 
 TARGETS = (NO_KEY, PLAIN_KEY, LIMITED)
 BAR = 20.0  # µs for keys, limits and journal together
 PRICE = 'price = { prompt = "0.14", completion = "0.28" }'
-QUIET = 0.5  # seconds in which workers that have started take next to no CPU
-QUIET_CPU = 0.02
 PATIENCE = 120.0  # seconds for one load
 
 Rounds = Mapping[str, Sequence[float]]  # µs of CPU per request, by target
@@ -78,18 +75,8 @@ def started(
         key = create_key(config, has_limits=name == LIMITED)
     with running([*command, "--workers", str(workers)], log, core) as process:
         wait_listening(process, port, log)
-        _wait_idle(ProcessTree([process.pid]), workers)
+        wait_quiet(ProcessTree([process.pid]), 1 + workers)
         yield Server(name, port, process.pid, key)
-
-
-def _wait_idle(tree: ProcessTree, workers: int) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        spent = tree.cpu_seconds()
-        time.sleep(QUIET)
-        if len(tree.pids()) > workers and tree.cpu_seconds() - spent < QUIET_CPU:
-            return
-    raise StartError(f"expected {workers} workers that are idle within {START_TIMEOUT:.0f} s")
 
 
 def load(server: Server, cores: Cores, options: argparse.Namespace, folder: Path) -> float:

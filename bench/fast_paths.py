@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from .c_upstream import c_upstream
 from .machine import choose_cores, describe_machine, raise_open_files
 from .mock_answers import Settings
 from .peers import MODEL, PROXIES, Wiring, create_key
-from .processes import StartError, free_port, own_module, running, wait_listening
+from .processes import StartError, free_port, own_module, running, wait_listening, wait_quiet
 from .procfs import ProcessTree
 from .runner import upstream
 from .saturate import FAILURES, LoadError, Request, counted_by, start_wrk
@@ -54,7 +53,6 @@ COPIED = (
 VARIABLE = "HOBERPROXY_BENCH_OFF"
 FULL, AGAIN = "everything on", "again"
 EVENTS = 64
-SETTLE = 0.5  # seconds: who listens may still be about to start its workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +255,14 @@ def build(folder: Path, *, is_compiled: bool) -> Program:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise StartError(f"expected the copy to build, got:\n{done.stderr[-3000:]}")
-        program = Program(folder, str(folder / ".venv-compiled/bin/python"), True)
+        program = built_in(folder)
     program.check()
     return program
+
+
+def built_in(folder: Path) -> Program:
+    """The compiled package of a checkout in which `make compiled COMPILED=.venv-compiled` ran."""
+    return Program(folder.resolve(), str(folder.resolve() / ".venv-compiled/bin/python"), True)
 
 
 # Servers
@@ -290,8 +293,8 @@ def started(
     variables = program.variables(name if name in SWITCHES else "")
     with running(command, log, core, variables=variables) as process:
         wait_listening(process, wiring.port, log)
-        time.sleep(SETTLE)
         tree = ProcessTree([process.pid])
+        wait_quiet(tree)
         program.check_processes(tree)
         yield Server(name, wiring.port, keys, tree)
 
@@ -385,9 +388,10 @@ def start_all(
 ) -> dict[str, Server]:
     """Start every variant in front of the upstream on `port`."""
     servers = {}
-    for name in (FULL, AGAIN, *options.only):
+    programs = {name: program for name in (FULL, AGAIN, *options.only)}
+    for name, each in (programs | options.beside).items():
         wiring = Wiring(folder / name.replace(" ", "-"), free_port(), port)
-        server = started(name, program, wiring, options.core, options.serve_args)
+        server = started(name, each, wiring, options.core, options.serve_args)
         servers[name] = stack.enter_context(server)
     return servers
 
@@ -401,7 +405,7 @@ def run_turns(
             taking_part = [
                 server
                 for name, server in servers.items()
-                if name in (FULL, AGAIN) or load in SWITCHES[name].loads
+                if name not in SWITCHES or load in SWITCHES[name].loads
             ]
             if len(taking_part) == 2:
                 continue
@@ -448,7 +452,18 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--folder", type=Path, required=True, help="for the copy; one that is there is used")
-    add("--only", default=",".join(SWITCHES), help="names of switches with commas (all)")
+    add(
+        "--only",
+        default=",".join(SWITCHES),
+        help="names of switches with commas; empty for none (all)",
+    )
+    add(
+        "--beside",
+        metavar="NAME=FOLDER",
+        action="append",
+        default=[],
+        help="a checkout of another version, compiled, as one more variant; repeatable",
+    )
     add("--load", default=",".join(LOADS), help="names of loads with commas (all)")
     add("--turns", type=int, default=7, help="of each load (7)")
     add("--seconds", type=int, default=4, help="of a turn (4)")
@@ -457,10 +472,13 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pure", action="store_true", help="do not compile the copy")
     add("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args(argv)
-    options.only, options.load = options.only.split(","), options.load.split(",")
+    options.only = options.only.split(",") if options.only else []
+    options.load = options.load.split(",")
     for given, known in ((options.only, SWITCHES), (options.load, LOADS)):
         if unknown := set(given) - set(known):
             parser.error(f"expected names of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    pairs = [each.partition("=") for each in options.beside]
+    options.beside = {name: built_in(Path(folder)) for name, _, folder in pairs}
     options.serve_args = shlex.split(options.serve_args)
     return options
 
@@ -471,6 +489,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise_open_files()
     machine = describe_machine()
     try:
+        for each in options.beside.values():
+            each.check()
         program = build(options.folder, is_compiled=not options.pure)
         values = measure(program, options)
     except (StartError, LoadError, ValueError) as exc:

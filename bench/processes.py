@@ -18,8 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .procfs import ProcessTree
+
 START_TIMEOUT = 60.0  # seconds; some peers import for half a minute
 STOP_TIMEOUT = 5.0
+QUIET = 0.5  # seconds in which processes that have started …
+QUIET_CPU = 0.02  # … take less than so many of CPU
 
 
 class StartError(Exception):
@@ -103,6 +107,20 @@ def wait_listening(process: subprocess.Popen[bytes], port: int, log: Path) -> No
             return
         time.sleep(0.02)
     raise StartError(_last_words(process, log))
+
+
+def wait_quiet(tree: ProcessTree, processes: int = 1) -> None:
+    """Until there are so many processes and they take next to no CPU. Raises StartError.
+
+    A supervisor listens before its workers run; their memory, too, is still growing then.
+    """
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        spent = tree.cpu_seconds()
+        time.sleep(QUIET)
+        if len(tree.pids()) >= processes and tree.cpu_seconds() - spent < QUIET_CPU:
+            return
+    raise StartError(f"expected {processes} processes to be idle within {START_TIMEOUT:.0f} s")
 
 
 def free_port() -> int:

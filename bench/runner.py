@@ -31,6 +31,7 @@ from .processes import (
     read_line,
     running,
     wait_listening,
+    wait_quiet,
 )
 from .procfs import ProcessTree, core_seconds
 from .saturate import find_wrk, wrk_options
@@ -39,7 +40,6 @@ from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, ROLES, Scenario,
 PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
 STEADY_PATIENCE = 60.0
 POLL = 0.2
-SETTLE = 0.3  # a master listens before its workers run: their memory is no stream's
 BUSY_SHARE = 0.1  # of the server's core that others may have before it is told
 LATE_US = 5_000
 
@@ -222,8 +222,9 @@ class Runner:
             self._renew_database()
         with running(command, log, self._cores.server) as process:
             wait_listening(process, port, log)
-            time.sleep(SETTLE)
-            yield Started(port, process.pid, ProcessTree([process.pid]))
+            tree = ProcessTree([process.pid])
+            wait_quiet(tree)
+            yield Started(port, process.pid, tree)
 
     def _renew_database(self) -> None:
         for ending in ("-wal", "-shm"):

@@ -1,7 +1,4 @@
-"""What the requests of one process share, made once from the config.
-
-Holds objects and decides nothing.
-"""
+"""The objects that the requests of one process share, made once from the config."""
 
 from __future__ import annotations
 
@@ -33,9 +30,9 @@ MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildca
 
 
 class ServerContext(ConnectionContext):
-    """One per process; every exchange has it."""
+    """The state that all exchanges of one process share."""
 
-    is_stopping = False  # no other process takes over: further requests are refused
+    is_stopping = False  # no other process takes over: further requests fail
 
     def __init__(
         self,
@@ -85,7 +82,7 @@ class ServerContext(ConnectionContext):
         self.refused_options[endpoint] = known | options
 
     def opening(self, provider: str, slug: str) -> Opening:
-        """Return what is known of how this provider's streams under `slug` begin."""
+        """Return the template of how a provider's streams under `slug` begin."""
         opening = self.openings.get((provider, slug))
         if opening is None:
             if len(self.openings) >= MAX_OPENINGS:

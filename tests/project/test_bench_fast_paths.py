@@ -22,6 +22,7 @@ from bench.fast_paths import (
     Switch,
     add_switches,
     make_copy,
+    parse_options,
     summarize,
 )
 from bench.processes import StartError
@@ -102,6 +103,13 @@ def test_a_ratio_is_of_the_same_turn_and_its_median_is_told() -> None:
     assert (again["ratio"], again["median_us"]) == (1.0, 101.0)
     assert again["ratio_low"] == pytest.approx(0.975)
     assert again["ratio_high"] == pytest.approx(1.005)
+
+
+def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
+    options = parse_options(["--folder", "x", "--only", "", "--beside", f"old={tmp_path}"])
+    assert options.only == []
+    assert options.beside["old"].folder == tmp_path.resolve()
+    assert options.beside["old"].is_compiled
 
 
 @pure_only
