@@ -179,8 +179,8 @@ def _find_members(
         raise _duplicate(repeated.name, repeated.start) from None
     except TangledMembers:
         message = (
-            "the body: expected the names of its members on the top level alone, "
-            "got them below it again and again"
+            "the body: expected the names of its top-level members to be rare below the top level, "
+            "got them too often to find where the members end"
         )
         raise RequestError(message, code="invalid_value") from None
 

@@ -1,7 +1,7 @@
 """Makes the body that goes upstream: the client's bytes, with the proxy's few changes.
 
 It is spliced, so that every value keeps its digits and escapes. What stands around the messages is
-prepared once for each entry of the parse cache and kept with its `Terms`; a further body costs a
+prepared once for each template of the parse cache and kept with its `Terms`; a further body costs a
 copy of its messages.
 """
 
@@ -20,7 +20,7 @@ from ..routing.catalog import NO_ADAPTATION, Adaptation
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
-_MOST_KEPT: Final = 8  # bodies prepared of one entry: as many as endpoints that take turns
+_MOST_KEPT: Final = 8  # bodies prepared of one template: as many as endpoints that take turns
 
 _READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
 _MANY_ROLES: Final = 16
