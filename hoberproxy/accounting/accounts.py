@@ -16,11 +16,13 @@ import orjson
 from ..access.keys import Caller
 from ..access.limits import Demand, Lease
 from ..access.shared_limits import Limiter
+from ..dialects.outcome import Outcome
 from ..dialects.usage import Usage
+from ..protocol.text import clip_text
 from ..request.call import CHOICES, MAXIMA, Call, Terms, output_limits
 from ..routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from ..routing.health import Key
-from ..routing.plan import Plan
+from ..routing.plan import Plan, Step
 from .estimates import Estimates
 from .journal import Journal
 from .record import Record
@@ -143,18 +145,25 @@ class Accounts:
     def fill(
         self,
         record: Record,
-        endpoint: Endpoint,
-        usage: Usage | None,
+        step: Step,
+        outcome: Outcome,
         *,
         prompt_bytes: int,
-        body_bytes: int,
         is_answered: bool,
     ) -> None:
-        """Put usage and cost into `record`: as reported, else estimated if there was an answer.
+        """Put the `outcome` of an attempt on `step` into `record`, with usage and cost.
 
-        `body_bytes` are those of an answer that was no stream.
+        Usage is as reported, else estimated if the attempt `is_answered`.
         """
-        key, prices, events = endpoint.key, endpoint.prices, record.events
+        slug, endpoint, _ = step
+        record.slug = slug
+        record.provider = endpoint.provider
+        record.upstream_model = clip_text(outcome.upstream_model)
+        record.upstream_id = clip_text(outcome.upstream_id)
+        record.finish_reason = clip_text(outcome.finish_reason)
+        record.events = events = outcome.content_events
+        key, prices, usage = endpoint.key, endpoint.prices, outcome.usage
+        body_bytes = outcome.content_bytes
         is_whole = record.status == 200 and not record.code
         record.has_usage = usage is not None and not usage.has_gaps(events)
         if usage is not None and record.has_usage:

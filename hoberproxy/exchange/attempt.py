@@ -12,13 +12,14 @@ import time
 from typing import Final
 
 from .._mypyc import mypyc_attr
+from ..dialects.outcome import Outcome
 from ..downstream.request_handler import RequestHandler
 from ..downstream.response import ResponseBody
 from ..errors import Phase, UpstreamError
 from ..protocol.http_head import Headers, ResponseHead
 from ..protocol.json_bytes import dump_json
 from ..relay.opening_template import Opening
-from ..relay.relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
+from ..relay.relay import BodyRelay, RefusalReader, Relay, Reporter, StreamRelay
 from ..relay.scanner import StreamScanner
 from ..request.call import Call
 from ..routing.catalog import TimeLimits

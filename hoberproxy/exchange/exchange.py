@@ -30,7 +30,7 @@ from ..errors import (
     serialize_error_event,
 )
 from ..protocol.http_head import Headers, RequestHead, ResponseHead
-from ..protocol.text import clip_text, escape_client_text
+from ..protocol.text import escape_client_text
 from ..request.call import Call
 from ..request.parse_cache import STEPPED_BYTES
 from ..routing.filters import keep_permitted
@@ -491,24 +491,14 @@ class Exchange(AttemptOwner):
         record.bytes_out = self._answer.body_bytes + following
         if self._failover is not None and self._failover.failures:
             record.failures = self._failover.failures
-        if self._attempt is not None:
-            self._account_answer(self._attempt)
+        attempt = self._attempt
+        if attempt is not None:
+            is_left = status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
+            self._context.accounts.fill(
+                record,
+                attempt.step,
+                attempt.outcome(),
+                prompt_bytes=self._prompt_bytes,
+                is_answered=record.first_content is not None or is_left,
+            )
         self._context.accounts.seal(record)
-
-    def _account_answer(self, attempt: Attempt) -> None:
-        record, outcome = self.record, attempt.outcome()
-        record.slug = attempt.step.slug
-        record.provider = attempt.step.endpoint.provider
-        record.upstream_model = clip_text(outcome.upstream_model)
-        record.upstream_id = clip_text(outcome.upstream_id)
-        record.finish_reason = clip_text(outcome.finish_reason)
-        record.events = outcome.content_events
-        self._context.accounts.fill(
-            record,
-            attempt.step.endpoint,
-            outcome.usage,
-            prompt_bytes=self._prompt_bytes,
-            body_bytes=outcome.content_bytes,
-            is_answered=record.first_content is not None
-            or (record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES),
-        )

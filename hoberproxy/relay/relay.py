@@ -13,7 +13,7 @@ from typing import Final
 import orjson
 
 from .._mypyc import mypyc_attr
-from ..dialects.usage import Usage
+from ..dialects.outcome import Outcome
 from ..downstream.response import ResponseBody
 from ..errors import UpstreamError
 from ..protocol.http_head import ResponseHead
@@ -33,38 +33,6 @@ from .scanner import StreamScanner
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
 STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
-
-
-class Outcome:
-    """What an answer told of itself, for the record; as far as it came.
-
-    `content_bytes` are of a body; streams are counted in events.
-    """
-
-    __slots__ = (
-        "content_bytes",
-        "content_events",
-        "finish_reason",
-        "upstream_id",
-        "upstream_model",
-        "usage",
-    )
-
-    def __init__(
-        self,
-        usage: Usage | None = None,
-        finish_reason: str = "",
-        upstream_model: str = "",
-        upstream_id: str = "",
-        content_events: int = 0,
-        content_bytes: int = 0,
-    ) -> None:
-        self.usage = usage
-        self.finish_reason = finish_reason
-        self.upstream_model = upstream_model
-        self.upstream_id = upstream_id
-        self.content_events = content_events
-        self.content_bytes = content_bytes
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)

@@ -44,7 +44,7 @@ def delta(**members: Any) -> bytes:
 
 
 class Transport(NullTransport):
-    """One that can be told to wait."""
+    """A transport whose reading can be paused."""
 
     def pause_reading(self) -> None:
         pass
@@ -74,7 +74,7 @@ class Exchange(AttemptOwner):
         self.attempt.start()
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, the attempt being asked when it wants to be."""
+        """Let time pass, and call `check_limits` whenever it is due."""
         end = self.now + seconds
         while not self.is_over and (due := max(self.attempt.due, self.now)) <= end:
             self.wheel.now = due
@@ -116,7 +116,7 @@ class Exchange(AttemptOwner):
 
 
 def opened(limits: TimeLimits = LIMITS) -> Exchange:
-    """A stream that has had its role and two texts, so that the next one may pass a stencil."""
+    """A stream after its role and two texts, whose next event may pass by the template."""
     exchange = Exchange(limits)
     exchange.receive(sse_head().data, *map(chunk, EVENTS[:3]))
     return exchange
