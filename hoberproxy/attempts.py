@@ -17,7 +17,6 @@ from .errors import Phase, UpstreamError
 from .http11 import Parts, ResponseHead
 from .lenient import dump_json
 from .native import mypyc_attr
-from .opening import Opening
 from .pool import Pool
 from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
@@ -115,7 +114,6 @@ class Attempt(Reporter):
         answer: ResponseBody,
         request: Parts,
         injected: frozenset[str] = frozenset(),
-        opening: Opening | None = None,
     ) -> None:
         self.phase = _CONNECT
         self._owner = owner
@@ -126,7 +124,6 @@ class Attempt(Reporter):
         self._answer = answer
         self._request = request
         self._injected = injected  # members of the body that are ours, not the client's
-        self._opening = opening  # how such streams begin
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.started = self._last_activity = owner.now
 
@@ -245,8 +242,7 @@ class Attempt(Reporter):
             return self._body_relay()
         if self._is_stream:
             if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
-                slug = self.step.slug
-                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=self._opening)
+                scanner = StreamScanner(self.step.slug, wants_usage=self._wants_usage)
                 return StreamRelay(self, self._answer, scanner)
             if content_type == _JSON_TYPE:
                 return self._body_relay()

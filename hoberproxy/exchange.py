@@ -320,9 +320,7 @@ class Exchange(Owner):
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
-        is_stream = call.terms.stream
-        opening = self._gateway.opening(provider.name, step.slug) if is_stream else None
-        return Attempt(self, call, step, upstream.pool, answer, request, injected, opening)
+        return Attempt(self, call, step, upstream.pool, answer, request, injected)
 
     def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
         head = self._head

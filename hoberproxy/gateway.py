@@ -30,7 +30,6 @@ from .http11 import LARGE_BYTES, Parts, serialize_fields, serialize_request_head
 from .ledger import Ledger
 from .limits import Lease
 from .metrics import Metrics
-from .opening import Opening
 from .pool import Pool
 from .record import Record
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 UNBOUNDED: Final = 2**62  # bytes or connections, of a process that has not been told
 MAX_LEARNT: Final = 4096  # endpoints behind wildcards are named by clients
-MAX_OPENINGS: Final = 1024
 _time: Final = time.time
 _BYTE_DIGITS: Final = [f"{number:02x}" for number in range(256)]
 SSE_TYPE: Final = b"text/event-stream; charset=utf-8"
@@ -138,7 +136,6 @@ class Gateway:
     listed: dict[str, tuple[str, ...]] = field(default_factory=dict)  # provider → its models
     wait_for_models: Callable[[], Awaitable[None]] | None = None  # until these are known
     refused_options: dict[Key, frozenset[str]] = field(default_factory=dict)
-    openings: dict[tuple[str, str], Opening] = field(default_factory=dict)  # by provider and slug
     _id_prefix: str = field(default_factory=lambda: secrets.token_hex(8))
     _id_start: str = ""
     _last_id: int = 0
@@ -177,15 +174,6 @@ class Gateway:
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options
-
-    def opening(self, provider: str, slug: str) -> Opening:
-        """Return what is known of how this provider's streams under `slug` begin."""
-        opening = self.openings.get((provider, slug))
-        if opening is None:
-            if len(self.openings) >= MAX_OPENINGS:
-                self.openings.clear()
-            opening = self.openings[provider, slug] = Opening()
-        return opening
 
     def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Account for a request that has ended; nothing may change its record after this."""

@@ -26,7 +26,7 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from hoberproxy import stencil
+from hoberproxy import content_template
 from hoberproxy.catalog import Endpoint, Model, Provider
 from hoberproxy.config import (
     Address,
@@ -46,7 +46,7 @@ from .scripted import ScriptedUpstream, completion, json_response
 
 # Compiled code looks a name up once, so a test cannot put another thing in its place; and its bytes
 # are copied where the interpreter hands on the same object.
-IS_COMPILED = not str(stencil.__file__).endswith(".py")
+IS_COMPILED = not str(content_template.__file__).endswith(".py")
 pure_only = pytest.mark.skipif(IS_COMPILED, reason="of the sources alone")
 
 # No example fails for being slow: a machine that others share stops for longer than any deadline.

@@ -15,10 +15,10 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
     " attempts channel child cli commands_keys commands_service commands_usage connector"
-    " counting database demo diagnosis downstream exchange files folder gateway joining"
-    " journal journals keytable ledger listeners listing locks memory metrics model_lists"
-    " notify opening origin pool printing probe quickstart relay scrape server service sink source"
-    " sqlite_store stencil stores stream succession supervisor tallies tls upstream wire worker"
+    " content_template counting database demo diagnosis downstream exchange files folder gateway"
+    " joining journal journals keytable ledger listeners listing locks memory metrics model_lists"
+    " notify origin pool printing probe quickstart relay scrape server service sink source"
+    " sqlite_store stores stream succession supervisor tallies tls upstream wire worker"
     " writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.

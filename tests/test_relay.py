@@ -20,8 +20,8 @@ from hoberproxy.upstream import Receiver, UpstreamConnection
 
 from .cuts import cut_at
 from .scripted import DONE, LAST_CHUNK, chunk, event, sse_head, stream_events
+from .test_content_template import unframed
 from .test_downstream import SSE, FakeTransport, Sent
-from .test_stencil import unframed
 
 SLUG = "vendor/a-model"
 CONFIG = """
@@ -82,11 +82,16 @@ class Attempt(Reporter):
 class Relayed:
     """A relay, and both of its ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wants_usage: bool = False) -> None:
         self.sent = Sent()
         self.attempt = Attempt(self.sent)
-        scanner = StreamScanner(SLUG, wants_usage=False)
+        scanner = StreamScanner(SLUG, wants_usage=wants_usage)
         self.relay = StreamRelay(self.attempt, self.sent.answer, scanner)
+
+    @property
+    def is_over(self) -> bool:
+        """The relay has told how it ended."""
+        return bool(self.attempt.told) and self.attempt.told[-1][0].startswith(("finish", "fail"))
 
     @property
     def transport(self) -> FakeTransport:

@@ -1,0 +1,430 @@
+"""Events that say the same but for their text and a few values, passed on by comparing bytes.
+
+A model server writes thousands of events a stream that differ in one text, or in a handful of
+values beside it. The scanner (stream.py) has one learnt from that it has parsed and found to be
+plain content. A later event that matches it (byte_template.py) can say nothing else: it passes with
+the same edits. Whatever differs in any other way is left to the scanner.
+
+Which values may differ is settled here: only those of which the scanner learns nothing, and the
+numbers of a usage, which stay here until the scanner takes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from .byte_template import (
+    COUNT,
+    NUMBER,
+    NUMBERS,
+    STRING,
+    TEXT,
+    ByteTemplate,
+    Value,
+    is_text,
+    value_end,
+)
+from .chunks import NO_CONTENT, content_of
+from .downstream import ResponseBody
+from .edits import Edit, apply_edits
+from .http11 import SIZE_LINES, size_line, whole_chunk
+from .sink import Sink
+from .upstream import ChunkTaker
+from .usage import read_usage
+
+# As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
+_LF: Final = 0x0A
+_QUOTE: Final = 0x22
+_MINUS: Final = 0x2D
+_ZERO: Final = 0x30
+_NINE: Final = 0x39
+_COLON: Final = 0x3A
+_OPENING_BRACKET: Final = 0x5B
+_BACKSLASH: Final = 0x5C
+_CLOSING_BRACKET: Final = 0x5D
+_OPENING_BRACE: Final = 0x7B
+_CLOSING_BRACE: Final = 0x7D
+_SPACE: Final = 0x20
+
+_LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
+_NEVER: Final = 1 << 40  # bytes that no event has
+_SHAPES: Final = (bytes((TEXT,)), bytes((TEXT, TEXT)), bytes((TEXT, STRING)))
+MAX_SPECIMEN_BYTES: Final = 8192
+MAX_VALUES: Final = 96  # of a specimen that may differ
+MAX_USAGES: Final = 4  # that wait to be taken
+
+# A server whose events change all the time is not learnt from again and again: it costs a parse.
+FIRST_LESSONS: Final = 2
+WORTH_A_LESSON: Final = 16  # events passed since the last one
+
+
+class ContentTemplate(ChunkTaker):
+    """One stream's. `events` counts what was passed. Chunks are taken once it is `open`.
+
+    Where the last event passed ends, if they were passed as such, is in `end`.
+    """
+
+    __slots__ = (
+        "_between",
+        "_body",
+        "_counts",
+        "_events_before",
+        "_events_when_new",
+        "_growth",
+        "_lessons",
+        "_new_between",
+        "_new_prefix",
+        "_new_tail",
+        "_prefix",
+        "_prefix_size",
+        "_sink",
+        "_tail",
+        "_tail_size",
+        "_template",
+        "_usages",
+        "end",
+        "events",
+        "is_learnt",
+    )
+    # First and in this order, what an event touches: side by side, in two cache lines.
+    _prefix: bytes
+    _new_prefix: bytes
+    _prefix_size: int
+    _tail: bytes
+    _new_tail: bytes
+    _tail_size: int
+    _between: bytes
+    _new_between: bytes
+    _growth: int
+    events: int
+    _sink: Sink
+    _body: ResponseBody
+
+    def __init__(self) -> None:
+        self._prefix = self._new_prefix = b""  # of an event that has one or two texts and no more
+        self._prefix_size = _NEVER
+        self._tail = self._new_tail = b""  # behind it, with the CR LF behind the chunk
+        self._tail_size = 0
+        self._between = self._new_between = b""  # two texts
+        self._growth = 0
+        self.events = 0
+        self.end = 0
+        self.is_learnt = False
+        self._template: ByteTemplate | None = None
+        self._usages: list[bytes] = []  # events with a usage, the newest last
+        self._counts: list[bytes] = []  # of the newest
+        self._events_when_new = 0  # passed when the template last changed
+        self._lessons = 0
+        self._events_before = 0  # passed before the last lesson
+
+    # Learning
+
+    @property
+    def wants_lesson(self) -> bool:
+        """Another event may be learnt from: there were few so far, or the last one paid."""
+        if self._lessons < FIRST_LESSONS:
+            return True
+        return self.events - self._events_before >= WORTH_A_LESSON
+
+    def learn_from(
+        self, event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
+    ) -> None:
+        """Pass events like this one from now on, of which the client gets what `edits` make of it.
+
+        Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
+        empty one; and `document`, which that says, has been learnt from.
+        """
+        self._lessons += 1
+        self._events_before = self._events_when_new = self.events
+        self._template, self.is_learnt, self._prefix_size = None, False, _NEVER
+        if len(event) > MAX_SPECIMEN_BYTES or not _is_content(document):
+            return
+        values = _find_values(event, payload_at)
+        if values is None or len(values) > MAX_VALUES:
+            return
+        template = ByteTemplate(event, values, edits)
+        passed: list[bytes] = []
+        # Nothing is taken for granted.
+        if template.kinds and template.learn_from(event, 0) == len(event):
+            template.put_together(passed)
+            if b"".join(passed) == apply_edits(event, edits):
+                self._template, self.is_learnt = template, True
+                self._take_shape(template)
+
+    def _take_shape(self, template: ByteTemplate) -> None:
+        """Have events with one or two texts, and nothing else that differs, compared at once."""
+        self._prefix_size = _NEVER
+        holes, literals, news = len(template.kinds), template.literals, template.new_literals
+        if template.kinds not in _SHAPES:
+            return
+        growth = sum(map(len, news)) - sum(map(len, literals))
+        if growth >= _LARGEST:
+            return
+        self._growth = growth
+        self._prefix, self._new_prefix = literals[0], news[0]
+        self._prefix_size, self._tail_size = len(literals[0]), len(literals[-1])
+        self._tail, self._new_tail = literals[-1] + b"\r\n", news[-1] + b"\r\n"
+        is_pair = holes == 2
+        self._between, self._new_between = (literals[1], news[1]) if is_pair else (b"", b"")
+
+    # Passing on
+
+    def open(self, sink: Sink, body: ResponseBody) -> None:
+        """Write chunks to `sink`; `body` holds what its next bytes follow at once."""
+        self._sink, self._body = sink, body
+
+    def flush(self) -> None:
+        self._body.flush()
+
+    def take(self, data: bytes) -> bytes:
+        """Pass on whole chunks of one event each, framed anew, as far as they match.
+
+        `data` begins with a chunk's size line. The path of nearly every event of a stream: one
+        function for framing, scan and framing anew, since each call more is felt (bench/micro).
+        Compares slices: compiled, a slice costs a third of `find` or `startswith` at an offset.
+        """
+        end = len(data) - 2
+        if end > 5 and data[4] == _LF:
+            start = 5
+        elif end > 5 and data[3] == _LF:
+            start = 4
+        else:
+            start = 0  # a longer or shorter size line, and not a whole chunk: left to `_take_many`
+        size = end - start
+        at, tail = start + self._prefix_size, end - self._tail_size
+        if (
+            at > tail
+            or size >= _LARGEST
+            or data[start:at] != self._prefix
+            or data[tail:] != self._tail
+            or data[:start] != SIZE_LINES[size]
+        ):
+            return self._take_many(data)
+        text = data[at:tail]
+        between = self._between
+        if between:
+            # It begins with the quote that ends the text. Another one would be no text then.
+            text, found, other = text.partition(between)
+            if not found or not (other.isalnum() or is_text(other)):
+                return self._take_many(data)
+        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+            if not text or not is_text(text):
+                return self._take_many(data)
+        size += self._growth
+        self.events += 1
+        sink = self._sink
+        sink.framed_bytes += size
+        line = SIZE_LINES[size]
+        if between:
+            parts = (line, self._new_prefix, text, self._new_between, other, self._new_tail)
+            sink.write(b"".join(parts))
+        else:
+            sink.write(b"".join((line, self._new_prefix, text, self._new_tail)))
+        return b""
+
+    def _take_many(self, data: bytes) -> bytes:
+        """Pass on as many chunks as match: one chunk for all of them."""
+        parts: list[bytes] = []
+        at = 0
+        while True:
+            start, end = whole_chunk(data, at)
+            if not end or not self._pass(data, start, end, parts):
+                break
+            at = end + 2
+        if not at:
+            return data
+        passed, rest = b"".join(parts), data[at:]
+        self._sink.framed_bytes += len(passed)
+        chunk = b"".join((size_line(len(passed)), passed, b"\r\n"))
+        if rest:
+            self._body.hold(chunk)
+        else:
+            self._sink.write(chunk)
+        return rest
+
+    def pass_events(self, data: bytes, at: int) -> bytes | None:
+        """Return whole events of a payload from `at` on, as far as they match; None without one."""
+        if not self.is_learnt:
+            return None
+        parts: list[bytes] = []
+        self.end = at
+        while self._pass(data, self.end, 0, parts):
+            pass
+        return b"".join(parts) if parts else None
+
+    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+        """Add to `parts` what the client gets of the event at `start`, if it matches.
+
+        It has to end at `end`, unless that is 0.
+        """
+        template = self._template
+        if template is None:
+            return False
+        matched = template.match(data, start)
+        if not matched:
+            # What differs from one event to the next will go on to; else it may stay for a while.
+            widen = self.events == self._events_when_new
+            matched = template.learn_from(data, start, widen=widen)
+            if not matched:
+                return False
+            self._events_when_new = self.events + 1
+            self._take_shape(template)
+        if end and matched != end:
+            return False
+        if not _has_text(template):  # some may count as content, others not
+            return False
+        if COUNT in template.kinds and not self._keep_usage(data[start:matched], template):
+            return False
+        template.put_together(parts)
+        self.events += 1
+        self.end = matched
+        return True
+
+    # Usage
+
+    def _keep_usage(self, event: bytes, template: ByteTemplate) -> bool:
+        """Keep the event for `take_usages`; False if it is too long, or too many wait."""
+        if len(event) > MAX_SPECIMEN_BYTES:
+            return False
+        kinds, values = template.kinds, template.values
+        counts = [values[slot] for slot in range(len(kinds)) if kinds[slot] == COUNT]
+        if self._usages and not _are_less(counts, self._counts):
+            self._usages[-1] = event
+        elif len(self._usages) < MAX_USAGES:
+            self._usages.append(event)
+        else:
+            return False
+        self._counts = counts
+        return True
+
+    def take_usages(self) -> list[bytes]:
+        """Return the events, in order, whose usages make up that of all that was passed.
+
+        Of events whose counts only grow that is the last one.
+        """
+        usages, self._usages = self._usages, []
+        return usages
+
+
+def _are_less(counts: list[bytes], known: list[bytes]) -> bool:
+    """Whether any of the counts is less than it was; or others were told."""
+    if len(counts) != len(known):
+        return True
+    for slot in range(len(counts)):
+        new, old = counts[slot], known[slot]
+        if len(new) < len(old) or (len(new) == len(old) and new < old):
+            return True
+    return False
+
+
+def _has_text(template: ByteTemplate) -> bool:
+    """Whether any text is not empty in what was matched last."""
+    for slot, kind in enumerate(template.kinds):
+        if kind == TEXT and template.values[slot]:
+            return True
+    return False
+
+
+def _is_content(document: dict[str, Any]) -> bool:
+    """Whether an event has content and nothing else to say but a usage, whose last one counts.
+
+    What was said of the latter before is not forgotten by it: it says how long the answer is.
+    """
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not content_of(document)[1]:
+        return False
+    if any([not isinstance(each, dict) or each.get("finish_reason") for each in choices]):
+        return False
+    usage = document.get("usage")
+    if isinstance(usage, dict):
+        completion = usage.get("completion_tokens")
+        return type(completion) is int and completion > 0
+    return usage is None and read_usage(document) is None
+
+
+# Where in an event a value stands. Of what is in OTHER none may differ.
+_OUTSIDE: Final = 0
+_TOP: Final = 1
+_CHOICES: Final = 2
+_CHOICE: Final = 3
+_DELTA: Final = 4
+_LOGPROBS: Final = 5
+_USAGE: Final = 6
+_OTHER: Final = 7
+_INSIDE: Final = {
+    (_TOP, b"choices"): _CHOICES,
+    (_TOP, b"usage"): _USAGE,
+    (_CHOICE, b"delta"): _DELTA,
+    (_CHOICE, b"logprobs"): _LOGPROBS,
+}
+# Members of the event from which the scanner learns something.
+_READ: Final = frozenset(
+    (b"model", b"object", b"type", b"error", b"base_resp", b"x_groq", b"timings")
+)
+_NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
+
+
+def _find_values(event: bytes, at: int) -> list[Value] | None:
+    """Where in an event values stand that may differ; None if its names may be others than seem.
+
+    The event has been parsed, from `at` on.
+    """
+    values: list[Value] = []
+    outer: list[int] = []
+    where, name, size = _OUTSIDE, b"", len(event)
+    # By hand: it is compiled, and a stream's first events have to be cheap, too.
+    while at < size:
+        byte, start = event[at], at
+        at += 1
+        if byte == _QUOTE:
+            start += 1
+            at = value_end(event, start, TEXT) + 1
+            if _is_colon_next(event, at):
+                name = event[start : at - 1]
+                if _BACKSLASH in name:
+                    return None
+            elif _may_differ(where, name):
+                kind = TEXT if where == _DELTA else STRING
+                values.append((start, at - 1, kind, kind == TEXT and at - 1 > start))
+        elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
+            outer.append(where)
+            where = _inside(where, name, byte)
+            if byte == _OPENING_BRACKET and where == _LOGPROBS:
+                end = value_end(event, at, NUMBERS)
+                if at < end and event[end] == _CLOSING_BRACKET:
+                    values.append((at, end, NUMBERS, False))
+                    at = end
+        elif byte == _CLOSING_BRACE or byte == _CLOSING_BRACKET:
+            where = outer.pop()
+        elif byte == _MINUS or _ZERO <= byte <= _NINE:
+            at = value_end(event, start, NUMBER)
+            if at < 0:
+                return None
+            if _may_differ(where, name):
+                kind = COUNT if where == _USAGE and b"cost" not in name else NUMBER
+                if kind == NUMBER or value_end(event, start, COUNT) == at:
+                    values.append((start, at, kind, False))
+    return values
+
+
+def _is_colon_next(event: bytes, at: int) -> bool:
+    while event[at] == _SPACE:
+        at += 1
+    return event[at] == _COLON
+
+
+def _inside(where: int, name: bytes, bracket: int) -> int:
+    """Where the values stand that are within an object or array of this name."""
+    if where == _OUTSIDE:
+        return _TOP
+    if where == _CHOICES:
+        return _CHOICE if bracket == _OPENING_BRACE else _OTHER
+    return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
+
+
+def _may_differ(where: int, name: bytes) -> bool:
+    if where == _TOP:
+        return name not in _READ
+    if where == _DELTA:
+        return name not in _NO_CONTENT
+    return where == _LOGPROBS or where == _USAGE or (where == _CHOICE and name == b"index")
