@@ -81,6 +81,7 @@ def bench_settings(options: argparse.Namespace) -> dict[str, Any]:
     """What the mock upstream reads of the body (mock_upstream.Settings)."""
     names = (
         "events event_bytes pace first_delay events_per_write block_bytes answer_bytes logprobs"
+        " plain_events"
     ).split()
     settings = {name: getattr(options, name) for name in names}
     if options.upstream_fault:
@@ -591,13 +592,14 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=float, default=120.0, help="seconds that an answer may take (120)")
     add("--plain", action="store_true", help="not the bench's mock: send no `bench`, parse events")
     add("--events", type=int, default=64, help="mock: content events of a stream (64)")
-    add("--event-bytes", type=int, default=200, help="mock: size of an event (200, at least 236)")
+    add("--event-bytes", type=int, default=200, help="mock: size of an event (200, at least 352)")
     add("--pace", type=float, default=0.02, help="mock: seconds between writes (0.02)")
     add("--first-delay", type=float, default=0.0, help="mock: seconds to the first content (0)")
     add("--events-per-write", type=int, default=1, help="mock: events in a chunk (1)")
     add("--block-bytes", type=int, default=65_536, help="mock: sent at once without a pace (65536)")
     add("--answer-bytes", type=int, default=200, help="mock: text of a plain answer (200)")
     add("--logprobs", action="store_true", help="mock: events with logprobs")
+    add("--plain-events", action="store_true", help="mock: without what OpenAI adds to events")
     add("--upstream-fault", default="", help="mock: status:N stall cut reset error slow-head:S")
     add("--mock-url", help="of the mock, to tell how late it was")
     add("--server-pid", type=int, action="append", default=[], help="whose CPU is told; repeatable")

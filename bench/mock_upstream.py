@@ -2,10 +2,10 @@
 
     python -m bench.mock_upstream --port 9100     prints {"port":9100} once it listens
 
-A request's `bench` object says how it is answered (`Settings`). The text of each content event
-carries its number and CLOCK_MONOTONIC in ns, read just before the write, so that it comes through
-gateways that write events anew: `~000012@0000004766123456789~`. One timer drives all streams; how
-late their writes were is told by GET /bench/stats, with ?reset=1 to begin anew.
+A request's `bench` object says how it is answered (mock_answers.py's `Settings`). The text of each
+content event carries its number and CLOCK_MONOTONIC in ns, read just before the write, so that it
+comes through gateways that write events anew: `~000012@0000004766123456789~`. One timer drives all
+streams; how late their writes were is told by GET /bench/stats, with ?reset=1 to begin anew.
 """
 
 from __future__ import annotations
@@ -25,281 +25,38 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from enum import Enum
+from dataclasses import replace
+from email.utils import formatdate
 from functools import lru_cache
 from time import monotonic_ns
-from typing import Any, cast
+from typing import cast
 
 import orjson
 import uvloop
 
 from .histogram import Histogram
-
-MODEL = "bench-1-2025"  # not the slug, so that a gateway has a name to replace
+from .mock_answers import (
+    COUNT,
+    CREATED,
+    DATE,
+    ID,
+    JSON_HEAD,
+    MODEL,
+    PLAIN_STREAM_HEAD,
+    STAMP,
+    STREAM_HEAD,
+    Ending,
+    Script,
+    SettingsError,
+    choose_padding,
+    error_script,
+    make_script,
+    parse_settings,
+)
 
 TICK_NS = 1_000_000  # writes are due on whole ms
 MAX_HEAD_BYTES = 65_536
-MAX_STREAM_BYTES = 256_000_000  # all of a stream is prebuilt
 BLOCKED_NS = 5 * TICK_NS  # until a reader that did not keep up is looked at again
-
-# Same length as what replaces them, so chunk sizes are prebuilt; bytes that no JSON has are found
-# fastest.
-_ID = b"\x01" * 8
-_STAMP = b"\x02" * 19
-
-
-class SettingsError(ValueError):
-    """The `bench` object is wrong; the message says where."""
-
-
-class Fault(Enum):
-    """What goes wrong. With `:K`, after K content events (bytes of a body); else no answer."""
-
-    NONE = ""
-    STATUS = "status"  # an error with this status, e.g. status:503
-    STALL = "stall"  # silence until the client leaves
-    CUT = "cut"  # the connection ends in good order, the answer does not
-    RESET = "reset"  # the connection is reset
-    ERROR = "error"  # an event that tells of an error, and a good end
-    SLOW_HEAD = "slow-head"  # seconds before the answer's head, e.g. slow-head:1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a request is answered. Times in seconds; sizes of a stream and of a plain answer."""
-
-    events: int = 64  # with content; role, finish, usage and [DONE] come on top
-    event_bytes: int = 200  # of one of them with `data: ` and empty line; at least what it needs
-    pace: float = 0.0  # between writes, in whole ms
-    first_delay: float = 0.0  # until the first content
-    events_per_write: int = 1
-    block_bytes: int = (
-        65_536  # that a stream without a pace hands over at once; 0: each write alone
-    )
-    answer_bytes: int = 200  # text of an answer that is not streamed
-    logprobs: bool = False
-    fault: str = ""
-
-    @property
-    def fault_kind(self) -> Fault:
-        return Fault(self.fault.partition(":")[0])
-
-    @property
-    def fault_value(self) -> float | None:
-        _, colon, value = self.fault.partition(":")
-        return float(value) if colon else None
-
-
-def parse_settings(value: Any) -> Settings:
-    """Check a request's `bench` object; None means the defaults. Raises SettingsError."""
-    if not isinstance(value, dict | None):
-        raise SettingsError("expected bench to be an object, got another type")
-    known = {field.name: type(field.default) for field in fields(Settings)}
-    for name, given in (value or {}).items():
-        expected = known.get(name)
-        if expected is None:
-            raise SettingsError(f"expected bench to have {', '.join(known)}, got another name")
-        if type(given) is not expected and not (expected is float and type(given) is int):
-            raise SettingsError(f"expected bench.{name} to be {expected.__name__}, got another")
-    settings = Settings(**(value or {}))
-    _check_ranges(settings)
-    return settings
-
-
-def _check_ranges(settings: Settings) -> None:
-    if not 1 <= settings.events <= 999_999 or settings.events_per_write < 1:
-        raise SettingsError("expected 1 to 999,999 events and one or more a write, got others")
-    size = max(settings.event_bytes, 300) * settings.events
-    if size > MAX_STREAM_BYTES or not 1 <= settings.answer_bytes <= MAX_STREAM_BYTES:
-        raise SettingsError(f"expected answers of at most {MAX_STREAM_BYTES} bytes, got more")
-    if not (0 <= settings.pace <= 3600 and 0 <= settings.first_delay <= 3600):
-        raise SettingsError("expected a pace and a first delay of 0 to 3600 s, got others")
-    try:
-        kind, value = settings.fault_kind, settings.fault_value
-    except ValueError:
-        names = ", ".join(each.value for each in Fault if each is not Fault.NONE)
-        raise SettingsError(f"expected a fault of {names}, with or without :number") from None
-    if kind in (Fault.STATUS, Fault.SLOW_HEAD) and value is None:
-        raise SettingsError(f"expected a number after {kind.value}:, got none")
-    if value is not None and not 0 <= value < 1e6:
-        raise SettingsError("expected a fault's number from 0 on, got another")
-    if kind is Fault.STATUS and value is not None and not 400 <= value <= 599:
-        raise SettingsError("expected a status of 400 to 599 after status:, got another")
-
-
-# Answers as bytes
-
-
-class Ending(Enum):
-    """What follows the last write."""
-
-    NEXT = "next"  # the connection is ready for another request
-    STALL = "stall"
-    CUT = "cut"
-    RESET = "reset"
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """An answer, ready but for identifier and stamps. Times in ns.
-
-    `head` goes out after `head_delay`, `writes` from `first_delay` on, one each `pace`; without a
-    pace each is a block of many events. `events` counts the content events of each write.
-    """
-
-    head: bytes
-    writes: tuple[bytes, ...]
-    events: tuple[int, ...]
-    head_delay: int = 0
-    first_delay: int = 0
-    pace: int = 0
-    ending: Ending = Ending.NEXT
-
-
-_STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
-    b"Cache-Control: no-cache\r\nopenai-processing-ms: 12\r\nx-request-id: req_%b\r\n"
-    b"Transfer-Encoding: chunked\r\n\r\n"
-) % _ID
-_JSON_HEAD = (
-    b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\n"
-    b"openai-processing-ms: 12\r\nx-request-id: req_%b\r\nContent-Length: %d\r\n\r\n"
-)
-_EVENT = (
-    b'data: {"id":"chatcmpl-%b","object":"chat.completion.chunk","created":1709000000,'
-    b'"model":"%b","choices":[%%b]%%b}\n\n'
-) % (_ID, MODEL.encode())
-_CHOICE = b'{"index":0,"delta":{%b},"logprobs":%b,"finish_reason":%b}'
-_LOGPROBS = (
-    b'{"content":[{"token":" the","logprob":-0.0214,"bytes":[32,116,104,101],'
-    b'"top_logprobs":[]}],"refusal":null}'
-)
-_FILLER = b" the quick brown fox jumps over the lazy dog and on"
-_USAGE = (
-    b'{"prompt_tokens":9,"completion_tokens":%d,"total_tokens":%d,'
-    b'"prompt_tokens_details":{"cached_tokens":0}}'
-)
-_PLAIN = (
-    b'{"id":"chatcmpl-%b","object":"chat.completion","created":1709000000,"model":"%b",'
-    b'"choices":[{"index":0,"message":{"role":"assistant","content":"%%b","refusal":null},'
-    b'"logprobs":null,"finish_reason":"stop"}],"usage":%%b}'
-) % (_ID, MODEL.encode())
-_LAST_CHUNK = b"0\r\n\r\n"
-_ERROR = {"message": "the bench asked for this", "type": "server_error", "param": None}
-
-
-@lru_cache(maxsize=64)
-def make_script(settings: Settings, is_stream: bool, include_usage: bool) -> Script:
-    """The answer to a request; the same object for the same settings."""
-    kind, value = settings.fault_kind, settings.fault_value
-    if kind is Fault.STATUS and value is not None:
-        return error_script(int(value), _ERROR["message"] or "")
-    if kind is Fault.SLOW_HEAD and value is not None:
-        script = make_script(replace(settings, fault=""), is_stream, include_usage)
-        return replace(script, head_delay=round(value * 1e9))
-    if value is None and kind not in (Fault.NONE, Fault.ERROR):
-        return Script(b"", (), (), ending=Ending[kind.name])
-    return _stream(settings, include_usage) if is_stream else _plain(settings)
-
-
-def error_script(status: int, message: str) -> Script:
-    """A refusal in OpenAI's form."""
-    body = orjson.dumps({"error": {**_ERROR, "message": message, "code": f"bench_{status}"}})
-    head = _JSON_HEAD % (status, b"Refused", _ID, len(body))
-    return Script(head, (body,), (0,))
-
-
-def _plain(settings: Settings) -> Script:
-    text = _filler(settings.answer_bytes)
-    body = _PLAIN % (text, _USAGE % (settings.events, settings.events + 9))
-    head, ending = _JSON_HEAD % (200, b"OK", _ID, len(body)), Ending.NEXT
-    if settings.fault_kind is not Fault.NONE:
-        body, ending = body[: int(settings.fault_value or 0)], _ending(settings)
-    return Script(head, (body,), (0,), first_delay=round(settings.first_delay * 1e9), ending=ending)
-
-
-def _stream(settings: Settings, include_usage: bool) -> Script:
-    usage = b',"usage":null' if include_usage else b""
-    count = settings.events
-    if settings.fault_kind is not Fault.NONE:
-        count = min(count, int(settings.fault_value or 0))
-    sizes = [
-        min(settings.events_per_write, count - start)
-        for start in range(0, count, settings.events_per_write)
-    ]
-    writes, number = [], 0
-    for size in sizes:
-        events = (_content_event(number + at, settings, usage) for at in range(size))
-        writes.append(_chunk(b"".join(events)))
-        number += size
-    opening = _choice_event(b'"role":"assistant","content":"","refusal":null', b"null", usage)
-    writes[:1] = [_chunk(opening) + b"".join(writes[:1])]
-    writes[-1] += _end_of_stream(settings, include_usage, usage)
-    sizes = sizes or [0]
-    if settings.pace == 0:
-        writes, sizes = _join(writes, sizes, settings.block_bytes)
-    return Script(
-        _STREAM_HEAD,
-        tuple(writes),
-        tuple(sizes),
-        first_delay=round(settings.first_delay * 1e9),
-        pace=round(settings.pace * 1e9),
-        ending=_ending(settings),
-    )
-
-
-def _ending(settings: Settings) -> Ending:
-    return Ending.__members__.get(settings.fault_kind.name, Ending.NEXT)
-
-
-def _end_of_stream(settings: Settings, include_usage: bool, usage: bytes) -> bytes:
-    """What comes with the last content, as model servers send it."""
-    if settings.fault_kind is Fault.ERROR:
-        return _chunk(b"data: %b\n\n" % orjson.dumps({"error": _ERROR})) + _LAST_CHUNK
-    if settings.fault_kind is not Fault.NONE:
-        return b""
-    end = _chunk(_choice_event(b"", b'"stop"', usage))
-    if include_usage:
-        counted = _USAGE % (settings.events, settings.events + 9)
-        end += _chunk(_EVENT % (b"", b',"usage":' + counted))
-    return end + _chunk(b"data: [DONE]\n\n") + _LAST_CHUNK
-
-
-def _content_event(number: int, settings: Settings, usage: bytes) -> bytes:
-    logprobs = _LOGPROBS if settings.logprobs else b"null"
-    text = b"~%06d@%b~" % (number, _STAMP)
-    bare = _choice_event(b'"content":"%b"' % text, b"null", usage, logprobs)
-    text += _filler(settings.event_bytes - len(bare))
-    return _choice_event(b'"content":"%b"' % text, b"null", usage, logprobs)
-
-
-def _choice_event(delta: bytes, finish: bytes, usage: bytes, logprobs: bytes = b"null") -> bytes:
-    return _EVENT % (_CHOICE % (delta, logprobs, finish), usage)
-
-
-def _filler(size: int) -> bytes:
-    return (_FILLER * (max(size, 0) // len(_FILLER) + 1))[: max(size, 0)]
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def _join(
-    writes: Sequence[bytes], sizes: Sequence[int], limit: int
-) -> tuple[list[bytes], list[int]]:
-    """Put neighbours together up to a block's size: nobody waits between them."""
-    blocks, counts, size = [[writes[0]]], [sizes[0]], len(writes[0])
-    for write, count in zip(writes[1:], sizes[1:], strict=True):
-        if size + len(write) > limit:
-            blocks.append([])
-            counts.append(0)
-            size = 0
-        blocks[-1].append(write)
-        counts[-1] += count
-        size += len(write)
-    return [b"".join(block) for block in blocks], counts
 
 
 # The shell: one timer, and connections that are asked when something is due
@@ -403,6 +160,7 @@ class Connection(asyncio.Protocol):
         self._length = 0
         self._script: Script | None = None
         self._id = b""
+        self._created = b""
         self._next = -1
         self._due = 0
         self._is_counted = False  # as an open stream
@@ -463,9 +221,10 @@ class Connection(asyncio.Protocol):
         self._stats.requests += 1
         self._script = script = self._choose(method, path, head, body)
         self._id = b"%08x" % (next(_NUMBERS) & 0xFFFFFFFF)
+        self._created = b"%010d" % time.time()
         self._next = -1
         self._due = monotonic_ns() + script.head_delay
-        self._is_counted = script.head is _STREAM_HEAD
+        self._is_counted = script.head in (STREAM_HEAD, PLAIN_STREAM_HEAD)
         self._stats.streams_open += self._is_counted
         if _CLOSE.search(head) and script.ending is Ending.NEXT:
             self._script = script = _closing(script)
@@ -489,12 +248,13 @@ class Connection(asyncio.Protocol):
             return error_script(400, str(exc))
         options = request.get("stream_options") or {}
         include_usage = bool(options.get("include_usage"))
-        return make_script(settings, request.get("stream") is True, include_usage)
+        padding = choose_padding(settings, self._stats.requests)
+        return make_script(settings, request.get("stream") is True, include_usage, padding)
 
     def _answer_stats(self, query: bytes, is_closing: bool) -> None:
         assert self._transport is not None, "a request was read from it just now"
         body = self._stats.serialize()
-        self._transport.write(_JSON_HEAD % (200, b"OK", b"stats", len(body)) + body)
+        self._transport.write(JSON_HEAD % (200, b"OK", b"stats", len(body)) + body)
         if query == b"reset=1":
             self._stats.reset()
         if is_closing:
@@ -510,7 +270,7 @@ class Connection(asyncio.Protocol):
                 self._due = _next_tick(self._due + script.first_delay)
             if script.first_delay or not script.writes:
                 if script.head:
-                    self._send(script.head)
+                    self._send(self._fill_head(script.head))
                 if script.writes:
                     self._wheel.schedule(self, self._due)
                     return
@@ -537,7 +297,7 @@ class Connection(asyncio.Protocol):
         at = self._next
         data = script.writes[at]
         if at == 0 and not script.first_delay:
-            data = script.head + data
+            data = self._fill_head(script.head) + data
         self._next += 1
         now = self._send(data)
         stats = self._stats
@@ -545,15 +305,20 @@ class Connection(asyncio.Protocol):
         if script.pace or at == 0:
             stats.late_ns.record(now - self._due)
 
+    def _fill_head(self, template: bytes) -> bytes:
+        """The head with what it alone has: a date and counts that change."""
+        date = formatdate(int(self._created), usegmt=True).encode()
+        return template.replace(DATE, date).replace(COUNT, b"%d" % (100 + int(self._id, 16) % 900))
+
     def _send(self, template: bytes) -> int:
-        """Fill in identifier and stamps, write at once; returns the stamp.
+        """Fill in identifier, second and stamps, write at once; returns the stamp.
 
         The loop would gather writes until the end of its turn, long after the stamp when many
         streams are due: so the kernel is asked first, and the loop gets what it does not take.
         """
-        data = template.replace(_ID, self._id)
+        data = template.replace(ID, self._id).replace(CREATED, self._created)
         now = monotonic_ns()
-        data = data.replace(_STAMP, b"%019d" % now)
+        data = data.replace(STAMP, b"%019d" % now)
         transport = self._transport
         if transport is None or transport.is_closing():
             return now
@@ -601,7 +366,7 @@ def _closing(script: Script) -> Script:
 def _models() -> Script:
     models = [{"id": MODEL, "object": "model", "created": 1709000000, "owned_by": "bench"}]
     body = orjson.dumps({"object": "list", "data": models})
-    return Script(_JSON_HEAD % (200, b"OK", _ID, len(body)), (body,), (0,))
+    return Script(JSON_HEAD % (200, b"OK", ID, len(body)), (body,), (0,))
 
 
 _MODELS = _models()

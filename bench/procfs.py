@@ -6,6 +6,7 @@ A process that has ended counts with what was last seen of it.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +21,7 @@ class ProcessTree:
     def __init__(self, pids: Iterable[int]) -> None:
         self._roots = tuple(pids)
         self._cpu: dict[int, float] = {}
+        self._roles: dict[int, str] = {}
         for pid in self._roots:
             if not Path(f"/proc/{pid}/stat").exists():
                 raise ProcessLookupError(f"expected a running process, got {pid}, which is none")
@@ -34,6 +36,17 @@ class ProcessTree:
             with suppress(OSError):
                 self._cpu[pid] = _cpu_seconds(pid)
         return sum(self._cpu.values())
+
+    def cpu_by_role(self) -> dict[str, float]:
+        """The same by what a process does, as its command line says, processes that ended too."""
+        for pid in self.pids():
+            self._roles[pid] = _role(pid)  # anew: a child is its parent's copy until it executes
+        self.cpu_seconds()
+        roles: dict[str, float] = {}
+        for pid, seconds in self._cpu.items():
+            role = self._roles.get(pid, "other")
+            roles[role] = roles.get(role, 0.0) + seconds
+        return roles
 
     def reset_peak(self) -> None:
         """Start the peak anew where the kernel lets us (proc(5), clear_refs)."""
@@ -72,6 +85,18 @@ def _descendants(pid: int) -> Iterator[int]:
             with suppress(OSError):
                 for child in (task / "children").read_text().split():
                     yield from _descendants(int(child))
+
+
+_ROLE = re.compile(rb"(?:hoberproxy\.|nginx: )?(worker|writer)(?:[ _]process)?")
+
+
+def _role(pid: int) -> str:
+    """What a process does: a worker's or a writer's work, or "main", which starts these."""
+    with suppress(OSError):
+        for argument in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            if found := _ROLE.fullmatch(argument):
+                return found[1].decode()
+    return "main"
 
 
 def _cpu_seconds(pid: int) -> float:

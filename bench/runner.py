@@ -12,14 +12,16 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
+from .c_upstream import c_upstream, find_compiler
 from .certificates import Certificates
 from .machine import Cores
+from .mock_answers import Settings
 from .peers import MODEL, PROXIES, Peer, Wiring, create_key
 from .processes import (
     StartError,
@@ -31,7 +33,8 @@ from .processes import (
     wait_listening,
 )
 from .procfs import ProcessTree, core_seconds
-from .scenarios import DIRECT, MEASURES, PROXY_WITH_LOG, Scenario, Variant
+from .saturate import find_wrk, wrk_options
+from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, ROLES, Scenario, Variant
 
 PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
 STEADY_PATIENCE = 60.0
@@ -114,6 +117,25 @@ def upstream(folder: Path, cores: Cores, certificates: Certificates | None) -> I
         yield Upstream(port, certificates.ca_file if certificates else None)
 
 
+@contextmanager
+def fast_upstream(folder: Path, cores: Cores, variant: Variant) -> Iterator[Upstream]:
+    """Start the upstream in C; all its streams are as `variant` has them."""
+    traffic = variant.traffic
+    settings = Settings(block_bytes=0, plain_events=traffic.plain_events)
+    if traffic.events and traffic.event_bytes:
+        settings = replace(settings, events=traffic.events, event_bytes=traffic.event_bytes)
+    with c_upstream(folder, cores.upstream, settings) as port:
+        yield Upstream(port)
+
+
+def lacking(scenario: Scenario) -> str:
+    """Name what this machine lacks for a scenario; empty if nothing is lacking."""
+    if not scenario.is_saturating:
+        return ""
+    needed = {"wrk (Debian: wrk)": find_wrk(), "a C compiler (Debian: gcc)": find_compiler()}
+    return " and ".join(name for name, program in needed.items() if program is None)
+
+
 class Runner:
     """Runs of one scenario's targets against one mock upstream. `folder` is for all that is made.
 
@@ -139,9 +161,7 @@ class Runner:
 
     def __enter__(self) -> Runner:
         with ExitStack() as stack:  # what was started ends, should the rest fail
-            self._upstream = stack.enter_context(
-                upstream(self._folder, self._cores, self._certificates)
-            )
+            self._upstream = stack.enter_context(self._make_upstream())
             if self._scenario.dead_first:
                 self._dead_port = stack.enter_context(dead_port())
             self._make_key()
@@ -164,6 +184,11 @@ class Runner:
             result.values = _read_values(self._scenario, variant, result)
             result.warnings = list(_doubts(result))
         return result
+
+    def _make_upstream(self) -> AbstractContextManager[Upstream]:
+        if self._scenario.is_saturating:
+            return fast_upstream(self._folder, self._cores, self._scenario.variants[-1])
+        return upstream(self._folder, self._cores, self._certificates)
 
     # One run
 
@@ -225,6 +250,8 @@ class Runner:
         target = ["--url", url, "--model", MODEL]
         measured = [] if server.pid is None else ["--server-pid", str(server.pid)]
         own = ["--cpu", str(self._cores.load), "--json", str(output)]
+        if self._scenario.is_saturating:
+            return own_module("saturate", *target, *measured, *own, *wrk_options(variant.traffic))
         own += ["--mock-url", self._upstream.url]
         return own_module("load", *target, *measured, *own, *variant.traffic.options())
 
@@ -303,6 +330,8 @@ def _failures(run: Run, variant: Variant) -> str:
 def _read_values(scenario: Scenario, variant: Variant, run: Run) -> dict[str, float]:
     """The scenario's measures, as far as this target has them."""
     values = {name: MEASURES[name].read(run.load) for name in scenario.measures}
+    if run.target not in (PROXY, PROXY_WITH_LOG):  # of whose processes we do not ask which is which
+        values = {name: value for name, value in values.items() if name not in ROLES}
     if run.target == DIRECT:
         values = {name: value for name, value in values.items() if not name.startswith("cpu")}
     if run.steady:
@@ -318,6 +347,7 @@ def _doubts(run: Run) -> Iterator[str]:
     """Reasons to take the run's figures with care."""
     if doubts := run.load["generator"]["reasons"]:
         yield f"{' and '.join(doubts)}: delays are its own too, CPU figures hold"
+    yield from run.load.get("warnings", ())
     if run.around.get("others_share", 0.0) > BUSY_SHARE:
         yield f"others had {run.around['others_share']:.0%} of the server's core"
     late = ((run.load.get("upstream") or {}).get("late_us") or {}).get("p99")

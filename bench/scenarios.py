@@ -22,17 +22,19 @@ class Traffic:
     """What the load generator is asked for; None leaves an option out. Times in seconds."""
 
     connections: int
-    requests: int  # in all, after the warm-up
+    requests: int = 0  # in all, after the warm-up
     warmup: int = 0  # requests before, which are not counted
     stream: bool = False
     events: int | None = None  # of a stream
-    event_bytes: int | None = None  # the mock's are at least 236
+    event_bytes: int | None = None  # the mock's are at least 352, plain ones 236
     pace: float | None = None  # between the events of a stream
     block_bytes: int | None = None  # that the mock hands over at once without a pace; 0: each alone
     prompt_bytes: int | None = None
     ramp: float | None = None  # over which the connections start
     new_connection: bool = False
     read_rate: int | None = None  # bytes per second and connection
+    duration: float | None = None  # in which requests are begun, where their number is not given
+    plain_events: bool = False  # answers without what OpenAI adds: as older results were measured
 
     def options(self) -> list[str]:
         """As arguments of `bench.load`."""
@@ -41,7 +43,7 @@ class Traffic:
             option = f"--{name.replace('_', '-')}"
             if value is True:
                 arguments.append(option)
-            elif value is not None and value is not False:
+            elif value is not None and value is not False and (name, value) != ("requests", 0):
                 arguments += (option, f"{value:g}" if isinstance(value, float) else str(value))
         return arguments
 
@@ -51,7 +53,11 @@ class Traffic:
         rounds = -(-(self.requests + self.warmup) // self.connections)
         pace = (self.events or 0) * (self.pace or 0.0)
         size = (self.events or 0) * 300  # bytes of an event, or somewhat less
-        return (self.ramp or 0.0) + rounds * max(pace, size / (self.read_rate or 10**9))
+        return (
+            (self.duration or 0.0)
+            + (self.ramp or 0.0)
+            + rounds * max(pace, size / (self.read_rate or 10**9))
+        )
 
 
 class Kind(Enum):
@@ -101,6 +107,7 @@ class Scenario:
     tls: bool = False  # the upstream speaks https
     dead_first: bool = False  # the first of two endpoints refuses connections
     slope: tuple[str, str] | None = None
+    is_saturating: bool = False  # wrk and an upstream in C keep the server's core full
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +136,15 @@ MEASURES = {
     "event_p50": Measure("event delay p50", "µs", ("event_delay_us", "p50")),
     "event_p99": Measure("event delay p99", "µs", ("event_delay_us", "p99")),
     "total_p50": Measure("whole answer p50", "ms", ("total_ms", "p50")),
+    "total_p99": Measure("whole answer p99", "ms", ("total_ms", "p99")),
+    "requests_second": Measure("requests per second", "1/s", ("requests_per_second",)),
+    "cpu_main": Measure("CPU per request, main process", "µs", ("server", "by_role", "main")),
+    "cpu_worker": Measure("CPU per request, workers", "µs", ("server", "by_role", "worker")),
+    "cpu_writer": Measure("CPU per request, writer", "µs", ("server", "by_role", "writer")),
     "stream_memory": Measure("memory per stream", "KB"),
 }
+
+ROLES = ("cpu_main", "cpu_worker", "cpu_writer")  # measures by what a process does
 
 SMALL = Traffic(connections=32, requests=20_000, warmup=1_000)
 PACED = Traffic(
@@ -146,6 +160,8 @@ PACED = Traffic(
 BURST = Traffic(
     connections=50, requests=3_000, warmup=200, stream=True, events=64, event_bytes=240, pace=0.0
 )
+
+SATURATING = Traffic(connections=32, duration=5.0)
 
 MANY_EVENTS = 5_000  # a second, over however many streams
 MANY_STEADY = 8.0
@@ -284,6 +300,30 @@ SCENARIOS = (
         (Bar("cpu_event", Kind.RATIO, 1.3),),
         tls=True,
     ),
+    Scenario(
+        "saturation",
+        "what a request costs, and how long it takes, while the server's core is full",
+        (
+            Variant("json, prompt of 30 bytes", replace(SATURATING, prompt_bytes=30)),
+            Variant("json, prompt of 1 KB", replace(SATURATING, prompt_bytes=1_000)),
+            Variant(
+                "burst, prompt of 30 bytes",
+                replace(SATURATING, prompt_bytes=30, stream=True, events=64, event_bytes=240),
+            ),
+            Variant(
+                "burst, prompt of 1 KB",
+                replace(SATURATING, prompt_bytes=1_000, stream=True, events=64, event_bytes=240),
+            ),
+        ),
+        (
+            "cpu_request",
+            *ROLES,
+            "requests_second",
+            "total_p50",
+            "total_p99",
+        ),
+        is_saturating=True,
+    ),
 )
 
 
@@ -295,6 +335,7 @@ def shortened(variant: Variant) -> Variant:
         traffic,
         connections=connections,
         requests=min(traffic.requests, (1 if variant.steady else 2) * connections),
+        duration=traffic.duration and 1.0,
         warmup=min(traffic.warmup, 2),
         events=traffic.events and (150 if variant.steady else min(traffic.events, 8)),
         pace=traffic.pace and 0.01,

@@ -31,7 +31,7 @@ from .peers import PEERS, PROXIES, Peer
 from .processes import StartError
 from .ratios import Table, judge, summarize
 from .report import print_report
-from .runner import Run, Runner, Target
+from .runner import Run, Runner, Target, lacking
 from .scenarios import DIRECT, SCENARIOS, Scenario, Variant, limited, shortened
 
 
@@ -166,7 +166,12 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     report = describe_run(options, cores, missing)
     os.sched_setaffinity(0, {cores.load})  # only the server under test is on its core
     versions = {each.name: each.peer.version(each.program) for each in targets if each.peer}
-    parts = [measure(each, targets, options, cores, most) for each in chosen(options)]
+    parts = []
+    for scenario in chosen(options):
+        if lack := lacking(scenario):
+            print(f"{scenario.name} is left out: expected {lack}, got none", file=sys.stderr)
+        else:
+            parts.append(measure(scenario, targets, options, cores, most))
     return report | {
         "peers": versions,
         "warnings": warn(report["machine"], cores, options.quick),
@@ -178,10 +183,16 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def chosen(options: argparse.Namespace) -> list[Scenario]:
     """The scenarios named, in the order of the table, shortened for a quick run."""
     return [
-        replace(each, variants=tuple(map(shortened, each.variants))) if options.quick else each
+        replace(each, variants=tuple(_adapted(variant, options) for variant in each.variants))
         for each in SCENARIOS
         if each.name in options.scenario
     ]
+
+
+def _adapted(variant: Variant, options: argparse.Namespace) -> Variant:
+    if options.plain_events:
+        variant = replace(variant, traffic=replace(variant.traffic, plain_events=True))
+    return shortened(variant) if options.quick else variant
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -199,6 +210,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         help=f"some of {', '.join(names)} (all)",
     )
     add("--rounds", type=int, default=4, help="of each target (4)")
+    add(
+        "--plain-events",
+        action="store_true",
+        help="answers without what OpenAI adds and changes, to compare with results of before",
+    )
     add("--quick", action="store_true", help="a few seconds, to see that it works")
     add(
         "--peers",

@@ -7,7 +7,8 @@ usage() {
 usage: deploy/install.sh [--dry-run] [--python PYTHON] [--wheel FILE]
        deploy/install.sh [--dry-run] --uninstall [--purge]
 
-  --wheel FILE     install this wheel instead of one built from the checkout
+  --wheel FILE     install this wheel instead of one built from the checkout, which is compiled
+                   where gcc and Python's headers are
   --python PYTHON  make the environment with this Python, 3.11 or newer (python3)
   --uninstall      stop the service and remove the program; config, keys and records stay
   --purge          with --uninstall: remove those and the user too
@@ -20,6 +21,7 @@ END
 }
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+CHECKOUT=$(dirname "$HERE")
 PREFIX=/opt/hoberproxy
 ETC=/etc/hoberproxy
 STATE=/var/lib/hoberproxy
@@ -96,37 +98,52 @@ check_root() {
 # The program: each version in a folder of its own, so that processes that still answer with the
 # old one keep their files; one link says which is the one to start.
 
-find_wheel() {
+# Named by what it is made of, so that the same again is not built again.
+name_release() {
+    local made_of version
     if [ -n "$wheel" ]; then
         [ -f "$wheel" ] || fail "no such wheel: $wheel"
-        return
+        version=$(basename "$wheel" | cut -d - -f 2)
+        made_of=$(sha256sum <"$wheel")
+    else
+        [ -f "$CHECKOUT/pyproject.toml" ] || fail "no checkout here; name a wheel with --wheel"
+        build=$("$python" "$CHECKOUT/hatch_build.py") || fail "that cannot be built here"
+        version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$CHECKOUT/hoberproxy/__init__.py")
+        made_of=$("$python" -VV && echo "${build%%:*}" && hash_sources)
     fi
-    [ -f "$HERE/../pyproject.toml" ] || fail "no checkout here; name a wheel with --wheel"
-    say "building a wheel from the checkout"
+    name=$version-$(sha256sum <<<"$made_of" | cut -c 1-12)
+    release=$PREFIX/releases/$name
+}
+
+hash_sources() {
+    cd "$CHECKOUT"
+    find hatch_build.py pyproject.toml README.md CHANGELOG.md LICENSE hoberproxy bench -type f \
+        ! -path '*/__pycache__/*' -exec sha256sum {} + | sort
+}
+
+build_wheel() {
+    if [ "$build" = compiled ]; then
+        say "building it from the checkout, compiled: that takes about two minutes and 1 GB of memory"
+    else
+        say "building it from the checkout, $build"
+    fi
     if [ -n "$dry_run" ]; then
-        wheel=hoberproxy-VERSION-py3-none-any.whl
+        wheel=hoberproxy-VERSION.whl
         return
     fi
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     run "$python" -m venv "$work/venv"
     run "$work/venv/bin/pip" --disable-pip-version-check wheel --quiet --no-deps \
-        --wheel-dir "$work" "$HERE/.."
+        --wheel-dir "$work" "$CHECKOUT"
     wheel=$(echo "$work"/hoberproxy-*.whl)
 }
 
 install_program() {
-    local name version
-    version=$(basename "$wheel" | cut -d - -f 2)
-    if [ -f "$wheel" ]; then
-        name=$version-$(sha256sum "$wheel" | cut -c 1-12)
-    else
-        name=$version-HASH
-    fi
-    release=$PREFIX/releases/$name
     if [ -f "$release/.complete" ] && "$release/bin/hoberproxy" version >/dev/null 2>&1; then
         say "$name is installed"
     else
+        [ -n "$wheel" ] || build_wheel
         say "installing $name"
         run rm -rf "$release"
         run mkdir -p "$PREFIX/releases" "$PREFIX/bin"
@@ -246,6 +263,8 @@ remove_all() {
 
 is_new_program=
 is_new_unit=
+build=
+name=
 release=
 parse_arguments "$@"
 if [ -n "$uninstall" ]; then
@@ -253,7 +272,7 @@ if [ -n "$uninstall" ]; then
     remove_all
 else
     check_machine
-    find_wheel
+    name_release
     install_program
     install_files
     take_over

@@ -6,6 +6,7 @@ Under the names of OpenRouter's API, which clients know. The store is read on a 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,8 +15,8 @@ import orjson
 from aiohttp import web
 
 from .access import ANONYMOUS, Caller
+from .context import ServerContext
 from .errors import AccessError, RequestError, UnavailableError
-from .gateway import Gateway, unix_time
 from .limits import (
     DAY_REQUESTS,
     MINUTE_REQUESTS,
@@ -27,8 +28,8 @@ from .limits import (
 )
 from .origin import is_local_host
 from .record import CLIENT_CLOSED, Record
+from .sqlite_store import open_store
 from .store import KeyUsage, Store, StoreError
-from .stores import open_store
 
 T = TypeVar("T")
 
@@ -41,8 +42,8 @@ BUSY_TIMEOUT = 1.0
 class AccountPages:
     """The two handlers, for every prefix of the API. `aclose` ends their thread."""
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
         self._store: Store | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-reader")
 
@@ -85,12 +86,12 @@ class AccountPages:
         usage = await self._read(lambda store: store.sum_key(caller.key_id))
         counters = None
         if caller.limits is not None:
-            counters = self._gateway.accounts.counters(caller, unix_time())
+            counters = self._context.accounts.counters(caller, time.time())
         return _json({"data": key_document(caller, usage, counters)})
 
     def _authenticate(self, request: web.Request) -> Caller:
-        if self._gateway.config.keys.required:
-            return self._gateway.keyring.authenticate_head(_Fields(request), unix_time())
+        if self._context.config.keys.required:
+            return self._context.keyring.authenticate_head(_Fields(request), time.time())
         if not is_local_host(request.headers.get("Host", "").encode("latin-1", "replace")):
             raise AccessError(
                 "this proxy runs without keys and answers only under an address or the name of "
@@ -113,7 +114,7 @@ class AccountPages:
 
     def _open(self) -> Store:
         if self._store is None:
-            path = self._gateway.config.records.file
+            path = self._context.config.records.file
             self._store = open_store(path, busy_timeout=BUSY_TIMEOUT)
         return self._store
 

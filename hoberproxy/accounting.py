@@ -1,40 +1,35 @@
 """A request's account: may it begin, what is held for it, what it used and cost in the end.
 
-Brings together who knows: the limits, the journal and the ledger, and what was learnt of an
-endpoint's answers. The exchange calls `enter` where a request's body is still to come, `open`
-before its first attempt, `seal` before the last byte of the answer goes out, and `close` at the
-end, however it came.
+Brings together who knows: the limits, the journal, and what was learnt of an endpoint's answers.
+The exchange calls `enter` where a request's body is still to come, `open` before its first attempt,
+`seal` before the last byte of the answer goes out, and `close` at the end, however it came.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
 from typing import Final
 
+import orjson
+
 from .access import Caller
-from .catalog import NO_ADAPTATION, Adaptation, Endpoint
-from .config import KeySettings
+from .catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from .counting import TokenCounter
-from .errors import AccessError
 from .estimates import Estimates
 from .health import Key
-from .ledger import Ledger
+from .journal import Journal
 from .limits import Demand, Lease
-from .prices import Prices
 from .record import Record
-from .request import Call, Terms
+from .request import CHOICES, MAXIMA, Call, Terms, output_limits
 from .routing import Plan
 from .tallies import Limiter
-from .upstream_body import adapted_output
 from .usage import Usage
 
 logger = logging.getLogger("hoberproxy.upstream")
 
 MAX_SILENT = 256  # endpoints that the log names: behind wildcards, clients name them
 MAX_PLANS = 256  # whose offers are remembered
-ASSUMED_OUTPUT: Final = KeySettings().assumed_output
 _NO_DEMAND: Final = Demand(0, 0, True)
 
 
@@ -55,12 +50,9 @@ class _Offer:
 class Accounts:
     """One per process; to be used on the loop's thread."""
 
-    def __init__(
-        self, ledger: Ledger, limiter: Limiter, assumed_output: int = ASSUMED_OUTPUT
-    ) -> None:
-        """`assumed_output`: tokens of an answer that neither request nor endpoint limits."""
-        self._ledger = ledger
-        self._journal = ledger.journal
+    def __init__(self, journal: Journal, limiter: Limiter, assumed_output: int) -> None:
+        """Assume `assumed_output` tokens of an answer that neither request nor endpoint limits."""
+        self._journal = journal
         self._limiter = limiter
         self._estimates = Estimates()
         self._assumed_output = assumed_output
@@ -117,7 +109,7 @@ class Accounts:
         for offer in self._offers_of(plan):
             length, choices = terms.max_output, terms.choices
             if offer.adaptation is not NO_ADAPTATION:
-                length, choices = adapted_output(terms, offer.adaptation)
+                length, choices = _adapted_output(terms, offer.adaptation)
             if length is None:
                 is_bounded, length = False, offer.longest
             answer = length * choices
@@ -197,7 +189,7 @@ class Accounts:
         record.estimated = usage.is_estimated
         if prices is not None:
             record.price = prices.text
-            record.cost = prices.cost(usage)
+            record.cost = cost_of(usage, prices)
 
     def _note_silent(self, endpoint: Endpoint) -> None:
         """Say once of an endpoint that a whole answer of its came without usage."""
@@ -218,8 +210,9 @@ class Accounts:
         self._journal.seal(record)
 
     def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
-        """Hand the record over, and settle what was held."""
-        self._ledger.put(record)
+        """Seal the record unless it is, and settle what was held."""
+        if not record.is_sealed:
+            self._journal.seal(record)
         if lease is None:
             return
         if not lease.is_reserved:
@@ -246,8 +239,8 @@ class Accounts:
         settled_tokens, settled_cost = _used(record)
 
         def amend(prompt: int, completion: int) -> None:
-            cost = prices.cost(Usage(prompt, completion)) if prices is not None else None
-            self._ledger.amend(name, prompt, completion, cost)
+            cost = prices.cost(prompt, completion) if prices is not None else None
+            self._journal.amend([name, prompt, completion, cost])
             if lease is not None:
                 more_tokens = prompt + completion - settled_tokens
                 self._limiter.amend(
@@ -257,7 +250,7 @@ class Accounts:
         self._counter.count(body, answer, amend)
 
     def shut(self) -> None:
-        """The last request has ended; before the ledger's closing."""
+        """Count no more tokens: the last request has ended, and the journal ends next."""
         if self._counter is not None:
             self._counter.close()
 
@@ -270,24 +263,43 @@ class Accounts:
         return self._limiter.lines(caller, now)
 
 
+def _adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, int]:
+    """Return the tokens that one answer may take, None for no limit, and the number of answers.
+
+    They are those of the body that goes upstream: `adaptation` may take a maximum out of what the
+    client's `terms` say, or put one in.
+    """
+    sizes, maxima = dict(terms.sizes), set(MAXIMA)
+    for old, new in adaptation.rename:
+        size = sizes.pop(old, None)
+        if size is not None and new not in terms.given:
+            sizes[new] = size
+            if old in maxima:
+                maxima.add(new)
+    for name in adaptation.drop:
+        sizes.pop(name, None)
+    for name, value in adaptation.set:
+        if name in maxima or name in CHOICES:
+            ours: object = orjson.loads(value)
+            if type(ours) is int:
+                # An endpoint may refuse ours, and then gets the client's: the larger is held.
+                sizes[name] = max(ours, sizes.get(name, 0))
+            else:
+                sizes.pop(name, None)
+    return output_limits(sizes.items(), maxima)
+
+
+def cost_of(usage: Usage, prices: Prices) -> int:
+    """Return the picodollars of `usage` at `prices`."""
+    return prices.cost(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+        usage.reasoning_tokens,
+        usage.cache_write_tokens,
+    )
+
+
 def _used(record: Record) -> tuple[int, int]:
     """Tokens and picodollars."""
     return record.prompt_tokens + record.completion_tokens, record.cost or 0
-
-
-def permitted(plan: Plan, caller: Caller) -> Plan:
-    """The plan without the models that the key may not use. AccessError if nothing is left."""
-    if not caller.models:
-        return plan
-    steps = tuple(step for step in plan.steps if caller.may_use(step.slug))
-    if not steps:
-        slugs = ", ".join(dict.fromkeys(step.slug for step in plan.steps))
-        raise AccessError(
-            f"expected a model out of {', '.join(caller.models)} with this key, got {slugs[:256]}; "
-            "ask for another model, or use another key",
-            code="model_not_allowed",
-            status=403,
-            type="permission_error",
-            param="model",
-        )
-    return replace(plan, steps=steps)

@@ -1,7 +1,7 @@
-"""What an endpoint can do and how bodies are changed for it, read from a table of the config.
+"""Read abilities and adaptation of a provider or an endpoint from its table in the config.
 
-Providers and endpoints have the same settings here: what is said nearer to the endpoint wins, name
-by name. What the changes do to a body is in upstream_body.py.
+Both have the same settings; an endpoint's win over its provider's, name by name. upstream_body.py
+applies an adaptation to a body.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
-from .catalog import ROLES, Abilities, Adaptation, Refusal
+from .catalog import Abilities, Adaptation
 from .extensions import is_extension
+from .request import ROLES
 from .tables import Table, nearest, shown
+from .values import InvalidValue
 
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-# Members that the proxy answers for, each with the reason it is not to be changed.
+# Members that no rule may change, each with the reason.
 _UNTOUCHED = {
     "model": "the endpoint's model names it",
-    "models": "it is the router's and never goes upstream",
-    "messages": "it is the prompt, of which roles alone can be changed, by roles",
-    "stream": "the answer is read as the client asked for it",
-    "provider": "it is the router's and never goes upstream",
-    "usage": "it is read here and never goes upstream",
+    "models": "the router reads it and it never goes upstream",
+    "messages": "it is the prompt, of which only roles can be changed, by roles",
+    "stream": "the proxy reads the answer as the client requested it",
+    "provider": "the router reads it and it never goes upstream",
+    "usage": "the proxy reads it and it never goes upstream",
     "stream_options": "the provider's stream_options says whether it is sent",
 }
 
 
 def read_abilities(table: Table, default: Abilities) -> Abilities:
+    """Return the abilities in `table`, and those of `default` for what it leaves out."""
     own = Abilities(
         tools=table.boolean("tools", None),
         json_mode=table.boolean("json_mode", None),
@@ -39,7 +42,7 @@ def read_abilities(table: Table, default: Abilities) -> Abilities:
     )
     parameters = frozenset(table.strings("parameters", _parse_name))
     accepts = frozenset(table.strings("accepts", _parse_extension))
-    # An empty list says that it supports none.
+    # An empty list says that the endpoint supports none.
     if "parameters" in table.values:
         own = replace(own, parameters=parameters)
     if "accepts" in table.values:
@@ -48,6 +51,7 @@ def read_abilities(table: Table, default: Abilities) -> Abilities:
 
 
 def read_adaptation(table: Table, default: Adaptation) -> Adaptation:
+    """Return the rules in `table`, and those of `default` for the members it leaves out."""
     renames, values, roles = (table.table(name) for name in ("rename", "set", "roles"))
     own = Adaptation(
         rename=_read_renames(renames),
@@ -77,8 +81,8 @@ def _read_values(table: Table) -> tuple[tuple[str, bytes], ...]:
             continue
         try:
             values.append((name, _json_text(value).encode()))
-        except Refusal as refusal:
-            table.note(name, refusal)
+        except InvalidValue as error:
+            table.note(name, error)
     return tuple(values)
 
 
@@ -88,8 +92,8 @@ def _read_roles(table: Table) -> tuple[tuple[str, str], ...]:
         new = table.parse(old, None, _parse_role)
         try:
             _parse_role(old)
-        except Refusal as refusal:
-            table.note(old, refusal)
+        except InvalidValue as error:
+            table.note(old, error)
             continue
         if new is not None:
             pairs.append((old, new))
@@ -99,13 +103,13 @@ def _read_roles(table: Table) -> tuple[tuple[str, str], ...]:
 def _is_member(table: Table, name: str) -> bool:
     try:
         _parse_member(name)
-    except Refusal as refusal:
-        table.note(name, refusal)
+    except InvalidValue as error:
+        table.note(name, error)
         return False
     return True
 
 
-# What the rules may not say together
+# Rules that contradict each other
 
 
 def _check_renames(table: Table, pairs: tuple[tuple[str, str], ...]) -> None:
@@ -113,10 +117,10 @@ def _check_renames(table: Table, pairs: tuple[tuple[str, str], ...]) -> None:
     for old, new in pairs:
         if new in olds and new != old:
             got = f'"{new}", which is renamed itself'
-            table.note(old, Refusal("a name that stays", got, "rename each member once"))
+            table.note(old, InvalidValue("a name that stays", got, "rename each member once"))
         elif new in news:
             got = f'"{new}" for a second member'
-            table.note(old, Refusal("a name of its own", got, "take one of them out"))
+            table.note(old, InvalidValue("a name of its own", got, "take one of them out"))
         news.add(new)
 
 
@@ -124,11 +128,13 @@ def _check_rules(table: Table, values: Table, own: Adaptation) -> None:
     renamed = {name for pair in own.rename for name in pair}
     for name in sorted(own.drop & renamed):
         got = f'"{name}", which is in rename'
-        table.note("drop", Refusal("members without another rule", got, "take one of them out"))
+        table.note(
+            "drop", InvalidValue("members without another rule", got, "take one of them out")
+        )
     for name, _ in own.set:
         if name in own.drop or name in renamed:
             got = f"one that is in {'drop' if name in own.drop else 'rename'}"
-            values.note(name, Refusal("a member without another rule", got, "take one out"))
+            values.note(name, InvalidValue("a member without another rule", got, "take one out"))
 
 
 # Texts and values
@@ -136,34 +142,34 @@ def _check_rules(table: Table, values: Table, own: Adaptation) -> None:
 
 def _parse_name(name: str) -> str:
     if not _MEMBER.fullmatch(name):
-        raise Refusal("a member's name", "something else", 'write it like "max_tokens"')
+        raise InvalidValue("a member's name", "something else", 'write it like "max_tokens"')
     return name
 
 
 def _parse_extension(text: str) -> str:
     if not is_extension(text):
         advice = 'write it like "tool_choice=any", "max_tokens=-1" or "content=null"'
-        raise Refusal("a member and a value beyond the usual ones", "something else", advice)
+        raise InvalidValue("a member and a value beyond the usual ones", "something else", advice)
     return text
 
 
 def _parse_member(name: str) -> str:
-    """The name of a member that may be changed. Raises Refusal."""
-    # In any case of letters: a body never holds a second spelling of a parameter.
+    """Return `name` if it is a member that a rule may change. Raises InvalidValue."""
+    # Compared in lower case: a body never holds a second spelling of a parameter.
     reason = _UNTOUCHED.get(_parse_name(name).lower())
     if reason is not None:
-        raise Refusal("another member", f'"{name}"', f"take it out: {reason}")
+        raise InvalidValue("another member", f'"{name}"', f"take it out: {reason}")
     return name
 
 
 def _parse_role(role: str) -> str:
     if role not in ROLES:
-        raise Refusal("a role of the API", "another name", nearest(role, sorted(ROLES)))
+        raise InvalidValue("a role of the API", "another name", nearest(role, sorted(ROLES)))
     return role
 
 
 def _json_text(value: Any) -> str:
-    """A TOML value as JSON, numbers with the digits they were written with. Raises Refusal."""
+    """Serialize a TOML value as JSON, numbers with their own digits. Raises InvalidValue."""
     if isinstance(value, dict):
         return f"{{{','.join(f'{json.dumps(k)}:{_json_text(v)}' for k, v in value.items())}}}"
     if isinstance(value, list):
@@ -172,7 +178,7 @@ def _json_text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, int | Decimal):
         return _number_text(value)
-    raise Refusal("a value that JSON has", shown(value), "write it as a string")
+    raise InvalidValue("a value that JSON has", shown(value), "write it as a string")
 
 
 def _number_text(value: int | Decimal) -> str:
@@ -181,4 +187,4 @@ def _number_text(value: int | Decimal) -> str:
         return str(value)
     if isinstance(value, Decimal) and value.is_finite() and math.isfinite(float(value)):
         return str(value)
-    raise Refusal("a number of 64 bits", shown(value), "write a smaller one, or a string")
+    raise InvalidValue("a number of 64 bits", shown(value), "write a smaller one, or a string")

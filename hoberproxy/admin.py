@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from .channel import Message, parse_message, read_first_message, serialize_message
-from .config import Config
+from .settings import Config
 
 logger = logging.getLogger("hoberproxy.server")
 

@@ -1,43 +1,45 @@
-"""Whether there is room: streams in all, bytes of bodies, connections or requests of one address.
-
-A connection counts for the address it comes from. One of a trusted proxy counts for nobody; each
-chat request on it counts, while it runs, for the address that the proxy names.
-"""
+"""Bounds of one process, or of all together: streams, bytes of request bodies, connections."""
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
+from mmap import mmap
 from operator import attrgetter
 from typing import Any, Final, Protocol
 
-from .config import ServerSettings
 from .errors import UnavailableError
-from .tally import Tally
+from .settings import ServerSettings
 
 logger = logging.getLogger("hoberproxy.server")
 
 RETRY_AFTER: Final = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
-NO_GROUP: Final = -1
-# A look at all connections is paid for by so many new ones: one part of so many of their number.
+# All connections are searched once for every 64th part of them that is new.
 LOOK_SHARE: Final = 64
 WARN_INTERVAL: Final = 10.0  # seconds
-ROOM_SHARE: Final = 8  # of what waits, one part of so many is closed at a time
+ROOM_SHARE: Final = 8  # an eighth of the waiting connections is closed at a time
 _WAITING_SINCE: Final = attrgetter("waiting_since")
-MEMORY_SHARE: Final = 4  # one part of so many of the machine's memory is for bodies
-DEFAULT_BODY_MEMORY: Final = 512 * 1024 * 1024  # where the machine does not say how much it has
+MEMORY_SHARE: Final = 4  # a quarter of the machine's memory is for bodies
+DEFAULT_BODY_MEMORY: Final = 512 * 1024 * 1024  # if the machine does not say how much it has
+# Processes that share streams and limits: a reload or an upgrade has twice as many as workers.
+MAX_PROCESSES: Final = 128
+MAX_WORKERS: Final = MAX_PROCESSES // 2
+# An integer for each process, and the number of those in use.
+STREAM_COUNTS_BYTES: Final = 8 * (MAX_PROCESSES + 1)
 
 
 class BodyMemory:
-    """What one process holds of request bodies, at most `limit` bytes of them."""
+    """The bytes of request bodies that one process holds, at most `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
 
     def hold(self, more: int) -> None:
-        """So many bytes more. Raises UnavailableError where they are too many, and holds none."""
+        """Hold `more` bytes, or release some where it is negative.
+
+        Raises UnavailableError where they are too many, and then holds none of them.
+        """
         held = self.held + more
         if more > 0 and held > self.limit:
             raise UnavailableError(
@@ -47,13 +49,9 @@ class BodyMemory:
             )
         self.held = held
 
-    def release(self, count: int) -> None:
-        """So many bytes less."""
-        self.held -= count
-
 
 class Connection(Protocol):
-    """The part of a client's connection that is looked at."""
+    """A client's connection, which waits for a request, or for the rest of a head, or does not."""
 
     @property
     def is_waiting(self) -> bool: ...
@@ -65,22 +63,22 @@ class Connection(Protocol):
 
 
 class ConnectionRoom:
-    """What is done when more than `limit` clients are connected to one process.
+    """Makes room for new connections when more than `limit` clients are connected to a process.
 
-    Without files left the system would close new connections without a word, and no model server
+    Without a free descriptor the system would drop new connections silently, and no model server
     could be reached.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._newcomers = 0  # since the last look at all
-        self._closed = 0  # since the log said so
+        self._newcomers = 0  # since the last search
+        self._closed = 0  # since the last line of the log
         self._warned_at = -math.inf  # loop time
 
     def make(self, connections: set[Any], newcomer: Connection, now: float) -> None:
-        """Close those of `connections` that have waited longest, and take them out of the set.
+        """Close those of `connections` that have waited longest, and remove them from the set.
 
-        Raises UnavailableError if there is nothing to close but the `newcomer`. `now` is loop time.
+        Raises UnavailableError if none but the `newcomer` waits. `now` is loop time.
         """
         waiting: list[Connection] = []
         self._newcomers += 1
@@ -113,97 +111,69 @@ class ConnectionRoom:
 
 
 def body_memory_limit(settings: ServerSettings, memory: int, workers: int) -> int:
-    """Bytes of bodies for one of `workers` processes on a machine with `memory` bytes (0: unknown).
+    """Return the bytes of bodies that one of `workers` processes may hold, at least one body's.
 
-    Never less than one body may have.
+    `memory` is that of the machine in bytes, 0 if it is not known.
     """
     all_workers = settings.max_body_memory or memory // MEMORY_SHARE or DEFAULT_BODY_MEMORY
     return max(all_workers // workers, settings.max_body_bytes)
 
 
-class Head(Protocol):
-    """The part of a request's head that is looked at."""
+# Streams
 
-    def get(self, name: bytes, /) -> bytes | None: ...
+
+class StreamCounts:
+    """The chat requests that run in each of several processes, in `memory` that all of them map.
+
+    Each process writes the integer of its own `slot` alone, so that nothing is locked, and reads
+    all; the supervisor clears that of a process that died.
+    """
+
+    def __init__(self, memory: mmap, slot: int) -> None:
+        self._counts = memoryview(memory).cast("q")
+        self._counts[MAX_PROCESSES] = max(self._counts[MAX_PROCESSES], slot + 1)
+        self.slot = slot
+
+    def set_own(self, count: int) -> None:
+        """Note that `count` requests run in this process."""
+        self._counts[self.slot] = count
+
+    def total(self) -> int:
+        """Return how many requests run in all processes."""
+        return sum(self._counts[: self._counts[MAX_PROCESSES]])
+
+    def clear(self, slot: int) -> None:
+        """Forget the requests of the process that had `slot`."""
+        self._counts[slot] = 0
 
 
 class Admission:
-    """One per process. Without limits nothing is counted. `tally` is None in a single process
-    that limits no addresses."""
+    """Admits up to `max_streams` chat requests at a time, 0 for any number.
 
-    def __init__(self, settings: ServerSettings, tally: Tally | None = None) -> None:
-        self._tally = tally
-        self._streams = settings.max_streams
-        self._connections = settings.max_connections_per_address if tally is not None else 0
-        self._trusted = [ipaddress.ip_network(text) for text in settings.trusted_proxies]
+    They are counted over all processes by `counts`; None stands for a single process.
+    """
 
-    # Connections
+    def __init__(self, max_streams: int, counts: StreamCounts | None = None) -> None:
+        self._max_streams = max_streams
+        self._counts = counts
 
-    def enter(self, address: str) -> int:
-        """A connection has come: the group to `leave` when it goes. Raises UnavailableError."""
-        if not self._connections or not address or self._is_trusted(address):
-            return NO_GROUP
-        return self._enter(address)
-
-    def leave(self, group: int) -> None:
-        """A connection or request has ended."""
-        if group != NO_GROUP and self._tally is not None:
-            self._tally.leave(group)
-
-    def _enter(self, address: str) -> int:
-        assert self._tally is not None
-        group = self._tally.group_of(address)
-        if self._tally.enter(group) > self._connections:
-            self._tally.leave(group)
+    def admit(self, streams: int) -> None:
+        """Admit a request as one of `streams` of this process, or raise UnavailableError."""
+        limit, counts = self._max_streams, self._counts
+        if not limit:
+            return
+        total = streams
+        if counts is not None:
+            counts.set_own(streams)
+            total = counts.total()
+        if total > limit:
             raise UnavailableError(
-                f"expected at most {self._connections} connections from one address, got more",
+                f"this proxy serves {limit} requests at a time; try again",
                 code="overloaded",
                 retry_after=RETRY_AFTER,
             )
-        return group
-
-    # Requests
-
-    def admit(self, head: Head, streams: int, group: int) -> int:
-        """A request has come, as one of `streams` of this process, on a connection of `group`.
-
-        Returns a group to `leave` at its end. Raises UnavailableError.
-        """
-        if self._streams:
-            total = streams if self._tally is None else self._tally.set_streams(streams)
-            if total > self._streams:
-                raise UnavailableError(
-                    f"this proxy serves {self._streams} requests at a time; try again",
-                    code="overloaded",
-                    retry_after=RETRY_AFTER,
-                )
-        if not self._connections or group != NO_GROUP:
-            return NO_GROUP
-        address = self._client_of(head.get(b"x-forwarded-for"))
-        return self._enter(address) if address else NO_GROUP
 
     def note_streams(self, streams: int) -> None:
-        """So many are left in this process."""
-        if self._tally is not None:
-            self._tally.set_own_streams(streams)
-
-    def _client_of(self, forwarded: bytes | None) -> str:
-        """The last address that no trusted proxy has: what stands before it anybody can write."""
-        for each in reversed((forwarded or b"").decode("latin-1").split(",")):
-            address = each.strip()
-            try:
-                ipaddress.ip_address(address)
-            except ValueError:
-                return ""
-            if not self._is_trusted(address):
-                return address
-        return ""
-
-    def _is_trusted(self, address: str) -> bool:
-        if not self._trusted:
-            return False
-        try:
-            parsed = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(parsed in network for network in self._trusted)
+        """Note that `streams` requests are left in this process."""
+        if self._counts is not None:
+            self._counts.set_own(streams)

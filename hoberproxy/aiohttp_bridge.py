@@ -10,7 +10,8 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from .http11 import BodyReader, FramingError, RequestHead
+from .http11_body import BodyReader, FramingError
+from .http11_head import RequestHead
 from .sink import Sink
 
 # What aiohttp sees of a head: what its handlers read, and the framing. It is stricter than we are

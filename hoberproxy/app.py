@@ -7,7 +7,6 @@ for a listener of its own.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -17,16 +16,41 @@ import orjson
 from aiohttp import web
 
 from .account_pages import AccountPages
-from .errors import ProxyError, RequestError, RouteError, UnavailableError, serialize_error
-from .gateway import Gateway
-from .memory import resident_bytes
-from .metrics import CONTENT_TYPE, Gauges
-from .model_lists import ModelsPage
+from .context import ServerContext
+from .errors import (
+    ProxyError,
+    RequestError,
+    RouteError,
+    UnavailableError,
+    retry_headers,
+    serialize_error,
+)
+from .exposition import CONTENT_TYPE
+from .http11_head import Headers
 from .origin import cors_headers
 
 logger = logging.getLogger("hoberproxy.server")
 
-GATEWAY: web.AppKey[Gateway] = web.AppKey("gateway", Gateway)
+
+class ModelsPage:
+    """The body of GET /v1/models, made anew only when something in it may have changed."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._made_of: tuple[object, object] | None = None
+        self._body = b""
+
+    def body(self) -> bytes:
+        """Return the list as JSON."""
+        catalog, listed = self._context.catalog, self._context.model_lists.listed
+        made_of = self._made_of
+        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
+            self._body = orjson.dumps({"object": "list", "data": catalog.listing(listed)})
+            self._made_of = catalog, listed
+        return self._body
+
+
+CONTEXT: web.AppKey[ServerContext] = web.AppKey("context", ServerContext)
 MODELS_PAGE: web.AppKey[ModelsPage] = web.AppKey("models_page", ModelsPage)
 PREFIXES = ("/v1", "", "/api/v1")
 _NOT_SERVED = frozenset(
@@ -46,13 +70,13 @@ _CORS_PREFLIGHT = {
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(gateway: Gateway) -> web.Application:
+def make_app(context: ServerContext) -> web.Application:
     """The application behind the door of every request that is no chat POST."""
     app = web.Application(middlewares=[_in_the_contracts_form])
-    app[GATEWAY] = gateway
-    app[MODELS_PAGE] = ModelsPage(gateway)
+    app[CONTEXT] = context
+    app[MODELS_PAGE] = ModelsPage(context)
     app.on_response_prepare.append(_finish_head)
-    pages = AccountPages(gateway)
+    pages = AccountPages(context)
     app.on_cleanup.append(pages.aclose)
     for prefix in PREFIXES:
         pages.add_to(app, prefix)
@@ -65,45 +89,22 @@ def make_app(gateway: Gateway) -> web.Application:
     return app
 
 
-def make_metrics_app(gateway: Gateway, count_connections: Callable[[], int]) -> web.Application:
-    """The application of the metrics listener."""
+def make_metrics_app(render: Callable[[], bytes]) -> web.Application:
+    """Make the application of the metrics listener."""
 
     async def show(request: web.Request) -> web.Response:
-        body = gateway.metrics.render(gauges_of(gateway, count_connections()))
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=render(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
     app.router.add_get("/metrics", show)
     return app
 
 
-def gauges_of(gateway: Gateway, connections: int) -> Gauges:
-    """What is so now."""
-    log = gateway.access_log
-    return Gauges(
-        streams_open=len(gateway.exchanges),
-        connections_open=connections,
-        upstream_connections={
-            name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-            for name, upstream in gateway.upstreams.items()
-        },
-        records_queued=gateway.ledger.depth,
-        records_lost=gateway.ledger.lost,
-        journal_lost=gateway.ledger.journal_lost,
-        journals_unreadable=gateway.ledger.unreadable,
-        log_lines_lost=log.lost if log is not None else 0,
-        resident_bytes=resident_bytes(),
-        body_bytes=gateway.bodies.held,
-    )
-
-
 # The paths
 
 
 async def _list_models(request: web.Request) -> web.Response:
-    wait = request.app[GATEWAY].wait_for_models
-    if wait is not None:
-        await wait()
+    await request.app[CONTEXT].model_lists.wait()
     body = request.app[MODELS_PAGE].body()
     return web.Response(body=body, content_type="application/json")
 
@@ -111,7 +112,7 @@ async def _list_models(request: web.Request) -> web.Response:
 async def _show_model(request: web.Request) -> web.Response:
     # A slug contains a slash, which clients send plain or as %2F.
     slug = unquote(request.match_info["slug"])
-    entry = request.app[GATEWAY].catalog.describe(slug)
+    entry = request.app[CONTEXT].catalog.describe(slug)
     if entry is None:
         raise RouteError(
             f"no model {slug[:128]!r} in the catalog; GET /v1/models lists what there is",
@@ -127,7 +128,7 @@ async def _health(request: web.Request) -> web.Response:
 
 async def _ready(request: web.Request) -> web.Response:
     # A worker that drains for its successor answers for a service that is ready.
-    if request.app[GATEWAY].is_stopping:
+    if request.app[CONTEXT].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
     return _json({"status": "ready"})
 
@@ -202,10 +203,8 @@ def _unknown_path(path: str) -> RequestError:
 def _refusal(request: web.Request, error: ProxyError) -> web.Response:
     body = serialize_error(error, numeric_code=request.path.startswith("/api/"))
     response = web.Response(status=error.status, body=body, content_type="application/json")
-    if error.retry_after is not None:
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after))
-        response.headers["Retry-After-Ms"] = str(math.ceil(error.retry_after * 1000))
-    elif error.status < 500:
+    response.headers.update(_decoded(retry_headers(error)))
+    if error.retry_after is None and error.status < 500:
         response.headers["X-Should-Retry"] = "false"
     return response
 
@@ -216,11 +215,11 @@ async def _finish_head(request: web.Request, response: web.StreamResponse) -> No
     The connection itself goes on under wire.py, which learns here whether it may.
     """
     del response.headers["Server"]
-    response.headers["X-Request-Id"] = request.app[GATEWAY].new_request_id()
+    response.headers["X-Request-Id"] = request.app[CONTEXT].new_request_id()
     response.headers.update(_cors(request))
     transport = request.transport
     if transport is not None and hasattr(transport, "wants_keep_alive"):
-        is_open = transport.wants_keep_alive and not request.app[GATEWAY].is_draining
+        is_open = transport.wants_keep_alive and not request.app[CONTEXT].is_draining
         transport.keep_alive = is_open  # type: ignore[attr-defined]
         if not is_open:
             response.headers["Connection"] = "close"
@@ -228,11 +227,14 @@ async def _finish_head(request: web.Request, response: web.StreamResponse) -> No
 
 
 def _cors(request: web.Request) -> dict[str, str]:
-    origins = request.app[GATEWAY].config.server.cors_origins
+    origins = request.app[CONTEXT].settings.cors_origins
     origin = request.headers.get("Origin")
     if not origins or origin is None:
         return {}
-    fields = cors_headers(origins, origin.encode("latin-1", "replace"))
+    return _decoded(cors_headers(origins, origin.encode("latin-1", "replace")))
+
+
+def _decoded(fields: Headers) -> dict[str, str]:
     return {name.decode(): value.decode("latin-1") for name, value in fields}
 
 

@@ -14,13 +14,15 @@ from .catalog import TimeLimits
 from .credentials import secrets_of
 from .downstream import ResponseBody
 from .errors import Phase, UpstreamError
-from .http11 import Parts, ResponseHead
+from .http11_body import Parts
+from .http11_head import ResponseHead
 from .lenient import dump_json
 from .native import mypyc_attr
 from .pool import Pool
 from .refusal import judge_document, parse_refusal, parse_retry_after
 from .relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
 from .request import Call
+from .request_handler import RequestHandler
 from .routing import Step
 from .stream import StreamScanner
 from .upstream import ChunkTaker, Loss, UpstreamConnection
@@ -54,8 +56,11 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
-class Owner:
-    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it."""
+class Owner(RequestHandler):
+    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it.
+
+    A request handler, for what is compiled derives from one class.
+    """
 
     @property
     def now(self) -> float:

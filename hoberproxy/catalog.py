@@ -1,19 +1,16 @@
 """Who serves which model: providers, models and endpoints as values, and the look-up by slug.
 
-The values come from the config file or from presets; how they are read is theirs. Here are also the
-rules both hold texts to (a URL, a key), which refuse without quoting what may be a secret.
+The values come from the config file or from presets. The rules for the texts in them (a URL, a key)
+are in values.py.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
-from typing import Any, ClassVar, Final, NamedTuple
-
-from .prices import Prices
+from typing import Any, ClassVar, Final
 
 # `created` of an entry that names none (the contract's example, February 2024): a fixed value keeps
 # GET /v1/models the same across restarts and workers.
@@ -21,22 +18,12 @@ DEFAULT_CREATED: Final = 1709000000
 MAX_SLUG_LENGTH: Final = 256
 ROUTING_SUFFIXES: Final = (":nitro", ":floor")  # of what clients ask for; no slug ends in one
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
-
-
-class Refusal(ValueError):
-    """One value is wrong: what was expected, what came (never a secret), what to do."""
-
-    def __init__(self, expected: str, got: str, advice: str) -> None:
-        super().__init__(f"expected {expected}, got {got}; {advice}")
-
-
-class ConfigError(Exception):
-    """All that is wrong with a config, each problem as "dotted.path: expected …, got …; do …"."""
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
+# A price has up to 12 decimals per million tokens: in attodollars (1e-18 USD) a token's is whole.
+_PER_TOKEN: Final = 10**12
+_PER_REQUEST: Final = 10**18
+_ATTO_IN_PICO: Final = 10**6
+_VISIBLE: Final = re.compile(r"[!-~]+")  # ASCII without spaces and controls
+_ALWAYS: Final = frozenset(("prompt", "completion"))  # prices that are told even if they are 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +145,90 @@ class Provider:
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """USD per million tokens, and per request; at most 12 decimals.
+
+    Where they are None, `cached` and `cache_write` input cost as `prompt` does, and `reasoning` as
+    `completion`.
+    """
+
+    prompt: Decimal = Decimal(0)
+    completion: Decimal = Decimal(0)
+    cached: Decimal | None = None
+    reasoning: Decimal | None = None
+    request: Decimal = Decimal(0)
+    cache_write: Decimal | None = None
+    text: str = field(init=False, repr=False, compare=False)  # of records: `prompt=0.14 …`
+    _rates: tuple[int, int, int, int, int, int] = field(init=False, repr=False, compare=False)
+    _most_rates: tuple[int, int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        cached = self.prompt if self.cached is None else self.cached
+        written = self.prompt if self.cache_write is None else self.cache_write
+        reasoning = self.completion if self.reasoning is None else self.reasoning
+        per_token = (self.prompt, cached, written, self.completion, reasoning)
+        rates = (
+            *(int(price * _PER_TOKEN) for price in per_token),
+            int(self.request * _PER_REQUEST),
+        )
+        named = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        given = {name: price for name, price in named.items() if price or name in _ALWAYS}
+        text = " ".join(f"{name}={price:f}" for name, price in given.items() if price is not None)
+        object.__setattr__(self, "text", text)
+        object.__setattr__(self, "_rates", rates)
+        most = (max(rates[:3]), max(rates[3:5]), rates[5])
+        object.__setattr__(self, "_most_rates", most)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no part of a request costs anything."""
+        return not any(self._rates)
+
+    def cost(
+        self,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int = 0,
+        reasoning_tokens: int = 0,
+        cache_write_tokens: int = 0,
+    ) -> int:
+        """Return the picodollars of one request, rounded half up.
+
+        `cached_tokens` and `cache_write_tokens` are parts of `prompt_tokens`, `reasoning_tokens`
+        are a part of `completion_tokens`.
+        """
+        prompt, cached, written, completion, reasoning, request = self._rates
+        # Upstreams that count the parts apart from the whole must not make it negative.
+        cached_tokens = min(cached_tokens, prompt_tokens)
+        cache_write_tokens = min(cache_write_tokens, prompt_tokens - cached_tokens)
+        reasoning_tokens = min(reasoning_tokens, completion_tokens)
+        atto = (
+            (prompt_tokens - cached_tokens - cache_write_tokens) * prompt
+            + cached_tokens * cached
+            + cache_write_tokens * written
+            + (completion_tokens - reasoning_tokens) * completion
+            + reasoning_tokens * reasoning
+            + request
+        )
+        return (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+
+    def most(self, prompt_tokens: int, answer_tokens: int) -> tuple[int, int]:
+        """Return the most picodollars that a prompt costs, and that an answer adds to them."""
+        prompt, answer, request = self._most_rates
+        atto = prompt_tokens * prompt + request
+        before = (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO
+        atto += answer_tokens * answer
+        # Rounded as a whole, like the cost: rounded each for itself, the parts could be less.
+        return before, (atto + _ATTO_IN_PICO // 2) // _ATTO_IN_PICO - before
+
+
+def parse_prices(text: str) -> Prices:
+    """Return the prices that wrote `text`. Raises ValueError or ArithmeticError for other texts."""
+    pairs = dict(part.split("=", 1) for part in text.split())
+    return Prices(**{name: Decimal(value) for name, value in pairs.items()})
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """A model at a provider, under the name it has there. None is "not known"."""
 
@@ -197,165 +268,13 @@ class Model:
         return self.slug.endswith("/*")
 
 
-# Texts to values
-
-_HOST: Final = r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))"
-_ADDRESS: Final = re.compile(_HOST + r":(?P<port>[0-9]{1,5})")
-_AUTHORITY: Final = re.compile(_HOST + r"(?::(?P<port>[0-9]{1,5}))?")
-_URL: Final = re.compile(
-    r"(?P<scheme>[^:/?#]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<rest>.*)"
-)
-_VISIBLE: Final = re.compile(r"[!-~]+")  # ASCII without spaces and controls
-_HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # token, RFC 9110 section 5.6.2
-_HEADER_VALUE: Final = re.compile(r"[!-~](?:[\t -~]*[!-~])?")
-
-_HOP_BY_HOP: Final = frozenset(
-    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
-    " transfer-encoding upgrade".split()
-)
-OWN_HEADERS: Final = _HOP_BY_HOP | frozenset(
-    "host authorization content-length content-type content-encoding accept accept-encoding"
-    " expect".split()
-)
-# What the contract keeps from upstreams (the client's key, cookies, organisation and address), and
-# the trace headers, which are passed on anyway.
-NOT_FORWARDED: Final = OWN_HEADERS | frozenset(
-    "cookie api-key x-api-key openai-organization openai-project forwarded via x-forwarded-for"
-    " x-forwarded-host x-forwarded-proto x-real-ip traceparent tracestate".split()
-)
-NOT_RETURNED: Final = _HOP_BY_HOP | frozenset(
-    "content-length content-type content-encoding set-cookie x-request-id".split()
-)
-
-
-class BaseUrl(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-
 def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
 def is_visible(text: str) -> bool:
-    """Not empty, and only ASCII characters that leave ink: safe in a header and in a log."""
+    """Return whether `text` is not empty and all visible ASCII: safe in a header and a log."""
     return _VISIBLE.fullmatch(text) is not None
-
-
-def parse_host_and_port(text: str) -> tuple[str, int]:
-    """host:port or [IPv6]:port. Raises Refusal."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None:
-        raise Refusal("host:port", "something else", 'write it like "127.0.0.1:8080"')
-    return _host_of(match), _port_of(match["port"])
-
-
-def parse_base_url(text: str) -> BaseUrl:
-    """A server's address up to and including the API's version. Raises Refusal."""
-    match = _URL.fullmatch(text)
-    if match is None or not is_visible(text):
-        raise Refusal("a URL", "something else", 'write it like "https://host/v1"')
-    scheme = match["scheme"].lower()
-    if scheme not in DEFAULT_PORTS:
-        raise Refusal("http:// or https://", "another scheme", "use one of them")
-    if match["rest"]:
-        raise Refusal("a URL without query or fragment", "one with it", "end it with the path")
-    path = match["path"].rstrip("/")
-    if path.endswith("/chat/completions"):
-        raise Refusal("the URL up to its version", "the path of a call", "end it before /chat")
-    return BaseUrl(scheme, *_authority_of(match["authority"], scheme), path)
-
-
-def parse_key(text: str) -> str:
-    """A provider's key; white space around it goes (files end in a newline). Raises Refusal."""
-    key = text.strip()
-    if not key:
-        raise Refusal("a key", "nothing", "put the provider's key there")
-    if not is_visible(key):
-        got = "a space, a line break or another character inside"
-        raise Refusal("one line of visible ASCII characters", got, "copy the key anew")
-    return key
-
-
-def header_name_parser(refused: frozenset[str]) -> Callable[[str], str]:
-    """A parser of header names, to lower case; it refuses those in `refused` and our own."""
-
-    def parse(text: str) -> str:
-        # Before lower(): the Kelvin sign becomes an ASCII k.
-        if not _HEADER_NAME.fullmatch(text):
-            raise Refusal("a header's name", "something else", "use letters, digits and hyphens")
-        name = text.lower()
-        if name in refused or name.startswith("x-hober-"):
-            raise Refusal("another header", f'"{name}"', "take it out: the proxy sees to this one")
-        return name
-
-    return parse
-
-
-def parse_header_value(text: str) -> str:
-    if not _HEADER_VALUE.fullmatch(text):
-        got = "an empty one, a line break or another character"
-        raise Refusal("one line of visible ASCII", got, "write it without")
-    return text
-
-
-def parse_slug(slug: str) -> str:
-    """A model's name for clients, or "prefix/*". Raises Refusal."""
-    stem = slug.removesuffix("/*")
-    if not is_visible(stem) or "*" in stem or len(slug) > MAX_SLUG_LENGTH:
-        expected = f'visible ASCII, at most {MAX_SLUG_LENGTH}, "*" only in a "/*" at the end'
-        raise Refusal(expected, "something else", 'write it like "deepseek/deepseek-chat"')
-    if slug.endswith(ROUTING_SUFFIXES):
-        raise Refusal("a slug without routing suffix", f'"{slug}"', "clients add the suffix")
-    if slug.startswith("hober/auto") or slug == "hober/*":
-        raise Refusal("a slug of your own", f'"{slug}", which the router serves', "choose another")
-    return slug
-
-
-def upstream_model_parser(slug: str) -> Callable[[str], str]:
-    """A parser of the name that a provider has for the model under `slug`."""
-    stars = 1 if slug.endswith("/*") else 0
-
-    def parse(name: str) -> str:
-        if not name or not name.isprintable():
-            raise Refusal("printable characters", "none or others", "write the provider's name")
-        if name.count("*") != stars:
-            got = f"{name.count('*')}"
-            advice = 'it stands for the rest of a slug that ends in "/*"'
-            raise Refusal(f'{stars} "*" under this slug', got, advice)
-        return name
-
-    return parse
-
-
-def _authority_of(text: str, scheme: str) -> tuple[str, int]:
-    if "@" in text:
-        raise Refusal("a URL without user name", "one with it", "use api_key_env or api_key_file")
-    match = _AUTHORITY.fullmatch(text)
-    if match is None:
-        raise Refusal("a host and perhaps a port", "something else", 'write it like "host:8000"')
-    port = DEFAULT_PORTS[scheme] if match["port"] is None else _port_of(match["port"])
-    if port == 0:
-        raise Refusal("a port from 1 to 65535", "0", "name the port the server listens on")
-    return _host_of(match), port
-
-
-def _host_of(match: re.Match[str]) -> str:
-    host = match["v6"] or match["name"].lower()
-    if match["v6"] or not host.strip("0123456789."):
-        try:
-            return str(ipaddress.ip_address(host))
-        except ValueError:
-            raise Refusal("a host", "no valid IP address", "write 127.0.0.1 or [::1]") from None
-    return host
-
-
-def _port_of(text: str) -> int:
-    if int(text) > 65535:
-        raise Refusal("a port up to 65535", text, "choose another port")
-    return int(text)
 
 
 # The look-up

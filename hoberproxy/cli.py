@@ -1,6 +1,6 @@
-"""The command line: serve, status, upgrade, check, config, keys, usage, export, bench, version.
+"""Parse the command line and run one command.
 
-Exit code 3: could not start.
+Exit codes: 1 a command failed, 2 a wrong command line (from argparse), 3 could not start.
 """
 
 from __future__ import annotations
@@ -17,23 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from . import __version__
+from .admission import MAX_WORKERS
 from .commands_keys import add_keys
 from .commands_usage import add_usage
-from .config import (
-    EXAMPLE,
-    Address,
-    Config,
-    ConfigError,
-    KeySettings,
-    LogSettings,
-    RecordSettings,
-    ServerSettings,
-    parse_config,
-)
+from .native import HOW_TO_COMPILE, describe_build, is_compiled
 from .printing import print_table
+from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .source import read_example, read_source
+from .sqlite_store import open_store
 from .store import Store, StoreError
-from .stores import open_store
+from .values import ConfigError
 
 if TYPE_CHECKING:
     from .server import Server
@@ -42,21 +35,20 @@ T = TypeVar("T", int, float)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
-EXIT_USAGE = 2  # argparse's own
 EXIT_CANNOT_START = 3
 DEFAULT_CONFIG = "hoberproxy.toml"
 BENCH_PARTS = {
     "mock": ("mock_upstream", "a model server to measure against"),
     "load": ("load", "load on any OpenAI-compatible server"),
     "compare": ("side_by_side", "the proxy beside a plain relay, under the same load"),
-    "account": ("account", "what keys and limits cost over several workers"),
-    "report": ("report", "the tables of a result file"),
+    "account": ("account", "the cost of keys and limits over several workers"),
+    "report": ("report", "tables from a result file"),
     "micro": ("micro.__main__", "ns and instructions per operation of the core"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run the command in `argv` and return the exit code."""
     arguments = make_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -73,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
+    """Return the parser of all commands and their options."""
     parser = argparse.ArgumentParser(
         prog="hoberproxy",
         description="An OpenAI-compatible endpoint that relays LLM streams.",
@@ -86,26 +78,26 @@ def make_parser() -> argparse.ArgumentParser:
     config_option.add_argument(
         "--config",
         metavar="FILE",
-        help=f"the TOML file; ./{DEFAULT_CONFIG} if there is one",
+        help=f"config file (TOML); default: ./{DEFAULT_CONFIG}, if it exists",
     )
 
     serve = commands.add_parser("serve", parents=[config_option], help="start the proxy")
     serve.add_argument(
-        "--listen", metavar="HOST:PORT", help="listen here instead of where the config says"
+        "--listen", metavar="HOST:PORT", help="address to listen on, in place of server.listen"
     )
     serve.add_argument(
         "--workers",
         metavar="COUNT",
-        type=_number_parser(int, 0, 256),
+        type=_number_parser(int, 0, MAX_WORKERS),
         help="processes that serve, under one that watches them; 0 is one per core. "
         "Without it a single process serves",
     )
     serve.set_defaults(run=_serve)
 
     status = commands.add_parser(
-        "status", parents=[config_option], help="ask the running proxy how it is"
+        "status", parents=[config_option], help="print the state of the running proxy"
     )
-    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=_status)
 
     upgrade = commands.add_parser(
@@ -116,28 +108,30 @@ def make_parser() -> argparse.ArgumentParser:
     upgrade.set_defaults(run=_upgrade)
 
     check = commands.add_parser(
-        "check", parents=[config_option], help="read the config and list every problem in it"
+        "check", parents=[config_option], help="check the config and list all its problems"
     )
     check.add_argument(
-        "--live", action="store_true", help="also ask each endpoint, with three tiny requests"
+        "--live",
+        action="store_true",
+        help="also send three small requests to each endpoint and report what it supports",
     )
     check.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=_number_parser(float, 0.1, 3600),
         default=30.0,
-        help="with --live: the longest for one request; default: 30",
+        help="with --live: time limit of one request; default: 30",
     )
     check.add_argument(
         "--concurrency",
         metavar="COUNT",
         type=_number_parser(int, 1, 256),
         default=8,
-        help="with --live: endpoints asked at a time; default: 8",
+        help="with --live: endpoints checked at a time; default: 8",
     )
     check.set_defaults(run=_check)
 
-    config = commands.add_parser("config", help="print a commented example of a config")
+    config = commands.add_parser("config", help="print a commented example config")
     config.add_argument("--example", action="store_true", required=True, help="print the example")
     config.set_defaults(run=_print_example)
 
@@ -145,7 +139,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_usage(commands, config_option, _open_store)
     _add_bench(commands)
 
-    version = commands.add_parser("version", help="print the version")
+    version = commands.add_parser("version", help="print the version, and whether it is compiled")
     version.set_defaults(run=_version)
     return parser
 
@@ -154,12 +148,16 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parts = "\n".join(f"  {name:<9}{what}" for name, (_, what) in BENCH_PARTS.items())
     bench = commands.add_parser(
         "bench",
-        help="measure what the hop costs on this machine",
+        help="measure the cost of the proxy on this machine",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"parts:\n{parts}\n\n`hoberproxy bench PART --help` tells the options of one.",
+        epilog=f"parts:\n{parts}\n\n`hoberproxy bench PART --help` lists the options of a part.",
     )
-    bench.add_argument("part", choices=BENCH_PARTS, metavar="PART", help="see below")
-    bench.add_argument("options", nargs=argparse.REMAINDER, metavar="...", help="the part's own")
+    bench.add_argument(
+        "part", choices=BENCH_PARTS, metavar="PART", help="what to measure, see below"
+    )
+    bench.add_argument(
+        "options", nargs=argparse.REMAINDER, metavar="...", help="options of the part"
+    )
     bench.set_defaults(run=_bench)
 
 
@@ -208,7 +206,7 @@ def _serve_with_workers(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from .commands_service import show_status
 
-    return show_status(_config_of_service(arguments), print_table, as_json=arguments.json)
+    return show_status(_config_of_service(arguments), as_json=arguments.json)
 
 
 def _upgrade(arguments: argparse.Namespace) -> int:
@@ -218,7 +216,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
 
 def _config_of_service(arguments: argparse.Namespace) -> Config:
-    """The config, or as much of it as a start without one in this directory has."""
+    """Return the config; without one, the defaults that `serve` uses without a config."""
     config = _load_config(arguments)
     if config is not None:
         return config
@@ -262,7 +260,7 @@ def _run_configured(config: Config, load: Callable[[], Config]) -> None:
         server = await _started(config)
         server.reload_on_signal(load)
         for address in server.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
         await server.wait_closed()
 
     run(serve)
@@ -310,7 +308,10 @@ def _from_here(path: str) -> str:
 def _check(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     if config is None:
-        return _cannot_start(f"no config: expected ./{DEFAULT_CONFIG} or --config FILE")
+        return _cannot_start(
+            f"expected ./{DEFAULT_CONFIG} or --config FILE, got neither; "
+            "make one with `hoberproxy config --example`"
+        )
     endpoints = sum(len(model.endpoints) for model in config.models)
     print(
         f"ok: {len(config.providers)} providers, {len(config.models)} models, {endpoints} endpoints"
@@ -319,31 +320,31 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _check_live(config: Config, arguments: argparse.Namespace) -> int:
-    """Ask all endpoints; EXIT_FAILED if one can't be reached."""
+    """Check all endpoints; return EXIT_FAILED if one cannot be reached."""
     from .diagnosis import COLUMNS
     from .probe import run_probe
 
     reports = run_probe(
-        config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_tell_progress
+        config, limit=arguments.timeout, concurrency=arguments.concurrency, tell=_print_progress
     )
     print_table(COLUMNS, [report.cells for report in reports])
     if any(model.is_wildcard for model in config.models):
-        print('of a model that ends in "/*", the first that the provider lists was asked')
+        print('for a model that ends in "/*", the first fitting model of the provider was checked')
     for report in reports:
         for problem in report.problems:
             print(problem)
     return EXIT_FAILED if any(report.is_unreachable for report in reports) else EXIT_OK
 
 
-def _tell_progress(done: int, total: int) -> None:
-    """On a terminal a line that grows and is gone in the end; nothing elsewhere."""
+def _print_progress(done: int, total: int) -> None:
+    """Print the progress on a terminal, and clear it when all is done."""
     if sys.stderr.isatty():
-        line = f"\rasked {done} of {total}" if done < total else "\r\x1b[K"
+        line = f"\rchecked {done} of {total}" if done < total else "\r\x1b[K"
         print(line, end="", file=sys.stderr, flush=True)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    """Hand over to a part of the benchmarks, which a checkout has under their short name."""
+    """Run a part of the benchmarks: of `bench` in a checkout, else of `hoberproxy_bench`."""
     checkout = Path(__file__).parents[1] / "bench" / "side_by_side.py"
     package = "bench" if checkout.exists() else "hoberproxy_bench"
     module, _ = BENCH_PARTS[arguments.part]
@@ -351,37 +352,27 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _print_example(arguments: argparse.Namespace) -> int:
-    print(EXAMPLE, end="")
+    print(read_example(), end="")
     return EXIT_OK
 
 
 def _version(arguments: argparse.Namespace) -> int:
-    print(f"hoberproxy {__version__}")
+    print(describe_build() if is_compiled() else f"{describe_build()}; {HOW_TO_COMPILE}")
     return EXIT_OK
 
 
 def _load_config(arguments: argparse.Namespace) -> Config | None:
-    """The config named, or the one in this directory; None if there is none."""
+    """Return the config of --config or of this directory, None if neither is there."""
     path = arguments.config
     if path is None:
         if not Path(DEFAULT_CONFIG).exists():
             return None
         path = DEFAULT_CONFIG
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError([f"{path}: cannot be read: {exc.strerror}"]) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError([f"{path}: expected UTF-8, got other bytes"]) from exc
-    return parse_config(
-        text,
-        environ=os.environ,
-        read_file=lambda name: Path(name).read_text(encoding="utf-8"),
-    )
+    return read_source(path)[1]
 
 
 def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]:
-    """A parser of an option's number within bounds, for argparse."""
+    """Return a parser, for argparse, of a number from `low` to `high`."""
 
     def parse(text: str) -> T:
         with contextlib.suppress(ValueError):
@@ -394,12 +385,12 @@ def _number_parser(kind: type[T], low: float, high: float) -> Callable[[str], T]
 
 
 def _parse_listen(text: str) -> Address:
-    from .catalog import Refusal, parse_host_and_port
+    from .values import InvalidValue, parse_host_and_port
 
     try:
         return Address(*parse_host_and_port(text))
-    except Refusal as refusal:
-        raise ConfigError([f"--listen: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"--listen: {error}"]) from None
 
 
 def _set_up_logging(level: str) -> None:
@@ -414,16 +405,13 @@ def _cannot_start(*problems: str) -> int:
     return EXIT_CANNOT_START
 
 
-# The store that keys, usage and export mean
-
-
 def _open_store(arguments: argparse.Namespace, *, create: bool = False) -> Store:
-    """The store of the config, or of a start without one in this directory."""
+    """Open the store of the config, or the one that `serve` without a config makes here."""
     config = _load_config(arguments)
     path = config.records.file if config is not None else RecordSettings().file
     if not create and not Path(path).exists():
         raise StoreError(
-            f"no keys or records at {path} yet; "
-            "run this where the proxy was started, or name its --config"
+            f"expected keys and records at {path}, got no such file; "
+            "run the command where the proxy was started, or with its --config"
         )
     return open_store(path)

@@ -1,4 +1,4 @@
-"""`hoberproxy keys`: create, list, show, update, rotate, revoke."""
+"""Run `hoberproxy keys`: create, list, show, update, rotate, revoke."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBERS = {
 
 
 class OpenStore(Protocol):
-    """The store that the arguments mean; `create`: also where there is none yet."""
+    """Open the store that the arguments name; with `create`, make it if it does not exist."""
 
     def __call__(self, arguments: argparse.Namespace, *, create: bool = False) -> Store: ...
 
@@ -34,7 +34,7 @@ def add_keys(
     config_option: argparse.ArgumentParser,
     open_store: OpenStore,
 ) -> None:
-    """The command and its actions."""
+    """Add the command `keys` and its actions to `commands`."""
     keys = commands.add_parser("keys", help="create, change, rotate and revoke keys")
     actions = keys.add_subparsers(title="actions", required=True, metavar="ACTION")
 
@@ -43,7 +43,7 @@ def add_keys(
     ) -> argparse.ArgumentParser:
         parser = actions.add_parser(name, parents=[config_option], help=text)
         if key:
-            parser.add_argument("key", metavar="ID", help="its id or hint from `keys list`")
+            parser.add_argument("key", metavar="ID", help="the key's id or hint, from `keys list`")
 
         def run_with_store(arguments: argparse.Namespace) -> int:
             with closing(open_store(arguments, create=name == "create")) as store:
@@ -53,44 +53,57 @@ def add_keys(
         parser.set_defaults(run=run_with_store)
         return parser
 
-    create = add("create", _create, "make a key and print it, this once", key=False)
-    create.add_argument("--label", required=True, help="what records and logs call it")
-    create.add_argument("--test", action="store_true", help="an hb_test_ key, not hb_live_")
+    create = add(
+        "create", _create, "create a key and print it; it cannot be printed again", key=False
+    )
+    create.add_argument("--label", required=True, help="the key's name in records and logs")
+    create.add_argument(
+        "--test", action="store_true", help="make an hb_test_ key instead of an hb_live_ one"
+    )
     _add_settings(create, none="")
     add("list", _list, "list all keys", key=False)
-    add("show", _show, "show a key's limits and its last use")
-    update = add("update", _update, "change a key, within a second")
-    update.add_argument("--label", help="another label")
-    _add_settings(update, none='; "none" takes it away')
-    rotate = add("rotate", _rotate, "print a new key in place of the old one, this once")
-    rotate.add_argument(
-        "--grace", metavar="SPAN", default=GRACE, help=f"how long the old one works on: {GRACE}"
+    add("show", _show, "show a key's limits, spending and last use")
+    update = add("update", _update, "change a key; the proxy applies it within a second")
+    update.add_argument("--label", help="new name of the key")
+    _add_settings(update, none='; "none" removes it')
+    rotate = add(
+        "rotate", _rotate, "replace a key and print the new one; it cannot be printed again"
     )
-    add("revoke", _revoke, "stop a key for good, within a second")
+    rotate.add_argument(
+        "--grace",
+        metavar="SPAN",
+        default=GRACE,
+        help=f"how long the old key still works; default: {GRACE}",
+    )
+    add("revoke", _revoke, "disable a key for good; the proxy applies it within a second")
 
 
 def _add_settings(parser: argparse.ArgumentParser, none: str) -> None:
     parser.add_argument(
         "--expires",
         metavar="WHEN",
-        help=f"a day (YYYY-MM-DD, UTC) or a time from now (12h, 30d){none}",
+        help=f"day (YYYY-MM-DD, UTC) or time from now (12h, 30d) at which the key expires{none}",
     )
     for option, (_, text) in _NUMBERS.items():
-        parser.add_argument(f"--{option}", metavar="COUNT", help=f"{text} at most{none}")
-    parser.add_argument("--budget", metavar="USD", help=f"what it may spend, like 5.00{none}")
+        parser.add_argument(f"--{option}", metavar="COUNT", help=f"limit of {text}{none}")
     parser.add_argument(
-        "--budget-period", choices=PERIODS, help="a day or month (UTC), or in all; default: total"
+        "--budget", metavar="USD", help=f"amount that the key may spend, like 5.00{none}"
+    )
+    parser.add_argument(
+        "--budget-period",
+        choices=PERIODS,
+        help="day or month (UTC) of the budget, or total; default: total",
     )
     parser.add_argument(
         "--models",
         metavar="PATTERN",
         action="append",
-        help=f"slugs it may use, like 'deepseek/*'; may be given repeatedly{none}",
+        help=f"models that the key may use, like 'deepseek/*'; repeatable{none}",
     )
 
 
 def _changes(arguments: argparse.Namespace, now: float) -> dict[str, Any]:
-    """What the options say, by the names in KeyRow and KeyLimits."""
+    """Return what the options change, by the names in KeyRow and KeyLimits."""
     changes: dict[str, Any] = {}
     for option, (field, _) in _NUMBERS.items():
         if (text := getattr(arguments, option)) is not None:
@@ -130,7 +143,7 @@ def _create(arguments: argparse.Namespace, store: Store) -> None:
         limits=KeyLimits(**changes),
         models=models,
     )
-    print(f"{row.key_id} ({row.label}); the key is shown this once:", file=sys.stderr)
+    print(f"{row.key_id} ({row.label}); the key is printed only this once:", file=sys.stderr)
     print(key)
 
 
@@ -190,7 +203,7 @@ def _rotate(arguments: argparse.Namespace, store: Store) -> None:
     until = moment(row.old_until)
     print(
         f"{row.key_id} ({row.label}); the old key works until {until}, "
-        "the new one is shown this once:",
+        "the new one is printed only this once:",
         file=sys.stderr,
     )
     print(key)
@@ -202,7 +215,7 @@ def _revoke(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def key_state(row: KeyRow, now: float) -> str:
-    """Whether a key works, in a word."""
+    """Return "active", "expired" or "revoked"."""
     if row.revoked is not None:
         return "revoked"
     if row.expires is not None and row.expires <= now:
@@ -211,7 +224,7 @@ def key_state(row: KeyRow, now: float) -> str:
 
 
 def _describe(row: KeyRow) -> str:
-    """The limits as the options that make them."""
+    """Return the limits of `row`, in the words of the options."""
     limits = row.limits
     numbers = {option: getattr(limits, field) for option, (field, _) in _NUMBERS.items()}
     parts = [f"{option} {number}" for option, number in numbers.items() if number is not None]

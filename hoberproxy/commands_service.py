@@ -1,28 +1,29 @@
-"""`hoberproxy status` and `hoberproxy upgrade`: a running service, asked over its admin socket."""
+"""Run `hoberproxy status` and `hoberproxy upgrade` on a running service, over its admin socket."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from . import status
 from .admin import AdminError, admin_path, ask
-from .config import Config
+from .printing import print_table
+from .settings import Config
+from .sqlite_store import open_store
 from .store import StoreError
-from .stores import open_store
 
 UPGRADE_LIMIT = 120.0  # seconds
 DAY = 86400.0
 
-PrintTable = Callable[[tuple[str, ...], list[tuple[str, ...]]], None]
+Document = dict[str, Any]  # the service's report, see status.combine
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
-def show_status(config: Config, print_table: PrintTable, *, as_json: bool) -> int:
-    """Print how the service is; 1 if it does not answer."""
+def show_status(config: Config, *, as_json: bool) -> int:
+    """Print the status of the service of `config`; return 1 if it does not answer."""
     document = _ask(config, "status")
     if document is None:
         return 1
@@ -30,35 +31,21 @@ def show_status(config: Config, print_table: PrintTable, *, as_json: bool) -> in
     _add_usage(document, config)
     if as_json:
         print(json.dumps(document, indent=2))
-        return 0
-    now = time.time()
-    print(status.headline(document, now))
-    for problem in document.get("problems", ()):
-        print(f"the last reload failed: {problem}")
-    for head, rows in (
-        status.worker_table(document, now),
-        status.endpoint_table(document),
-        status.key_table(document),
-    ):
-        if rows:
-            print()
-            print_table(head, rows)
+    else:
+        _print_status(document, time.time())
     return 0
 
 
-def _add_usage(document: dict[str, Any], config: Config) -> None:
-    """What keys used today, which only the records know."""
+def _add_usage(document: Document, config: Config) -> None:
+    """Add what each key used today, which only the records hold."""
     if not Path(config.records.file).exists():
         return
     today = time.time() // DAY * DAY
     try:
-        store = open_store(config.records.file)
-        try:
+        with closing(open_store(config.records.file)) as store:
             rows = store.sum_usage("key", today, None)
-        finally:
-            store.close()
     except StoreError:
-        return  # another's file, or a busy one: the rest is worth showing
+        return  # no permission, or the file is locked: print the rest
     keys = {each["key"]: each for each in document["keys"]}
     for row in rows:
         name = row.label or row.name or "anonymous"
@@ -70,13 +57,12 @@ def _add_usage(document: dict[str, Any], config: Config) -> None:
 
 
 def upgrade(config: Config) -> int:
-    """Let the service become what is installed; 1 if it did not."""
+    """Let the service of `config` upgrade to the installed version; return 1 if it did not."""
     before = _ask(config, "upgrade")
     if before is None:
         return 1
     if "error" in before:
-        print(f"hoberproxy: {before['error']}", file=sys.stderr)
-        return 1
+        return _fail(before["error"])
     deadline = time.monotonic() + UPGRADE_LIMIT
     while time.monotonic() < deadline:
         time.sleep(0.2)
@@ -84,22 +70,121 @@ def upgrade(config: Config) -> int:
         if now is None:
             return 1
         if now["problems"]:
-            for problem in now["problems"]:
-                print(f"hoberproxy: not upgraded: {problem}", file=sys.stderr)
-            return 1
+            return _fail(*(f"not upgraded: {problem}" for problem in now["problems"]))
         if now["upgrades"] > before["upgrades"] and not now["is_changing"]:
             print(f"{before['version']} → {now['version']}, generation {now['generation']} serves")
             return 0
-    print(f"hoberproxy: not upgraded within {UPGRADE_LIMIT:g} s; see the log", file=sys.stderr)
+    return _fail(f"not upgraded within {UPGRADE_LIMIT:g} s; see the log")
+
+
+def _ask(config: Config, kind: str) -> Document | None:
+    path = admin_path(config)
+    if path is None:
+        _fail('expected an admin socket, got server.admin_socket = "off"; set a path and restart')
+        return None
+    try:
+        return ask(path, kind)
+    except AdminError as error:
+        _fail(str(error))
+        return None
+
+
+def _fail(*problems: str) -> int:
+    for problem in problems:
+        print(f"hoberproxy: {problem}", file=sys.stderr)
     return 1
 
 
-def _ask(config: Config, kind: str) -> dict[str, Any] | None:
-    path = admin_path(config)
-    try:
-        if path is None:
-            raise AdminError('server.admin_socket is "off": nobody can be asked')
-        return ask(path, kind)
-    except AdminError as error:
-        print(f"hoberproxy: {error}", file=sys.stderr)
-        return None
+# The status as text
+
+
+def _print_status(document: Document, now: float) -> None:
+    print(_headline(document, now))
+    for problem in document.get("problems", ()):
+        print(f"the last reload failed: {problem}")
+    tables = (_worker_table(document, now), _endpoint_table(document), _key_table(document))
+    for head, rows in tables:
+        if rows:
+            print()
+            print_table(head, rows)
+
+
+def _headline(document: Document, now: float) -> str:
+    line = (
+        f"hoberproxy {document['version']}, process {document['pid']}, "
+        f"up {_duration(now - document['started'])}: {document['streams']} streams, "
+        f"{document['tokens_per_second']:g} tokens/s"
+    )
+    if document.get("generation"):
+        line += (
+            f"; generation {document['generation']}, {document['upgrades']} upgrades, "
+            f"{document['restarts']} workers replaced"
+        )
+    return line
+
+
+def _worker_table(document: Document, now: float) -> Table:
+    """Return a row for each worker and for the writer of records."""
+    head = "worker state generation up streams connections tokens/s memory".split()
+    return tuple(head), [
+        (
+            str(each["pid"]),
+            each["state"],
+            str(each["generation"] or "-"),
+            _duration(now - each["started"]),
+            _cell("{:,}", each.get("streams")),
+            _cell("{:,}", each.get("connections")),
+            _cell("{:g}", each.get("tokens_per_second")),
+            _cell("{:.0f} MB", each.get("resident_bytes"), 2**-20),
+        )
+        for each in (*document["workers"], *document.get("writers", ()))
+    ]
+
+
+def _endpoint_table(document: Document) -> Table:
+    """Return a row for each endpoint with recent attempts."""
+    return ("provider", "model", "state", "failures", "first content", "tokens/s"), [
+        (
+            each["provider"],
+            each["model"],
+            _endpoint_state(each),
+            f"{each['failure_rate'] or 0:.0%}",
+            _cell("{:.0f} ms", each["first_content"], 1000),
+            _cell("{:.0f}", each["throughput"]),
+        )
+        for each in document["endpoints"]
+    ]
+
+
+def _endpoint_state(each: Document) -> str:
+    if not each["cooling_in"]:
+        return "ok"
+    return f"cools {each['cooldown']:.0f} s in {each['cooling_in']} of {each['known_in']}"
+
+
+def _key_table(document: Document) -> Table:
+    """Return a row for each key that is in use or was used today."""
+    return ("key", "streams", "requests today", "tokens today"), [
+        (
+            each["key"] or "-",
+            str(each["streams"]),
+            _cell("{:,}", each.get("requests")),
+            _cell("{:,}", each.get("tokens")),
+        )
+        for each in document["keys"]
+    ]
+
+
+def _cell(form: str, value: float | None, factor: float = 1) -> str:
+    return "-" if value is None else form.format(value * factor)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,4 +1,4 @@
-"""`hoberproxy usage`, sums over records, and `hoberproxy export`, the records themselves."""
+"""Run `hoberproxy usage`, sums over records, and `hoberproxy export`, the records themselves."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import orjson
 from .commands_keys import Commands, OpenStore
 from .limits import format_dollars
 from .printing import bar, dollars, parse_day, parse_since, print_table
-from .record import Record
-from .rows import COLUMNS
+from .record import COLUMNS, Record
 from .store import UsageRow
 
 GROUPS = ("key", "model", "provider", "day", "status")
@@ -29,11 +28,13 @@ def add_usage(
     config_option: argparse.ArgumentParser,
     open_store: OpenStore,
 ) -> None:
-    """Both commands."""
+    """Add the commands `usage` and `export` to `commands`."""
     usage = commands.add_parser(
         "usage", parents=[config_option], help="sum requests, tokens and cost from the records"
     )
-    usage.add_argument("--by", choices=GROUPS, default="model", help="default: model")
+    usage.add_argument(
+        "--by", choices=GROUPS, default="model", help="group by this; default: model"
+    )
     usage.add_argument("--format", choices=FORMATS, default="table", help="default: table")
     _add_bounds(usage)
     usage.set_defaults(run=lambda arguments: _usage(arguments, open_store))
@@ -50,9 +51,9 @@ def add_usage(
 
 def _add_bounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--since", metavar="WHEN", help="from this day on (UTC), YYYY-MM-DD, or 12h, 30d ago"
+        "--since", metavar="WHEN", help="first day (YYYY-MM-DD, UTC), or time before now (12h, 30d)"
     )
-    parser.add_argument("--until", metavar="DATE", help="up to and with this day (UTC)")
+    parser.add_argument("--until", metavar="DATE", help="last day (YYYY-MM-DD, UTC)")
 
 
 def _bounds(arguments: argparse.Namespace) -> tuple[float | None, float | None]:
@@ -74,7 +75,7 @@ def _usage(arguments: argparse.Namespace, open_store: OpenStore) -> int:
 
 
 def _print_usage(by: str, rows: list[UsageRow]) -> None:
-    # Money where anything cost any; the bars are of money then, else of tokens.
+    # The bars compare cost, or tokens if nothing cost anything.
     has_cost = any(row.cost for row in rows)
     sizes = [row.cost if has_cost else row.prompt_tokens + row.completion_tokens for row in rows]
     columns: dict[str, list[str]] = {
@@ -97,9 +98,9 @@ def _print_usage(by: str, rows: list[UsageRow]) -> None:
         columns[""] = [bar(size, max(sizes)) for size in sizes]
     print_table(tuple(columns), list(zip(*columns.values(), strict=True)), right_from=1)
     if any(row.estimated_share for row in rows):
-        print("~ some of these tokens are estimates: their upstream told no usage")
+        print("~ includes estimates: an upstream reported no usage")
     if has_cost and any(row.unpriced for row in rows):
-        print("+ some of these requests have no price in the config: they are not in the sum")
+        print("+ excludes requests of endpoints without a price in the config")
 
 
 def _mark(row: UsageRow) -> str:
@@ -138,7 +139,7 @@ def _export(arguments: argparse.Namespace, open_store: OpenStore) -> int:
 
 
 def record_document(record: Record) -> dict[str, Any]:
-    """A record for other programs: its columns, the cost in USD, and tokens per second."""
+    """Return `record` as an object for JSON, with the cost in USD and tokens per second."""
     document: dict[str, Any] = {name: getattr(record, name) for name in COLUMNS}
     document["failures"] = [dataclasses.asdict(failure) for failure in record.failures]
     document["cost"] = None if record.cost is None else format_dollars(record.cost)

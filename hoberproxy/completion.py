@@ -5,9 +5,7 @@ Also turns one into the events of a stream, for upstreams that answer `stream: t
 
 from __future__ import annotations
 
-import json
 import re
-from itertools import islice
 from typing import Any, Final
 
 import orjson
@@ -16,14 +14,10 @@ from .error_document import describes_error
 from .events import DONE, serialize_event
 from .lenient import dump_json, load_json
 from .members import find_member, model_member, replace_member
-from .usage import MAX_CHOICES, Usage, read_usage
+from .usage import Usage, read_usage
 
 _DONE_BEHIND: Final = re.compile(rb"\s*data: ?\[DONE\]\s*\Z")
 _DONE_ROOM: Final = 64  # bytes
-TAIL_BYTES: Final = 32 * 1024  # of a body that is not parsed; what servers tell stands at its end
-# Within a string the quotes would have backslashes before them.
-_USAGE_MEMBER: Final = re.compile(rb'"usage"\s*:\s*(?=\{)')
-_FINISH_MEMBER: Final = re.compile(rb'"finish_reason"\s*:\s*"(\w{1,64})"')
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
@@ -83,14 +77,15 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     if not isinstance(choices, list) or not choices:
         raise _no_completion(document, "expected `choices` in the body, got none")
     _check_choices(document, choices)
-    choice, model = choices[0], get("model")
+    model = get("model")
+    usage, finish_reason, upstream_id = read_completion(document)
     return Completion(
         _rename(body, model, slug) if isinstance(model, str) else body,
         document,
-        read_usage(document),
-        _text(choice.get("finish_reason")) if isinstance(choice, dict) else "",
+        usage,
+        finish_reason,
         _text(model),
-        _text(get("id")),
+        upstream_id,
     )
 
 
@@ -157,26 +152,12 @@ def _load_rest(body: bytes) -> Any:
         raise CompletionError("expected a JSON body, got something else or a part of one") from None
 
 
-def find_usage(tail: bytes) -> Usage | None:
-    """The usage in the last bytes of a completion: of its choices, as a rule."""
-    decode = json.JSONDecoder().raw_decode
-    choices = []
-    for match in islice(_USAGE_MEMBER.finditer(tail), MAX_CHOICES):
-        try:
-            usage, _ = decode(tail[match.end() :].decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            continue
-        choices.append({"usage": usage})
-    found = read_usage({"choices": choices})
-    if found is not None:
-        found.is_beside_text = True
-    return found
-
-
-def find_finish_reason(tail: bytes) -> str:
-    """The finish reason in the last bytes of a completion, the last where it has several."""
-    found: list[bytes] = _FINISH_MEMBER.findall(tail)
-    return found[-1].decode() if found else ""
+def read_completion(document: dict[str, Any]) -> tuple[Usage | None, str, str]:
+    """Return what a completion, or the outline of one, says: usage, finish reason and id."""
+    choices = document.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    reason = choice.get("finish_reason") if isinstance(choice, dict) else None
+    return read_usage(document), _text(reason), _text(document.get("id"))
 
 
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:

@@ -27,10 +27,9 @@ from .byte_template import (
 from .chunks import NO_CONTENT, content_of
 from .downstream import ResponseBody
 from .edits import Edit, apply_edits
-from .http11 import SIZE_LINES, size_line, whole_chunk
+from .http11_body import SIZE_LINES, size_line, whole_chunk
 from .sink import Sink
 from .upstream import ChunkTaker
-from .usage import read_usage
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
@@ -135,21 +134,12 @@ class ContentTemplate(ChunkTaker):
         empty one; and `document`, which that says, has been learnt from.
         """
         self._lessons += 1
-        self._events_before = self._events_when_new = self.events
-        self._template, self.is_learnt, self._prefix_size = None, False, _NEVER
-        if len(event) > MAX_SPECIMEN_BYTES or not _is_content(document):
-            return
-        values = _find_values(event, payload_at)
-        if values is None or len(values) > MAX_VALUES:
-            return
-        template = ByteTemplate(event, values, edits)
-        passed: list[bytes] = []
-        # Nothing is taken for granted.
-        if template.kinds and template.learn_from(event, 0) == len(event):
-            template.put_together(passed)
-            if b"".join(passed) == apply_edits(event, edits):
-                self._template, self.is_learnt = template, True
-                self._take_shape(template)
+        self._events_before = self.events
+        template = _make_template(event, payload_at, edits, document)
+        if template is not None:
+            self._template, self.is_learnt = template, True
+            self._events_when_new = self.events
+            self._take_shape(template)
 
     def _take_shape(self, template: ByteTemplate) -> None:
         """Have events with one or two texts, and nothing else that differs, compared at once."""
@@ -325,21 +315,46 @@ def _has_text(template: ByteTemplate) -> bool:
     return False
 
 
-def _is_content(document: dict[str, Any]) -> bool:
-    """Whether an event has content and nothing else to say but a usage, whose last one counts.
+def _make_template(
+    event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
+) -> ByteTemplate | None:
+    """Return what others like an event have in common; None if it says more than its text."""
+    if len(event) > MAX_SPECIMEN_BYTES or not _is_content(document):
+        return None
+    values = _find_values(event, payload_at, has_counts=_has_counts(document))
+    if values is None or len(values) > MAX_VALUES:
+        return None
+    template = ByteTemplate(event, values, edits)
+    passed: list[bytes] = []
+    # Nothing is taken for granted.
+    if template.learn_from(event, 0) != len(event) or TEXT not in template.kinds:
+        return None
+    template.put_together(passed)
+    return template if b"".join(passed) == apply_edits(event, edits) else None
 
-    What was said of the latter before is not forgotten by it: it says how long the answer is.
-    """
+
+def _is_content(document: dict[str, Any]) -> bool:
+    """Whether an event has content, and no choice has ended."""
     choices = document.get("choices")
     if not isinstance(choices, list) or not content_of(document)[1]:
         return False
-    if any([not isinstance(each, dict) or each.get("finish_reason") for each in choices]):
-        return False
-    usage = document.get("usage")
+    return all([isinstance(each, dict) and not each.get("finish_reason") for each in choices])
+
+
+def _has_counts(document: dict[str, Any]) -> bool:
+    """Whether the usage of an event is that of all before it, as long as none of its counts falls.
+
+    It is if it tells the tokens of a completion (`newest_usage`). Any other usage has to stay as it
+    is in like events: then it says nothing new.
+    """
+    usage, timings = document.get("usage"), document.get("timings")
     if isinstance(usage, dict):
-        completion = usage.get("completion_tokens")
-        return type(completion) is int and completion > 0
-    return usage is None and read_usage(document) is None
+        count = usage.get("completion_tokens")
+    elif isinstance(timings, dict) and document.get("x_groq") is None:
+        count = timings.get("predicted_n")
+    else:
+        return False
+    return type(count) is int and count > 0
 
 
 # Where in an event a value stands. Of what is in OTHER none may differ.
@@ -350,10 +365,12 @@ _CHOICE: Final = 3
 _DELTA: Final = 4
 _LOGPROBS: Final = 5
 _USAGE: Final = 6
-_OTHER: Final = 7
+_TIMINGS: Final = 7  # llama.cpp's, in place of a usage
+_OTHER: Final = 8
 _INSIDE: Final = {
     (_TOP, b"choices"): _CHOICES,
     (_TOP, b"usage"): _USAGE,
+    (_TOP, b"timings"): _TIMINGS,
     (_CHOICE, b"delta"): _DELTA,
     (_CHOICE, b"logprobs"): _LOGPROBS,
 }
@@ -364,7 +381,7 @@ _READ: Final = frozenset(
 _NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
 
 
-def _find_values(event: bytes, at: int) -> list[Value] | None:
+def _find_values(event: bytes, at: int, *, has_counts: bool) -> list[Value] | None:
     """Where in an event values stand that may differ; None if its names may be others than seem.
 
     The event has been parsed, from `at` on.
@@ -383,8 +400,7 @@ def _find_values(event: bytes, at: int) -> list[Value] | None:
                 name = event[start : at - 1]
                 if _BACKSLASH in name:
                     return None
-            elif _may_differ(where, name):
-                kind = TEXT if where == _DELTA else STRING
+            elif (kind := _string_kind(where, name)) >= 0:
                 values.append((start, at - 1, kind, kind == TEXT and at - 1 > start))
         elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
             outer.append(where)
@@ -400,10 +416,12 @@ def _find_values(event: bytes, at: int) -> list[Value] | None:
             at = value_end(event, start, NUMBER)
             if at < 0:
                 return None
-            if _may_differ(where, name):
-                kind = COUNT if where == _USAGE and b"cost" not in name else NUMBER
-                if kind == NUMBER or value_end(event, start, COUNT) == at:
-                    values.append((start, at, kind, False))
+            kind = _number_kind(where, name)
+            is_count = where == _USAGE or where == _TIMINGS
+            if kind == COUNT and value_end(event, start, COUNT) != at:
+                continue
+            if kind >= 0 and (has_counts or not is_count):
+                values.append((start, at, kind, False))
     return values
 
 
@@ -422,9 +440,23 @@ def _inside(where: int, name: bytes, bracket: int) -> int:
     return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
 
 
-def _may_differ(where: int, name: bytes) -> bool:
-    if where == _TOP:
-        return name not in _READ
+def _string_kind(where: int, name: bytes) -> int:
+    """The kind of a string that may differ; -1 if it may not."""
     if where == _DELTA:
-        return name not in _NO_CONTENT
-    return where == _LOGPROBS or where == _USAGE or (where == _CHOICE and name == b"index")
+        return -1 if name in _NO_CONTENT else TEXT
+    if where == _CHOICE and name == b"text":
+        return TEXT
+    return STRING if where == _LOGPROBS or (where == _TOP and name not in _READ) else -1
+
+
+def _number_kind(where: int, name: bytes) -> int:
+    """The kind of a number that may differ; -1 if it may not."""
+    if where == _USAGE:
+        return NUMBER if b"cost" in name else COUNT
+    if where == _TIMINGS:
+        return COUNT if name[-2:] == b"_n" else NUMBER
+    if where == _TOP:
+        return -1 if name in _READ else NUMBER
+    if where == _DELTA:
+        return -1 if name == b"error" else NUMBER
+    return NUMBER if where == _LOGPROBS or (where == _CHOICE and name == b"index") else -1

@@ -1,9 +1,7 @@
-"""The demo model that `make run` puts behind the proxy: a real HTTP server without a model.
+"""Serve a demo model behind the proxy: an HTTP server that answers by rule, without a model.
 
-Its answers are made by rule and streamed piece by piece, so that a first request shows streaming,
-tool calls, JSON mode and usage on the wire without a key or a download. `answer` decides what is
-said, `serialize_stream` how it looks on the wire, `DemoModel` serves both. It judges a request
-only as far as it needs to answer; the proxy's own checks are in `request.py`.
+A first request then has streaming, tool calls, JSON mode and usage on the wire without a key or a
+download. `answer` makes a `Reply`, `serialize_stream` its events, `DemoModel` serves them.
 """
 
 from __future__ import annotations
@@ -20,12 +18,13 @@ import orjson
 from aiohttp import web
 
 from .errors import ProxyError, RequestError, serialize_error
+from .request import parse_call
 
 MODEL = "hober-demo-1"  # differs from any slug, as the names of real upstreams do
 
 _ECHO_CHARACTERS = 200
 _COUNT_LIMIT = 1000
-_EXACT_CHARACTERS = 65_536  # beyond these a prompt is counted by its length: this is one loop
+_EXACT_CHARACTERS = 65_536  # a longer prompt is counted by its length: a piece costs time
 _PIECE = re.compile(r" ?\S{1,8}|\s")  # matches every character, so pieces join to the text
 _COUNT = re.compile(r"\bcount (?:up )?to (\d{1,9})\b", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]{4,}")
@@ -39,7 +38,7 @@ Schema = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of one of the client's tools; the reply's pieces are its arguments."""
+    """A call of one of the client's tools; the pieces of the reply join to its arguments."""
 
     id: str
     name: str
@@ -47,7 +46,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is said to one request: the pieces of its text, or of a tool call's arguments."""
+    """The answer to one request: the pieces of its text, or of a tool call's arguments."""
 
     id: str
     created: int
@@ -58,7 +57,7 @@ class Reply:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """OpenAI's usage object, in this model's own tokens (pieces of up to eight characters)."""
+        """Return OpenAI's usage object; a piece of up to eight characters is a token."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": len(self.pieces),
@@ -69,12 +68,12 @@ class Reply:
 
 
 def split_pieces(text: str) -> list[str]:
-    """The text in this model's tokens; joined, they are the text."""
+    """Divide `text` into pieces that join to it."""
     return _PIECE.findall(text)
 
 
 def count_pieces(text: str) -> int:
-    """How many tokens a text has: exact up to 64 K characters, four characters a token after."""
+    """Count the pieces of `text`: exact up to 64 K characters, then four characters a piece."""
     beyond = max(0, len(text) - _EXACT_CHARACTERS)
     return len(split_pieces(text[:_EXACT_CHARACTERS])) + beyond // 4
 
@@ -83,37 +82,12 @@ def count_pieces(text: str) -> int:
 
 
 def parse_body(raw: bytes) -> dict[str, Any]:
-    """The request's object, checked as far as the answer depends on it; raises `RequestError`."""
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as exc:
-        raise RequestError("body: expected JSON, got something else", code="invalid_json") from exc
-    if not isinstance(body, dict):
-        raise RequestError("body: expected a JSON object", code="invalid_type")
-    _check_messages(body)
-    _check_integer(body, "n", 1, 1)
-    for name in ("max_tokens", "max_completion_tokens"):
-        _check_integer(body, name, 1, 2**31)
-    for name, kind in (("tools", list), ("stream_options", dict), ("response_format", dict)):
-        if not isinstance(body.get(name), kind | None):
-            raise _wrong(name, "an array" if kind is list else "an object")
+    """Parse a request's body by the proxy's own rules. Raises RequestError."""
+    parse_call(raw)
+    body: dict[str, Any] = orjson.loads(raw)
+    if body.get("n") not in (None, 1):
+        raise _wrong("n", "1")
     return body
-
-
-def _check_messages(body: dict[str, Any]) -> None:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages", "an array with at least one message")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise _wrong(f"messages[{place}]", "an object with a role")
-
-
-def _check_integer(body: dict[str, Any], name: str, least: int, most: int) -> None:
-    value = body.get(name)
-    if value is None or (type(value) is int and least <= value <= most):
-        return
-    raise _wrong(name, str(least) if least == most else f"an integer from {least}")
 
 
 def _wrong(param: str, expected: str) -> RequestError:
@@ -121,7 +95,7 @@ def _wrong(param: str, expected: str) -> RequestError:
 
 
 def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message whose content is a string or an array of parts."""
+    """Return the text of a message, whose content is a string or an array of parts."""
     content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
@@ -133,11 +107,11 @@ def _last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
     return next((_text_of(m) for m in reversed(messages) if m["role"] == "user"), "")
 
 
-# Deciding what to say
+# Choosing an answer
 
 
 def answer(body: dict[str, Any], *, id: str, created: int) -> Reply:
-    """The reply to a checked body; `created` is in unix seconds. Raises `RequestError`."""
+    """Return the reply to a parsed `body`; `created` is unix seconds. Raises RequestError."""
     messages = body["messages"]
     asked = _last_user_text(messages)
     tool = None if messages[-1]["role"] == "tool" else _choose_tool(body, asked)
@@ -210,7 +184,7 @@ def _count_prompt(body: dict[str, Any]) -> int:
 
 
 def _choose_tool(body: dict[str, Any], asked: str) -> dict[str, Any] | None:
-    """The function to call, None to answer in text."""
+    """Return the function to call, None to answer in text."""
     functions = list(_functions(body.get("tools") or []))
     choice = body.get("tool_choice") or "auto"
     if not functions or choice == "none":
@@ -247,9 +221,10 @@ def _words_of(function: Mapping[str, Any]) -> set[str]:
 
 
 class SchemaFiller:
-    """Makes up a value that fits a JSON schema: the required properties, with plausible values.
+    """Makes up a value that fits a JSON schema: its required properties, with plausible values.
 
-    Depth and number of values are bounded, since a schema may refer to itself.
+    Depth and number of values are bounded, since a schema may refer to itself. `asked` is the text
+    of the user, which may hold a value.
     """
 
     _DEPTH = 12
@@ -271,7 +246,7 @@ class SchemaFiller:
         self._left = self._VALUES
 
     def fill_root(self) -> Any:
-        """A value for the whole schema, `{}` for none; a broken schema raises `RequestError`."""
+        """Return a value for the whole schema, {} for none. A broken schema raises RequestError."""
         try:
             return self._fill(self._root, "", 0) if self._root else {}
         except (AttributeError, KeyError, TypeError) as exc:  # a member of a wrong type
@@ -291,12 +266,12 @@ class SchemaFiller:
         return self._fill_type(schema, name, depth)
 
     def _charge(self, value: Any) -> Any:
-        """A given value counts by its size: an array would repeat a large one."""
+        """Count `value`, which the schema gives, by its size: an array could repeat it."""
         self._left -= len(orjson.dumps(value)) // 64
         return value
 
     def _resolve(self, schema: Schema, depth: int) -> Schema:
-        """Follow references and take a branch, until the schema says what the value is."""
+        """Follow references and take a branch, until `schema` has the type of the value."""
         for _ in range(self._DEPTH):
             self._left -= 1
             if depth > self._DEPTH or self._left < 0:
@@ -359,7 +334,7 @@ class SchemaFiller:
         return value[: schema.get("maxLength")]
 
     def _guess(self, name: str) -> str:
-        """The last name in what was asked, such as Paris, where the property may want one."""
+        """Return a value for the property `name`: the last name in the text, such as Paris."""
         if name.lower() in ("query", "question", "prompt", "text", "input") and self._asked:
             return self._asked
         names = re.findall(r"(?<=\s)[A-Z][\w-]+", self._asked)
@@ -374,7 +349,7 @@ class SchemaFiller:
 
 
 def serialize_completion(reply: Reply) -> bytes:
-    """The body of an answer that is not streamed."""
+    """Return the body of `reply` if it is not streamed."""
     text = "".join(reply.pieces)
     message: dict[str, Any] = {"role": "assistant"}
     if reply.tool_call is None:
@@ -389,7 +364,7 @@ def serialize_completion(reply: Reply) -> bytes:
 
 
 def serialize_stream(reply: Reply, *, include_usage: bool) -> Iterator[bytes]:
-    """The events of a streamed answer, in OpenAI's order: role, pieces, finish, usage, [DONE]."""
+    """Yield the events of `reply` in OpenAI's order: role, pieces, finish, usage, [DONE]."""
     envelope = _envelope(reply, "chat.completion.chunk")
 
     def event(delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
@@ -436,21 +411,20 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class DemoModel:
-    """The demo model's HTTP server, on a loopback port of the system's choice.
+    """The demo model's HTTP server, on a loopback port that the system chooses.
 
-    `pace` is the time between two pieces, in seconds. The caller starts it in its own loop and
-    closes it in the end.
+    `pace` is the time between two pieces in seconds. The caller starts and closes the server.
     """
 
     def __init__(self, *, pace: float = 0.015, max_body_bytes: int = 64 * 1024 * 1024) -> None:
         self._pace = pace
         self._max_body_bytes = max_body_bytes
         self._runner: web.AppRunner | None = None
-        self.streaming = 0  # answers being generated now
+        self.streaming = 0  # answers in flight
 
     async def start(self) -> int:
         """Listen, and return the port."""
-        app = web.Application(middlewares=[_tell_errors], client_max_size=self._max_body_bytes)
+        app = web.Application(middlewares=[_serialize_errors], client_max_size=self._max_body_bytes)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_get("/v1/models", self._list_models)
         # Handlers are cancelled when the client hangs up: nobody reads what they would generate.
@@ -463,7 +437,7 @@ class DemoModel:
         return port
 
     async def aclose(self) -> None:
-        """Stop listening, and cut what is still streaming after a second."""
+        """Stop listening, and cut the streams that still run after a second."""
         if self._runner is not None:
             runner, self._runner = self._runner, None
             await runner.cleanup()
@@ -501,8 +475,8 @@ def _json_response(body: bytes, status: int = 200) -> web.Response:
 
 
 @web.middleware
-async def _tell_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refusals in OpenAI's form, the web framework's own among them."""
+async def _serialize_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer errors in OpenAI's form, those of aiohttp included."""
     try:
         return await handler(request)
     except ProxyError as exc:

@@ -6,9 +6,9 @@ chunks, HTTP/1.0 a body until close (RFC 9112, 6.3).
 
 from __future__ import annotations
 
-from .admission import NO_GROUP
 from .deadlines import Timed
-from .http11 import Headers, begin_response_head, size_line
+from .http11_body import size_line
+from .http11_head import Headers, begin_response_head
 from .native import mypyc_attr
 from .sink import Sink
 
@@ -18,7 +18,6 @@ class Client(Timed):
     """The connection of a client, as its answers and their exchange see it."""
 
     is_paused = False  # the client reads slower than we write
-    address_group = NO_GROUP  # where its address is counted
 
     @property
     def unread_bytes(self) -> int:

@@ -273,7 +273,7 @@ def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: st
     """The HTTP status that an error names as a number, else what its words stand for."""
     for layer in layers:
         for name in _STATUS_NAMES:
-            if (status := _as_status(layer.get(name))) is not None:
+            if (status := as_status(layer.get(name))) is not None:
                 return status
         number = layer.get("status_code")
         if type(number) is int and number in _MINIMAX and "status_msg" in layer:
@@ -286,7 +286,8 @@ def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: st
     return 429 if _RATE_LIMIT.search(message) else None
 
 
-def _as_status(value: Any) -> int | None:
+def as_status(value: Any) -> int | None:
+    """Return the HTTP status of an error that `value` names: a number, or the start of a text."""
     if isinstance(value, bool):
         return None
     if isinstance(value, float) and value.is_integer():
@@ -319,7 +320,7 @@ def _find_code(layers: list[JsonObject]) -> str:
     """The innermost code that is no status: what lies around it is a gateway's, and says less."""
     for layer in reversed(layers):
         code = layer.get("code")
-        if isinstance(code, str) and _as_status(code) is None:
+        if isinstance(code, str) and as_status(code) is None:
             if cleaned := clean_text(code, MAX_CODE_LENGTH):
                 return cleaned
     return ""

@@ -12,6 +12,7 @@ Messages never hold a key, a prompt or an answer: they reach logs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -173,3 +174,13 @@ def serialize_error(error: ProxyError, *, numeric_code: bool = False) -> bytes:
 def serialize_error_event(error: ProxyError, *, numeric_code: bool = False) -> bytes:
     """The last event of a stream that failed: no `choices`, so that no SDK takes it for an end."""
     return b"data: %b\n\n" % serialize_error(error, numeric_code=numeric_code)
+
+
+def retry_headers(error: ProxyError) -> list[tuple[bytes, bytes]]:
+    """The header fields that say when to try again, as the SDKs read them; none without a time."""
+    if error.retry_after is None:
+        return []
+    return [
+        (b"retry-after", b"%d" % math.ceil(error.retry_after)),
+        (b"retry-after-ms", b"%d" % math.ceil(error.retry_after * 1000)),
+    ]

@@ -1,8 +1,8 @@
 """One chat request: authenticate → parse → route → connect → relay → account.
 
-The methods stand in that order. The exchange decides what is tried next and what the client is
-told; how one endpoint is tried is attempts.py's, how bytes pass is relay.py's. Callbacks instead
-of a coroutine: a task and its wake-ups cost as much as the rest of a small request.
+The methods stand in that order; failures and deadlines follow. What is tried next is decided in
+failover.py, one endpoint is tried by attempts.py, and bytes pass through relay.py. Callbacks
+instead of a coroutine: a task and its wake-ups cost as much as the rest of a small request.
 """
 
 from __future__ import annotations
@@ -11,36 +11,35 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from dataclasses import asdict
-from typing import Final, NamedTuple
+from typing import Final
 
 from .access import ANONYMOUS, Caller
-from .accounting import permitted
-from .admission import NO_GROUP
 from .attempts import Attempt, Owner
-from .catalog import Provider
-from .config import Config
+from .context import ServerContext
 from .counting import MAX_KEPT_BYTES
 from .downstream import Answer, Client, KeptAnswer, ResponseBody
 from .errors import (
-    FailedAttempt,
     Phase,
     ProxyError,
     RequestError,
     UnavailableError,
     UpstreamError,
+    retry_headers,
     serialize_error,
     serialize_error_event,
 )
+from .failover import NOTHING_REFUSED, Failover
+from .filters import keep_permitted
 from .frames import STEPPED_BYTES
-from .gateway import SSE_TYPE, Gateway, Upstream, unix_time
-from .http11 import Headers, RequestHead, ResponseHead
+from .http11_head import Headers, RequestHead, ResponseHead
 from .limits import Lease
-from .origin import check_local_request, cors_headers
-from .record import CLIENT_CLOSED, Record, clip_text, escape_client_text
-from .refusal import choose_error
+from .origin import check_local_request, check_media_type, cors_headers
+from .provider import SSE_TYPE, Upstream
+from .record import CLIENT_CLOSED, Record
 from .request import Call
+from .request_handler import Admitted
 from .routing import Plan, make_plan
+from .text import clip_text, escape_client_text
 from .upstream_body import make_upstream_body
 
 logger = logging.getLogger("hoberproxy.server")
@@ -53,33 +52,18 @@ RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new pro
 # Seconds of writing below which tokens per second are mostly the noise of a few packets.
 SHORTEST_MEASURED: Final = 0.05
 _monotonic: Final = time.monotonic
-NOTHING_REFUSED: Final[frozenset[str]] = frozenset()
+_unix_time: Final = time.time
 _JSON: Final = (b"content-type", b"application/json")
 _SSE: Final = (b"content-type", SSE_TYPE)
-_TRACE_HEADERS: Final = (b"traceparent", b"tracestate")  # W3C Trace Context, passed on as they came
 _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase.BODY))
 
 
-class Admitted(NamedTuple):
-    """Who sent a head. It holds for the same head again, while keys and config are the same."""
-
-    caller: Caller
-    keyring_version: int
-    config: Config
-
-
 class Exchange(Owner):
-    """Made when a request's head has come. `admit` it, `run` it with its body, or `abandon` it.
-
-    Between these, `enter` where the body has not come with the head. The connection calls `pause`
-    and `resume` as the client's watermarks say, and `on_deadline`. However it goes, exactly one
-    record is closed.
-    """
+    """One chat request. However it ends, exactly one record is closed."""
 
     # What an exchange starts with, on the class: to set it on each would cost a microsecond.
     _refusal: ProxyError | None = None
     _caller = ANONYMOUS
-    _group = NO_GROUP  # where its address is counted
     _lease: Lease | None = None
     _sealed_as: tuple[int, str] | None = None  # status and code
     _kept: KeptAnswer | None = None  # where the texts are to be counted
@@ -89,188 +73,173 @@ class Exchange(Owner):
     _reading: Generator[None, None, Call] | None = None  # of a large body, as far as it got
     _call: Call | None = None
     _prompt_bytes = 0
-    _plan: Plan | None = None
-    _position = 0
+    _failover: Failover | None = None  # with the plan
     _attempt: Attempt | None = None
-    _without = NOTHING_REFUSED  # of what we put in, what this endpoint does not take
-    _failures: tuple[FailedAttempt, ...] = ()
-    _errors: tuple[UpstreamError, ...] = ()  # of these failures
-    _refused_slugs: frozenset[str] = frozenset()  # models for which the request is wrong
     _quiet_since = 0.0
     _paused_since = 0.0
     _unread_bytes = 0
     _is_closed = False
     _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
-    _provider: Provider  # of the attempt; a reload may replace the gateway's
+    _upstream: Upstream  # of the attempt
 
-    def __init__(self, gateway: Gateway, client: Client, head: RequestHead, answer: Answer) -> None:
-        self._gateway = gateway
+    def __init__(
+        self, context: ServerContext, client: Client, head: RequestHead, answer: Answer
+    ) -> None:
+        self._context = context
         self._client = client
         self._head = head
         self._answer = answer
         self._clock_start = _monotonic()
-        self.record = Record(gateway.new_request_id(), unix_time(), head.path.decode("latin-1"))
+        self.record = Record(context.new_request_id(), _unix_time(), head.path.decode("latin-1"))
         if (client_id := head.get(b"x-request-id")) is not None:
             self.record.client_request_id = escape_client_text(client_id)
         if client.is_paused:  # behind already, with the answer to an earlier request
             self._paused_since, self._unread_bytes = self.now, client.unread_bytes
 
     @property
+    def key_label(self) -> str:
+        return self.record.key_label
+
+    @property
     def content_events(self) -> int:
-        """Tokens so far, as near as events tell them."""
         return 0 if self._attempt is None else self._attempt.outcome().content_events
 
     # Authenticate
 
     def admit(self, known: Admitted | None = None) -> Admitted | None:
-        """Who may go on to the body; if None, `run` tells the client why not.
-
-        `known` is what an exchange with the same head was told. A request counts, as one of
-        `max_streams` and for its address, from the moment it is known to be a caller's: others
-        would take the callers' room.
-        """
-        gateway, record = self._gateway, self.record
+        # A request counts as one of `max_streams` from the moment it is known to be a caller's:
+        # others would take the callers' room.
+        context, record = self._context, self.record
         try:
             if (
                 known is None
-                or known.keyring_version != gateway.keyring.version
-                or known.config is not gateway.config
+                or known.keyring_version != context.keyring.version
+                or known.config is not context.config
                 or known.caller.has_expired(record.started)
-                or gateway.is_stopping
+                or context.is_stopping
             ):
-                known = Admitted(self._authenticate(), gateway.keyring.version, gateway.config)
+                known = Admitted(self._authenticate(), context.keyring.version, context.config)
             else:
                 self._note_caller(known.caller)
-            self._group = gateway.admission.admit(
-                self._head, len(gateway.exchanges) + 1, self._client.address_group
-            )
+            context.admission.admit(len(context.exchanges) + 1)
         except ProxyError as error:
             self._refusal = error
             return None
-        gateway.exchanges.add(self)
+        context.exchanges.add(self)
         return known
 
     def enter(self) -> bool:
-        """Count the call in now, since its body is still to come; however it ends, it is settled.
-
-        Returns False where the limits of the caller's key let no body pass: `run` then refuses it.
-        """
         try:
-            self._lease = self._gateway.accounts.enter(self._caller, unix_time())
+            self._lease = self._context.accounts.enter(self._caller, _unix_time())
         except ProxyError as error:
             self._refusal = error
             return False
         return True
 
     def _authenticate(self) -> Caller:
-        gateway, head = self._gateway, self._head
-        if gateway.is_stopping:
+        context, head = self._context, self._head
+        if context.is_stopping:
             raise UnavailableError(
                 "this process is shutting down; try again",
                 code="draining",
                 retry_after=RETRY_AFTER_DRAIN,
             )
-        if gateway.config.keys.required:
-            caller = gateway.keyring.authenticate_head(head, self.record.started)
+        if context.config.keys.required:
+            caller = context.keyring.authenticate_head(head, self.record.started)
         else:
             check_local_request(head)
             caller = ANONYMOUS
         self._note_caller(caller)  # first: what is refused from here on is in the key's records
-        _check_media_type(head)
+        check_media_type(head)
         return caller
 
     def _note_caller(self, caller: Caller) -> None:
         self._caller = caller
         self.record.key_id, self.record.key_label = caller.key_id, caller.label
 
-    # Parse, route
+    # Parse
 
     def hold_body(self, size: int) -> None:
-        """So many bytes of the body are here. Raises UnavailableError where all are too many."""
-        self._gateway.bodies.hold(size - self._held_bytes)
+        self._context.bodies.hold(size - self._held_bytes)
         self._held_bytes = size
 
-    def _release_body(self) -> None:
-        self._gateway.bodies.release(self._held_bytes)
-        self._held_bytes = 0
-
     def run(self, body: bytes, *, close: bool = False) -> None:
-        """The whole body has come: serve it. `close`: the connection ends with a refusal."""
         self._run_start = _monotonic()
         if self._refusal is not None:
-            self.refuse(self._refusal, close=close)
+            self.fail(self._refusal, close=close)
+        else:
+            self._serve(body)
+
+    def _serve(self, body: bytes) -> None:
+        """Parse, route and connect; what follows is reported by the attempt."""
+        if self._is_closed:
             return
-        frames, key_id = self._gateway.frames, self._caller.key_id
         try:
             self.hold_body(len(body))
-            if len(body) > STEPPED_BYTES:
-                self._reading = frames.read_in_steps(body, key_id)
-                self._gateway.loop.call_later(REST, self._read_on)
+            call = self._parse(body)
+            if call is None:
+                # Not at the loop's next turn: an answer of another request takes several of them.
+                self._context.loop.call_later(REST, self._serve, body)
                 return
-            self._open(frames.read(body, key_id))
+            self._note_call(call)
+            self._open_account(call, self._route(call))
         except ProxyError as error:
-            self.refuse(error)
+            self.fail(error)
             return
         except Exception:
             self._fail_ourselves()
             return
-        self._begin_step(0)
+        self._begin_step()
 
-    def _read_on(self) -> None:
-        """Take one step of reading a large body; between two of them the loop serves others."""
+    def _parse(self, body: bytes) -> Call | None:
+        """Read the call; None if it is large and the next step of reading is still to be taken."""
+        frames, key_id = self._context.frames, self._caller.key_id
+        if len(body) <= STEPPED_BYTES:
+            return frames.read(body, key_id)
         reading = self._reading
-        if self._is_closed or reading is None:
-            return
+        if reading is None:
+            self._reading = frames.read_in_steps(body, key_id)
+            return None
         try:
-            try:
-                next(reading)
-            except StopIteration as end:
-                self._reading = None
-                self._open(end.value)
-            else:
-                # Not at the loop's next turn: an answer of another takes several of them.
-                self._gateway.loop.call_later(REST, self._read_on)
-                return
-        except ProxyError as error:
-            self.refuse(error)
-            return
-        except Exception:
-            self._fail_ourselves()
-            return
-        self._begin_step(0)
+            next(reading)
+        except StopIteration as end:
+            call: Call = end.value
+            return call
+        return None
 
-    def _fail_ourselves(self) -> None:
-        """A fault of the proxy: ours to answer for, not to be taken for a client that left."""
-        logger.exception("request %s failed", self.record.id)
-        self.refuse(ProxyError("an error in the proxy itself", code="internal_error"))
-
-    def _open(self, call: Call) -> None:
-        """Route the call and count it in. Raises ProxyError."""
+    def _note_call(self, call: Call) -> None:
         self._call = call
-        terms = call.terms
-        self.record.streamed = terms.stream
-        self.record.requested = terms.requested
+        self.record.streamed = call.terms.stream
+        self.record.requested = call.terms.requested
         self._prompt_bytes = call.prompt_bytes
-        self._plan = plan = permitted(self._make_plan(call), self._caller)
-        self._upstreams = self._gateway.upstreams
-        self._lease = self._gateway.accounts.open(
-            self.record, self._caller, call, plan, unix_time(), self._lease
+
+    # Route
+
+    def _route(self, call: Call) -> Plan:
+        context = self._context
+        health = context.health
+        now = self.now if health.is_calm else context.loop.time()
+        plan = make_plan(call, context.catalog, health, now, context.draw)
+        if self._caller.models:
+            plan = keep_permitted(plan, self._caller.may_use, self._caller.models)
+        self._upstreams = context.upstreams
+        self._failover = Failover(plan, context.config.routing)
+        return plan
+
+    def _open_account(self, call: Call, plan: Plan) -> None:
+        """Count the call in. Raises AccessError."""
+        self._lease = self._context.accounts.open(
+            self.record, self._caller, call, plan, _unix_time(), self._lease
         )
         self._quiet_since = self.now
 
-    def _make_plan(self, call: Call) -> Plan:
-        gateway = self._gateway
-        health = gateway.health
-        now = self.now if health.is_calm else gateway.loop.time()
-        return make_plan(call, gateway.catalog, health, now, gateway.draw)
+    # Connect
 
-    # Connect, relay
-
-    def _begin_step(self, position: int) -> None:
-        assert self._plan is not None
-        self._position = position
-        key = self._plan.steps[position].endpoint.key
-        self._without = self._gateway.refused_options.get(key, NOTHING_REFUSED)
+    def _begin_step(self) -> None:
+        failover = self._failover
+        assert failover is not None
+        key = failover.step.endpoint.key
+        failover.refused = self._context.refused_options.get(key, NOTHING_REFUSED)
         self.record.attempts += 1
         self._try_step()
 
@@ -284,34 +253,31 @@ class Exchange(Owner):
                 self.record.overhead = _monotonic() - self._run_start
             attempt.start()
         except RequestError as error:  # a body that the endpoint's rules cannot be applied to
-            self.refuse(error)
+            self.fail(error)
             return
         except Exception:
-            if self._attempt is not None:
-                self._attempt.abort()
             self._fail_ourselves()
             return
         # From here on the model server is at work: nobody waits for what is done now.
-        self._gateway.health.begin(attempt.step.endpoint.key, self.now)
+        self._context.health.begin(attempt.step.endpoint.key, self.now)
         # A plan may be older than the config: only the first try is surely within its limits.
-        wait = self._gateway.shortest_wait if is_first else self._longest_wait(attempt)
+        wait = self._context.shortest_wait if is_first else self._longest_wait(attempt)
         self._client.hasten(self.now + wait)
 
     def _make_attempt(self) -> Attempt:
-        call, plan = self._call, self._plan
-        assert call is not None and plan is not None, "nothing is tried after the first content"
-        step = plan.steps[self._position]
-        upstream = self._upstreams[step.endpoint.provider]
-        self._provider = provider = upstream.provider
-        rules, options = step.endpoint.adaptation, provider.stream_options
+        call, failover = self._call, self._failover
+        assert call is not None and failover is not None, "nothing is tried after the first content"
+        step = failover.step
+        self._upstream = upstream = self._upstreams[step.endpoint.provider]
+        rules, options = step.endpoint.adaptation, upstream.provider.stream_options
         body, injected = make_upstream_body(
             call,
             step.endpoint.upstream_model,
             stream_options=options,
             adaptation=rules,
-            without=self._without,
+            without=failover.refused,
         )
-        forwarded = self._forwarded_headers(provider.forward_headers)
+        forwarded = upstream.forwarded_headers(self._head)
         request = upstream.serialize_request(body, forwarded, stream=call.terms.stream)
         if self._attempt is not None:
             self._attempt.forget()
@@ -322,34 +288,19 @@ class Exchange(Owner):
             self._kept_body = call.body
         return Attempt(self, call, step, upstream.pool, answer, request, injected)
 
-    def _forwarded_headers(self, names: tuple[str, ...]) -> Headers:
-        head = self._head
-        forwarded: Headers = []
-        if not names and head.get(b"traceparent") is None:
-            return forwarded
-        if head.get(b"traceparent") is not None:
-            # `tracestate` is a list that may come in several lines, in order.
-            forwarded = [item for item in head.headers if item[0] in _TRACE_HEADERS]
-        for text in names:
-            name = text.encode()
-            if (value := head.get(name)) is not None and name not in _TRACE_HEADERS:
-                forwarded.append((name, value))
-        return forwarded
+    # Relay: what the attempt reports of an answer that passes
 
     @property
     def now(self) -> float:
-        """Loop time, as of the wheel's last turn."""
-        return self._gateway.wheel.now
+        return self._context.wheel.now
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
-        """The first content is here."""
         self.record.first_content = _monotonic() - self._clock_start
         if not self._answer.is_started:
             headers, prepared = self._answer_head(head, is_stream=is_stream)
             self._answer.start(200, headers, prepared)
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
-        """A whole answer, checked."""
         self.record.first_content = _monotonic() - self._clock_start
         self.seal(200, len(body))
         if self._kept is not None:
@@ -359,32 +310,29 @@ class Exchange(Owner):
         self.note_opened(is_stream=False)
 
     def note_opened(self, *, is_stream: bool) -> None:
-        """Content was written: the body is not needed any more, nor another endpoint."""
-        self._call = None
+        self._call = None  # nor is another endpoint needed any more
         if self._kept is None:
-            self._release_body()
-        attempt, gateway = self._attempt, self._gateway
+            self.hold_body(0)
+        attempt, context = self._attempt, self._context
         assert attempt is not None
         now, key, waited = self.now, attempt.step.endpoint.key, None
         # A body's first content comes with its last: better than nothing to sort by, no more.
-        if is_stream or gateway.health.first_content(key, now) is None:
+        if is_stream or context.health.first_content(key, now) is None:
             is_first = self.record.attempts == 1  # whose start is known more precisely than a tick
             waited = self.record.first_content if is_first else now - attempt.started
-        gateway.health.observe_success(key, now, waited)
-        if self._without and not self._without <= gateway.refused_options.get(key, NOTHING_REFUSED):
-            gateway.learn_refused(key, self._without)  # that it answers now proves it
+        context.health.observe_success(key, now, waited)
+        assert self._failover is not None
+        refused = self._failover.refused
+        if refused and not refused <= context.refused_options.get(key, NOTHING_REFUSED):
+            context.learn_refused(key, refused)  # that it answers now proves it
 
     def _answer_head(self, head: ResponseHead, *, is_stream: bool) -> tuple[Headers, bytes]:
-        """The fields of an answer: those that vary, and those that most answers have, ready."""
+        """Return the fields of an answer: those that vary, and ready lines of the others."""
         attempt = self._attempt
         assert attempt is not None
-        step = attempt.step
-        fields = self._upstreams[step.endpoint.provider].answer_fields(step.slug, is_stream)
-        headers = self._cors_headers() + self._attempts_header()
-        for text in self._provider.response_headers:
-            if (value := head.get(text.encode())) is not None:
-                headers.append((text.encode(), value))
-        request_id = self.record.id.encode()
+        upstream, request_id = self._upstream, self.record.id.encode()
+        headers = self._cors_headers() + self._attempts_header() + upstream.passed_headers(head)
+        fields = upstream.answer_fields(attempt.step.slug, is_stream)
         limits = self._limit_lines()
         return headers, b"".join((fields, limits, b"x-request-id: ", request_id, b"\r\n"))
 
@@ -395,20 +343,16 @@ class Exchange(Owner):
         """The lines about the limits of the caller's key; well-formed, being ours."""
         if self._caller.limits is None:
             return b""
-        return self._gateway.accounts.limit_lines(self._caller, unix_time())
+        return self._context.accounts.limit_lines(self._caller, _unix_time())
 
     def _cors_headers(self) -> Headers:
-        origins = self._gateway.config.server.cors_origins
+        origins = self._context.settings.cors_origins
         return cors_headers(origins, self._head.get(b"origin")) if origins else []
 
-    # What the attempt reports
-
     def sent_body(self) -> bytes:
-        """The client's body, as long as there may be another attempt."""
         return self._call.body if self._call is not None else b""
 
     def attempt_finished(self, attempt: Attempt) -> None:
-        """The answer was passed on to its end."""
         self._account(200)
         self._observe_throughput(attempt)
 
@@ -417,103 +361,52 @@ class Exchange(Owner):
         if record.streamed and record.has_usage and record.first_content is not None:
             seconds = record.total - record.first_content
             if seconds >= SHORTEST_MEASURED and record.completion_tokens > 1:
-                self._gateway.health.observe_throughput(
+                self._context.health.observe_throughput(
                     attempt.step.endpoint.key,
-                    self._gateway.loop.time(),
+                    self._context.loop.time(),
                     record.completion_tokens / seconds,
                 )
 
+    # Failures of an attempt
+
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
-        """Once more without an option of ours, another endpoint, another model, or the end."""
+        """Try once more without an option of the proxy's, or the next step, or fail."""
+        failover, context = self._failover, self._context
+        assert failover is not None
         if error.refused_option is not None:
-            self._gateway.health.abandon(attempt.step.endpoint.key)
-            self._without |= {error.refused_option}
+            context.health.abandon(attempt.step.endpoint.key)
+            failover.refused |= {error.refused_option}
             self._try_step()
             return
-        self._note_failure(attempt, error)
-        following = self._following_step(error)
-        if following is None:
-            self._fail(error)
+        now, has_begun = context.loop.time(), self._call is None
+        self._judge_endpoint(attempt, error, now)
+        failover.note(error, now - attempt.started)
+        if not has_begun and failover.advance(_monotonic() - self._clock_start):
+            self._begin_step()
             return
-        self._begin_step(following)
+        final = failover.conclude(has_begun=has_begun, health=context.health, now=now)
+        self.record.phase = final.phase.value
+        self.fail(final)
 
-    def _following_step(self, error: UpstreamError) -> int | None:
-        """Where to go on after a failure; None if it is the end."""
-        plan, routing = self._plan, self._gateway.config.routing
-        assert plan is not None
-        if error.is_refusal:
-            self._refused_slugs |= {plan.steps[self._position].slug}
-        if self._call is None or not (error.is_retryable or error.is_refusal):
-            return None
-        if self.record.attempts >= routing.max_attempts:
-            return None
-        if _monotonic() - self._clock_start >= routing.attempts_timeout:
-            return None
-        return plan.after(self._position, self._refused_slugs)
-
-    def _note_failure(self, attempt: Attempt, error: UpstreamError) -> None:
-        health, key, now = (
-            self._gateway.health,
-            attempt.step.endpoint.key,
-            self._gateway.loop.time(),
-        )
+    def _judge_endpoint(self, attempt: Attempt, error: UpstreamError, now: float) -> None:
+        health, key = self._context.health, attempt.step.endpoint.key
         is_ours = error.code == "upstream_timeout" and self._client.is_paused
         # It works, as far as this tells: the request was wrong, or the client slow.
         if error.is_refusal or is_ours or error.is_doubtful:
             health.abandon(key)
-        else:
-            health.observe_failure(
-                key,
-                now,
-                retry_after=error.retry_after,
-                is_rate_limit=error.upstream_status == 429,
-                was_answering=error.phase is Phase.CONTENT,
-                draw=self._gateway.draw,
-            )
-        error.metadata["provider"] = attempt.step.endpoint.provider
-        self._errors += (error,)
-        self._failures += (
-            FailedAttempt(
-                provider=attempt.step.endpoint.provider,
-                status=error.upstream_status,
-                code=error.recorded_code,
-                phase=error.phase.value,
-                milliseconds=round((now - attempt.started) * 1000),
-            ),
+            return
+        health.observe_failure(
+            key,
+            now,
+            retry_after=error.retry_after,
+            is_rate_limit=error.upstream_status == 429,
+            was_answering=error.phase is Phase.CONTENT,
+            draw=self._context.draw,
         )
 
-    def _fail(self, error: UpstreamError) -> None:
-        """Answer with the last attempt's error, or an earlier one, and with what else was tried."""
-        chosen = error
-        if self._call is not None:  # else the client has a part of this very answer
-            chosen = choose_error(self._errors)
-        self.record.phase = chosen.phase.value
-        others = self._failures[:-1] if chosen is error else self._failures
-        if self._call is not None and chosen.status in (502, 504) and self._is_all_cooling():
-            # All had been failing before this request came: say when it is worth coming back.
-            others = self._failures
-            chosen.status, chosen.code = 503, "no_healthy_upstream"
-            chosen.retry_after = self._next_trial()
-        if others:
-            chosen.metadata["previous_errors"] = [asdict(failure) for failure in others]
-        self.refuse(chosen)
+    # Ends that are not an answer
 
-    def _is_all_cooling(self) -> bool:
-        return self._plan is not None and all(
-            step.reason == "cooldown" for step in self._plan.steps
-        )
-
-    def _next_trial(self) -> float:
-        """Seconds until the first endpoint of the plan may be tried again; one at least."""
-        assert self._plan is not None
-        health, now = self._gateway.health, self._gateway.loop.time()
-        ends = [health.cooldown_ends(step.endpoint.key) or now for step in self._plan.steps]
-        return max(min(ends) - now, 1.0)
-
-    # Refuse: the ends that are not an answer
-
-    def refuse(self, error: ProxyError, *, close: bool = False) -> None:
-        """Tell the client that its request failed, in the form that is still possible."""
+    def fail(self, error: ProxyError, *, close: bool = False) -> None:
         if self._is_closed:
             return
         if self._attempt is not None:
@@ -539,17 +432,18 @@ class Exchange(Owner):
             answer.abort()
         self._account(status)
 
+    def _fail_ourselves(self) -> None:
+        """Answer for a fault of the proxy, which is not to be taken for a client that left."""
+        logger.exception("request %s failed", self.record.id)
+        self.fail(ProxyError("an error in the proxy itself", code="internal_error"))
+
     @property
     def _numeric_code(self) -> bool:
         """Whether the client's SDK wants an error's code to be the status."""
         return self._head.path.startswith(b"/api/")
 
     def _error_headers(self, error: ProxyError) -> Headers:
-        headers = self._common_headers()
-        if error.retry_after is not None:
-            milliseconds = math.ceil(error.retry_after * 1000)
-            headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
-            headers.append((b"retry-after-ms", b"%d" % milliseconds))
+        headers = self._common_headers() + retry_headers(error)
         # The SDKs try 5xx three times by themselves, which would multiply our own tries.
         is_final = 400 <= error.status < 500 and error.status != 429
         is_tried = error.status in (502, 504) and self.record.attempts >= 2
@@ -563,36 +457,32 @@ class Exchange(Owner):
         return [(b"x-hober-attempts", b"%d" % attempts)] if attempts > 1 else []
 
     def abandon(self) -> None:
-        """The client went away: its upstream goes in this very turn of the loop."""
         if self._is_closed:
             return
         if self._attempt is not None:
             self._attempt.abort()
-            self._gateway.health.abandon(self._attempt.step.endpoint.key)
+            self._context.health.abandon(self._attempt.step.endpoint.key)
         self.record.code = "client_closed"
         self._account(CLIENT_CLOSED)
 
     # Flow control and deadlines
 
     def pause(self) -> None:
-        """The client's buffer is full."""
         self._paused_since = self.now
         self._unread_bytes = self._client.unread_bytes
         if self._attempt is not None:
             self._attempt.pause()
 
     def resume(self) -> None:
-        """The client has caught up."""
         if self._attempt is not None:
             self._attempt.resume()
 
     def _longest_wait(self, attempt: Attempt) -> float:
         """Seconds in which no limit can pass that begins later: so long we need not be asked."""
-        settings, limits = self._gateway.config.server, attempt.limits
+        settings, limits = self._context.settings, attempt.limits
         return min(limits.shortest, settings.write_timeout, settings.comment_after or math.inf)
 
     def on_deadline(self, now: float) -> float | None:
-        """What is due: a limit of the attempt, a comment line, a client that does not read."""
         if self._attempt is not None:
             self._attempt.check_limits(now)
         if not self._is_closed and now >= self._stall_due():
@@ -622,10 +512,10 @@ class Exchange(Owner):
     def _stall_due(self) -> float:
         if not self._client.is_paused:
             return math.inf
-        return self._paused_since + self._gateway.config.server.write_timeout
+        return self._paused_since + self._context.settings.write_timeout
 
     def _comment_due(self) -> float:
-        attempt, after = self._attempt, self._gateway.config.server.comment_after
+        attempt, after = self._attempt, self._context.settings.comment_after
         if not self.record.streamed or not after or attempt is None or self._client.is_paused:
             return math.inf
         if attempt.phase is Phase.CONTENT:
@@ -646,21 +536,20 @@ class Exchange(Owner):
     def _account(self, status: int) -> None:
         """Close the record; the exchange is over."""
         self._is_closed = True
-        gateway, record, attempt = self._gateway, self.record, self._attempt
-        gateway.exchanges.discard(self)
-        self._release_body()
-        gateway.admission.note_streams(len(gateway.exchanges))
-        gateway.admission.leave(self._group)
+        context, record, attempt = self._context, self.record, self._attempt
+        context.exchanges.discard(self)
+        self.hold_body(0)
+        context.admission.note_streams(len(context.exchanges))
         self.seal(status)
         if attempt is not None:
             attempt.forget()
         # Body and answer go now: in a ring of references they would wait for the collector.
         self._attempt = self._call = self._refusal = self._reading = None
-        gateway.close_record(record, self._caller, self._lease)
+        context.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint
             kept = self._kept_body, self._kept.kept
-            gateway.accounts.count(record, self._caller, self._lease, endpoint, *kept)
+            context.accounts.count(record, self._caller, self._lease, endpoint, *kept)
 
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.
@@ -675,11 +564,11 @@ class Exchange(Owner):
         record.status = status
         record.total = _monotonic() - self._clock_start
         record.bytes_out = self._answer.body_bytes + following
-        if self._failures:
-            record.failures = self._failures
+        if self._failover is not None and self._failover.failures:
+            record.failures = self._failover.failures
         if self._attempt is not None:
             self._account_answer(self._attempt)
-        self._gateway.accounts.seal(record)
+        self._context.accounts.seal(record)
 
     def _account_answer(self, attempt: Attempt) -> None:
         record, outcome = self.record, attempt.outcome()
@@ -689,7 +578,7 @@ class Exchange(Owner):
         record.upstream_id = clip_text(outcome.upstream_id)
         record.finish_reason = clip_text(outcome.finish_reason)
         record.events = outcome.content_events
-        self._gateway.accounts.fill(
+        self._context.accounts.fill(
             record,
             attempt.step.endpoint,
             outcome.usage,
@@ -698,22 +587,3 @@ class Exchange(Owner):
             is_answered=record.first_content is not None
             or (record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES),
         )
-
-
-def _check_media_type(head: RequestHead) -> None:
-    coding = head.get(b"content-encoding")
-    if coding is not None and coding.lower() != b"identity":
-        raise RequestError(
-            "expected a request body without content-encoding; send it uncompressed",
-            code="unsupported_media_type",
-            status=415,
-        )
-    if head.get(b"content-type") is not None:
-        media_type = head.content_type
-        if media_type != b"application/json" and not media_type.endswith(b"+json"):
-            raise RequestError(
-                "expected content-type application/json; "
-                "with curl add -H 'content-type: application/json'",
-                code="unsupported_media_type",
-                status=415,
-            )

@@ -7,6 +7,7 @@ only imported by the first scrape.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,7 +100,7 @@ FAMILIES = (
     Family(
         "refused_connections",
         "counter",
-        "Connections over the limit of their address, or of open files.",
+        "Connections over the limit of open files.",
     ),
     Family(
         "usage_missing",
@@ -136,6 +137,15 @@ FAMILIES = (
 def empty_histogram(buckets: tuple[float, ...]) -> list[float]:
     """Nothing observed: a count a bucket, one for what is over the last, the sum."""
     return [0.0] * (len(buckets) + 2)
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def merge(snapshots: Iterable[Snapshot], *, ended: bool = False) -> dict[str, list[Any]]:

@@ -9,6 +9,7 @@ import re
 from typing import Any, Final
 
 from .chunks import is_empty
+from .error_document import as_status
 from .lenient import load_json
 
 # Names under which a status or a number of the upstream's own stands, and the text beside it.
@@ -17,18 +18,15 @@ _STATUSES: Final = ("status", "status_code", "statusCode")
 _TEXTS: Final = ("message", "msg", "error_msg", "error_message", "errorMessage")
 _FINE: Final = (None, "", 0, 200, "0", "200", "ok", "OK", "success")
 _FAILED: Final = ("error", "failed", "failure", "fail")  # a status may also be of a queue
-_DIGITS: Final = re.compile(r"[45][0-9][0-9]").fullmatch
 _BROKEN_ERROR: Final = re.compile(rb'\s*\{\s*"error"\s*:\s*[^n\s]')
-# MiniMax' own numbers (platform.minimax.io/docs/api-reference/errorcode).
-_MINIMAX: Final = {1002: 429, 1004: 401, 1008: 402, 1039: 429, 2013: 400, 2049: 401}
 
 
 class StreamFailure(Exception):
     """The stream itself says that it failed, or is no stream of completion chunks.
 
-    `is_error_event` tells an upstream's own error from bytes that are not what they should be;
-    `upstream_status` is the HTTP status an error names, if it names one; `document` is what the
-    upstream sent: the object with the error in it, or a text, or None if it said no more.
+    `is_error_event` tells an upstream's own error from bytes that are not what they should be.
+    `document` is what the upstream sent: the object with the error in it, or a text, or None if it
+    said no more; error_document.py reads it.
     """
 
     def __init__(
@@ -36,12 +34,10 @@ class StreamFailure(Exception):
         message: str,
         *,
         is_error_event: bool,
-        upstream_status: int | None = None,
         document: Any = None,
     ) -> None:
         super().__init__(message)
         self.is_error_event = is_error_event
-        self.upstream_status = upstream_status
         self.document = document
 
 
@@ -50,7 +46,6 @@ def error_event(document: object) -> StreamFailure:
     return StreamFailure(
         "the upstream sent an error event",
         is_error_event=True,
-        upstream_status=_find_status(document),
         document=None if is_empty(document) else document,
     )
 
@@ -131,7 +126,7 @@ def _is_bare_error(document: dict[str, Any]) -> bool:
             return (
                 any([_is_code(document.get(name)) for name in _CODES])
                 or any([document.get(name) in _FAILED for name in _STATUSES])
-                or _status_of(document) is not None
+                or any([as_status(document.get(name)) is not None for name in _STATUSES])
                 or document.get("success") is False
             )
     return False
@@ -139,34 +134,3 @@ def _is_bare_error(document: dict[str, Any]) -> bool:
 
 def _is_code(value: object) -> bool:
     return isinstance(value, int | str) and value not in _FINE
-
-
-def _find_status(document: object) -> int | None:
-    """The HTTP status that an error names: in its object, or beside it."""
-    if isinstance(document, list) and document:
-        document = document[0]
-    if not isinstance(document, dict):
-        return None
-    choices = document.get("choices")
-    places = [document.get("error"), document]
-    if isinstance(choices, list):
-        places += [choice.get("error") for choice in choices if isinstance(choice, dict)]
-    for place in places:
-        status = _status_of(place)
-        if status is not None:
-            return status
-    base = document.get("base_resp")
-    number = base.get("status_code") if isinstance(base, dict) else None
-    return _MINIMAX.get(number) if type(number) is int else None
-
-
-def _status_of(error: object) -> int | None:
-    if not isinstance(error, dict):
-        return None
-    for name in (*_CODES, *_STATUSES):
-        value = error.get(name)
-        if isinstance(value, str) and _DIGITS(value):
-            value = int(value)
-        if type(value) is int and 400 <= value <= 599:
-            return value
-    return None

@@ -38,8 +38,7 @@ import orjson
 
 from .catalog import Endpoint
 from .folder import SEGMENT
-from .record import Record
-from .rows import COLUMNS, Row, clean_values, make_row
+from .record import COLUMNS, Record, Row, clean_row, make_row
 
 logger = logging.getLogger("hoberproxy.ledger")
 
@@ -299,7 +298,7 @@ class Journal:
         try:
             payload = kind + _dumps(row)
         except (TypeError, ValueError):  # half a surrogate pair, or a number beyond 64 bits
-            payload = kind + orjson.dumps(clean_values(row))
+            payload = kind + orjson.dumps(clean_row(row))
         if self._waiting:
             self.flush()
         if self._waiting:  # not before those
@@ -387,6 +386,11 @@ class Journal:
         if self._current is not None:
             segments.append(self._current)
         return segments
+
+    @property
+    def depth(self) -> int:
+        """Closed requests that are not yet in the store."""
+        return self.closed - self.stored
 
     # The other thread
 

@@ -39,7 +39,7 @@ from .journal import (
     serialize_generation,
     serialize_mark,
 )
-from .rows import COLUMNS, Row, row_of
+from .record import COLUMNS, Row, row_of
 from .store import Amendment
 
 logger = logging.getLogger("hoberproxy.ledger")

@@ -1,6 +1,6 @@
-"""The keys in the store: made, changed, rotated, revoked, and read for the keyring.
+"""The table of keys: made, changed, rotated, revoked, and loaded for the keyring.
 
-Of a key only its hash is kept. Calls block, as everything of the store does.
+Only a key's digest is stored. Methods that `store.py` describes are not described again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ class KeyTable(Database):
         limits: KeyLimits = UNLIMITED,
         models: Iterable[str] = (),
     ) -> tuple[str, KeyRow]:
-        """Make and store a key: the key itself, which is never seen again, and what is kept.
-
-        `label` is what records and logs show: 1 to 64 printable characters. `kind` is "live" or
-        "test"; `expires` unix seconds; `models` patterns of slugs, none for all.
-        """
         key = _new_key(kind)
         row = KeyRow(
             key_id=f"key_{secrets.token_hex(6)}",
@@ -64,14 +59,12 @@ class KeyTable(Database):
         return key, row
 
     def list_keys(self) -> list[KeyRow]:
-        """All keys, revoked and expired ones too, oldest first."""
         return self._select_keys("1 ORDER BY created, id", ())
 
     def find_key(self, id_or_hint: str) -> KeyRow:
-        """The key with this id or hint, or this very key. StoreError unless it is just one."""
         where = "? IN (id, hint) OR digest = ?"
         found = self._select_keys(where, (id_or_hint, hash_key(id_or_hint)))
-        if not found:  # the argument is not shown: it may be a key
+        if not found:  # the message leaves the argument out: it may be a key
             raise StoreError("expected the id or hint of a key, got neither; list the keys")
         if len(found) > 1:
             ids = ", ".join(row.key_id for row in found)
@@ -79,7 +72,6 @@ class KeyTable(Database):
         return found[0]
 
     def revoke_key(self, id_or_hint: str) -> KeyRow:
-        """Revoke a key for good; one revoked before keeps its time."""
         key_id = self.find_key(id_or_hint).key_id
         with self._mapped("revoke a key in"):
             self._db.execute(
@@ -89,7 +81,6 @@ class KeyTable(Database):
         return self._select_keys("id = ?", (key_id,))[0]
 
     def update_key(self, id_or_hint: str, changes: Mapping[str, Any]) -> KeyRow:
-        """Change a key's `label`, `expires`, `models`, or limits by the names in KeyLimits."""
         row = self.find_key(id_or_hint)
         limits = {name: value for name, value in changes.items() if name in _LIMITS}
         others = {name: value for name, value in changes.items() if name not in _LIMITS}
@@ -104,10 +95,6 @@ class KeyTable(Database):
         return changed
 
     def rotate_key(self, id_or_hint: str, grace: float) -> tuple[str, KeyRow]:
-        """A new key in place of the old, which works for `grace` seconds more.
-
-        Id, label, limits and what was used stay.
-        """
         row = self.find_key(id_or_hint)
         if row.revoked is not None:
             raise StoreError("expected a key that works, got a revoked one; create another")
@@ -136,7 +123,6 @@ class KeyTable(Database):
         return [_parse_key(row) for row in rows]
 
     def note_uses(self, uses: Mapping[str, float]) -> None:
-        """When keys were used last, by id; an earlier time changes nothing."""
         with self._mapped("write the use of keys to"), self._transaction():
             self._db.executemany(
                 "INSERT INTO key_uses VALUES (?, ?) ON CONFLICT (key_id) DO UPDATE "
@@ -147,11 +133,8 @@ class KeyTable(Database):
     # For the keyring
 
     def load_keys(self, known: Mapping[bytes, Caller] | None = None) -> dict[bytes, Caller]:
-        """Every key's digest and caller, for the keyring.
-
-        `known` are those loaded before: what their limits count since then is in shared memory, so
-        their history is not summed up again.
-        """
+        # What limits have counted since `known` was loaded is in the shared limits: the history of
+        # those callers is not summed up again.
         with self._mapped("read keys from"):
             rows = self._db.execute(
                 "SELECT digest, old_digest, old_until, created, id, label, kind, expires, revoked, "
@@ -191,7 +174,6 @@ class KeyTable(Database):
         )
 
     def sum_history(self, key_id: str, since: float = 0.0) -> History:
-        """What the records say that a key has used; there are none from before `since`."""
         sums = self.sum_key(key_id, since)
         return History(
             day=day_of(int(self._clock() * 1000)),
@@ -202,7 +184,6 @@ class KeyTable(Database):
         )
 
     def sum_key(self, key_id: str, since: float = 0.0) -> dict[str, KeyUsage]:
-        """A key's usage by period: "day" and "month" (UTC), and "total"."""
         today = day_of(int(self._clock() * 1000))
         first = int(month_start(month_of(today)) // 86400)
         with self._mapped("read usage from"):
@@ -226,7 +207,6 @@ class KeyTable(Database):
         }
 
     def keys_version(self) -> int:
-        """A number that grows with every change of a key, by whichever process."""
         with self._mapped("read keys from"):
             return int(self._value("SELECT version FROM keys_version"))
 
@@ -271,7 +251,7 @@ def _checked_limits(limits: KeyLimits) -> KeyLimits:
 
 
 def _values(row: KeyRow) -> dict[str, Any]:
-    """The columns of a row that are set by its owner, and those of its making."""
+    """Return the columns of `row` that a new or a changed key sets, but for its digest."""
     return {
         "id": row.key_id,
         "label": row.label,

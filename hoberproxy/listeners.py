@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from .config import Address
+from .settings import Address
 
 logger = logging.getLogger("hoberproxy.server")
 Listening = TypeVar("Listening")

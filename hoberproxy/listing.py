@@ -9,8 +9,8 @@ import orjson
 
 from .catalog import TimeLimits
 from .errors import Phase, UpstreamError
-from .gateway import Upstream
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
+from .provider import Upstream
 from .refusal import parse_refusal
 from .upstream import Loss, Receiver
 

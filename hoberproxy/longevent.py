@@ -1,6 +1,6 @@
-"""An event too long to be held: passed on as it comes, edited as any other, and read on the way.
+"""JSON too long to be held, an event's or a body: edited and read on its way to the client.
 
-Theory of operation. `LongEvent` walks the lines of the event and hands what is data to `_Json`,
+Theory of operation. `LongEvent` walks the lines of an event and hands what is data to `LongObject`,
 which walks the tokens: of what the outline (outline.py) keeps each one, of all else as much at a
 step as a pattern takes. Nothing steps through a string. Held back are a name of the model and, for
 who did not ask for usage, a member until it is known not to be a `usage` of null; both bounded.
@@ -66,14 +66,18 @@ _END: Final = 11  # nothing but whitespace
 _BROKEN: Final = 12  # it is no JSON
 
 
-class _Json:
-    """The object that is the data. Bytes go to `out`, as they are to be passed on."""
+class LongObject:
+    """One JSON object, its bytes fed in pieces; `out` gets them as they are to be passed on.
+
+    `slug` is the model's name as JSON. Bytes behind the object pass as they are.
+    """
 
     def __init__(self, slug: bytes, out: list[bytes], *, wants_usage: bool) -> None:
         self.out = out
         self.outline = Outline()
         self.model: bytes | None = None  # the last one's raw JSON, if it isn't longer than we hold
         self.state = _START
+        self.is_complete = False  # the object has ended
         self._slug = slug
         self._drops_null = not wants_usage
         self._escape = False  # the last run ended in an unpaired backslash
@@ -124,8 +128,8 @@ class _Json:
         self._put(data, goes=False)
 
     def document(self) -> Any:
-        """The outline's JSON; None if the data was none."""
-        if self.state != _END:
+        """Return the outline's JSON; None as long as the object is not complete."""
+        if not self.is_complete:
             return None
         try:
             return load_json(self.outline.text())
@@ -380,6 +384,7 @@ class _Json:
             self._end_value()
         else:
             self.state = _END
+            self.is_complete = True
         return at + 1
 
     # What is kept of a token, and what isn't
@@ -453,7 +458,7 @@ class LongEvent:
 
     def __init__(self, slug: bytes, *, wants_usage: bool) -> None:
         self._out: list[bytes] = []
-        self._json = _Json(slug, self._out, wants_usage=wants_usage)
+        self._json = LongObject(slug, self._out, wants_usage=wants_usage)
         self._line = b""  # the beginning of a line, or one that is no data, as far as it is kept
         self._is_data = False  # in the value of a `data` line
         self._is_first = True
@@ -477,7 +482,7 @@ class LongEvent:
     @property
     def document(self) -> Any:
         """The outline of its data; None if that is no JSON object."""
-        return self._json.document()
+        return self._json.document() if self._json.state == _END else None
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece; returns what can be sent now."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 
 KEPT_BYTES = 64 * 1024 * 1024  # of what is free, most of which was never touched:
 LARGEST_KEPT_BYTES = 32 * 1024 * 1024  # to parse, orjson sets aside twelve times a body's size
@@ -14,15 +13,6 @@ FULL_COLLECTION_AFTER = 100
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3): M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 _OPERATORS = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
-
-
-def resident_bytes() -> int:
-    """Physical memory of this process; 0 where it is not told."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
 
 
 def machine_memory(root: str = "/") -> int:

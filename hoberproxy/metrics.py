@@ -46,6 +46,8 @@ class Gauges:
     resident_bytes: int = 0
     body_bytes: int = 0
     journals_unreadable: int = 0
+    bad_heads: int = 0
+    refused_connections: int = 0
 
 
 class _Histogram:
@@ -110,8 +112,6 @@ class Metrics:
 
     def __init__(self, label: Callable[[str], str]) -> None:
         self.label = label
-        self.bad_heads = 0
-        self.refused_connections = 0
         self.events = 0  # of all streams that have ended
         self._series: dict[tuple[str, str], _Series] = {}
         self._errors: dict[str, int] = defaultdict(int)
@@ -204,8 +204,8 @@ class Metrics:
             "request_seconds": self._histograms(lambda series: series.request),
             "event_gap_seconds": self._histograms(lambda series: series.gap),
             "loop_lag_seconds": [[[], self._lag.values]],
-            "bad_heads": [[[], self.bad_heads]],
-            "refused_connections": [[[], self.refused_connections]],
+            "bad_heads": [[[], gauges.bad_heads]],
+            "refused_connections": [[[], gauges.refused_connections]],
             "usage_missing": [
                 [list(key), series.without_usage]
                 for key, series in self._series.items()

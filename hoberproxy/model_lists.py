@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, Final
+import random
+from collections.abc import Mapping
+from typing import Final
 
-import orjson
-
-from .catalog import Catalog, TimeLimits
+from .catalog import TimeLimits
 from .errors import UpstreamError
-from .gateway import Gateway, Upstream
 from .listing import list_models
+from .provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
 
@@ -30,10 +30,15 @@ JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
 
 
 class ModelLists:
-    """`start` it when clients are served, `refresh` it with a new config, `aclose` it last."""
+    """`start` it when clients are served, `stop` it before the end and `aclose` it last.
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
+    `listed` maps a provider to its models; it is another object after each change.
+    """
+
+    def __init__(self) -> None:
+        self.listed: dict[str, tuple[str, ...]] = {}
+        self._upstreams: Mapping[str, Upstream] = {}
+        self._interval = 0.0
         self._asked: dict[str, Upstream] = {}  # who was asked last under a provider's name
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
@@ -42,9 +47,18 @@ class ModelLists:
         self._has_asked = asyncio.Event()  # all providers, once
         self._task: asyncio.Task[None] | None = None
 
+    def configure(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
+        """Ask these every `interval` seconds; forget the lists of others."""
+        self._upstreams, self._interval = upstreams, interval
+        for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
+            for known in (self._asked, self._due, self._failures):
+                known.pop(name, None)
+            self._publish(name, ())
+        self._woken.set()
+
     def start(self) -> None:
         """Ask from now on."""
-        self._task = self._gateway.loop.create_task(self._run(), name="list models")
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
         """Wait until all providers were asked once, FIRST_WAIT seconds at most."""
@@ -54,50 +68,38 @@ class ModelLists:
                 async with asyncio.timeout(FIRST_WAIT):
                     await self._has_asked.wait()
 
-    def refresh(self) -> None:
-        """The config is another: forget providers that are gone or changed, and ask new ones."""
-        upstreams = self._gateway.upstreams
-        for name in [name for name, each in self._asked.items() if upstreams.get(name) is not each]:
-            for known in (self._asked, self._due, self._failures):
-                known.pop(name, None)
-            self._publish(name, ())
-        self._woken.set()
+    def stop(self) -> None:
+        """Ask no more; the lists stay as they are."""
+        self._has_asked.set()
+        if self._task is not None:
+            self._task.cancel()
 
     async def aclose(self) -> None:
         """End the task."""
+        self.stop()
         if self._task is not None:
-            self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     async def _run(self) -> None:
-        loop = self._gateway.loop
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._vary(BEGIN_AFTER) if self._wanted() else 0.0):
+            async with asyncio.timeout(_vary(BEGIN_AFTER) if self._upstreams else 0.0):
                 await self._is_wanted.wait()
-        while not self._gateway.is_draining:
+        while True:
             self._woken.clear()
             now = loop.time()
-            wanted = self._wanted()
-            due = [name for name in wanted if self._due.get(name, now) <= now]
+            due = [name for name in self._upstreams if self._due.get(name, now) <= now]
             await asyncio.gather(*(self._ask(name) for name in due))
             self._has_asked.set()
-            following = min((self._due[name] for name in wanted if name in self._due), default=None)
+            following = min(self._due.values(), default=None)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(following):
                     await self._woken.wait()
 
-    def _wanted(self) -> list[str]:
-        """The providers that a wildcard names."""
-        if not self._gateway.config.server.models_refresh:
-            return []
-        models = self._gateway.config.models
-        wild = [endpoint for model in models if model.is_wildcard for endpoint in model.endpoints]
-        return list(dict.fromkeys(endpoint.provider for endpoint in wild))
-
     async def _ask(self, name: str) -> None:
         """Ask one provider; never raises."""
-        upstream = self._gateway.upstreams.get(name)
+        upstream = self._upstreams.get(name)
         if upstream is None:
             return  # a reload came first
         self._asked[name] = upstream
@@ -109,7 +111,7 @@ class ModelLists:
             reason = error.recorded_code
         except Exception:
             logger.exception("listing the models of provider %s failed", name)
-        if self._gateway.upstreams.get(name) is not upstream:
+        if self._upstreams.get(name) is not upstream:
             return  # a reload came meanwhile
         if names is not None:
             self._failures[name] = 0
@@ -118,37 +120,18 @@ class ModelLists:
             self._failures[name] = failures = self._failures.get(name, 0) + 1
             if failures == 1:
                 logger.info("provider %s: its models are not known: %s", name, reason)
-        self._due[name] = self._gateway.loop.time() + self._wait(name)
+        self._due[name] = asyncio.get_running_loop().time() + self._wait(name)
 
     def _wait(self, name: str) -> float:
-        wait = self._gateway.config.server.models_refresh
+        wait = self._interval
         if failures := self._failures[name]:
             wait = min(wait, FIRST_RETRY * 2.0 ** min(failures - 1, 20))
-        return self._vary(wait)
-
-    def _vary(self, wait: float) -> float:
-        return wait * (1 - JITTER + 2 * JITTER * self._gateway.draw())
+        return _vary(wait)
 
     def _publish(self, name: str, models: tuple[str, ...]) -> None:
-        gateway = self._gateway
-        if gateway.listed.get(name, ()) != models:
-            gateway.listed = {**gateway.listed, name: models}  # another object: see ModelsPage
+        if self.listed.get(name, ()) != models:
+            self.listed = {**self.listed, name: models}
 
 
-class ModelsPage:
-    """The body of GET /v1/models, made anew only when something in it may have changed."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._made_of: tuple[Catalog, dict[str, tuple[str, ...]]] | None = None
-        self._body = b""
-
-    def body(self) -> bytes:
-        """The list as JSON."""
-        catalog, listed = self._gateway.catalog, self._gateway.listed
-        made_of = self._made_of
-        if made_of is None or made_of[0] is not catalog or made_of[1] is not listed:
-            document: dict[str, Any] = {"object": "list", "data": catalog.listing(listed)}
-            self._body = orjson.dumps(document)
-            self._made_of = catalog, listed
-        return self._body
+def _vary(wait: float) -> float:
+    return wait * (1 - JITTER + 2 * JITTER * random.random())

@@ -1,4 +1,4 @@
-"""Which web pages and which names may talk to us: CORS, and the checks of a run without keys."""
+"""Which web pages and names may talk to the proxy: CORS, and the checks of a head's fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from typing import Final
 
 from .errors import AccessError, RequestError
-from .http11 import Headers, RequestHead
+from .http11_head import Headers, RequestHead
 
 # What of an answer a page may read, each by its name: no wildcard holds for part of one.
 _EXPOSED: Final = b", ".join(
@@ -62,6 +62,26 @@ def check_local_request(head: RequestHead) -> None:
             status=403,
             type="permission_error",
         )
+
+
+def check_media_type(head: RequestHead) -> None:
+    """Refuse a body that does not say to be JSON, or that is compressed."""
+    coding = head.get(b"content-encoding")
+    if coding is not None and coding.lower() != b"identity":
+        raise RequestError(
+            "expected a request body without content-encoding; send it uncompressed",
+            code="unsupported_media_type",
+            status=415,
+        )
+    if head.get(b"content-type") is not None:
+        media_type = head.content_type
+        if media_type != b"application/json" and not media_type.endswith(b"+json"):
+            raise RequestError(
+                "expected content-type application/json; "
+                "with curl add -H 'content-type: application/json'",
+                code="unsupported_media_type",
+                status=415,
+            )
 
 
 def is_local_host(host: bytes | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from .catalog import Provider
 from .connector import Connector
 from .deadlines import Wheel
-from .http11 import ResponseHeads
+from .http11_head import ResponseHeads
 from .upstream import ConnectionOwner, UpstreamConnection
 
 END_WAIT: Final = 2.0  # seconds for the framing of an answer to end behind its [DONE]

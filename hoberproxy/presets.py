@@ -1,7 +1,7 @@
-"""Known providers as one table: address, the variable that holds the key, quirks.
+"""Hold the presets, one for each known provider: address, variable of the key, quirks.
 
-With a provider's variable in the environment it can be served without a config file, every model of
-it under "name/*". Addresses are those that the providers document for OpenAI's SDK.
+A preset whose variable is in the environment needs no config file: its models are served under
+"name/*". Addresses are those that the providers document for OpenAI's SDK.
 """
 
 from __future__ import annotations
@@ -16,25 +16,20 @@ from .catalog import (
     NO_ADAPTATION,
     Abilities,
     Adaptation,
-    BaseUrl,
-    ConfigError,
     Endpoint,
     Model,
     Provider,
-    Refusal,
     bracketed,
-    parse_base_url,
-    parse_key,
 )
+from .values import BaseUrl, ConfigError, InvalidValue, parse_base_url, parse_key
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """One provider. A local server has `url_variables` and needs no key."""
+    """A known provider. A local server has `url_variables` and needs no key."""
 
-    title: str
     key_variables: tuple[str, ...]  # the first that is set holds the key
     base_url: str
     stream_options: bool = True  # understands `stream_options.include_usage`
@@ -51,22 +46,18 @@ PRESETS: Mapping[str, Preset] = {
     # "Deprecated in favor of max_completion_tokens" (API reference, chat/create): newer models
     # refuse max_tokens with a 400, none refuses the other.
     "openai": Preset(
-        "OpenAI",
         ("OPENAI_API_KEY",),
         "https://api.openai.com/v1",
         adaptation=Adaptation(rename=(("max_tokens", "max_completion_tokens"),)),
     ),
-    "anthropic": Preset("Anthropic", ("ANTHROPIC_API_KEY",), "https://api.anthropic.com/v1"),
+    "anthropic": Preset(("ANTHROPIC_API_KEY",), "https://api.anthropic.com/v1"),
     "gemini": Preset(
-        "Google Gemini",
-        ("GEMINI_API_KEY",),
-        "https://generativelanguage.googleapis.com/v1beta/openai",
+        ("GEMINI_API_KEY",), "https://generativelanguage.googleapis.com/v1beta/openai"
     ),
     # The API reference, create-chat-completion: an assistant's content is "nullable, required".
     # 400 "unknown variant `developer`" and "This response_format type is unavailable now" for
     # json_schema: the API reference, create-chat-completion, has neither.
     "deepseek": Preset(
-        "DeepSeek",
         ("DEEPSEEK_API_KEY",),
         "https://api.deepseek.com/v1",
         abilities=Abilities(json_schema=False, accepts=frozenset(("content=null",))),
@@ -76,7 +67,6 @@ PRESETS: Mapping[str, Preset] = {
     # max_completion_tokens; the API reference has max_tokens and random_seed in their places, and
     # ToolChoiceEnum: auto, none, any, required.
     "mistral": Preset(
-        "Mistral",
         ("MISTRAL_API_KEY",),
         "https://api.mistral.ai/v1",
         stream_options=False,
@@ -85,12 +75,11 @@ PRESETS: Mapping[str, Preset] = {
             rename=(("max_completion_tokens", "max_tokens"), ("seed", "random_seed"))
         ),
     ),
-    "xai": Preset("xAI", ("XAI_API_KEY",), "https://api.x.ai/v1"),
-    "groq": Preset("Groq", ("GROQ_API_KEY",), "https://api.groq.com/openai/v1"),
-    "cerebras": Preset("Cerebras", ("CEREBRAS_API_KEY",), "https://api.cerebras.ai/v1"),
+    "xai": Preset(("XAI_API_KEY",), "https://api.x.ai/v1"),
+    "groq": Preset(("GROQ_API_KEY",), "https://api.groq.com/openai/v1"),
+    "cerebras": Preset(("CEREBRAS_API_KEY",), "https://api.cerebras.ai/v1"),
     # docs.together.ai/docs/json-mode: "Regex mode".
     "together": Preset(
-        "Together AI",
         ("TOGETHER_API_KEY",),
         "https://api.together.ai/v1",
         abilities=Abilities(accepts=frozenset(("response_format=regex",))),
@@ -98,32 +87,25 @@ PRESETS: Mapping[str, Preset] = {
     # docs.fireworks.ai/structured-responses/structured-output-grammar-based, and tool_choice "any",
     # an alias of "required", of its function-calling guide.
     "fireworks": Preset(
-        "Fireworks AI",
         ("FIREWORKS_API_KEY",),
         "https://api.fireworks.ai/inference/v1",
         abilities=Abilities(accepts=frozenset(("response_format=grammar", "tool_choice=any"))),
     ),
     "deepinfra": Preset(
-        "DeepInfra",
-        ("DEEPINFRA_API_KEY", "DEEPINFRA_TOKEN"),
-        "https://api.deepinfra.com/v1/openai",
+        ("DEEPINFRA_API_KEY", "DEEPINFRA_TOKEN"), "https://api.deepinfra.com/v1/openai"
     ),
-    "nvidia": Preset("NVIDIA NIM", ("NVIDIA_API_KEY",), "https://integrate.api.nvidia.com/v1"),
-    "sambanova": Preset("SambaNova", ("SAMBANOVA_API_KEY",), "https://api.sambanova.ai/v1"),
-    "moonshot": Preset("Moonshot AI", ("MOONSHOT_API_KEY",), "https://api.moonshot.ai/v1"),
-    "zai": Preset("Z.ai", ("ZAI_API_KEY",), "https://api.z.ai/api/paas/v4"),
+    "nvidia": Preset(("NVIDIA_API_KEY",), "https://integrate.api.nvidia.com/v1"),
+    "sambanova": Preset(("SAMBANOVA_API_KEY",), "https://api.sambanova.ai/v1"),
+    "moonshot": Preset(("MOONSHOT_API_KEY",), "https://api.moonshot.ai/v1"),
+    "zai": Preset(("ZAI_API_KEY",), "https://api.z.ai/api/paas/v4"),
     # The compatibility API rejects stream_options.
     "cohere": Preset(
-        "Cohere",
-        ("COHERE_API_KEY",),
-        "https://api.cohere.ai/compatibility/v1",
-        stream_options=False,
+        ("COHERE_API_KEY",), "https://api.cohere.ai/compatibility/v1", stream_options=False
     ),
     # Model names hold a slash there: openrouter/deepseek/deepseek-chat. Its OpenAPI document has
     # the formats ChatFormatGrammarConfig and ChatFormatPythonConfig, and null for an assistant's
     # content.
     "openrouter": Preset(
-        "OpenRouter",
         ("OPENROUTER_API_KEY",),
         "https://openrouter.ai/api/v1",
         abilities=Abilities(
@@ -132,7 +114,6 @@ PRESETS: Mapping[str, Preset] = {
     ),
     # docs/modelfile: num_predict, which max_tokens becomes, is -1 for infinite generation.
     "ollama": Preset(
-        "Ollama",
         (),
         "http://127.0.0.1:11434/v1",
         url_variables=("OLLAMA_HOST",),
@@ -140,7 +121,6 @@ PRESETS: Mapping[str, Preset] = {
     ),
     # chat_utils.py reads a content of None as no parts; StructuralTagResponseFormat: protocol.py.
     "vllm": Preset(
-        "vLLM",
         ("VLLM_API_KEY",),
         "http://127.0.0.1:8000/v1",
         url_variables=("VLLM_BASE_URL",),
@@ -149,7 +129,6 @@ PRESETS: Mapping[str, Preset] = {
     # tools/server/README.md: n_predict, which both become, is -1 for infinity; a message needs a
     # `content`, which may be null.
     "llamacpp": Preset(
-        "llama.cpp",
         ("LLAMACPP_API_KEY",),
         "http://127.0.0.1:8080/v1",
         url_variables=("LLAMACPP_BASE_URL", "LLAMA_CPP_URL"),
@@ -161,10 +140,10 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def presets_from_environment(environ: Mapping[str, str]) -> tuple[list[Provider], list[Model]]:
-    """Every preset whose variable is set, as a provider and its wildcard model.
+    """Return a provider and a wildcard model for each preset whose variable is set in `environ`.
 
-    An empty variable counts as not set. Raises ConfigError with the variables that hold no key or
-    no URL, in place of dotted paths.
+    An empty variable counts as not set. Raises ConfigError if variables hold no key or no URL; its
+    problems name the variables in place of dotted paths.
     """
     providers: list[Provider] = []
     problems: list[str] = []
@@ -181,13 +160,13 @@ def presets_from_environment(environ: Mapping[str, str]) -> tuple[list[Provider]
 
 
 def preset_key(preset: Preset, environ: Mapping[str, str]) -> str | None:
-    """The key that the preset's variable holds, None if none is set. Raises ConfigError."""
+    """Return the key in the preset's variable, None if none is set. Raises ConfigError."""
     variable = first_set(preset.key_variables, environ)
     return None if variable is None else _read(variable, environ, parse_key)
 
 
 def preset_url(preset: Preset, environ: Mapping[str, str]) -> BaseUrl:
-    """The address that the preset's variable holds, else its default. Raises ConfigError."""
+    """Return the URL in the preset's variable, else the preset's own. Raises ConfigError."""
     variable = first_set(preset.url_variables, environ)
     if variable is None:
         return parse_base_url(preset.base_url)
@@ -195,6 +174,7 @@ def preset_url(preset: Preset, environ: Mapping[str, str]) -> BaseUrl:
 
 
 def first_set(variables: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    """Return the first of `variables` that is set and not empty, None if none is."""
     return next((name for name in variables if environ.get(name, "").strip()), None)
 
 
@@ -218,8 +198,8 @@ def _wildcard(provider: Provider) -> Model:
 def _read(variable: str, environ: Mapping[str, str], parse: Callable[[str], T]) -> T:
     try:
         return parse(environ[variable].strip())
-    except Refusal as refusal:
-        raise ConfigError([f"{variable}: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"{variable}: {error}"]) from None
 
 
 def _local_url(text: str) -> BaseUrl:
@@ -228,7 +208,7 @@ def _local_url(text: str) -> BaseUrl:
 
 
 def _ollama_url(text: str) -> BaseUrl:
-    """OLLAMA_HOST is also what Ollama's server listens on: no scheme, no port, any address."""
+    """Parse OLLAMA_HOST, which is also what Ollama's server listens on: "0.0.0.0", no scheme."""
     scheme, slashes, rest = text.rpartition("://")
     authority, slash, path = rest.partition("/")
     if not slashes:

@@ -1,4 +1,4 @@
-"""Tables, bars, times and amounts as the commands print them, and as users write them."""
+"""Print tables, and format and parse what commands print and users write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPAN = re.compile(r"([0-9]{1,6})([smhdw])")
 def print_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, right_from: int | None = None
 ) -> None:
-    """Columns as wide as they need; from `right_from` on to the right."""
+    """Print `rows` under `head`; columns from `right_from` on are right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         cells = [
@@ -32,7 +32,7 @@ def print_table(
 
 
 def bar(part: int, most: int) -> str:
-    """`part` of `most` as a bar, in eighths of a character; always as long."""
+    """Draw `part` of `most` as a bar of BAR_WIDTH characters, in eighths of a character."""
     if most <= 0:
         return ""
     eighths = round(part * BAR_WIDTH * 8 / most)
@@ -41,24 +41,24 @@ def bar(part: int, most: int) -> str:
 
 
 def moment(seconds: float | None, otherwise: str = "-") -> str:
-    """A time in UTC, to the minute."""
+    """Format unix `seconds` in UTC, to the minute; None as `otherwise`."""
     if seconds is None:
         return otherwise
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def dollars(pico: int) -> str:
-    """An amount for people: four decimals, more where it would be zero."""
+    """Format `pico` dollars with four decimals, with more where these would be zero."""
     if pico and pico < PICO // 10_000:
         return format_dollars(pico)
     return f"{Decimal(pico) / PICO:,.4f}"
 
 
-# What users write; StoreError says what was expected
+# Parsers of options; they raise StoreError
 
 
 def parse_day(text: str) -> float:
-    """Unix seconds at which a day in UTC begins."""
+    """Return the unix seconds at which the day `text` begins in UTC."""
     try:
         return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).timestamp()
     except ValueError:
@@ -66,7 +66,7 @@ def parse_day(text: str) -> float:
 
 
 def parse_span(text: str) -> float:
-    """Seconds of a span like 90s, 15m, 12h, 30d or 2w."""
+    """Return the seconds of a span like 90s, 15m, 12h, 30d or 2w."""
     match = _SPAN.fullmatch(text)
     if match is None:
         raise StoreError(f"expected a span like 90s, 15m, 12h, 30d or 2w, got {text!r}")
@@ -74,17 +74,17 @@ def parse_span(text: str) -> float:
 
 
 def parse_since(text: str, now: float) -> float:
-    """Unix seconds: a day's beginning, or so long before now."""
+    """Return the unix seconds of a day's beginning, or of a span before `now`."""
     return now - parse_span(text) if _SPAN.fullmatch(text) else parse_day(text)
 
 
 def parse_expiry(text: str, now: float) -> float:
-    """Unix seconds: a day's beginning, or so long after now."""
+    """Return the unix seconds of a day's beginning, or of a span after `now`."""
     return now + parse_span(text) if _SPAN.fullmatch(text) else parse_day(text)
 
 
 def parse_dollars(text: str) -> int:
-    """An amount in USD, in picodollars."""
+    """Return the picodollars of an amount in USD."""
     try:
         amount = Decimal(text) * PICO
         if amount == int(amount) and amount >= 0:

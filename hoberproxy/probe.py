@@ -17,16 +17,16 @@ import uvloop
 
 from .attempts import Attempt, Owner
 from .catalog import Endpoint, Model, TimeLimits
-from .config import Config
 from .deadlines import Ticker, Wheel
 from .diagnosis import Report
 from .downstream import Answer, Client
 from .errors import UpstreamError
-from .gateway import Upstream, make_upstreams
-from .http11 import ResponseHead
+from .http11_head import ResponseHead
 from .listing import list_models
+from .provider import Upstream, make_upstreams
 from .request import parse_call
 from .routing import Step
+from .settings import Config
 from .sink import Sink
 from .upstream_body import make_upstream_body
 

@@ -1,7 +1,7 @@
-"""The embedded default: what `serve` does without a config file.
+"""Make the config, key and welcome text of `serve` without a config file.
 
-A demo model so that the first request needs no account, the providers whose keys are in the
-environment, a key for today, and the lines to copy.
+Its config has a demo model, so that a first request needs no account, and the providers whose keys
+are in the environment.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 
-from .catalog import Endpoint, Model, Provider
-from .config import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .catalog import Endpoint, Model, Prices, Provider
 from .demo import DemoModel
+from .native import describe_build
 from .presets import PRESETS, presets_from_environment
-from .prices import Prices
-from .stores import open_store
+from .settings import Address, Config, KeySettings, LogSettings, RecordSettings, ServerSettings
+from .sqlite_store import open_store
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"
@@ -24,7 +25,7 @@ KEY_LIFETIME = 24 * 3600.0
 
 
 def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSettings) -> Config:
-    """The demo model and whatever the environment names. Raises ConfigError."""
+    """Return a config of the demo model and the presets in `environ`. Raises ConfigError."""
     demo = Provider(name=DEMO_PROVIDER, scheme="http", host="127.0.0.1", port=demo_port, path="/v1")
     demo_model = Model(
         slug=DEMO_SLUG,
@@ -44,7 +45,7 @@ def embedded_config(demo_port: int, environ: Mapping[str, str], server: ServerSe
 
 
 def without_taken_metrics(settings: ServerSettings) -> ServerSettings:
-    """`settings` with metrics off if their port is taken: a second first start must work too."""
+    """Return `settings`, with metrics off if their port is taken, as by another such start."""
     address = settings.metrics_listen
     if address is None:
         return settings
@@ -58,17 +59,14 @@ def without_taken_metrics(settings: ServerSettings) -> ServerSettings:
 
 
 def make_key(records_file: str) -> str:
-    """A test key that expires in a day."""
-    store = open_store(records_file)
-    try:
+    """Create a test key that expires in a day."""
+    with closing(open_store(records_file)) as store:
         key, _ = store.create_key("quickstart", kind="test", expires=time.time() + KEY_LIFETIME)
-    finally:
-        store.close()
     return key
 
 
 _WELCOME = """\
-hoberproxy listens on {base_url}
+{build} listens on {base_url}
 models: {models}
 {absent}
 Your key for the next 24 hours:
@@ -96,16 +94,17 @@ Python (pip install openai):
         if chunk.choices[0].delta.content:
             print(chunk.choices[0].delta.content, end="", flush=True)
 
-What was used:  {program} usage
-Your own setup: {program} config --example > hoberproxy.toml
+Usage so far:     {program} usage
+A config to edit: {program} config --example > hoberproxy.toml
 Ctrl-C stops.
 """
 
 
 def welcome(config: Config, address: Address, key: str, program: str) -> str:
-    """What to do now: lines that work as they are, copied. `program` is how to call this one."""
+    """Return the lines to copy for a first request; `program` is the command of this program."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
     return _WELCOME.format(
+        build=describe_build(),
         base_url=f"http://{Address(host, address.port)}",
         models=", ".join(model.slug for model in config.models),
         absent=_absent_providers(config),
@@ -128,6 +127,6 @@ def _absent_providers(config: Config) -> str:
 
 
 async def start_demo() -> tuple[DemoModel, int]:
-    """The demo model, and the port it listens on."""
+    """Start the demo model; return it and its port."""
     demo = DemoModel()
     return demo, await demo.start()

@@ -1,20 +1,27 @@
-"""What is kept of one request: the record every request ends in, however it went.
+"""The record of one request, in which every request ends, and its row in the store's table.
 
-The record holds numbers, names and our own words, never a prompt, an answer or a key. It leaves
-writing to the ledger and the access log, and deciding what goes in to the modules of the path.
+A record holds numbers, names and our own words, never a prompt, an answer or a key. Its row is made
+once, when the request ends, and goes into the journal and into the store. What goes into a record
+is decided by the modules of the path.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
+import orjson
+
 from .errors import FailedAttempt
+from .text import clip_text
 
 LOST: Final = "lost"  # the code of a request whose end nobody saw: its process was killed
 CLIENT_CLOSED: Final = 499  # nginx's number for a client that went away; never sent, only recorded
 
-# What is stored of a record, in this order.
-FIELDS: Final = (
+# The columns of a row: what is stored of a record, in this order.
+COLUMNS: Final = (
     *("id", "started", "key_id", "key_label", "path", "requested", "slug", "provider"),
     *("upstream_model", "upstream_id", "client_request_id", "streamed", "status", "code", "phase"),
     *("finish_reason", "attempts", "failures", "prompt_tokens", "completion_tokens"),
@@ -22,13 +29,19 @@ FIELDS: Final = (
     *("first_content", "total", "price", "cost", "overhead"),
     "cache_write_tokens",
 )
+STARTED, KEY_ID = COLUMNS.index("started"), COLUMNS.index("key_id")
+
+Row = tuple[str | int | float | None, ...]
+
+# What orjson raises for a value that no column can hold.
+_BAD_VALUE: Final = (ArithmeticError, TypeError, ValueError)
 
 
 class Record:  # no dataclass, whose making is not compiled
-    """The one mutable thing of a request: each step of the path adds what it learnt.
+    """The one mutable object of a request, to which each step of the path adds its findings.
 
-    `started` is in unix seconds; `first_content` and `total` are seconds from there. Whoever hands
-    a record to the ledger or the access log changes it no more: other threads read it.
+    `started` is in unix seconds; `first_content` and `total` are seconds from there. A record that
+    was handed to the access log must not change any more: another thread reads it.
     """
 
     id: str
@@ -44,7 +57,7 @@ class Record:  # no dataclass, whose making is not compiled
     client_request_id: str = ""  # through `escape_client_text`
     streamed: bool = False
     status: int = 0  # HTTP status; CLIENT_CLOSED when the client went away
-    code: str = ""  # of the error, also of one told within a stream
+    code: str = ""  # of the error, also of one within a stream
     phase: str = ""  # where the last attempt failed
     finish_reason: str = ""
     attempts: int = 0
@@ -63,34 +76,34 @@ class Record:  # no dataclass, whose making is not compiled
     price: str = ""  # by which the cost was computed, as `Prices` writes itself; empty: not known
     cost: int | None = None  # in picodollars (1e-12 USD); None: not known
     overhead: float = 0.0  # seconds from the whole request to its first attempt: the proxy's own
-    # Of the ledger, not stored: whether its row is told to the journal, and where its opening was.
+    # Not stored: whether the journal has its row, and the segment with its entry of the opening.
     is_sealed: bool = False
     opened_in: int = -1
 
     def __init__(self, id: str, started: float, path: str = "", **values: Any) -> None:
-        """`values` by their names in FIELDS, for all but the path of a request."""
+        """Take further `values` by their names in COLUMNS."""
         self.id = id
         self.started = started
         self.path = path
         for name, value in values.items():
-            if name not in FIELDS:
+            if name not in COLUMNS:
                 raise TypeError(f"expected a field of a record, got {name}")
             setattr(self, name, value)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Record):
             return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
+        return all(getattr(self, name) == getattr(other, name) for name in COLUMNS)
 
     def __repr__(self) -> str:
-        values = ", ".join([f"{name}={getattr(self, name)!r}" for name in FIELDS])
+        values = ", ".join([f"{name}={getattr(self, name)!r}" for name in COLUMNS])
         return f"Record({values})"
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast the answer was written, from its first content on; None where that was at once.
+        """Tokens a second from the first content of a stream to its end; None for anything else.
 
-        A body has its first content with its last: only a stream can be measured.
+        A body has its first content together with its last.
         """
         if not self.streamed or self.first_content is None:
             return None
@@ -108,31 +121,107 @@ class Record:  # no dataclass, whose making is not compiled
         return self.code != "" or not 200 <= self.status < 400
 
 
-def clip_text(text: str, limit: int = 128) -> str:
-    """At most `limit` characters of an upstream's text, fit for any encoding."""
-    if text.isascii():
-        return text[:limit]
-    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
-    return text[:limit].encode("utf-8", "replace").decode("utf-8")
+# Rows
 
 
-# One entry a byte. The backslash is escaped too, so that "\x0a" in the text is not taken for ours.
-_ESCAPED: Final = tuple(
-    chr(byte) if 0x20 <= byte < 0x7F and byte != 0x5C else f"\\x{byte:02x}" for byte in range(256)
-)
+def make_row(record: Record) -> Row:
+    """Return the row of `record`, in the order of COLUMNS; never fails."""
+    try:
+        return _row(record)
+    except _BAD_VALUE:  # half a surrogate pair, in what orjson writes
+        return _make_clean_row(record)
 
 
-def escape_client_text(raw: bytes, limit_bytes: int = 128) -> str:
-    """A header value of the client as printable ASCII, other bytes as `\\xNN`.
+def _row(record: Record) -> Row:
+    # Cut here once more: a wildcard's slug and the list of models are the client's text.
+    failures = record.failures
+    return (
+        record.id,
+        record.started,
+        record.key_id,
+        record.key_label,
+        record.path[:128],
+        orjson.dumps([slug[:256] for slug in record.requested[:32]]).decode(),
+        record.slug[:256],
+        record.provider,
+        record.upstream_model[:128],
+        record.upstream_id[:128],
+        record.client_request_id[:128],
+        record.streamed,
+        record.status,
+        record.code,
+        record.phase,
+        record.finish_reason[:128],
+        record.attempts,
+        orjson.dumps(failures).decode() if failures else "[]",
+        record.prompt_tokens,
+        record.completion_tokens,
+        record.reasoning_tokens,
+        record.cached_tokens,
+        record.has_usage,
+        record.estimated,
+        record.events,
+        record.bytes_out,
+        record.first_content,
+        record.total,
+        record.price,
+        record.cost,
+        record.overhead,
+        record.cache_write_tokens,
+    )
 
-    At most `limit_bytes` long, never cut inside an escape.
-    """
-    pieces: list[str] = []
-    room = limit_bytes
-    for byte in raw[:limit_bytes]:  # a byte gives a character at least
-        piece = _ESCAPED[byte]
-        room -= len(piece)
-        if room < 0:
-            break
-        pieces.append(piece)
-    return "".join(pieces)
+
+def _make_clean_row(record: Record) -> Row:
+    """Return the row of `record` with every value replaced that no column can hold."""
+    values = {name: getattr(record, name) for name in COLUMNS}
+    values["requested"] = _dump([clip_text(slug, 256) for slug in record.requested[:32]])
+    values["failures"] = _dump(
+        [
+            {name: _clean(value) for name, value in asdict(failure).items()}
+            for failure in record.failures
+        ]
+    )
+    return tuple(_clean(values[name]) for name in COLUMNS)
+
+
+def row_of(values: Mapping[str, Any]) -> Row:
+    """Return the row of `values` by their names, which another version may have written."""
+    return tuple(values.get(name, value) for name, value in _DEFAULTS.items())
+
+
+def clean_row(row: Row) -> Row:
+    """Return `row` with every value replaced that no column can hold."""
+    return tuple(_clean(value) for value in row)
+
+
+def _dump(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _clean(value: object) -> str | int | float | None:
+    if value is None:
+        return None
+    if isinstance(value, int):
+        return max(-(2**53), min(value, 2**53))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else 0.0  # SQLite takes NaN for NULL
+    return clip_text(value, 8192) if isinstance(value, str) else ""
+
+
+_DEFAULTS: Final = dict(zip(COLUMNS, _row(Record(id="", started=0.0)), strict=True))
+_PARSERS: Final[dict[str, Callable[[str], object]]] = {
+    "requested": lambda text: tuple(orjson.loads(text)),
+    "failures": lambda text: tuple(FailedAttempt(**failure) for failure in orjson.loads(text)),
+    "streamed": bool,
+    "has_usage": bool,
+    "estimated": bool,
+}
+
+
+def parse_row(row: Sequence[Any]) -> Record:
+    """Return the record of a row, in the order of COLUMNS."""
+    values: dict[str, Any] = {
+        name: _PARSERS[name](value) if name in _PARSERS else value
+        for name, value in zip(COLUMNS, row, strict=True)
+    }
+    return Record(**values)

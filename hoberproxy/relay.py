@@ -13,26 +13,23 @@ from typing import Final
 import orjson
 
 from .completion import (
-    TAIL_BYTES,
     Completion,
     CompletionError,
-    find_finish_reason,
-    find_usage,
     parse_completion,
+    read_completion,
     serialize_as_stream,
 )
 from .downstream import ResponseBody
 from .editor import decode_string
 from .errors import UpstreamError
-from .http11 import ResponseHead
-from .lenient import load_json
-from .members import MemberRewriter
+from .http11_head import ResponseHead
+from .longevent import LongObject
 from .native import mypyc_attr
 from .progress import has_progress
 from .refusal import MAX_BODY_BYTES
 from .stream import StreamScanner
 from .upstream import ChunkTaker, Loss, Receiver
-from .usage import Usage, parse_usage
+from .usage import Usage
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
 STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
@@ -276,9 +273,8 @@ class BodyRelay(Relay):
     """
 
     _bytes = 0
-    _tail = b""  # of a body that is passed on
     _completion: Completion | None = None
-    _rewriter: MemberRewriter | None = None
+    _long: LongObject | None = None  # a body that is passed on in pieces
 
     def __init__(
         self,
@@ -299,16 +295,17 @@ class BodyRelay(Relay):
 
     def on_body(self, data: bytes) -> None:
         self._bytes += len(data)
-        if self._rewriter is not None:
-            self._write(self._rewriter.feed(data))
+        if self._long is not None:
+            self._long.feed(data)
+            self._write()
             return
         self._collected.append(data)
         if self._bytes > self._limit:
             self._pass_on()
 
     def on_end(self) -> None:
-        if self._rewriter is not None:
-            self._end_large(self._rewriter)
+        if self._long is not None:
+            self._end_long(self._long)
             return
         body = b"".join(self._collected)
         self._collected.clear()
@@ -319,8 +316,8 @@ class BodyRelay(Relay):
         if self._bytes > self._limit:
             self._collected.append(data)
             self._pass_on()
-            if self._rewriter is not None:
-                self._end_large(self._rewriter)
+            if self._long is not None:
+                self._end_long(self._long)
         else:
             self._send(data)
 
@@ -356,11 +353,15 @@ class BodyRelay(Relay):
                 upstream_id=completion.upstream_id,
                 content_bytes=self._bytes,
             )
-        if self._rewriter is not None:
+        if self._long is not None:
+            usage, finish_reason, upstream_id = read_completion(self._long.document() or {})
+            if usage is not None:
+                usage.is_beside_text = True
             return Outcome(
-                usage=_parse_captured_usage(self._rewriter.captured) or find_usage(self._tail),
-                finish_reason=find_finish_reason(self._tail),
-                upstream_model=decode_string(self._rewriter.original or b""),
+                usage=usage,
+                finish_reason=finish_reason,
+                upstream_model=decode_string(self._long.model or b""),
+                upstream_id=upstream_id,
                 content_bytes=self._bytes,
             )
         return Outcome()
@@ -380,25 +381,28 @@ class BodyRelay(Relay):
             message = "expected a JSON object as the body, got something else"
             self._attempt.fail(self._attempt.broken(message, is_invalid=True))
             return
-        self._rewriter = rewriter = MemberRewriter(
-            b"model", orjson.dumps(self._slug), capture=b"usage"
-        )
+        slug = orjson.dumps(self._slug)
+        self._long = long = LongObject(slug, self._collected, wants_usage=True)
         self._attempt.open_answer(is_stream=False)
-        self._write(rewriter.feed(body))
+        long.feed(body)
+        self._write()
         self._attempt.note_opened(is_stream=False)
 
-    def _end_large(self, rewriter: MemberRewriter) -> None:
-        self._write(rewriter.feed_eof())
-        if rewriter.is_complete:
+    def _end_long(self, long: LongObject) -> None:
+        long.feed_eof()
+        self._write()
+        if long.is_complete:
             self._attempt.seal(0)
             self._answer.finish()
             self._attempt.finish()
         else:
             self._attempt.fail(self._attempt.broken("the body is not complete", is_invalid=True))
 
-    def _write(self, data: bytes) -> None:
+    def _write(self) -> None:
+        """Send what the long body has given so far."""
+        data = b"".join(self._collected)
+        self._collected.clear()
         if data:
-            self._tail = (self._tail + data)[-TAIL_BYTES:]
             self._answer.write(data)
 
 
@@ -432,15 +436,3 @@ class RefusalReader(Relay):
 
     def give_up(self, error: UpstreamError) -> None:
         self.on_end()
-
-
-def _parse_captured_usage(raw: bytes | None) -> Usage | None:
-    """The usage of a body that was too long to be parsed as a whole."""
-    try:
-        usage = load_json(raw or b"null")
-    except ValueError:
-        return None
-    found = parse_usage(usage) if isinstance(usage, dict) else None
-    if found is not None:
-        found.is_beside_text = True
-    return found

@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import orjson
 
-from .catalog import ROLES, Adaptation
 from .errors import RequestError
 from .extensions import (
     NO_CONTENT,
@@ -31,7 +30,6 @@ from .extensions import (
 )
 from .http11_body import LARGE_BYTES
 from .members import Member
-from .record import clip_text
 from .request_errors import MAX_NAME_LENGTH
 from .request_errors import missing as _missing
 from .request_errors import one_of as _one_of
@@ -47,6 +45,7 @@ from .spans import (
     TangledMembers,
     find_members,
 )
+from .text import clip_text, is_parameter_name
 
 JsonObject = dict[str, Any]
 
@@ -55,6 +54,7 @@ _loads: Final = orjson.loads
 _JSON_FORMATS: Final = frozenset(("json_object", "json_schema"))
 _NOTHING: Final[JsonObject] = {}
 _NO_ENDS: Final[dict[int, int]] = {}
+ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "function"))
 MAX_REQUESTED: Final = 16  # slugs that a record tells
 MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
 MAXIMA: Final = ("max_completion_tokens", "max_tokens")  # of one answer, in tokens
@@ -83,8 +83,6 @@ _MEDIA: Final = frozenset(("image_url", "input_audio", "video_url"))
 _SORTS: Final = frozenset(("price", "latency", "throughput"))
 _SPEAKS_WITHOUT_CONTENT: Final = ("tool_calls", "function_call", "refusal", "audio")
 
-# Names are told in messages only if they look like a parameter's: a name may be a slipped prompt.
-_match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
 _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,2})?").fullmatch
 
 
@@ -105,38 +103,6 @@ class ProviderPreferences:
 NO_PREFERENCES: Final = ProviderPreferences()
 
 
-class Around:
-    """What goes upstream before and behind the messages, and what it was made from."""
-
-    __slots__ = (
-        "adaptation",
-        "after",
-        "before",
-        "injected",
-        "model",
-        "stream_options",
-        "without",
-    )
-
-    def __init__(
-        self,
-        model: str,
-        stream_options: bool,
-        adaptation: Adaptation,
-        without: frozenset[str],
-        before: bytes,
-        after: bytes,
-        injected: frozenset[str],
-    ) -> None:
-        self.model = model
-        self.stream_options = stream_options
-        self.adaptation = adaptation
-        self.without = without
-        self.before = before
-        self.after = after
-        self.injected = injected  # members that are ours, not the client's
-
-
 class Terms:
     """What a body says beside its messages, checked. Calls with the same frame share it."""
 
@@ -155,7 +121,7 @@ class Terms:
     extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject) -> None:
-        self.around: list[Around] = []  # as it went upstream; upstream_body.py's
+        self.prepared: list[Any] = []  # what upstream_body.py made of it, for later calls
         self.members: list[Member] = []  # of the body that this was read from
         self.given = frozenset([name for name, value in document.items() if value is not None])
         self.candidates = candidates = _candidates(document)
@@ -380,7 +346,7 @@ def _find_members(
 
 
 def _duplicate(name: str, start: int) -> RequestError:
-    param = name if _match_tellable_name(name) else None
+    param = name if is_parameter_name(name) else None
     message = f"{param or 'a name'} is given twice (again at byte {start}): give it once"
     return RequestError(message, code="duplicate_parameter", param=param)
 

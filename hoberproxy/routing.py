@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +20,7 @@ from .errors import RouteError
 from .extensions import NO_CONTENT, check_accepted, param_of
 from .health import Health, Key
 from .request import NO_PREFERENCES, Call, ProviderPreferences
+from .text import is_parameter_name
 
 # Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
 # refuses slugs that end in one, so none is ever hidden.
@@ -40,9 +40,6 @@ _BYTES_PER_TOKEN: Final = 6
 _COMMON_PARAMETERS: Final = frozenset(
     ("model", "models", "provider", "messages", "stream", "stream_options", "usage")
 )
-# A parameter's name is told only if it looks like one: it may be a slipped prompt.
-_match_tellable_name: Final = re.compile(r"[a-z_]{1,40}").fullmatch
-
 _MOST_TOLD: Final = 8  # endpoints, slugs or parameters in a message, which also reaches the log
 _NOTHING_LEARNT: Final = Health()  # only read
 
@@ -403,7 +400,7 @@ def _require(parameters: frozenset[str]) -> _Filter:
 
 
 def _name(parameters: Iterable[str]) -> str:
-    told = sorted(filter(_match_tellable_name, parameters))[:_MOST_TOLD]
+    told = sorted(filter(is_parameter_name, parameters))[:_MOST_TOLD]
     return ", ".join(told) or "a parameter that was sent"
 
 

@@ -11,9 +11,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import uvloop
@@ -24,19 +27,21 @@ from .access import Keyring
 from .accesslog import AccessLog
 from .accounting import Accounts
 from .admin import AdminSocket, admin_path
-from .admission import Admission, BodyMemory, ConnectionRoom, body_memory_limit
-from .app import gauges_of, make_app, make_metrics_app
+from .admission import Admission, BodyMemory, ConnectionRoom, StreamCounts, body_memory_limit
+from .app import make_app, make_metrics_app
 from .catalog import Catalog
 from .channel import Message
-from .config import Address, Config, ConfigError
+from .context import ServerContext
 from .deadlines import Ticker, Timed, Wheel
 from .errors import UnavailableError
+from .exchange import Exchange
+from .exposition import resident_bytes
 from .files import connections_limit, raise_file_limit
-from .folder import count_living
-from .gateway import Gateway, make_upstreams
-from .http11 import MAX_REQUEST_HEAD_BYTES
+from .folder import count_living, journal_directory
+from .http11_head import MAX_REQUEST_HEAD_BYTES
 from .joining import release_signals
-from .ledger import Ledger
+from .journal import Journal
+from .key_loader import KeyLoader, start_thread
 from .listeners import (
     BACKLOG,
     Listeners,
@@ -46,14 +51,16 @@ from .listeners import (
     listen_for_metrics,
     listen_when_free,
 )
-from .memory import collect_rarely, keep_freed_memory, machine_memory, resident_bytes
-from .metrics import Metrics
-from .model_lists import ModelLists
+from .memory import collect_rarely, keep_freed_memory, machine_memory
+from .metrics import Gauges, Metrics
 from .notify import Notifier
+from .provider import make_upstreams
+from .settings import Address, Config
 from .status import combine
 from .tallies import Tallies
-from .tally import Tally, new_tally_memory
+from .values import ConfigError
 from .wire import LINGER, DownstreamConnection
+from .writer import FINISH_LIMIT, Writer
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -75,13 +82,12 @@ class Server(Timed):
         config: Config,
         listeners: Listeners | None = None,
         notifier: Notifier | None = None,
-        tally: Tally | None = None,
+        counts: StreamCounts | None = None,
         has_writer: bool = True,
         workers: int = 1,
     ) -> None:
         self._workers = workers  # this one among them: they share the machine
-        self._has_writer = has_writer  # of records; else another process has to be one
-        self._tally = tally
+        self._counts = counts
         self._config = config
         self._given = listeners
         self._notifier = notifier or Notifier({})
@@ -97,10 +103,15 @@ class Server(Timed):
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._sweeps = 0
-        self._gateway: Gateway | None = None
+        self._gateway: ServerContext | None = None
         self._tallies: Tallies | None = None
+        records = config.records
+        self._journal = Journal(journal_directory(records.file))
+        self._loader: KeyLoader | None = None
+        self._writer: WriterThread | None = None  # else another process has to be one
+        if has_writer:
+            self._writer = WriterThread(Writer(records.file, keep_days=records.keep_days))
         self._ticker: Ticker | None = None
-        self._model_lists: ModelLists | None = None
         self._reloading: asyncio.Task[None] | None = None
         self._is_reload_due = False
         self.addresses: list[Address] = []  # where it really listens
@@ -110,13 +121,17 @@ class Server(Timed):
         given = self._given
         _check_keys(self._config, given.addresses if given else self._config.server.listen)
         self._gateway = gateway = self._build()
-        gateway.ledger.start()
+        if self._writer is not None:  # before the keys: what a dead process spent is spent
+            self._writer.start()
+        self._loader = KeyLoader(self._config.records.file, gateway.keyring, self._journal)
+        self._loader.start()
         self._ticker = Ticker(gateway.wheel, gateway.loop)
         gateway.wheel.schedule(self, gateway.loop.time() + POOL_SWEEP)
         handlers = await self._handlers(make_app(gateway))
+        begin = partial(Exchange, gateway)
 
         def connection() -> Any:  # a Protocol by its methods
-            return DownstreamConnection(gateway, handlers, self._connections)
+            return DownstreamConnection(gateway, begin, handlers, self._connections)
 
         if given is not None:
             await self._listen_on(connection, given)
@@ -129,9 +144,7 @@ class Server(Timed):
         await self._listen_for_metrics(gateway, given.metrics if given else [])
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
-        self._model_lists = ModelLists(gateway)
-        self._model_lists.start()
-        gateway.wait_for_models = self._model_lists.wait
+        gateway.model_lists.start()
         self._beat(gateway.loop.time())
 
     async def _listen_on(
@@ -147,27 +160,20 @@ class Server(Timed):
                 listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
 
-    def _build(self) -> Gateway:
+    def _build(self) -> ServerContext:
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
         keyring = Keyring()
         catalog = Catalog(config.models)
-        ledger = Ledger(
-            config.records.file,
-            keyring,
-            has_writer=self._has_writer,
-            keep_days=config.records.keep_days,
-        )
         self._tallies = tallies = _open_tallies(config.records.file)
-        return Gateway(
+        return ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
-            ledger=ledger,
-            accounts=Accounts(ledger, tallies, config.keys.assumed_output),
+            accounts=Accounts(self._journal, tallies, config.keys.assumed_output),
             access_log=(
                 AccessLog(sys.stderr, config.log.format, sample=config.log.sample)
                 if config.log.access
@@ -184,9 +190,7 @@ class Server(Timed):
         return body_memory_limit(config.server, machine_memory(), self._workers)
 
     def _make_admission(self, config: Config) -> Admission:
-        if self._tally is None and config.server.max_connections_per_address:
-            self._tally = Tally(new_tally_memory(-1, os.urandom(16)), 0)
-        return Admission(config.server, self._tally)
+        return Admission(config.server.max_streams, self._counts)
 
     async def _handlers(self, app: web.Application) -> web.Server:
         runner = web.AppRunner(
@@ -224,11 +228,11 @@ class Server(Timed):
             advice = "choose another with --listen"
             raise StartError(f"{_explain(address, exc)}; {advice}") from exc
 
-    async def _listen_for_metrics(self, gateway: Gateway, given: list[socket.socket]) -> None:
+    async def _listen_for_metrics(self, gateway: ServerContext, given: list[socket.socket]) -> None:
         address = self._config.server.metrics_listen
         if address is None and not given:
             return
-        app = make_metrics_app(gateway, lambda: len(self._connections))
+        app = make_metrics_app(lambda: gateway.metrics.render(self._gauges(gateway)))
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         self._runners.append(runner)
@@ -271,8 +275,10 @@ class Server(Timed):
         ):
             logger.warning("a changed listener or records file is used from the next start on")
         retired = [up for name, up in gateway.upstreams.items() if upstreams.get(name) is not up]
-        self._config = gateway.config = config
-        gateway.ledger.keep_days = config.records.keep_days
+        self._config = config
+        gateway.configure(config, upstreams)
+        if self._writer is not None:
+            self._writer.writer.keep_days = config.records.keep_days
         gateway.accounts.assume_output(config.keys.assumed_output)
         gateway.admission = self._make_admission(config)
         gateway.bodies.limit = self._body_memory_limit(config)
@@ -280,18 +286,36 @@ class Server(Timed):
             gateway.access_log.sample = config.log.sample
         gateway.catalog = Catalog(config.models)
         gateway.metrics.label = gateway.catalog.label
-        gateway.upstreams = upstreams
         gateway.refused_options.clear()  # the new adaptations may have mended them
         for upstream in retired:
             upstream.pool.retire()
-        if self._model_lists is not None:
-            self._model_lists.refresh()
 
     def snapshot(self) -> dict[str, Any]:
         """The counts since the start and what is so now, for whoever watches all workers."""
         gateway = self._gateway
         assert gateway is not None, "started before"
-        return gateway.metrics.snapshot(gauges_of(gateway, len(self._connections)))
+        return gateway.metrics.snapshot(self._gauges(gateway))
+
+    def _gauges(self, gateway: ServerContext) -> Gauges:
+        log, journal = gateway.access_log, self._journal
+        writer = self._writer.writer if self._writer is not None else None
+        return Gauges(
+            streams_open=len(gateway.exchanges),
+            connections_open=len(self._connections),
+            upstream_connections={
+                name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
+                for name, upstream in gateway.upstreams.items()
+            },
+            records_queued=journal.depth,
+            records_lost=journal.records_lost + (writer.lost if writer is not None else 0),
+            journal_lost=journal.lost,
+            journals_unreadable=writer.unreadable if writer is not None else 0,
+            log_lines_lost=log.lost if log is not None else 0,
+            resident_bytes=resident_bytes(),
+            body_bytes=gateway.bodies.held,
+            bad_heads=gateway.bad_heads,
+            refused_connections=gateway.refused_connections,
+        )
 
     def account(self) -> dict[str, Any]:
         """What `hoberproxy status` tells of this process."""
@@ -303,7 +327,7 @@ class Server(Timed):
             "resident_bytes": resident_bytes(),
             "events": gateway.metrics.events
             + sum(exchange.content_events for exchange in gateway.exchanges),
-            "keys": Counter(exchange.record.key_label for exchange in gateway.exchanges),
+            "keys": Counter(exchange.key_label for exchange in gateway.exchanges),
             "health": [
                 {
                     "provider": each.provider,
@@ -337,7 +361,7 @@ class Server(Timed):
         assert self._gateway is not None, "started before"
         loop = self._gateway.loop
         self._gateway.metrics.observe_lag(loop.time() - due)
-        self._gateway.ledger.tend()
+        self._journal.flush()
         self.on_beat()
         following = loop.time() + HEARTBEAT
         self._heartbeat = loop.call_at(following, self._beat, following)
@@ -420,6 +444,7 @@ class Server(Timed):
         assert gateway is not None
         gateway.is_draining = True
         gateway.is_stopping = not is_handover
+        gateway.model_lists.stop()
         for listener in self._listeners:
             listener.close()
         running = len(gateway.exchanges)
@@ -428,7 +453,7 @@ class Server(Timed):
         await self._wait_for_connections(gateway)
         gateway.is_stopping = gateway.is_stopping or bool(self._connections)
         for exchange in list(gateway.exchanges):
-            exchange.refuse(
+            exchange.fail(
                 UnavailableError(
                     "this process is shutting down and the answer took too long",
                     code="draining",
@@ -437,7 +462,7 @@ class Server(Timed):
                 close=True,
             )
 
-    async def _wait_for_connections(self, gateway: Gateway) -> None:
+    async def _wait_for_connections(self, gateway: ServerContext) -> None:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         deadline = begun + self._config.server.drain_timeout
@@ -471,8 +496,7 @@ class Server(Timed):
         gateway = self._gateway
         if gateway is None:
             return
-        if self._model_lists is not None:
-            await self._model_lists.aclose()
+        await gateway.model_lists.aclose()
         await self._flush_connections(gateway)
         for runner in self._runners:
             await runner.cleanup()
@@ -481,13 +505,25 @@ class Server(Timed):
         for upstream in gateway.upstreams.values():
             await upstream.pool.aclose()
         gateway.accounts.shut()
-        await gateway.ledger.aclose()
+        await asyncio.to_thread(self._close_records)
         if self._tallies is not None:
             self._tallies.close()
         if gateway.access_log is not None:
             gateway.access_log.close()
 
-    async def _flush_connections(self, gateway: Gateway) -> None:
+    def _close_records(self) -> None:
+        """Write what is left, or leave it to the writer's process."""
+        self._journal.flush()
+        if self._loader is not None:
+            self._loader.close(FINISH_LIMIT)
+        self._journal.end()
+        if self._writer is not None:
+            self._writer.close()
+            if self._journal.depth:
+                logger.error("%d records were not written in time", self._journal.depth)
+        self._journal.close()
+
+    async def _flush_connections(self, gateway: ServerContext) -> None:
         """Give the last answers a moment to reach their clients."""
         for connection in list(self._connections):
             connection.close_if_idle()
@@ -497,6 +533,42 @@ class Server(Timed):
             await asyncio.sleep(0.01)
         for connection in list(self._connections):
             connection.abort()
+
+
+class WriterThread:
+    """Runs a writer on a thread of the process that serves, where no other process writes."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._limit = FINISH_LIMIT
+
+    def start(self) -> None:
+        """Open the store and take over what dead processes left. Raises StoreError."""
+        self._thread = start_thread(self._run, "hoberproxy-writer")
+
+    def close(self, limit: float = FINISH_LIMIT) -> None:
+        """Write what is left, for at most `limit` seconds, and end the thread."""
+        self._limit = limit
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(limit + 1.0)
+
+    def _run(self, opened: Future[None]) -> None:
+        try:
+            self.writer.open()
+        except BaseException as exc:
+            self.writer.close()
+            opened.set_exception(exc)
+            return
+        opened.set_result(None)
+        try:
+            while not self._wake.wait(self.writer.turn()):
+                pass
+            self.writer.finish(self._limit)
+        finally:
+            self.writer.close()
 
 
 def notify_nobody() -> None:

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 
-from .config import Config
+from .admission import MAX_WORKERS
 from .joining import LOG_FORMAT
 from .listeners import passed_by_systemd
 from .notify import Notifier
+from .settings import Config
 from .source import ConfigSource, read_source
 from .succession import take_legacy
 from .supervisor import Supervisor
@@ -35,7 +36,7 @@ def serve_with_workers(path: str, listen: str | None, count: int) -> None:
             load,
             source,
             config,
-            count or count_cores(),
+            count or min(count_cores(), MAX_WORKERS),
             Notifier(os.environ),
             passed,
             legacy,

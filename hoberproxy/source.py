@@ -1,6 +1,7 @@
-"""A config file as it was read, with the files it names: enough to serve it again.
+"""Read a config file and keep its text with that of the files it names.
 
-A worker that replaces another must serve what was accepted, not what the file says by now.
+A worker that replaces another must serve the config that was accepted, not what the file says by
+now.
 """
 
 from __future__ import annotations
@@ -10,26 +11,28 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 
-from .catalog import Refusal, parse_host_and_port
-from .config import Address, Config, ConfigError, parse_config
+from .reader import parse_config
+from .settings import Address, Config
+from .values import ConfigError, InvalidValue, parse_host_and_port
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigSource:
-    """`listen` stands over the config's own, if it is given."""
+    """The text of a config and of the files it names; `listen` replaces the config's own."""
 
     text: str
     files: dict[str, str] = field(default_factory=dict)
     listen: str | None = None
 
     def serialize(self) -> bytes:
-        """For another process: keys of providers are among the files."""
+        """Return the source as bytes for another process; they hold providers' keys."""
         return json.dumps(dataclasses.asdict(self)).encode()
 
     def parse(self) -> Config:
-        """The config, with the environment as it is. Raises ConfigError."""
+        """Parse the config again, with the environment as it is now. Raises ConfigError."""
         return self._parse(self._read_again)
 
     def _read_again(self, name: str) -> str:
@@ -46,8 +49,8 @@ class ConfigSource:
 
 
 def read_source(path: str, listen: str | None = None) -> tuple[ConfigSource, Config]:
-    """Read and check a config file. Raises ConfigError with all that is wrong."""
-    source = ConfigSource(read_text(path), {}, listen)
+    """Read and parse the config file at `path`. Raises ConfigError with all its problems."""
+    source = ConfigSource(_read_text(path), {}, listen)
 
     def read_file(name: str) -> str:
         text = source.files[name] = Path(name).read_text(encoding="utf-8")
@@ -56,19 +59,25 @@ def read_source(path: str, listen: str | None = None) -> tuple[ConfigSource, Con
     return source, source._parse(read_file)
 
 
-def read_text(path: str) -> str:
-    """The text of a config file. Raises ConfigError."""
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError([f"{path}: cannot be read: {exc.strerror}"]) from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError([f"{path}: expected UTF-8, got other bytes"]) from exc
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        problem = InvalidValue("a readable file", reason, "mend the path or its permissions")
+    except UnicodeDecodeError:
+        problem = InvalidValue("UTF-8", "other bytes", "save the file as UTF-8")
+    raise ConfigError([f"{path}: {problem}"])
+
+
+def read_example() -> str:
+    """Return the commented config that `hoberproxy config --example` prints."""
+    return resources.files(__package__).joinpath("example.toml").read_text(encoding="utf-8")
 
 
 def parse_listen(text: str) -> Address:
-    """The address of --listen. Raises ConfigError."""
+    """Parse `text` of the option --listen. Raises ConfigError."""
     try:
         return Address(*parse_host_and_port(text))
-    except Refusal as refusal:
-        raise ConfigError([f"--listen: {refusal}"]) from None
+    except InvalidValue as error:
+        raise ConfigError([f"--listen: {error}"]) from None

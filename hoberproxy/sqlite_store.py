@@ -1,22 +1,24 @@
-"""Keys and records in one SQLite file: the statements about records, and their sums.
+"""The store in one SQLite file: the statements about records, and their sums.
 
-What `store.py` says of any store, done by SQLite. When and how often to write, and what to do while
-the file is locked, is left to the writer.
+Methods that `store.py` describes are not described again. When and how often to write, and what to
+do while the file is locked, is left to the writer.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 from .keytable import KeyTable
-from .record import CLIENT_CLOSED, Record
-from .rows import COLUMNS, STARTED, Row, clean_values, make_row, parse_row
-from .store import DAY, Amendment, StoreError, UsageRow
+from .record import CLIENT_CLOSED, COLUMNS, STARTED, Record, Row, clean_row, parse_row
+from .store import DAY, Amendment, Store, StoreError, UsageRow
+
+BUSY_TIMEOUT = 5.0  # seconds a call waits for another process's lock
 
 _ROW_MARKS = f"({', '.join('?' * len(COLUMNS))})"
 # SQLite takes 32,766 values a statement from 3.32 on. A few sizes only, so that every statement is
@@ -63,24 +65,18 @@ _SOURCES = f"""
 """
 
 
-class SqliteStore(KeyTable):
-    """One connection to the file, made with mode 0600 when it is not there yet.
+def open_store(path: str | os.PathLike[str], *, busy_timeout: float = BUSY_TIMEOUT) -> Store:
+    """Open the store at `path`, made and brought to the current schema if need be.
 
-    To be used on the thread that opened it, and closed there. Every method raises StoreError.
+    Raises StoreError.
     """
+    return SqliteStore(path, busy_timeout=busy_timeout)
+
+
+class SqliteStore(KeyTable):
+    """The store on one connection to its file."""
 
     # Records
-
-    def insert_records(self, records: Iterable[Record]) -> int:
-        """Write records in one transaction, all or none; the number that was new.
-
-        A record whose id is there already is left alone, so a batch can be tried again.
-        """
-        return self.insert_rows([make_row(record) for record in records])
-
-    def insert_rows(self, rows: Sequence[Row]) -> int:
-        """`insert_records` of records that are rows already."""
-        return self.write(rows)
 
     def write(
         self,
@@ -88,15 +84,14 @@ class SqliteStore(KeyTable):
         revised: Sequence[Row] = (),
         amendments: Sequence[Amendment] = (),
     ) -> int:
-        """All of it in one transaction, in this order; the number of rows that were new."""
         with self._mapped("write records to"):
             try:
                 return self._write(rows, revised, amendments)
             except _BAD_VALUE:
-                # A number beyond 64 bits or half a surrogate pair must not block the others.
+                # A number beyond 64 bits or half a surrogate pair must not keep the others out.
                 return self._write(
-                    [clean_values(row) for row in rows],
-                    [clean_values(row) for row in revised],
+                    [clean_row(row) for row in rows],
+                    [clean_row(row) for row in revised],
                     amendments,
                 )
 
@@ -129,12 +124,6 @@ class SqliteStore(KeyTable):
             list(chain.from_iterable(rows)),
         )
 
-    def amend_usage(
-        self, record_id: str, prompt_tokens: int, completion_tokens: int, cost: int | None
-    ) -> None:
-        """Put a better count in place of an estimate; a count the upstream gave stays."""
-        self.write((), (), [Amendment(record_id, prompt_tokens, completion_tokens, cost)])
-
     def _amend(self, amendment: Amendment) -> None:
         self._db.execute(
             "UPDATE records SET prompt_tokens = ?, completion_tokens = ?, cost = ?, "
@@ -148,16 +137,12 @@ class SqliteStore(KeyTable):
         )
 
     def find_record(self, record_id: str, key_id: str | None = None) -> Record | None:
-        """The record with our request id, None when there is none; `key_id`: only of this key."""
         return self._select_record(
             "id = :id AND key_id = IFNULL(:key_id, key_id)", {"id": record_id, "key_id": key_id}
         )
 
     def find_generation(self, upstream_id: str, key_id: str) -> Record | None:
-        """A key's latest record with the id that stands in an upstream's body.
-
-        Searched among the newest 50,000 records of all keys.
-        """
+        """Search the newest 50,000 records of all keys."""
         with self._mapped("read a record from"):
             oldest = self._db.execute(
                 "SELECT started FROM records ORDER BY started DESC LIMIT 1 OFFSET ?",
@@ -179,10 +164,7 @@ class SqliteStore(KeyTable):
     def export_records(
         self, since: float | None = None, until: float | None = None
     ) -> Iterator[Record]:
-        """All records in the order of their times, in constant memory.
-
-        In pages: one long read would keep the file from being tidied up while it lasts.
-        """
+        # By pages: one long read would keep SQLite from reusing its log while it lasts.
         place = (-math.inf if since is None else since, -1)
         while True:
             with self._mapped("read records from"):
@@ -203,12 +185,6 @@ class SqliteStore(KeyTable):
     def sum_usage(
         self, by: str, since: float | None = None, until: float | None = None
     ) -> list[UsageRow]:
-        """Usage by "key", "model", "provider", "day" (UTC) or "status".
-
-        Over records started from `since` up to, but not at, `until` (unix seconds, None: no bound);
-        days whose records are gone count as a whole. Days and statuses come in their order, the
-        rest by most requests.
-        """
         if by not in _GROUPS:
             raise StoreError(f"expected usage by one of {', '.join(_GROUPS)}, got {by!r}")
         order = "name" if by in ("day", "status") else "requests DESC, name"
@@ -243,7 +219,6 @@ class SqliteStore(KeyTable):
         return int(self._value("SELECT until FROM summed"))
 
     def sum_days(self, until: float) -> None:
-        """Sum up the whole days (UTC) before `until` (unix seconds) that are not yet."""
         last = int(until // DAY)
         with self._mapped("sum up days in"), self._transaction():
             first = self._summed_until()
@@ -255,16 +230,16 @@ class SqliteStore(KeyTable):
                 SELECT CAST(started / 86400 AS INTEGER), key_id, key_label, slug, provider,
                     {_STATUS}, COUNT(*), SUM(attempts > 0), SUM({_FAILED}), SUM(prompt_tokens),
                     SUM(completion_tokens), SUM(reasoning_tokens), SUM(cached_tokens),
-                    SUM((prompt_tokens + completion_tokens) * estimated), SUM(IFNULL(cost, 0)),
-                    SUM(cost IS NULL AND attempts > 0), TOTAL(first_content), COUNT(first_content),
-                    SUM(cache_write_tokens)
+                    SUM(cache_write_tokens), SUM((prompt_tokens + completion_tokens) * estimated),
+                    SUM(IFNULL(cost, 0)), SUM(cost IS NULL AND attempts > 0),
+                    TOTAL(first_content), COUNT(first_content)
                 FROM records WHERE started >= ? AND started < ? GROUP BY 1, 2, 4, 5, 6""",
                 (first * DAY, last * DAY),
             )
             self._db.execute("UPDATE summed SET until = ?", (last,))
 
     def _reopen_days(self, rows: Sequence[Row]) -> None:
-        """Have a day summed once more that has been summed and now has a record more."""
+        """Have summed days summed up again to which one of `rows` was added."""
         if not rows:
             return
         first = int(min(map(itemgetter(STARTED), rows)) // DAY)
@@ -276,7 +251,6 @@ class SqliteStore(KeyTable):
             )
 
     def delete_records(self, before: float) -> int:
-        """Delete some records of the summed days before then (unix seconds); how many it were."""
         with self._mapped("delete records from"), self._transaction():
             last = min(int(before // DAY), self._summed_until())
             count = self._db.execute(
@@ -291,6 +265,5 @@ class SqliteStore(KeyTable):
     # Changes
 
     def data_version(self) -> int:
-        """A number that changes when *another* connection has written anything; costs 2 µs."""
         with self._mapped("read"):
             return int(self._value("PRAGMA data_version"))

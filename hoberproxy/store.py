@@ -1,7 +1,7 @@
-"""What a store of keys and records can do, whatever it is made of.
+"""The interface of a store of keys and records, whatever it is made of.
 
-Who uses one imports this, and `open_store` of stores.py. Calls block, so they belong on a thread or
-in a command of the shell, never on the event loop.
+`open_store` of sqlite_store.py opens one. Calls block, so they belong on a thread or in a command
+of the shell, never on the event loop.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import Any, Protocol
 
 from .access import Caller
 from .limits import History, KeyLimits
-from .record import Record
-from .rows import Row
+from .record import Record, Row
 
 DAY = 86_400.0
 UNLIMITED = KeyLimits()
 
 
 class StoreError(Exception):
-    """The store could not do what was asked; the message says why and what to do.
+    """A call of the store failed; the message says why and what to do.
 
-    `is_transient`: the file is locked or the disk full, and the same call may do later.
+    `is_transient`: the file is locked or the disk full, and the same call may succeed later.
     """
 
     def __init__(self, message: str, *, is_transient: bool = False) -> None:
@@ -32,9 +31,9 @@ class StoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyRow:
-    """A key as the store knows it: all but the key itself. Times are unix seconds.
+    """A key in the store: everything but the key itself. Times are unix seconds.
 
-    `old_until` is when the key before the last rotation stops, None where there was none.
+    `old_until` is when the key before the last rotation stops working, None without a rotation.
     """
 
     key_id: str
@@ -52,7 +51,7 @@ class KeyRow:
 
 @dataclass(frozen=True, slots=True)
 class KeyUsage:
-    """What a key used: requests that an upstream was asked for, tokens, picodollars."""
+    """A key's usage: requests that went to an upstream, tokens, and the cost in picodollars."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -64,8 +63,8 @@ class KeyUsage:
 class UsageRow:
     """Sums over one group of records.
 
-    `failed` counts refusals and failures, not clients that went away. `estimated_share` is the part
-    of the tokens (0 to 1) whose number is ours; `first_content` the mean in seconds, None when no
+    `failed` counts rejections and failures, not clients that went away. `estimated_share` is the
+    part of the tokens (0 to 1) that was estimated; `first_content` the mean in seconds, None if no
     request of the group had content. `cost` is in picodollars, without the `unpriced` requests.
     """
 
@@ -86,7 +85,7 @@ class UsageRow:
 
 @dataclass(frozen=True, slots=True)
 class Amendment:
-    """A better count for a record than its estimate."""
+    """Exact token counts, and the cost in picodollars, for the record `id` with estimated ones."""
 
     id: str
     prompt_tokens: int
@@ -95,7 +94,7 @@ class Amendment:
 
 
 class Records(Protocol):
-    """What the one writer needs. Every method raises StoreError, and then nothing is changed."""
+    """The methods that the writer calls. Each raises StoreError, and then nothing is changed."""
 
     def write(
         self,
@@ -103,45 +102,45 @@ class Records(Protocol):
         revised: Sequence[Row] = (),
         amendments: Sequence[Amendment] = (),
     ) -> int:
-        """All or none, in this order: rows whose id is there already stay as they are.
+        """Write all or none, in this order; return how many of `rows` were new.
 
-        `revised` stand in place of those with their ids; an amendment leaves what the upstream
-        counted. So a batch can be written again. The number of rows that were new.
+        A row whose id is there already is left alone, each of `revised` replaces the row with its
+        id, and an amendment leaves an upstream's own counts alone: a batch can be written twice.
         """
 
     def note_uses(self, uses: Mapping[str, float]) -> None:
-        """When keys were used last, by id; an earlier time changes nothing."""
+        """Note when keys were used last (unix seconds, by id); an earlier time changes nothing."""
 
     def sum_days(self, until: float) -> None:
-        """Sum up the whole days (UTC) before `until` (unix seconds) that are not yet."""
+        """Sum up the whole days (UTC) before `until` (unix seconds) that are not summed yet."""
 
     def delete_records(self, before: float) -> int:
-        """Delete some records of the summed days before then (unix seconds); how many it were."""
+        """Delete some records of summed days before `before` (unix seconds); return how many."""
 
     def set_busy_timeout(self, seconds: float) -> None:
-        """From now on wait so long for another process."""
+        """Wait up to `seconds` for another process's lock from now on."""
 
     def close(self) -> None:
-        """The last call; a second time does nothing."""
+        """Close the store; a second call does nothing."""
 
 
 class Keys(Protocol):
-    """What a worker needs to know who is asking."""
+    """The methods by which a worker loads the keys. Each raises StoreError."""
 
     def data_version(self) -> int:
-        """A number that changes when others have written anything; cheap to ask."""
+        """Return a number that changes when another connection has written anything; cheap."""
 
     def keys_version(self) -> int:
-        """A number that grows with every change of a key, by whichever process."""
+        """Return a number that grows with every change of a key, by whichever process."""
 
     def load_keys(self, known: Mapping[bytes, Caller] | None = None) -> dict[bytes, Caller]:
-        """Every key's digest and caller; `known` are those loaded before."""
+        """Return the caller of every key by its digest; `known` are those loaded before."""
 
 
 class Store(Records, Keys, Protocol):
-    """All of it: what the commands and the pages need as well.
+    """The whole store, as the commands and the account pages use it.
 
-    To be used on the thread that opened it, and closed there. Every method raises StoreError.
+    Use and close it on the thread that opened it. Every method raises StoreError.
     """
 
     def create_key(
@@ -153,44 +152,53 @@ class Store(Records, Keys, Protocol):
         limits: KeyLimits = UNLIMITED,
         models: Iterable[str] = (),
     ) -> tuple[str, KeyRow]:
-        """Make and store a key: the key itself, which is never seen again, and what is kept."""
+        """Make and store a key; return the key itself, which is not stored, and its row.
+
+        `label` has 1 to 64 printable characters; `kind` is "live" or "test"; `expires` is in unix
+        seconds; `models` are patterns of slugs, none for all models.
+        """
 
     def list_keys(self) -> list[KeyRow]:
-        """All keys, the newest last."""
+        """Return all keys, also revoked and expired ones, the newest last."""
 
     def find_key(self, id_or_hint: str) -> KeyRow:
-        """The key with this id or hint, or this very key. StoreError unless it is just one."""
+        """Return the key with this id or hint, or this very key; StoreError unless it is one."""
 
     def revoke_key(self, id_or_hint: str) -> KeyRow:
-        """Let a key work no more."""
+        """Revoke a key for good; one revoked before keeps its time."""
 
     def update_key(self, id_or_hint: str, changes: Mapping[str, Any]) -> KeyRow:
-        """Change what is named."""
+        """Change a key's `label`, `expires`, `models`, or limits by their names in KeyLimits."""
 
     def rotate_key(self, id_or_hint: str, grace: float) -> tuple[str, KeyRow]:
-        """A new key in place of the old, which works for `grace` seconds more."""
+        """Replace a key; the old one works for `grace` seconds more.
+
+        Return the new key and its row. Id, label, limits and usage stay.
+        """
 
     def sum_history(self, key_id: str, since: float = 0.0) -> History:
-        """What the records say that a key has used; there are none from before `since`."""
+        """Return a key's usage by the records; there are none before `since` (unix seconds)."""
 
     def sum_key(self, key_id: str, since: float = 0.0) -> dict[str, KeyUsage]:
-        """A key's usage by period: "day" and "month" (UTC), and "total"."""
-
-    def insert_records(self, records: Iterable[Record]) -> int:
-        """`write` of records."""
+        """Return a key's usage by period: "day" and "month" (UTC), and "total"."""
 
     def find_record(self, record_id: str, key_id: str | None = None) -> Record | None:
-        """The record with our request id, None when there is none; `key_id`: only of this key."""
+        """Return the record with our request id (if given, only of the key `key_id`), or None."""
 
     def find_generation(self, upstream_id: str, key_id: str) -> Record | None:
-        """A key's latest record with the id that stands in an upstream's body."""
+        """Return a key's latest record with the id that an upstream gave its answer, or None."""
 
     def export_records(
         self, since: float | None = None, until: float | None = None
     ) -> Iterator[Record]:
-        """All records in the order of their times, in constant memory."""
+        """Yield the records started from `since` up to before `until`, in order of their times."""
 
     def sum_usage(
         self, by: str, since: float | None = None, until: float | None = None
     ) -> list[UsageRow]:
-        """Usage by "key", "model", "provider", "day" (UTC) or "status"."""
+        """Return usage by "key", "model", "provider", "day" (UTC) or "status".
+
+        Over records started from `since` up to before `until` (unix seconds, None: no bound); days
+        whose records are deleted count as a whole. Days and statuses come in their own order, the
+        rest by most requests.
+        """

@@ -16,11 +16,11 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .child import Child, State
-from .config import Address
 from .listeners import Listeners, flat
+from .settings import Address
 from .source import ConfigSource
-from .tally import TALLY_BYTES, Tally, new_tally_memory
 
 STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the state is read from
 
@@ -39,7 +39,7 @@ class Legacy:
     writers: list[Child] = field(default_factory=list)
     ends: dict[int, tuple[socket.socket, bytes]] = field(default_factory=dict)
     ended: dict[str, Any] = field(default_factory=dict)  # counts of workers that are gone
-    tally: int = -1  # file of the counts that workers share
+    stream_counts: int = -1  # file of the counts that workers share
     reloads: dict[str, int] = field(default_factory=dict)  # by how they went
 
 
@@ -66,9 +66,9 @@ def leave_legacy(legacy: Legacy) -> int:
         "writers": [_state_of(child) for child in legacy.writers],
         "ended": legacy.ended,
         "reloads": legacy.reloads,
-        "tally": legacy.tally,
+        "stream_counts": legacy.stream_counts,
     }
-    os.set_inheritable(legacy.tally, True)
+    os.set_inheritable(legacy.stream_counts, True)
     number = os.memfd_create("hoberproxy", 0)
     with os.fdopen(os.dup(number), "wb") as file:
         file.write(json.dumps(state).encode())
@@ -100,7 +100,7 @@ def keep_legacy(legacy: Legacy) -> None:
     ends = [child.end for child in (*legacy.children, *legacy.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
         each.set_inheritable(False)
-    os.set_inheritable(legacy.tally, False)
+    os.set_inheritable(legacy.stream_counts, False)
 
 
 def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
@@ -125,10 +125,10 @@ def take_legacy(environ: MutableMapping[str, str]) -> Legacy | None:
         children=[],
         ended=state.get("ended", {}),
         reloads=state.get("reloads", {}),
-        tally=state.get("tally", -1),
+        stream_counts=state.get("stream_counts", -1),
     )
-    if legacy.tally >= 0:
-        os.set_inheritable(legacy.tally, False)
+    if legacy.stream_counts >= 0:
+        os.set_inheritable(legacy.stream_counts, False)
     for name, children in (("children", legacy.children), ("writers", legacy.writers)):
         for each in state.get(name, ()):
             child = _child_of(each)
@@ -155,10 +155,9 @@ def _take(number: int) -> socket.socket:
     return taken
 
 
-def open_tally(number: int) -> tuple[int, Tally]:
-    """The counts that workers share, in the file of that number, or in a new one for -1."""
+def open_stream_counts(number: int) -> tuple[int, StreamCounts]:
+    """Return the file of the counts that workers share, a new one for -1, and the counts."""
     if number < 0:
-        number = os.memfd_create("hoberproxy-tally")
-        os.ftruncate(number, TALLY_BYTES)
-        return number, Tally(new_tally_memory(number, os.urandom(16)), 0)
-    return number, Tally(mmap.mmap(number, TALLY_BYTES), 0)
+        number = os.memfd_create("hoberproxy-counts")
+        os.ftruncate(number, STREAM_COUNTS_BYTES)
+    return number, StreamCounts(mmap.mmap(number, STREAM_COUNTS_BYTES), 0)

@@ -26,7 +26,7 @@ from typing import Any
 
 from . import __version__
 from .admin import AdminSocket, admin_path
-from .catalog import ConfigError
+from .admission import MAX_PROCESSES, MAX_WORKERS
 from .channel import Message
 from .child import (
     STEADY,
@@ -40,8 +40,7 @@ from .child import (
     spawn,
     try_installed,
 )
-from .config import Config
-from .exposition import Snapshot, merge, render
+from .exposition import Snapshot, merge, render, resident_bytes
 from .folder import count_living
 from .listeners import (
     Listeners,
@@ -51,13 +50,14 @@ from .listeners import (
     listen_for_metrics,
     name_of,
 )
-from .memory import resident_bytes
+from .native import describe_build
 from .notify import Notifier
 from .scrape import MetricsListener
+from .settings import Config
 from .source import ConfigSource
 from .status import combine
-from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_tally
-from .tally import SLOTS
+from .succession import STATE_VARIABLE, Legacy, keep_legacy, leave_legacy, open_stream_counts
+from .values import ConfigError
 from .writers import Writers
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -104,7 +104,9 @@ class Supervisor:
         self._changing: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended: Snapshot = legacy.ended if legacy else {}  # counts of workers that are gone
-        self._tally_file, self._tally = open_tally(legacy.tally if legacy else -1)
+        self._stream_counts_file, self._stream_counts = open_stream_counts(
+            legacy.stream_counts if legacy else -1
+        )
         self._reloads = {"ok": 0, "failed": 0}
         self._admin: AdminSocket | None = None
         self._metrics: list[MetricsListener] = []
@@ -191,7 +193,7 @@ class Supervisor:
     def _announce(self) -> None:
         self._tell_ready(self._serving)
         for address in self._listeners.addresses:
-            print(f"hoberproxy {__version__} listens on http://{address}", flush=True)
+            print(f"{describe_build()} listens on http://{address}", flush=True)
 
     async def _bind(self, config: Config, has_predecessor: Callable[[], bool]) -> None:
         """Listen where the config says, too; what is not in it any more goes with `_unbind`."""
@@ -217,8 +219,13 @@ class Supervisor:
 
     async def _start_workers(self) -> list[Child]:
         """A new generation; StartError, and none of it is left, if one cannot start."""
-        if len(self._children) + self._count > SLOTS:
-            raise StartError(f"expected at most {SLOTS} workers at a time, old ones among them")
+        if self._count > MAX_WORKERS:
+            raise StartError(f"expected at most {MAX_WORKERS} workers, got {self._count}")
+        if len(self._children) + self._count > MAX_PROCESSES:
+            raise StartError(
+                f"expected at most {MAX_PROCESSES} workers at a time, old ones among them; "
+                "wait for old ones to end their streams"
+            )
         self.generation += 1
         children = [await self._spawn() for _ in range(self._count)]
         deadline = time.monotonic() + START_LIMIT
@@ -257,8 +264,8 @@ class Supervisor:
         groups = self._listeners.clients
         wanted = groups if self._listeners.is_passed else self._config.server.listen
         listening = [each.fileno() for each in flat(groups[address] for address in wanted)]
-        pid, end = spawn([*listening, self._tally_file])
-        slot = min(set(range(SLOTS)) - {child.slot for child in self._children})
+        pid, end = spawn([*listening, self._stream_counts_file])
+        slot = min(set(range(MAX_PROCESSES)) - {child.slot for child in self._children})
         child = Child(
             pid,
             generation=self.generation,
@@ -275,7 +282,7 @@ class Supervisor:
             files=self._source.files,
             listen=self._source.listen,
             sockets=listening,
-            tally=self._tally_file,
+            stream_counts=self._stream_counts_file,
             slot=slot,
             workers=self._count,
         )
@@ -305,7 +312,7 @@ class Supervisor:
         was_serving = child.state is State.SERVING
         child.state = State.ENDED
         self._children.remove(child)
-        self._tally.clear(child.slot)
+        self._stream_counts.clear(child.slot)
         self._count_ended(child.snapshot)
         child.close()
         if was_serving and not self._is_stopping:
@@ -462,7 +469,7 @@ class Supervisor:
             writers=self._writers.all,
             ended=dict(self._ended),
             reloads=self._reloads,
-            tally=self._tally_file,
+            stream_counts=self._stream_counts_file,
         )
         number = leave_legacy(legacy)
         os.environ[STATE_VARIABLE] = str(number)

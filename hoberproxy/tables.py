@@ -1,7 +1,7 @@
-"""The tables of a TOML file, read value by value, each problem noted under its dotted path.
+"""Read the tables of a TOML file value by value; note each problem under its dotted path.
 
-Says what type came where another was expected and which names are unknown; what the values mean is
-the business of whoever reads. A refused value is not quoted unless it is a number.
+A `Table` reports wrong types and unknown names; reader.py and adaptations.py know what the values
+mean. A wrong value is quoted only if it is a number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from .catalog import Refusal
+from .values import InvalidValue
 
 T = TypeVar("T")
 D = TypeVar("D", int, None)
@@ -23,9 +23,10 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Table:
-    """One table being read: a problem is noted under its dotted path, and the default goes on.
+    """One TOML table, whose problems go to `problems`; a wrong value counts as its default.
 
-    Every name asked for is a known one; `finish` refuses the others, here and below.
+    Each method that reads a name makes it known. `finish` notes every unknown name, in this table
+    and in those below.
     """
 
     def __init__(self, values: Mapping[str, Any], path: str, problems: list[str]) -> None:
@@ -36,94 +37,105 @@ class Table:
         self._below: list[Table] = []
 
     def know(self, name: str) -> None:
+        """Count `name` as known without reading its value."""
         self._known[name] = None
 
-    def note(self, name: str, problem: Refusal) -> None:
+    def note(self, name: str, problem: InvalidValue) -> None:
+        """Add `problem` under the dotted path of `name`."""
         self._problems.append(f"{self._at(name)}: {problem}")
 
     def finish(self) -> None:
+        """Note every name that no method has read, in this table and in those below."""
         for name in self.values:
             if name not in self._known:
                 advice = nearest(name, self._known)
-                self.note(name, Refusal("a known setting", "an unknown name", advice))
+                self.note(name, InvalidValue("a known setting", "an unknown name", advice))
         for table in self._below:
             table.finish()
 
     def require(self, name: str, expected: str, advice: str) -> None:
+        """Note that `name` is absent or empty, if it is."""
         if name not in self.values or self.values[name] in ([], {}):
-            self.note(name, Refusal(expected, "none", advice))
+            self.note(name, InvalidValue(expected, "none", advice))
 
     def take(self, name: str, kind: type[T] | tuple[type[T], ...], expected: str) -> T | None:
-        """The value if it is of that kind, None if absent or refused. TOML has no null."""
+        """Return the value of `name` if it is of `kind`; None if it is absent or was noted."""
         self.know(name)
         value = self.values.get(name)
         # A boolean is an int to Python, not to the reader of a config.
         if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
             return value
         if value is not None:
-            self.note(name, Refusal(expected, shown(value), _ADVICE[expected]))
+            self.note(name, InvalidValue(expected, shown(value), _ADVICE[expected]))
         return None
 
     def boolean(self, name: str, default: B) -> bool | B:
+        """Return the boolean `name`."""
         value = self.take(name, bool, "true or false")
         return default if value is None else value
 
     def integer(self, name: str, default: D, low: int, high: int) -> int | D:
+        """Return the integer `name`, from `low` to `high`."""
         value = self.take(name, int, "an integer")
         if value is None or low <= value <= high:
             return default if value is None else value
-        self.note(name, Refusal(f"{low} to {high}", shown(value), "choose one in this range"))
+        self.note(name, InvalidValue(f"{low} to {high}", shown(value), "choose one in this range"))
         return default
 
     def seconds(self, name: str, default: float, *, low: str = "0.001") -> float:
+        """Return the number `name`, from `low` to a day in seconds."""
         number = self._decimal(name, "a number of seconds", low, "86400", " seconds")
         return default if number is None else float(number)
 
     def number(self, name: str, low: str, high: str) -> float | None:
+        """Return the number `name`, from `low` to `high`; None if it is absent."""
         number = self._decimal(name, "a number", low, high)
         return None if number is None else float(number)
 
     def parse(self, name: str, default: T, parse: Callable[[str], T]) -> T:
-        """A string, as what `parse` makes of it; its Refusal becomes a problem."""
+        """Return `parse` of the string `name`; an InvalidValue from `parse` is noted."""
         text = self.take(name, str, "a string")
         if text is None:
             return default
         try:
             return parse(text)
-        except Refusal as refusal:
-            self.note(name, refusal)
+        except InvalidValue as error:
+            self.note(name, error)
             return default
 
     def strings(self, name: str, parse: Callable[[str], T]) -> tuple[T, ...]:
-        """An array of strings, each as what `parse` makes of it."""
+        """Return `parse` of each string of the array `name`."""
         items = self.take(name, list, "an array of strings") or []
         below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
         parsed = [below.parse(index, None, parse) for index in below.values]
         return tuple(value for value in parsed if value is not None)
 
     def choice(self, name: str, default: str, choices: tuple[str, ...]) -> str:
+        """Return the string `name`, one of `choices`."""
+
         def parse(text: str) -> str:
             if text not in choices:
-                raise Refusal("a known choice", "another string", nearest(text, choices))
+                raise InvalidValue("a known choice", "another string", nearest(text, choices))
             return text
 
         return self.parse(name, default, parse)
 
     def note_all(self, name: str, problems: Iterable[str]) -> None:
-        """Problems that something below `name` has found and worded."""
+        """Add `problems`, worded by another parser, under the dotted path of `name`."""
         self._problems.extend(f"{self._at(name)}: {each}" for each in problems)
 
     def table(self, name: str) -> Table:
+        """Return the table `name`, an empty one if it is absent."""
         return self._child(self._at(name), self.take(name, dict, "a table") or {})
 
     def tables(self, name: str) -> list[Table]:
-        """An array of tables, written [[name]]."""
+        """Return the tables of the array `name`, written [[name]]."""
         items = self.take(name, list, "an array of tables") or []
         below = self._child(self._at(name), {f"[{i}]": item for i, item in enumerate(items)})
         return [below.table(index) for index in below.values]
 
     def each_table(self) -> Iterator[tuple[str, Table]]:
-        """Every member: tables under names of the user's choice."""
+        """Yield each name and its table, where the user chooses the names."""
         for name in self.values:
             yield name, self.table(name)
 
@@ -135,7 +147,7 @@ class Table:
         if not number.is_nan() and Decimal(low) <= number <= Decimal(high):
             return number
         expected = f"{low} to {high}{unit}"
-        self.note(name, Refusal(expected, shown(value), "choose one in this range"))
+        self.note(name, InvalidValue(expected, shown(value), "choose one in this range"))
         return None
 
     def _at(self, name: str) -> str:
@@ -160,7 +172,7 @@ _ADVICE = {
 
 
 def shown(value: object) -> str:
-    """A value of the file as a message may show it: numbers as they are, of the rest the type."""
+    """Describe `value` for a message: a number as it is, anything else by its type."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (int, Decimal)):
@@ -170,7 +182,7 @@ def shown(value: object) -> str:
 
 
 def plain_number(value: object) -> str:
-    """In plain notation; nothing if it is no number or one of very many digits."""
+    """Format `value` without exponent; "" if it is no number or needs over 20 digits."""
     if isinstance(value, bool) or not isinstance(value, (int, Decimal)):
         return ""
     number = Decimal(value)
@@ -178,6 +190,7 @@ def plain_number(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
+    """Return the advice for an unknown `name`: the closest of `known`, or all of them."""
     names = list(known)
     close = get_close_matches(name, names, n=1)
     if close:

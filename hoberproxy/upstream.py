@@ -11,18 +11,14 @@ from enum import Enum
 from typing import Final
 
 from .deadlines import Timed, Wheel
-from .http11 import (
+from .http11_body import BodyReader, FramingError, Parts, body_reader, whole_chunk
+from .http11_head import (
     MAX_RESPONSE_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    Parts,
     ResponseHead,
     ResponseHeads,
-    body_reader,
     check_response_head,
     find_head_end,
-    whole_chunk,
 )
 from .native import mypyc_attr
 

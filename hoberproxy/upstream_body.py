@@ -15,7 +15,7 @@ from .catalog import NO_ADAPTATION, Adaptation
 from .errors import RequestError
 from .http11_body import Parts
 from .members import scan_elements, scan_members
-from .request import CHOICES, MAXIMA, Around, Call, JsonObject, Terms, output_limits
+from .request import Call, JsonObject, Terms
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
@@ -32,6 +32,41 @@ _HIDING: Final = (b"u006", b"u007")  # of an escaped letter
 # What becomes of one member: its new `"name":` and its new raw value, None where the client's
 # bytes stay. None for the whole takes the member out.
 _Change = tuple[bytes | None, bytes | None] | None
+
+
+class _Prepared:
+    """An upstream body but for its messages: what stands before and behind, and by which rules.
+
+    `injected` are the names of members that are the proxy's and not the client's.
+    """
+
+    __slots__ = (
+        "adaptation",
+        "after",
+        "before",
+        "injected",
+        "model",
+        "stream_options",
+        "without",
+    )
+
+    def __init__(
+        self,
+        model: str,
+        stream_options: bool,
+        adaptation: Adaptation,
+        without: frozenset[str],
+        before: bytes,
+        after: bytes,
+        injected: frozenset[str],
+    ) -> None:
+        self.model = model
+        self.stream_options = stream_options
+        self.adaptation = adaptation
+        self.without = without
+        self.before = before
+        self.after = after
+        self.injected = injected
 
 
 def make_upstream_body(
@@ -53,7 +88,8 @@ def make_upstream_body(
 
     A large body's messages are a view into the client's, unless roles are changed in them.
     """
-    for known in call.terms.around:
+    prepared: list[_Prepared] = call.terms.prepared
+    for known in prepared:
         # The very same rules, as most of the time: to compare what is in them would cost more.
         if (
             known.model == upstream_model
@@ -61,28 +97,28 @@ def make_upstream_body(
             and known.adaptation is adaptation
             and known.without is without
         ):
-            around = known
+            found = known
             break
     else:
-        around = _make_around(call, upstream_model, stream_options, adaptation, without)
-        if len(call.terms.around) >= _MOST_KEPT:
-            call.terms.around.clear()
-        call.terms.around.append(around)
+        found = _prepare(call, upstream_model, stream_options, adaptation, without)
+        if len(prepared) >= _MOST_KEPT:
+            prepared.clear()
+        prepared.append(found)
     messages = call.raw_messages
     if adaptation.roles:
         roles = {old: new for old, new in adaptation.roles if old in call.roles}
         if roles:
             messages = _adapt_roles(call, roles)
-    return [around.before, messages, around.after], around.injected
+    return [found.before, messages, found.after], found.injected
 
 
-def _make_around(
+def _prepare(
     call: Call,
     model: str,
     stream_options: bool,
     adaptation: Adaptation,
     without: frozenset[str],
-) -> Around:
+) -> _Prepared:
     changes = _changes(call, model, stream_options, without)
     if adaptation is not NO_ADAPTATION:
         _adapt(changes, call, adaptation, without)
@@ -105,7 +141,7 @@ def _make_around(
     before[0] = b"{"  # for the first comma
     after.append(b"}")
     injected = _injected(call.terms, adaptation, stream_options) - without
-    return Around(
+    return _Prepared(
         model,
         stream_options,
         adaptation,
@@ -187,34 +223,6 @@ def _adapt(
             _leave_to_client(changes, call, name)
         else:
             changes[name] = (None, value)
-
-
-def adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, int]:
-    """Return the tokens that one answer may take, and how many answers, by the body that goes up.
-
-    That is the client's body as `adaptation` changes it: one that takes the maximum out, or puts
-    one in, changes what a request can cost. None: nothing in it limits an answer.
-    """
-    if adaptation is NO_ADAPTATION:
-        return terms.max_output, terms.choices
-    sizes, maxima = dict(terms.sizes), set(MAXIMA)
-    for old, new in adaptation.rename:
-        size = sizes.pop(old, None)
-        if size is not None and new not in terms.given:
-            sizes[new] = size
-            if old in maxima:
-                maxima.add(new)
-    for name in adaptation.drop:
-        sizes.pop(name, None)
-    for name, value in adaptation.set:
-        if name in maxima or name in CHOICES:
-            ours: object = orjson.loads(value)
-            if type(ours) is int:
-                # An endpoint may refuse ours, and then gets the client's: the larger is held.
-                sizes[name] = max(ours, sizes.get(name, 0))
-            else:
-                sizes.pop(name, None)
-    return output_limits(sizes.items(), maxima)
 
 
 def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:

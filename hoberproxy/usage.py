@@ -2,7 +2,7 @@
 
 One reader for every dialect seen on the wire; `tests/usage_forms.py` holds an example of each, with
 its source. Where the numbers stand in a stream is the scanner's business (stream.py), where they go
-is the ledger's.
+is accounting.py's.
 
 Servers agree on prompt and completion, but not on what these hold. With OpenAI the cached part is
 inside the prompt, and reasoning inside the completion. Others count a part beside its whole: then

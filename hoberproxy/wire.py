@@ -1,8 +1,8 @@
-"""A client's connection: one strict check of every head, then one of two doors.
+"""A client's connection: one strict check of every head, then one of two handlers.
 
-Chat requests are read straight off the wire and go to an Exchange; every other request is handed,
-whole and checked, to aiohttp, one handler a request. Knows where requests begin and end and who
-answers now; what is answered is the exchange's and app.py's.
+Chat requests are read here and go to a RequestHandler; every other request is handed, whole and
+checked, to aiohttp, one handler a request. The connection knows where requests begin and end and
+who answers now; what is answered is the handlers' decision.
 """
 
 from __future__ import annotations
@@ -20,25 +20,21 @@ from aiohttp import web
 
 from .aiohttp_bridge import Handler
 from .downstream import Answer, Client
-from .errors import ProxyError, RequestError, UnavailableError, serialize_error
-from .exchange import Admitted, Exchange
-from .gateway import Gateway
-from .http11 import (
+from .errors import ProxyError, RequestError, UnavailableError, retry_headers, serialize_error
+from .http11_body import BodyReader, FramingError, LengthBody, body_reader
+from .http11_head import (
     CONTINUE,
     MAX_REQUEST_HEAD_BYTES,
-    BodyReader,
-    FramingError,
     HeadError,
-    LengthBody,
     RepeatedHead,
     RequestHead,
-    body_reader,
     find_head_end,
     parse_request_head,
     repeated_head,
     skip_empty_line,
 )
 from .origin import cors_headers
+from .request_handler import Admitted, BeginHandler, ConnectionContext, RequestHandler
 from .sink import Sink
 
 CHAT_PATHS: Final = frozenset(
@@ -61,7 +57,7 @@ class State(Enum):
 
     HEAD = "head"
     BODY = "body"  # of a chat request
-    ANSWERING = "answering"  # an exchange answers; bytes belong to the next request
+    ANSWERING = "answering"  # a chat request is answered; bytes belong to the next request
     HANDLER = "handler"  # aiohttp answers; bytes are the rest of its request, then the next one's
     LINGERING = "lingering"  # the last answer is out, what comes is thrown away
     CLOSED = "closed"
@@ -82,8 +78,16 @@ class DownstreamConnection(Client):
     An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
     """
 
-    def __init__(self, gateway: Gateway, handlers: web.Server, connections: set[Any]) -> None:
-        self._gateway = gateway
+    def __init__(
+        self,
+        context: ConnectionContext,
+        begin: BeginHandler,
+        handlers: web.Server,
+        connections: set[Any],
+    ) -> None:
+        """`begin` makes the handler of a chat request, `handlers` those of all other requests."""
+        self._context = context
+        self._begin = begin
         self._handlers = handlers
         self._connections = connections
         self._transport: asyncio.Transport | None = None
@@ -96,8 +100,8 @@ class DownstreamConnection(Client):
         self._body: BodyReader | None = None
         self._pieces: list[bytes] = []
         self._body_bytes = 0
-        self._exchange: Exchange | None = None
-        self._handler: Handler | None = None
+        self._handler: RequestHandler | None = None
+        self._bridge: Handler | None = None
         self._is_overrun = False  # more was pipelined than we keep
         self._waiting_since = 0.0
         self._discarded_bytes = 0
@@ -111,14 +115,11 @@ class DownstreamConnection(Client):
         self._sink = Sink(ours, -1 if socket is None else socket.fileno())
         self._connections.add(self)
         try:
-            peer = transport.get_extra_info("peername")
-            address = peer[0] if isinstance(peer, tuple) else ""
-            room = self._gateway.room
+            room = self._context.room
             if len(self._connections) > room.limit:
-                room.make(self._connections, self, self._gateway.loop.time())
-            self.address_group = self._gateway.admission.enter(address)
+                room.make(self._connections, self, self._context.loop.time())
         except UnavailableError as error:
-            self._gateway.metrics.refused_connections += 1
+            self._context.refused_connections += 1
             self._refuse(error.status, error)
         else:
             self._await_request()
@@ -140,8 +141,8 @@ class DownstreamConnection(Client):
         elif state is _BODY:
             self._read_body(data)
         elif state is _HANDLER:
-            assert self._handler is not None
-            self._hold(self._handler.feed(data))
+            assert self._bridge is not None
+            self._hold(self._bridge.feed(data))
         elif state is _ANSWERING:
             self._hold(data)
         elif state is _LINGERING:
@@ -152,7 +153,7 @@ class DownstreamConnection(Client):
     def eof_received(self) -> bool:
         # A client that closes its sending side has gone, as far as HTTP clients go: its upstream
         # is closed in this turn. Answers already written are still flushed by the closing.
-        if self._exchange is not None:
+        if self._handler is not None:
             self.abort()
         return False
 
@@ -161,29 +162,28 @@ class DownstreamConnection(Client):
         self._shut()
         self._transport = self._sink = None
         self._connections.discard(self)
-        self._gateway.admission.leave(self.address_group)
-        self._gateway.wheel.cancel(self)
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.abandon()
-        if self._handler is not None:
-            self._handler.lose(exc)
-            self._handler = None
+        self._context.wheel.cancel(self)
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.abandon()
+        if self._bridge is not None:
+            self._bridge.lose(exc)
+            self._bridge = None
 
     def pause_writing(self) -> None:
         self.is_paused = True
-        if self._exchange is not None:
-            self._exchange.pause()
-        elif self._handler is not None:
-            self._handler.protocol.pause_writing()
+        if self._handler is not None:
+            self._handler.pause()
+        elif self._bridge is not None:
+            self._bridge.protocol.pause_writing()
             self._wait()
 
     def resume_writing(self) -> None:
         self.is_paused = False
-        if self._exchange is not None:
-            self._exchange.resume()
-        elif self._handler is not None:
-            self._handler.protocol.resume_writing()
+        if self._handler is not None:
+            self._handler.resume()
+        elif self._bridge is not None:
+            self._bridge.protocol.resume_writing()
         elif self._state is _HEAD:
             self._await_request()
 
@@ -194,21 +194,21 @@ class DownstreamConnection(Client):
         self._state = _HEAD
         self._searched = 0
         self._is_overrun = False
-        gateway = self._gateway
+        context = self._context
         # Also while draining: one more answer, which tells the client to connect anew. A request
         # may be on its way already, and closing would reset it.
         if self._buffer or self.is_paused:
             if not self.is_paused:
                 # Not from here: an answer may just be ending in the caller.
-                gateway.loop.call_soon(self._read_head)
+                context.loop.call_soon(self._read_head)
             self._wait()
         else:
-            self._waiting_since = now = gateway.wheel.now
-            gateway.wheel.hasten(self, now + gateway.config.server.keepalive_timeout)
+            self._waiting_since = now = context.wheel.now
+            context.wheel.hasten(self, now + context.settings.keepalive_timeout)
 
     def _wait(self) -> None:
         """From now on the client has to do something, within the limit of the state we are in."""
-        wheel = self._gateway.wheel
+        wheel = self._context.wheel
         self._waiting_since = wheel.now
         wheel.hasten(self, self._due())
 
@@ -235,7 +235,7 @@ class DownstreamConnection(Client):
             self._repeated, self._admitted = repeated_head(head, raw), None
             self._begin_chat(head, head.length, buffer[end:])
         elif head.method in METHODS:
-            self._begin_handler(head, buffer[end:])
+            self._begin_bridge(head, buffer[end:])
         else:
             methods = b", ".join(METHODS).decode()
             unknown = HeadError(f"expected a method out of {methods}, got another", 405)
@@ -255,15 +255,14 @@ class DownstreamConnection(Client):
 
         `head` is that of the request if it is one as far as that.
         """
-        self._gateway.metrics.bad_heads += 1
+        self._context.bad_heads += 1
         status = error.status if error.status != 501 else 400
         code = "method_not_allowed" if status == 405 else "invalid_request"
         self._refuse(status, RequestError(str(error), code=code, status=status), head)
 
     def _refuse(self, status: int, refusal: ProxyError, head: RequestHead | None = None) -> None:
         """Answer before there is a request, and close."""
-        retry_after = refusal.retry_after
-        origins = self._gateway.config.server.cors_origins
+        origins = self._context.settings.cors_origins
         origin = head.get(b"origin") if head is not None else None
         # The target of what is no request, as far as it can be told.
         path = head.path if head is not None else self._buffer[:64].lstrip().partition(b" ")[2]
@@ -274,15 +273,8 @@ class DownstreamConnection(Client):
             status,
             [
                 (b"content-type", b"application/json"),
-                (b"x-request-id", self._gateway.new_request_id().encode()),
-                *(
-                    [(b"x-should-retry", b"false")]
-                    if retry_after is None
-                    else [
-                        (b"retry-after", b"%d" % math.ceil(retry_after)),
-                        (b"retry-after-ms", b"%d" % math.ceil(retry_after * 1000)),
-                    ]
-                ),
+                (b"x-request-id", self._context.new_request_id().encode()),
+                *(retry_headers(refusal) or [(b"x-should-retry", b"false")]),
                 *([(b"allow", b", ".join(METHODS))] if status == 405 else []),
                 *cors_headers(origins, origin),
             ],
@@ -293,34 +285,34 @@ class DownstreamConnection(Client):
         assert self._sink is not None
         return Answer(self._sink, self, version_minor=version_minor, keep_alive=keep_alive)
 
-    # The chat door
+    # Chat requests
 
     def _begin_chat(self, head: RequestHead, length: int | None, rest: bytes) -> None:
-        """A chat request's head has come, with `length` (None: chunked, or without a body)."""
-        gateway = self._gateway
+        """Begin a chat request with a body of `length` bytes (None: chunked, or without a body)."""
+        context = self._context
         assert self._sink is not None
         answer = Answer(
             self._sink,
             self,
             version_minor=head.version_minor,
-            keep_alive=head.keep_alive and not gateway.is_draining,
+            keep_alive=head.keep_alive and not context.is_draining,
         )
-        self._exchange = exchange = Exchange(gateway, self, head, answer)
-        self._admitted = exchange.admit(self._admitted)
-        if length == len(rest) and length <= gateway.config.server.max_body_bytes:
+        self._handler = handler = self._begin(self, head, answer)
+        self._admitted = handler.admit(self._admitted)
+        if length == len(rest) and length <= context.settings.max_body_bytes:
             self._state = _ANSWERING
-            exchange.run(rest)
+            handler.run(rest)
         elif self._admitted is None:
             self._refuse_at_head(head, length, rest)
-        elif length is not None and length > gateway.config.server.max_body_bytes:
+        elif length is not None and length > context.settings.max_body_bytes:
             self._refuse_body()
-        elif not exchange.enter():
+        elif not handler.enter():
             self._refuse_at_head(head, length, rest)
         else:
             self._begin_body(head, length, rest)
 
     def _begin_body(self, head: RequestHead, length: int | None, rest: bytes) -> None:
-        """The body is still to come, but for `rest`."""
+        """Begin to read a body of which `rest` has come."""
         self._body = body = body_reader(head) if length is None else LengthBody(length)
         self._body_bytes = 0
         self._state = _BODY
@@ -337,8 +329,8 @@ class DownstreamConnection(Client):
         Where the whole body came along, the next request is found behind it, and the connection
         goes on.
         """
-        exchange = self._exchange
-        assert exchange is not None
+        handler = self._handler
+        assert handler is not None
         body = body_reader(head) if length is None else LengthBody(length)
         try:
             body.feed(rest)
@@ -350,20 +342,20 @@ class DownstreamConnection(Client):
             self._buffer = body.leftover
         else:
             self._answer_early()
-        exchange.run(b"", close=not is_whole)
+        handler.run(b"", close=not is_whole)
 
     def _write_continue(self) -> None:
         assert self._sink is not None
         self._sink.write(CONTINUE)
 
     def _read_body(self, data: bytes) -> None:
-        body, exchange = self._body, self._exchange
-        assert body is not None and exchange is not None
+        body, handler = self._body, self._handler
+        assert body is not None and handler is not None
         try:
             pieces = body.feed(data)
         except FramingError as error:
             self._answer_early()
-            exchange.refuse(
+            handler.fail(
                 RequestError(f"the body's framing: {error}", code="invalid_request"), close=True
             )
             return
@@ -377,10 +369,10 @@ class DownstreamConnection(Client):
         if pieces:
             self._pieces.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         try:
-            exchange.hold_body(self._body_bytes)
+            handler.hold_body(self._body_bytes)
         except UnavailableError as full:  # compiled, a name has one type in a function
             self._answer_early()
-            exchange.refuse(full, close=True)
+            handler.fail(full, close=True)
             return
         if body.is_complete:
             whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -388,12 +380,12 @@ class DownstreamConnection(Client):
             self._body = None
             self._state = _ANSWERING
             self._buffer = body.leftover
-            exchange.run(whole)
+            handler.run(whole)
 
     def _refuse_body(self) -> None:
-        assert self._exchange is not None
+        assert self._handler is not None
         self._answer_early()
-        self._exchange.refuse(
+        self._handler.fail(
             RequestError(
                 f"expected a body of at most {self.max_body_bytes} bytes, got more",
                 code="body_too_large",
@@ -409,8 +401,8 @@ class DownstreamConnection(Client):
         self._is_overrun = True
 
     def on_answer_end(self, *, keep_alive: bool) -> None:
-        """The exchange has written its last byte."""
-        self._exchange = None
+        """The last byte of an answer to a chat request was written."""
+        self._handler = None
         self._after_answer(keep_alive=keep_alive)
 
     def _after_answer(self, *, keep_alive: bool) -> None:
@@ -428,21 +420,21 @@ class DownstreamConnection(Client):
         elif data:
             self._buffer += data
 
-    # The aiohttp door
+    # Other requests, which aiohttp answers
 
-    def _begin_handler(self, head: RequestHead, rest: bytes) -> None:
+    def _begin_bridge(self, head: RequestHead, rest: bytes) -> None:
         self._state = _HANDLER
-        keep_alive = head.keep_alive and not self._gateway.is_draining
+        keep_alive = head.keep_alive and not self._context.is_draining
         body = body_reader(head)
         if head.expects_continue and not rest and not body.is_complete:
             self._write_continue()
-        self._handler = Handler(self, self._handlers(), head, body, keep_alive)
-        self._handler.start()
-        self._hold(self._handler.feed(rest))
+        self._bridge = Handler(self, self._handlers(), head, body, keep_alive)
+        self._bridge.start()
+        self._hold(self._bridge.feed(rest))
 
     def refuse_handler(self, error: FramingError) -> None:
-        """Its request breaks its own framing: 400, if that can still be said."""
-        handler, self._handler = self._handler, None
+        """Answer a request whose body breaks its framing with 400, if nothing was sent yet."""
+        handler, self._bridge = self._bridge, None
         assert handler is not None
         handler.lose(None)
         if handler.is_answering:
@@ -451,8 +443,8 @@ class DownstreamConnection(Client):
             self._refuse_head(HeadError(f"the body's framing: {error}"), handler.head)
 
     def handler_ended(self, *, keep_alive: bool, is_request_complete: bool) -> None:
-        """aiohttp has written its last byte."""
-        self._handler = None
+        """The last byte of an answer by aiohttp was written."""
+        self._bridge = None
         if self._state is _HANDLER:
             self._is_overrun = self._is_overrun or not is_request_complete
             self._after_answer(keep_alive=keep_alive)
@@ -460,7 +452,7 @@ class DownstreamConnection(Client):
     @property
     def max_body_bytes(self) -> int:
         """The limit of any request's body."""
-        return self._gateway.config.server.max_body_bytes
+        return self._context.settings.max_body_bytes
 
     @property
     def transport(self) -> asyncio.Transport | None:
@@ -506,10 +498,10 @@ class DownstreamConnection(Client):
             self._close()
 
     def abort(self) -> None:
-        """Cut the connection; a running exchange learns it now, not in a later turn."""
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.abandon()
+        """Cut the connection; a running request is abandoned now, not in a later turn."""
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler.abandon()
         if self._sink is not None:
             self._sink.abort()
 
@@ -537,11 +529,11 @@ class DownstreamConnection(Client):
         self._wait()
 
     def hasten(self, when: float) -> None:
-        """The exchange wants to be asked by `when` (loop time)."""
-        self._gateway.wheel.hasten(self, when)
+        """Call the handler's `on_deadline` by `when` (loop time)."""
+        self._context.wheel.hasten(self, when)
 
     def _due(self) -> float:
-        settings, state, since = self._gateway.config.server, self._state, self._waiting_since
+        settings, state, since = self._context.settings, self._state, self._waiting_since
         if self.is_paused and (state is _HEAD or state is _HANDLER):
             return since + settings.write_timeout
         if state is _HEAD:
@@ -554,20 +546,20 @@ class DownstreamConnection(Client):
 
     def on_deadline(self, now: float) -> float | None:
         """A limit of the answer has passed, or the client has been silent for too long."""
-        exchange = self._exchange
-        if self._state is _ANSWERING and exchange is not None:
-            due = exchange.on_deadline(now)
-            if self._exchange is exchange:  # it has not ended with that
+        handler = self._handler
+        if self._state is _ANSWERING and handler is not None:
+            due = handler.on_deadline(now)
+            if self._handler is handler:  # it has not ended with that
                 return due
         due = self._due()
         if now < due:
             return due if due < math.inf else None
-        if self._state is _BODY and self._exchange is not None:
+        if self._state is _BODY and self._handler is not None:
             self._answer_early()
-            self._exchange.refuse(
+            self._handler.fail(
                 RequestError(
                     "expected the whole body within "
-                    f"{self._gateway.config.server.body_timeout:g} s, got a part of it",
+                    f"{self._context.settings.body_timeout:g} s, got a part of it",
                     code="request_timeout",
                     status=408,
                 ),

@@ -22,14 +22,14 @@ import sys
 from collections.abc import Sequence
 
 from .admin import OFF
+from .admission import STREAM_COUNTS_BYTES, StreamCounts
 from .channel import Channel, Message, read_first_message
-from .config import ConfigError
 from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
 from .listeners import Listeners, StartError, name_of
 from .server import Server, run
 from .source import ConfigSource
 from .store import StoreError
-from .tally import TALLY_BYTES, Tally
+from .values import ConfigError
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -110,14 +110,14 @@ def main(arguments: Sequence[str]) -> int:
         settings = dataclasses.replace(config.server, metrics_listen=None, admin_socket=OFF)
         config = dataclasses.replace(config, server=settings)
         listeners = _listeners(start["sockets"])
-        tally = Tally(mmap.mmap(start["tally"], TALLY_BYTES), start["slot"])
-        os.close(start["tally"])
+        counts = StreamCounts(mmap.mmap(start["stream_counts"], STREAM_COUNTS_BYTES), start["slot"])
+        os.close(start["stream_counts"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
         server = Server(
             config,
             listeners,
-            tally=tally,
+            counts=counts,
             has_writer=False,
             workers=start.get("workers", 1),  # an older supervisor does not say
         )

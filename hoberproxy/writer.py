@@ -18,14 +18,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from .catalog import parse_prices
 from .folder import journal_directory
 from .journals import Batch, Journals, Remains, Segment, Values
-from .prices import parse_prices
-from .record import LOST, Record
-from .rows import COLUMNS, KEY_ID, STARTED, Row, make_row, row_of
+from .record import COLUMNS, KEY_ID, LOST, STARTED, Record, Row, make_row, row_of
+from .sqlite_store import open_store
 from .store import DAY, Amendment, Records, StoreError
-from .stores import open_store
-from .usage import Usage
 
 logger = logging.getLogger("hoberproxy.ledger")
 
@@ -360,7 +358,7 @@ def _lost_row(values: Values) -> Row:
 def _lost_record(values: Values) -> Record:
     """The record of a request of which only the beginning is known."""
     price = values["price"]
-    usage = Usage(values["prompt_tokens"], values["completion_tokens"], is_estimated=True)
+    tokens = values["prompt_tokens"], values["completion_tokens"]
     return Record(
         **{name: value for name, value in values.items() if name in COLUMNS}
         | {
@@ -369,6 +367,6 @@ def _lost_record(values: Values) -> Record:
             "attempts": 1,
             "estimated": True,
             "price": price or "",
-            "cost": parse_prices(price).cost(usage) if price is not None else None,
+            "cost": parse_prices(price).cost(*tokens) if price is not None else None,
         }
     )

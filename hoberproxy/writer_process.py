@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .channel import Message, parse_message, read_first_message, serialize_message
+from .exposition import resident_bytes
 from .joining import EXIT_CANNOT_START, LOG_FORMAT, take_end, tell_failed
-from .memory import resident_bytes
 from .store import StoreError
 from .writer import Writer
 

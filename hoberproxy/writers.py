@@ -17,9 +17,9 @@ from itertools import count
 from typing import Any
 
 from .child import STEADY, Child, State, accounts_of, back_off, spawn
-from .config import Config
 from .exposition import Snapshot
 from .listeners import StartError
+from .settings import Config
 
 logger = logging.getLogger("hoberproxy.supervisor")
 

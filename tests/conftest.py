@@ -28,7 +28,10 @@ from hypothesis import HealthCheck, settings
 
 from hoberproxy import content_template
 from hoberproxy.catalog import Endpoint, Model, Provider
-from hoberproxy.config import (
+from hoberproxy.context import ServerContext
+from hoberproxy.record import Record
+from hoberproxy.server import Server
+from hoberproxy.settings import (
     Address,
     Config,
     KeySettings,
@@ -36,9 +39,6 @@ from hoberproxy.config import (
     RecordSettings,
     ServerSettings,
 )
-from hoberproxy.gateway import Gateway
-from hoberproxy.record import Record
-from hoberproxy.server import Server
 from hoberproxy.sqlite_store import SqliteStore as Store
 
 from .patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
@@ -75,7 +75,8 @@ def pytest_asyncio_loop_factories(
 
 # No test hangs for good
 
-LONG = ("real", "load", "systemd")  # markers of what installs, boots or loads for minutes
+# Markers of what installs, boots or loads for minutes.
+LONG = ("real", "load", "systemd", "wheel")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -241,7 +242,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: Gateway
+    gateway: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended
@@ -300,8 +301,7 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         gateway = server._gateway
         assert gateway is not None
         records: list[Record] = []
-        put = gateway.ledger.put
-        gateway.ledger.put = lambda record: (records.append(record), put(record))  # type: ignore
+        gateway.on_closed = records.append
         proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
         started.append(proxy)
         return proxy

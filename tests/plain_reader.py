@@ -2,7 +2,7 @@
 
 The whole stream is at hand. It is split into lines, each event's data is put together and parsed,
 and what the client sees is put together anew. Nothing here is fast, and nothing of the package is
-used but the reader of usage objects.
+used but the readers of usage and of errors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from hoberproxy.error_document import read_error
 from hoberproxy.usage import Usage, newest_usage
 
 HELD_EVENT = 16 * 1024  # an unfinished event
@@ -185,16 +186,12 @@ def _is_error(document: dict[str, Any]) -> bool:
 
 
 def _status(document: Any) -> int | None:
-    """The first number that can be an error's status."""
-    if not isinstance(document, dict):
-        return None
-    choices = document.get("choices") or [{}]
-    for place in (document.get("error"), document, choices[0].get("error")):
-        if isinstance(place, dict):
-            for name in ("code", "status", "status_code"):
-                if place.get(name) in range(400, 600):
-                    return int(place[name])
-    return None
+    """The status of an error: of the document, else of one of its choices."""
+    found = read_error(document).status
+    if found is None and isinstance(document, dict):
+        for choice in document.get("choices") or []:
+            found = found or read_error(choice.get("error")).status
+    return found
 
 
 def _read_choices(document: dict[str, Any], reading: Reading) -> None:
@@ -203,7 +200,8 @@ def _read_choices(document: dict[str, Any], reading: Reading) -> None:
         reading.finish_reason = choice.get("finish_reason") or reading.finish_reason
         delta = {**(choice.get("delta") or {}), **(choice.get("message") or {})}
         has_text = has_text or bool(choice.get("text"))
-        has_text = has_text or any(value for name, value in delta.items() if name != "role")
+        values = [value for name, value in delta.items() if name != "role"]
+        has_text = has_text or any(isinstance(each, str | list | dict) and each for each in values)
         if choice.get("finish_reason"):
             reading.has_content = True
     reading.fewest += has_text

@@ -1,11 +1,11 @@
-"""A store of records in memory, for tests: no file, no lock, the same behaviour."""
+"""For tests: a store of records in memory, without file or lock, and writing records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from hoberproxy.rows import COLUMNS, STARTED, Row
-from hoberproxy.store import DAY, Amendment, StoreError
+from hoberproxy.record import COLUMNS, STARTED, Record, Row, make_row
+from hoberproxy.store import DAY, Amendment, Records, StoreError
 
 AMENDED = [COLUMNS.index(name) for name in ("prompt_tokens", "completion_tokens", "cost")]
 HAS_USAGE, ESTIMATED = COLUMNS.index("has_usage"), COLUMNS.index("estimated")
@@ -71,3 +71,8 @@ class MemoryRecords:
     def _check(self) -> None:
         if self.is_locked:
             raise StoreError("the store is locked", is_transient=True)
+
+
+def write_records(store: Records, records: Iterable[Record]) -> int:
+    """Write records in one transaction; return how many were new."""
+    return store.write([make_row(record) for record in records])

@@ -9,9 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from hoberproxy.catalog import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model, Prices
 from hoberproxy.limits import PICO, KeyLimits, format_dollars
-from hoberproxy.prices import Prices
 from hoberproxy.request import parse_call
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.usage import BYTES_PER_TOKEN
@@ -101,7 +100,7 @@ async def test_another_key_does_not_see_it(proxy: Proxy, monkeypatch: pytest.Mon
     monkeypatch.setattr("hoberproxy.account_pages.WAITS", (0.0, 0.0))
     other = await new_key(proxy)
     answer = await ask(proxy)
-    await wait_until(lambda: proxy.gateway.ledger.written == 1)
+    await wait_until(lambda: proxy.server._journal.stored == 1)
     for name in (answer.headers["x-request-id"], answer.json()["id"]):
         assert (await fetch(proxy, f"/v1/generation?id={name}")).status == 200
         refused = await fetch(proxy, f"/v1/generation?id={name}", other)
@@ -136,7 +135,7 @@ async def test_a_key_reads_its_limits_and_what_is_left(proxy: Proxy) -> None:
     limits = KeyLimits(10, 100_000, 50, 3, PICO // 100, "month")
     key = await new_key(proxy, limits=limits, models=["test/*"])
     await ask(proxy, key)
-    await wait_until(lambda: proxy.gateway.ledger.depth == 0)
+    await wait_until(lambda: proxy.server._journal.depth == 0)
     data = (await fetch(proxy, "/v1/key", key)).json()["data"]
     assert (data["label"], data["kind"], data["models"]) == ("another", "live", ["test/*"])
     assert (data["limit"], data["limit_remaining"], data["limit_reset"]) == (

@@ -1,27 +1,28 @@
-"""Room for streams in all, and for one address."""
+"""Bounds of streams, request bodies and connections."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from mmap import mmap
 from typing import Any
 
 import pytest
 
 from hoberproxy.admission import (
     DEFAULT_BODY_MEMORY,
-    NO_GROUP,
+    STREAM_COUNTS_BYTES,
     Admission,
     BodyMemory,
     ConnectionRoom,
+    StreamCounts,
     body_memory_limit,
 )
-from hoberproxy.config import ServerSettings
 from hoberproxy.errors import UnavailableError
-from hoberproxy.tally import Tally, new_tally_memory
+from hoberproxy.settings import ServerSettings
 
-from .conftest import QUESTION, Proxy, RawClient, StartProxy, chat, get, wait_until
+from .conftest import QUESTION, Proxy, RawClient, StartProxy, chat, wait_until
 from .scripted import (
     AwaitRelease,
     ScriptedUpstream,
@@ -33,90 +34,42 @@ from .scripted import (
     stream_events,
 )
 
-KEY = bytes(16)
 
-
-def tallies(count: int) -> list[Tally]:
-    memory = new_tally_memory(-1, KEY)
-    return [Tally(memory, slot) for slot in range(count)]
-
-
-def admission(tally: Tally | None = None, **settings: Any) -> Admission:
-    return Admission(ServerSettings(**settings), tally)
-
-
-def forwarded(value: str | None) -> Any:
-    return {b"x-forwarded-for": value.encode()} if value is not None else {}
+def stream_counts(processes: int) -> list[StreamCounts]:
+    memory = mmap(-1, STREAM_COUNTS_BYTES)
+    return [StreamCounts(memory, slot) for slot in range(processes)]
 
 
 def test_streams_count_over_all_processes() -> None:
-    one, other = (admission(tally, max_streams=3) for tally in tallies(2))
-    one.admit({}, 2, NO_GROUP)
-    other.admit({}, 1, NO_GROUP)
+    one, other = (Admission(3, counts) for counts in stream_counts(2))
+    one.admit(2)
+    other.admit(1)
     with pytest.raises(UnavailableError) as refused:
-        other.admit({}, 2, NO_GROUP)
+        other.admit(2)
     assert (refused.value.status, refused.value.code) == (503, "overloaded")
     assert refused.value.retry_after
     one.note_streams(0)
-    other.admit({}, 2, NO_GROUP)
+    other.admit(2)
 
 
-def test_without_limits_nothing_is_counted() -> None:
-    free = admission(max_streams=0)
-    assert free.enter("192.0.2.1") == NO_GROUP
-    assert free.admit(forwarded("192.0.2.1"), 10**6, NO_GROUP) == NO_GROUP
+def test_without_a_limit_any_number_is_admitted() -> None:
+    Admission(0).admit(10**6)
+    Admission(0, *stream_counts(1)).admit(10**6)
 
 
-def test_connections_of_an_address_count_over_all_processes_and_come_back() -> None:
-    one, other = (admission(tally, max_connections_per_address=2) for tally in tallies(2))
-    first = one.enter("192.0.2.1")
-    other.enter("192.0.2.1")
+def test_a_single_process_counts_its_own_streams() -> None:
+    single = Admission(2)
+    single.admit(2)
     with pytest.raises(UnavailableError):
-        one.enter("192.0.2.1")
-    one.enter("192.0.2.2")
-    one.leave(first)
-    other.enter("192.0.2.1")
+        single.admit(3)
 
 
-def test_a_process_that_died_holds_no_place() -> None:
-    first, second = tallies(2)
-    dead, alive = (admission(each, max_connections_per_address=1) for each in (first, second))
-    dead.enter("192.0.2.1")
-    dead.note_streams(5)
+def test_streams_of_a_process_that_died_do_not_count() -> None:
+    first, second = stream_counts(2)
+    dead, alive = Admission(3, first), Admission(3, second)
+    dead.admit(3)
     second.clear(first.slot)
-    alive.enter("192.0.2.1")
-    assert second.set_streams(1) == 1
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "is_same"),
-    [
-        ("2001:db8::1", "2001:db8::2", True),
-        ("2001:db8::1", "2001:db8:0:0:ffff:ffff:ffff:ffff", True),
-        ("2001:db8:0:1::1", "2001:db8::1", False),
-        ("fe80::1%eth0", "fe80::2%eth1", True),
-        ("192.0.2.1", "192.0.2.2", False),
-    ],
-)
-def test_ipv6_is_counted_by_its_subnet(one: str, other: str, is_same: bool) -> None:
-    (tally,) = tallies(1)
-    assert (tally.group_of(one) == tally.group_of(other)) is is_same
-
-
-def test_behind_a_trusted_proxy_the_requests_of_the_address_it_names_are_counted() -> None:
-    (tally,) = tallies(1)
-    limited = admission(
-        tally, max_connections_per_address=1, trusted_proxies=("10.0.0.0/8", "127.0.0.1/32")
-    )
-    assert limited.enter("10.1.2.3") == limited.enter("10.1.2.3") == NO_GROUP
-    running = limited.admit(forwarded("192.0.2.1, 10.9.9.9"), 1, NO_GROUP)
-    with pytest.raises(UnavailableError):
-        limited.admit(forwarded("8.8.8.8, 192.0.2.1"), 2, NO_GROUP)  # the first is its own word
-    limited.admit(forwarded("192.0.2.2"), 2, NO_GROUP)
-    for nobody in (None, "", "unknown", "10.0.0.1"):
-        assert limited.admit(forwarded(nobody), 3, NO_GROUP) == NO_GROUP
-    limited.leave(running)
-    limited.admit(forwarded("192.0.2.1"), 3, NO_GROUP)
+    alive.admit(3)
 
 
 async def test_over_the_maximum_a_request_is_refused_while_what_runs_goes_on(
@@ -146,7 +99,7 @@ async def test_over_the_maximum_a_request_is_refused_while_what_runs_goes_on(
 async def test_strangers_take_no_room_of_callers(
     start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
-    proxy = await start_proxy(max_streams=2, trusted_proxies=("127.0.0.1/32",))
+    proxy = await start_proxy(max_streams=2)
     upstream.add([Stall()])
     running, caller = await proxy.connect(), await proxy.connect()
     running.send(chat(proxy.key))
@@ -164,20 +117,6 @@ async def test_strangers_take_no_room_of_callers(
     assert [record.status for record in proxy.records].count(401) == 20
 
 
-async def test_strangers_do_not_count_for_an_address(
-    start_proxy: StartProxy, upstream: ScriptedUpstream
-) -> None:
-    proxy = await start_proxy(max_connections_per_address=1, trusted_proxies=("127.0.0.1/32",))
-    behind = "x-forwarded-for: 192.0.2.7"
-    for _ in range(3):
-        stranger = await proxy.connect()
-        stranger.send(chat("none", b"", behind, framing="content-length: 1000000"))
-        assert (await stranger.read_answer()).status == 401
-    caller = await proxy.connect()
-    caller.send(chat(proxy.key, QUESTION, behind))
-    assert (await caller.read_answer()).status == 200
-
-
 async def test_who_finds_no_room_is_named_in_the_record(
     start_proxy: StartProxy, upstream: ScriptedUpstream
 ) -> None:
@@ -193,26 +132,6 @@ async def test_who_finds_no_room_is_named_in_the_record(
         ("overloaded", "test"),
         ("overloaded", "test"),
     ]
-
-
-async def test_a_connection_over_the_limit_of_its_address_is_told_so_and_closed(
-    start_proxy: StartProxy,
-) -> None:
-    proxy = await start_proxy(max_connections_per_address=1)
-    first, second = await proxy.connect(), await proxy.connect()
-    answer = await second.read_answer()
-    assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
-    assert answer.headers["connection"] == "close"
-    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("1", "1000")
-    assert proxy.gateway.metrics.refused_connections == 1
-    first.send(get())
-    assert (await first.read_answer()).status == 200
-    await first.aclose()
-    await second.aclose()
-    await wait_until(lambda: not proxy.server._connections)
-    third = await proxy.connect()
-    third.send(get())
-    assert (await third.read_answer()).status == 200
 
 
 # Connections of a process
@@ -284,7 +203,7 @@ def test_bytes_are_held_up_to_the_limit_and_come_back() -> None:
     assert memory.held == 60
     memory.hold(40)
     memory.hold(-30)
-    memory.release(70)
+    memory.hold(-70)
     assert memory.held == 0
 
 
@@ -353,7 +272,7 @@ async def test_a_whole_body_for_which_there_is_no_room_keeps_its_connection(
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert "connection" not in answer.headers
     assert proxy.gateway.bodies.held == MIB - 10
-    proxy.gateway.bodies.release(MIB - 10)
+    proxy.gateway.bodies.hold(10 - MIB)
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     assert proxy.gateway.bodies.held == 0

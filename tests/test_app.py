@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp import AiohttpClient
 
 from hoberproxy.app import make_app, make_metrics_app
-from hoberproxy.gateway import Gateway
+from hoberproxy.context import ServerContext
 
 from .conftest import Proxy, StartProxy, chat, pure_only
 from .patience import WAIT
@@ -24,12 +24,12 @@ PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
 
 
 @pytest.fixture
-async def gateway(proxy: Proxy) -> Gateway:
+async def gateway(proxy: Proxy) -> ServerContext:
     return proxy.gateway
 
 
 @pytest.fixture
-async def client(gateway: Gateway, aiohttp_client: AiohttpClient) -> Client:
+async def client(gateway: ServerContext, aiohttp_client: AiohttpClient) -> Client:
     return await aiohttp_client(make_app(gateway))
 
 
@@ -153,7 +153,7 @@ async def test_under_api_v1_the_code_is_the_status(client: Client) -> None:
 
 @pure_only
 async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
-    client: Client, gateway: Gateway, caplog: pytest.LogCaptureFixture
+    client: Client, gateway: ServerContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway.catalog.describe = None  # type: ignore[assignment, method-assign]
     response = await client.get("/v1/models/test/model")
@@ -172,14 +172,14 @@ async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
 
 @pytest.mark.parametrize("path", ["/healthz", "/health", "/v1/healthz", "/api/v1/health"])
 async def test_the_process_is_healthy_also_while_it_drains(
-    client: Client, gateway: Gateway, path: str
+    client: Client, gateway: ServerContext, path: str
 ) -> None:
     assert (await client.get(path)).status == 200
     gateway.is_draining = gateway.is_stopping = True
     assert (await client.get(path)).status == 200
 
 
-async def test_a_draining_process_takes_no_traffic(client: Client, gateway: Gateway) -> None:
+async def test_a_draining_process_takes_no_traffic(client: Client, gateway: ServerContext) -> None:
     assert (await client.get("/readyz")).status == 200
     gateway.is_draining = gateway.is_stopping = True
     response = await client.get("/readyz")
@@ -265,7 +265,9 @@ async def test_metrics_are_on_an_application_of_their_own(
     await chatter.read_answer()
     chatter.send(b"nonsense\r\n\r\n")
     await chatter.read_answer()
-    client = await aiohttp_client(make_metrics_app(proxy.gateway, lambda: 17))
+    gateway = proxy.gateway
+    gauges = proxy.server._gauges(gateway)
+    client = await aiohttp_client(make_metrics_app(lambda: gateway.metrics.render(gauges)))
     response = await client.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     values = {
@@ -275,14 +277,14 @@ async def test_metrics_are_on_an_application_of_their_own(
     }
     assert values["hoberproxy_requests_total"] == 1
     assert values["hoberproxy_bad_heads_total"] == 1
-    assert values["hoberproxy_connections_open"] == 17
+    assert values["hoberproxy_connections_open"] == 1
     assert (await client.get("/v1/models")).status == 404
 
 
 async def test_the_server_listens_for_metrics_where_the_config_says(
     start_proxy: StartProxy,
 ) -> None:
-    from hoberproxy.config import Address
+    from hoberproxy.settings import Address
 
     with_metrics = await start_proxy(metrics_listen=Address("127.0.0.1", 0))
     (runner,) = with_metrics.server._runners[1:]

@@ -12,12 +12,12 @@ import pytest
 from bench.micro.path import NullTransport
 from hoberproxy.attempts import Attempt, Owner
 from hoberproxy.catalog import TimeLimits
-from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import UpstreamError
 from hoberproxy.frames import Frames
-from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ResponseHead
+from hoberproxy.http11_head import ResponseHead
+from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.routing import Step
 from hoberproxy.upstream import UpstreamConnection
 
@@ -118,7 +118,7 @@ class Exchange(Owner):
 
 
 def opened(limits: TimeLimits = LIMITS) -> Exchange:
-    """A stream that has had its role and two texts, so that the next one may pass a stencil."""
+    """A stream that has had its role and two texts, so that the next one may be taken."""
     exchange = Exchange(limits)
     exchange.receive(sse_head().data, *map(chunk, EVENTS[:3]))
     return exchange

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import chart, machine, peers, processes, report
+from bench import chart, machine, peers, processes, report, side_by_side
 from bench.micro import Case
 from bench.micro import __main__ as micro
 from bench.micro.__main__ import MODULES, cases
@@ -40,7 +40,7 @@ from bench.scenarios import (
     shortened,
 )
 from hoberproxy.cli import BENCH_PARTS, main
-from hoberproxy.config import parse_config
+from hoberproxy.reader import parse_config
 from tests.processes import all_below, is_alive
 
 from .patience import WAIT
@@ -270,6 +270,14 @@ def test_options_of_the_generator_are_those_that_were_set() -> None:
     traffic = Traffic(connections=2, requests=4, stream=True, pace=0.0, ramp=1.5)
     expected = "--connections 2 --requests 4 --warmup 0 --stream --pace 0 --ramp 1.5"
     assert traffic.options() == expected.split()
+
+
+def test_events_as_they_were_are_asked_for_in_every_scenario() -> None:
+    for options, is_plain in ([], False), (["--plain-events", "--quick"], True):
+        scenarios = side_by_side.chosen(side_by_side.parse_options(options))
+        traffic = [variant.traffic for each in scenarios for variant in each.variants]
+        assert {each.plain_events for each in traffic} == {is_plain}
+        assert {"--plain-events" in each.options() for each in traffic} == {is_plain}
 
 
 def test_no_more_streams_are_asked_for_than_files_may_be_open() -> None:

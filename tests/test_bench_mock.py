@@ -18,6 +18,7 @@ import orjson
 import pytest
 import trustme
 
+from bench import mock_answers as answers
 from bench import mock_upstream as mock
 from bench.checks import Chunks
 
@@ -96,8 +97,45 @@ async def test_a_stream_looks_like_a_real_one(port: int, pace: float) -> None:
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 5
     assert all(event["usage"] is None for event in [role, *content, finish])
-    assert {event["model"] for event in [role, *content, finish, usage]} == {mock.MODEL}
+    assert {event["model"] for event in [role, *content, finish, usage]} == {answers.MODEL}
     assert len({event["id"] for event in [role, *content, finish, usage]}) == 1
+
+
+PADDING = re.compile(r"[A-Za-z0-9]{1,16}")
+
+
+async def test_a_stream_has_what_openai_adds_to_each_event(port: int) -> None:
+    events = parse(payload(await exchange(port, request({"events": 20}, **ASKED))))
+    for event in events:
+        assert list(event)[:6] == [
+            *("id", "object", "created", "model", "service_tier", "system_fingerprint")
+        ]
+        assert list(event)[6:] == ["choices", "usage", "obfuscation"]
+        assert PADDING.fullmatch(event["obfuscation"])
+        assert abs(event["created"] - time.time()) < DEADLINE
+    assert len({event["obfuscation"] for event in events}) > 10
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert events[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
+
+
+async def test_answers_differ_from_one_another_in_padding_identifier_and_head(port: int) -> None:
+    raw = [await exchange(port, request({"events": 5}, stream=True)) for _ in range(3)]
+    streams = [parse(payload(answer)) for answer in raw]
+    assert len({events[0]["id"] for events in streams}) == 3
+    assert len({tuple(event["obfuscation"] for event in events) for events in streams}) == 3
+    heads = {answer.partition(b"\r\n\r\n")[0] for answer in raw}
+    assert len(heads) == 3
+    for head in heads:
+        assert re.search(rb"\r\nDate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r\n", head)
+        assert re.search(rb"\r\nx-ratelimit-remaining-tokens: 199[1-9]\d\d\r\n", head)
+
+
+async def test_plain_events_have_none_of_it(port: int) -> None:
+    events = parse(payload(await exchange(port, request({"plain_events": True}, **ASKED))))
+    for event in events:
+        assert list(event) == ["id", "object", "created", "model", "choices", "usage"]
+    bare = [len(orjson.dumps(event | {"id": ""})) for event in events[1:-2]]
+    assert len(set(bare)) == 1
 
 
 async def test_usage_is_told_only_when_asked_for(port: int) -> None:
@@ -118,8 +156,8 @@ async def test_content_carries_its_number_and_the_time_of_its_write(port: int) -
 
 
 async def test_events_have_the_size_asked_for(port: int) -> None:
-    body = payload(await exchange(port, request({"events": 3, "event_bytes": 400}, **ASKED)))
-    assert [len(event) + 2 for event in body.split(b"\n\n") if b"~" in event] == [400] * 3
+    body = payload(await exchange(port, request({"events": 9, "event_bytes": 400}, **ASKED)))
+    assert [len(event) + 2 for event in body.split(b"\n\n") if b"~" in event] == [400] * 9
 
 
 async def test_several_events_share_a_chunk(port: int) -> None:
@@ -129,12 +167,12 @@ async def test_several_events_share_a_chunk(port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block_bytes", "writes"), [(0, 5), (600, 4), (65_536, 1)],
+    ("block_bytes", "writes"), [(0, 5), (950, 4), (65_536, 1)],
     ids=["each alone", "as many as fit", "all at once"],
 )  # fmt: skip
 def test_a_stream_without_a_pace_is_handed_over_in_blocks(block_bytes: int, writes: int) -> None:
-    settings = mock.Settings(events=5, block_bytes=block_bytes)
-    script = mock.make_script(settings, is_stream=True, include_usage=False)
+    settings = answers.Settings(events=5, block_bytes=block_bytes)
+    script = answers.make_script(settings, is_stream=True, include_usage=False)
     assert len(script.writes) == len(script.events) == writes
     assert sum(script.events) == 5
 

@@ -16,11 +16,10 @@ from hoberproxy.catalog import (
     Catalog,
     Endpoint,
     Model,
+    Prices,
     Provider,
-    Refusal,
-    parse_base_url,
 )
-from hoberproxy.prices import Prices
+from hoberproxy.values import InvalidValue, parse_base_url
 
 
 def model(slug: str, *names: str, **fields: Any) -> Model:
@@ -330,7 +329,7 @@ def test_no_text_breaks_the_parser_of_urls(text: str) -> None:
     for url in (text, "https://" + text):
         try:
             parse_base_url(url)
-        except Refusal:
+        except InvalidValue:
             pass
 
 

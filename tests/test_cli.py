@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -24,11 +25,14 @@ import pytest
 from hoberproxy import __version__
 from hoberproxy.cli import main
 from hoberproxy.commands_usage import GROUPS
+from hoberproxy.native import HOW_TO_COMPILE, describe_build
 from hoberproxy.presets import PRESETS
 from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 
+from .conftest import IS_COMPILED
 from .patience import WAIT
+from .stores import write_records
 
 PATIENCE = WAIT
 COMMAND = [str(Path(sys.executable).with_name("hoberproxy"))]
@@ -75,8 +79,18 @@ def config(folder: Path) -> Path:
 @pytest.mark.parametrize("command", [COMMAND, MODULE], ids=["hoberproxy", "python -m hoberproxy"])
 def test_the_program_runs_under_both_of_its_names(command: list[str]) -> None:
     done = subprocess.run([*command, "version"], capture_output=True, text=True, timeout=PATIENCE)
-    assert (done.returncode, done.stdout) == (0, f"hoberproxy {__version__}\n")
-    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert line.startswith(f"hoberproxy {__version__} (")
+
+
+def test_the_version_says_whether_it_is_compiled_and_how_to_get_it_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["version"]) == 0
+    build = "compiled" if IS_COMPILED else "pure"
+    line = f"hoberproxy {__version__} ({build}, Python {platform.python_version()})"
+    assert capsys.readouterr().out == f"{line}{'' if IS_COMPILED else f'; {HOW_TO_COMPILE}'}\n"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,7 @@ def test_every_problem_of_a_config_is_told_at_once(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        pytest.param(None, "cannot be read: No such file", id="not there"),
+        pytest.param(None, "expected a readable file, got no such file", id="not there"),
         pytest.param(b"\xff\xfe", "expected UTF-8", id="not text"),
         pytest.param(b"[server", "line 1", id="not TOML"),
     ],
@@ -217,7 +231,7 @@ def test_a_key_is_shown_once_listed_by_its_hint_and_revoked(
     key = shown.out.strip()
     assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}", key)
     key_id = shown.err.split()[0]
-    assert "shown this once" in shown.err
+    assert "printed only this once" in shown.err
 
     assert main(["keys", "list"]) == 0
     listing = capsys.readouterr().out
@@ -260,7 +274,7 @@ def test_reading_where_nothing_was_kept_makes_no_file(
     config: Path, command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command) == 1
-    assert "no keys or records at records.db yet" in capsys.readouterr().err
+    assert "expected keys and records at records.db" in capsys.readouterr().err
     assert not (config.parent / "records.db").exists()
 
 
@@ -300,23 +314,26 @@ def records(config: Path) -> None:
     store = Store("records.db")
     _, row = store.create_key("laptop")
     days = [DAY, DAY, DAY + 86400]
-    store.insert_records(
-        Record(
-            id=f"req_{number}",
-            started=started,
-            key_id=row.key_id,
-            key_label=row.label,
-            slug="one/model" if number else "one/other",
-            provider="one",
-            status=200 if number else 502,
-            prompt_tokens=1000,
-            completion_tokens=50,
-            has_usage=number != 2,
-            estimated=number == 2,
-            first_content=0.25,
-            total=1.0,
-        )
-        for number, started in enumerate(days)
+    write_records(
+        store,
+        [
+            Record(
+                id=f"req_{number}",
+                started=started,
+                key_id=row.key_id,
+                key_label=row.label,
+                slug="one/model" if number else "one/other",
+                provider="one",
+                status=200 if number else 502,
+                prompt_tokens=1000,
+                completion_tokens=50,
+                has_usage=number != 2,
+                estimated=number == 2,
+                first_content=0.25,
+                total=1.0,
+            )
+            for number, started in enumerate(days)
+        ],
     )
     store.close()
 
@@ -337,7 +354,7 @@ def test_usage_is_summed_by_each_group(
     assert main(["usage", "--by", by]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith(by)
-    assert lines.pop().startswith("~ some of these tokens are estimates")
+    assert lines.pop().startswith("~ includes estimates")
     assert {line.split()[0] for line in lines} == first_cells
     requests = [int(re.split(r" {2,}", line)[1]) for line in lines]
     assert sum(requests) == 3
@@ -357,8 +374,8 @@ def test_what_was_written_to_caches_has_a_column_where_there_is_any(
     assert main(["usage", "--by", "provider"]) == 0
     assert "cache write" not in capsys.readouterr().out
     with closing(Store("records.db")) as store:
-        store.insert_records(
-            [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
+        write_records(
+            store, [Record(id="req_9", started=DAY, provider="one", cache_write_tokens=1200)]
         )
     assert main(["usage", "--by", "provider"]) == 0
     head, line, _ = capsys.readouterr().out.splitlines()
@@ -443,6 +460,7 @@ def test_serve_listens_until_it_is_told_to_stop(
     with serving(config.parent, command=command) as running:
         with urllib.request.urlopen(f"{running.url}/readyz", timeout=PATIENCE) as answer:
             assert answer.status == 200
+        assert f"{describe_build()} listens on {running.url}\n" in running.output.read_text()
         running.process.send_signal(number)
         assert running.process.wait(PATIENCE) == 0
         assert "Traceback" not in running.output.read_text()
@@ -524,6 +542,7 @@ def lines_after(heading: str, running: Running) -> str:
 
 
 def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
+    assert f"{describe_build()} listens on {quickstart.url}\n" in quickstart.output.read_text()
     curl = lines_after("curl:", quickstart)
     assert curl.startswith("curl -N http://127.0.0.1:")
     requests = 1
@@ -540,7 +559,7 @@ def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
     assert printed.returncode == 0, printed.stderr
     assert "10" in printed.stdout
 
-    (shown,) = re.findall(r"What was used: +(.+)", quickstart.output.read_text())
+    (shown,) = re.findall(r"Usage so far: +(.+)", quickstart.output.read_text())
 
     def used() -> str:
         return run(["bash", "-c", shown]).stdout
@@ -667,25 +686,28 @@ def test_a_rotation_prints_the_new_key_and_until_when_the_old_one_works(
 @pytest.fixture
 def costs(config: Path) -> None:
     store = Store("records.db")
-    store.insert_records(
-        Record(
-            id=f"req_{number}",
-            started=1_700_000_000.0 + number,
-            key_id="key_1",
-            key_label="team",
-            slug="a/b",
-            provider=provider,
-            status=200,
-            attempts=1,
-            streamed=True,
-            requested=("a/b", "c/d"),
-            prompt_tokens=10,
-            completion_tokens=30,
-            first_content=0.5,
-            total=2.0,
-            cost=cost,
-        )
-        for number, (provider, cost) in enumerate([("one", 10**12), ("two", 3), ("two", None)])
+    write_records(
+        store,
+        [
+            Record(
+                id=f"req_{number}",
+                started=1_700_000_000.0 + number,
+                key_id="key_1",
+                key_label="team",
+                slug="a/b",
+                provider=provider,
+                status=200,
+                attempts=1,
+                streamed=True,
+                requested=("a/b", "c/d"),
+                prompt_tokens=10,
+                completion_tokens=30,
+                first_content=0.5,
+                total=2.0,
+                cost=cost,
+            )
+            for number, (provider, cost) in enumerate([("one", 10**12), ("two", 3), ("two", None)])
+        ],
     )
     store.close()
 
@@ -696,7 +718,7 @@ def test_usage_shows_money_as_bars(costs: None, capsys: pytest.CaptureFixture[st
     assert "USD" in head
     assert "0.000000000003+" in two and "▏" in two
     assert "1.0000" in one and one.endswith("█" * 20)
-    assert note.startswith("+ some")
+    assert note.startswith("+ excludes requests")
 
 
 def test_usage_is_written_for_programs(costs: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hoberproxy.completion import (
     CompletionError,
-    find_finish_reason,
-    find_usage,
     parse_completion,
     serialize_as_stream,
 )
@@ -196,30 +192,6 @@ def test_a_number_of_minimax_is_an_error_beside_an_answer_too() -> None:
         parse_completion(body(base_resp=said), SLUG)
     assert caught.value.is_error_body
     assert parse_completion(body(base_resp={"status_code": 0, "status_msg": ""}), SLUG).usage
-
-
-# The last bytes of one that is too long
-
-
-def test_usage_and_finish_reason_are_found_in_the_last_bytes_alone() -> None:
-    usage = {"prompt_tokens": 7, "completion_tokens": 5, "cached_tokens": 4}
-    text = json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
-    choice = {"message": {"content": text}, "finish_reason": "length", "usage": usage}
-    for choices, completion_tokens in (([choice], 5), ([choice, choice], 10)):
-        tail = json.dumps({"choices": choices})[-len(text) * 8 :].encode()[5:]
-        assert find_usage(tail) == Usage(7, completion_tokens, 4)
-        assert find_finish_reason(tail) == "length"
-
-
-@given(st.binary() | st.text().map(lambda text: f'"usage":{{{text}'.encode()))
-def test_no_last_bytes_are_too_strange(tail: bytes) -> None:
-    assert find_usage(tail) is None or isinstance(find_usage(tail), Usage)
-    assert isinstance(find_finish_reason(tail), str)
-
-
-def test_deep_last_bytes_are_none() -> None:
-    assert find_usage(b'"usage":{"a":' * 2000) is None
-    assert find_usage(b'"usage":' + b'{"a":' * 6000) is None
 
 
 # As a stream

@@ -14,28 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.config import (
-    EXAMPLE,
-    Abilities,
-    Adaptation,
+from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Prices, Provider, TimeLimits
+from hoberproxy.reader import parse_config
+from hoberproxy.settings import (
     Address,
     Config,
-    ConfigError,
-    Endpoint,
     KeySettings,
     LogSettings,
-    Model,
-    Prices,
-    Provider,
     RecordSettings,
     RoutingSettings,
     ServerSettings,
-    TimeLimits,
-    parse_config,
 )
+from hoberproxy.source import read_example
+from hoberproxy.values import ConfigError
 
 SETTINGS = (Path(__file__).parent.parent / "docs" / "settings.md").read_text()
 SECRET = "sk-hunter2"
+EXAMPLE = read_example()
 ENVIRON = {"DEEPSEEK_API_KEY": SECRET, "EXAMPLE_API_KEY": SECRET, "EMPTY": " ", "BAD": "a b"}
 
 PROVIDER = '[providers.p]\nbase_url = "https://host/v1"\n'
@@ -535,6 +530,12 @@ REFUSED = [
     case("server", "server = 5\n" + PROVIDER + MODEL, id="a-section-is-no-table"),
     case("sever", "[sever]\n" + PROVIDER + MODEL, 'did you mean "server"?'),
     case("server.lisen", server("lisen = 1"), 'did you mean "listen"?'),
+    case("server.trusted_proxies", server("trusted_proxies = []"), "limit_conn in the front proxy"),
+    case(
+        "server.max_connections_per_address",
+        server("max_connections_per_address = 9"),
+        "limit_conn in the front proxy",
+    ),
     case("keys.x", "[keys]\nx = 1\n" + PROVIDER + MODEL, "known here: required"),
     case("providers.p.base_ur", at_provider("base_ur = 1"), 'did you mean "base_url"?'),
     case("providers.p.limits.idel", at_provider("limits.idel = 1"), 'did you mean "idle"?'),
@@ -935,6 +936,12 @@ def test_every_field_has_a_documented_setting(section: str) -> None:
         fields.remove("name")
     settings = set[str]().union(*(SETTINGS_OF.get(field, {field}) for field in fields))
     assert settings <= set(documented(section))
+
+
+@pytest.mark.parametrize("section", ["server", "keys", "records", "routing", "log"])
+def test_the_example_has_every_setting_of_the_proxy_itself(section: str) -> None:
+    tables = tomllib.loads(re.sub(r"(?m)^#(?! )", "", EXAMPLE))
+    assert set(tables[section]) == set(documented(section))
 
 
 def shown(value: object) -> str:

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hoberproxy.content_template import FIRST_LESSONS, WORTH_A_LESSON, ContentTemplate
-from hoberproxy.http11 import ChunkedBody
+from hoberproxy.http11_body import ChunkedBody
 from hoberproxy.stream import StreamScanner
 
 from .cuts import cut_at

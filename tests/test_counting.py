@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from hoberproxy import counting as counting_module
-from hoberproxy.catalog import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model, Prices
 from hoberproxy.counting import (
     TOKENS_PER_MESSAGE,
     TOKENS_PER_REPLY,
@@ -25,7 +25,6 @@ from hoberproxy.counting import (
     count_prompt,
 )
 from hoberproxy.limits import DAY_SPENT, MINUTE_TOKENS, PICO, TOTAL_SPENT, KeyLimits
-from hoberproxy.prices import Prices
 from hoberproxy.record import Record
 from hoberproxy.sqlite_store import SqliteStore as Store
 

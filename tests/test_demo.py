@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.config import ServerSettings
 from hoberproxy.demo import (
     MODEL,
     DemoModel,
@@ -26,6 +25,7 @@ from hoberproxy.demo import (
 )
 from hoberproxy.errors import RequestError
 from hoberproxy.quickstart import embedded_config
+from hoberproxy.settings import ServerSettings
 
 from .patience import WAIT
 
@@ -49,7 +49,7 @@ CLOCK = {"type": "function", "function": {"name": "clock", "description": "Tells
 
 
 def reply_to(text: str, **fields: Any) -> Any:
-    body = {"messages": [{"role": "user", "content": text}], **fields}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
     return answer(parse_body(json.dumps(body).encode()), id="chatcmpl-demo000000000001", created=1)
 
 
@@ -255,7 +255,7 @@ FIELDS = "messages tools tool_choice response_format stream_options stop max_tok
 )
 def test_any_body_is_answered_or_refused(fields: Any, parameters: Any, choice: str) -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    body = {"messages": [{"role": "user", "content": "hello"}], "tools": [tool]}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "tools": [tool]}
     raw = json.dumps({**body, "tool_choice": choice, **fields}).encode()
     try:
         reply = answer(parse_body(raw), id="chatcmpl-demo000000000001", created=1)
@@ -287,12 +287,16 @@ def test_a_json_schema_is_fitted() -> None:
     [
         (b"{", None),
         (b"[]", None),
-        (b"{}", "messages"),
-        (b'{"messages":[]}', "messages"),
-        (b'{"messages":[{"role":"user"},1]}', "messages[1]"),
-        (b'{"messages":[{"role":"user"}],"n":2}', "n"),
-        (b'{"messages":[{"role":"user"}],"max_tokens":true}', "max_tokens"),
-        (b'{"messages":[{"role":"user"}],"tools":{}}', "tools"),
+        (b"{}", "model"),
+        (b'{"model":"m"}', "messages"),
+        (b'{"model":"m","messages":[]}', "messages"),
+        (b'{"model":"m","messages":[{"role":"user","content":"x"},1]}', "messages[1]"),
+        (b'{"model":"m","messages":[{"role":"user","content":"x"}],"n":2}', "n"),
+        (
+            b'{"model":"m","messages":[{"role":"user","content":"x"}],"max_tokens":true}',
+            "max_tokens",
+        ),
+        (b'{"model":"m","messages":[{"role":"user","content":"x"}],"tools":{}}', "tools"),
     ],
 )
 def test_a_bad_body_is_refused_by_the_name_of_its_field(raw: bytes, param: str | None) -> None:
@@ -336,7 +340,7 @@ async def post(url: str, raw: bytes) -> tuple[int, str, bytes]:
 
 def stream_body(**fields: Any) -> bytes:
     messages = [{"role": "user", "content": "Count to 3"}]
-    return json.dumps({"messages": messages, "stream": True, **fields}).encode()
+    return json.dumps({"model": MODEL, "messages": messages, "stream": True, **fields}).encode()
 
 
 def events_of(raw: bytes) -> list[Any]:
@@ -439,7 +443,8 @@ async def test_an_unknown_path_has_openais_form_too(base_url: str) -> None:
 async def test_a_client_that_hangs_up_ends_the_generation() -> None:
     demo = DemoModel(pace=0.01)  # counting to 1000 would take ten seconds
     url = f"http://127.0.0.1:{await demo.start()}/v1/chat/completions"
-    body = {"messages": [{"role": "user", "content": "Count to 1000"}], "stream": True}
+    messages = [{"role": "user", "content": "Count to 1000"}]
+    body = {"model": MODEL, "messages": messages, "stream": True}
     async with aiohttp.ClientSession() as session:
         response = await session.post(url, json=body)
         await response.content.readline()

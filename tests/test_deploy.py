@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from hoberproxy.cli import make_parser
-from hoberproxy.config import EXAMPLE, ServerSettings, parse_config
 from hoberproxy.listeners import BACKLOG
+from hoberproxy.reader import parse_config
+from hoberproxy.settings import ServerSettings
+from hoberproxy.source import read_example
 
 from .patience import WAIT
 from .tools import need_tool
@@ -109,7 +111,7 @@ def test_what_is_commented_out_in_the_config_shows_defaults_as_the_example_does(
     text = (DEPLOY / "hoberproxy.toml").read_text()
     shown = re.findall(r"(?m)^#(\w+ = [^#\n]*[^#\s])", text.partition("[providers")[0])
     assert shown
-    assert all(f"#{setting}\n" in EXAMPLE for setting in shown)
+    assert all(f"#{setting}\n" in read_example() for setting in shown)
 
 
 def test_users_and_folders_are_taken_by_systemd(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from hoberproxy.exposition import FAMILIES, LAG_BUCKETS, merge, render
+from hoberproxy.exposition import FAMILIES, LAG_BUCKETS, merge, render, resident_bytes
 
 COUNTS = st.lists(
     st.tuples(
@@ -61,3 +61,7 @@ def test_each_family_is_shown_under_its_name(family: Any) -> None:
         assert counts == sorted(counts) and counts[-1] == len(family.buckets) + 1
     elif family.kind == "counter":
         assert names == {f"hoberproxy_{family.name}_total"}
+
+
+def test_resident_memory_is_in_bytes() -> None:
+    assert 1_000_000 < resident_bytes() < 10**10

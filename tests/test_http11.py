@@ -9,23 +9,26 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hoberproxy import http11_head
-from hoberproxy.http11 import (
-    MAX_REQUEST_HEAD_BYTES,
-    MAX_RESPONSE_HEAD_BYTES,
+from hoberproxy.http11_body import (
     BodyReader,
     ChunkedBody,
     FramingError,
-    FramingKind,
-    HeadError,
-    Headers,
     LengthBody,
     NoBody,
     RequestChunks,
+    UntilEofBody,
+    body_reader,
+    whole_chunk,
+)
+from hoberproxy.http11_head import (
+    MAX_REQUEST_HEAD_BYTES,
+    MAX_RESPONSE_HEAD_BYTES,
+    FramingKind,
+    HeadError,
+    Headers,
     RequestHead,
     ResponseHead,
     ResponseHeads,
-    UntilEofBody,
-    body_reader,
     check_response_head,
     find_head_end,
     parse_request_head,
@@ -33,7 +36,6 @@ from hoberproxy.http11 import (
     serialize_request_head,
     serialize_response_head,
     skip_empty_line,
-    whole_chunk,
 )
 
 from .conftest import pure_only

@@ -13,13 +13,13 @@ import hoberproxy
 PACKAGE = Path(hoberproxy.__file__).parent
 # A module is core until it is named here.
 SHELL = frozenset(
-    "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app"
-    " attempts channel child cli commands_keys commands_service commands_usage connector"
-    " content_template counting database demo diagnosis downstream exchange files folder gateway"
-    " joining journal journals keytable ledger listeners listing locks memory metrics model_lists"
+    "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app attempts"
+    " channel child cli commands_keys commands_service commands_usage connector content_template"
+    " context counting database demo diagnosis downstream exchange exposition files folder"
+    " joining journal journals key_loader keytable listeners listing memory metrics model_lists"
     " notify origin pool printing probe quickstart relay scrape server service sink source"
-    " sqlite_store stores stream succession supervisor tallies tls upstream wire worker"
-    " writer writer_process writers".split()
+    " sqlite_store provider request_handler stream succession supervisor tallies tls upstream"
+    " wire worker writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(
@@ -27,8 +27,8 @@ SHELL_LIBRARIES = frozenset(
     " time uvloop".split()
 )
 TOP = (
-    "exchange",
     "wire",
+    "exchange",
     "app",
     "server",
     "worker",

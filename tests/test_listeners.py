@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from hoberproxy.config import Address
 from hoberproxy.listeners import UNSENT_BYTES, bind
+from hoberproxy.settings import Address
 
 
 def test_connections_of_a_bound_socket_hold_little_that_is_not_on_its_way() -> None:

@@ -1,20 +1,23 @@
-"""Events that are passed on as they come: what passes, and the outline that is kept of them."""
+"""JSON that is passed on as it comes: what passes, and the outline that is kept of it."""
 
 from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hoberproxy.completion import read_completion
 from hoberproxy.edits import apply_edits, scan_edits
-from hoberproxy.longevent import LongEvent
+from hoberproxy.longevent import LongEvent, LongObject
 from hoberproxy.outline import clip
 
 from .cuts import cut_at
+from .test_members import Document, documents
 
 SLUG = b'"vendor/slug"'
 
@@ -200,3 +203,103 @@ def test_nothing_more_passes_once_an_error_is_known(
     passed, long = read([b"data: " + raw, b',"a":"secret"}\n\n'])
     assert long.has_error is is_known
     assert passed == (b"" if is_known else b"data: " + raw + b',"a":"secret"}\n\n')
+
+
+# Bodies
+
+
+def pass_on(pieces: Iterable[bytes]) -> tuple[bytes, LongObject]:
+    out: list[bytes] = []
+    long = LongObject(SLUG, out, wants_usage=True)
+    for piece in pieces:
+        long.feed(piece)
+    long.feed_eof()
+    return b"".join(out), long
+
+
+def byte_by_byte(data: bytes) -> list[bytes]:
+    return [data[at : at + 1] for at in range(len(data))]
+
+
+@given(documents(), st.lists(st.integers(0, 400), max_size=5))
+def test_pieces_of_a_body_make_what_the_whole_makes(document: Document, cuts: list[int]) -> None:
+    passed, long = pass_on(cut_at(document.data, cuts))
+    assert passed == document.replaced("model", SLUG)
+    assert long.model == document.raw("model", opening=b'"')
+    assert long.is_complete
+    assert pass_on(byte_by_byte(document.data))[0] == passed
+
+
+BODY = (
+    b'{"id":"\\\\\\"x","choices":[{"message":{"model":"inner","content":"\\"model\\":\\"no\\""}}],'
+    b'"usage" : {"total_tokens":7,"d":{"e":"\\\\"}},"mo\\u0064el":\t"a-\\"1\\\\","n":-1.5}'
+)
+NAMED = b'"a-\\"1\\\\"'
+
+
+@pytest.mark.parametrize("cut", range(len(BODY)))
+def test_a_body_that_is_cut_loses_nothing_and_is_not_complete(cut: int) -> None:
+    passed, long = pass_on([BODY[:cut]])
+    assert passed == BODY[:cut].replace(NAMED, SLUG)
+    assert (long.is_complete, long.document()) == (False, None)
+
+
+@pytest.mark.parametrize("cut", range(len(BODY) + 1))
+def test_of_a_body_only_the_name_of_its_model_is_held_back(cut: int) -> None:
+    out: list[bytes] = []
+    LongObject(SLUG, out, wants_usage=True).feed(BODY[:cut])
+    start = BODY.index(NAMED)
+    end = start + len(NAMED)
+    expected = start if start <= cut < end else cut
+    assert len(b"".join(out)) == expected + (len(SLUG) - len(NAMED)) * (cut >= end)
+
+
+@pytest.mark.parametrize("behind", [b' {"model":"x"}', b"\n\ndata: [DONE]\n\n", b"}"])
+def test_what_is_behind_the_object_passes_and_changes_nothing(behind: bytes) -> None:
+    for pieces in ([BODY + behind], byte_by_byte(BODY + behind)):
+        passed, long = pass_on(pieces)
+        assert passed == BODY.replace(NAMED, SLUG) + behind
+        assert long.is_complete and long.document()["id"] == '\\"x'
+
+
+@pytest.mark.parametrize("value", [b"null", b"12", b"true", b'["a"]', b'{"model":"b"}'])
+def test_a_model_that_is_no_string_stays(value: bytes) -> None:
+    data = b'{"model":' + value + b',"z":0}'
+    passed, long = pass_on(byte_by_byte(data))
+    assert (passed, long.model, long.is_complete) == (data, None, True)
+
+
+@pytest.mark.parametrize("step", [1, 7, 4096, 1 << 20])
+@pytest.mark.parametrize("length", [4094, 4095, 9000])
+def test_a_name_over_4_kb_is_replaced_and_not_kept(length: int, step: int) -> None:
+    value = b'"' + b"v" * length + b'"'
+    data = b'{"model":' + value + b',"n":1}'
+    passed, long = pass_on(cut_at(data, range(0, len(data), step)))
+    assert passed == data.replace(value, SLUG)
+    assert long.model == (value if len(value) <= 4096 else None)
+
+
+@given(st.binary(max_size=60) | st.text('{}[]":, \\model1', max_size=60).map(str.encode))
+def test_what_is_no_json_never_raises_and_passes_but_for_a_replaced_string(data: bytes) -> None:
+    passed, long = pass_on([data])
+    in_bits, same = pass_on(byte_by_byte(data))
+    assert (passed, long.is_complete) == (in_bits, same.is_complete)
+    assert passed.replace(SLUG, b"") == data or long.model is not None
+
+
+TOLD = {"prompt_tokens": 7, "completion_tokens": 5, "cached_tokens": 4}
+
+
+@pytest.mark.parametrize("is_on_top", [True, False], ids=["on top", "in the choices"])
+@pytest.mark.parametrize("choices", [1, 2, 64])
+def test_the_outline_of_a_body_says_what_the_body_says(choices: int, is_on_top: bool) -> None:
+    text = json.dumps({"usage": {"prompt_tokens": 1, "completion_tokens": 1}}) + "x" * 20_000
+    choice: dict[str, Any] = {"message": {"content": text}, "logprobs": {"content": [{"a": 1}] * 9}}
+    choice |= {"finish_reason": "length"} | ({} if is_on_top else {"usage": TOLD})
+    body: dict[str, Any] = {"id": "c-1", "choices": [choice] * choices}
+    body |= {"usage": TOLD} if is_on_top else {}
+    expected = read_completion(body)
+    assert expected[1:] == ("length", "c-1")
+    data = json.dumps(body).encode()
+    _, long = pass_on(cut_at(data, range(0, len(data), 60_000)))
+    assert read_completion(long.document()) == expected

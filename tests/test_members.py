@@ -1,8 +1,7 @@
-"""Spans of top-level members, and the rewriter, against documents put together by hand."""
+"""Spans of top-level members, against documents put together by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import orjson
@@ -12,13 +11,10 @@ from hypothesis import strategies as st
 
 from hoberproxy.members import (
     Member,
-    MemberRewriter,
     find_member,
     replace_member,
     scan_members,
 )
-
-from .cuts import cut_at
 
 SLUG = b'"vendor/slug-1"'
 
@@ -102,14 +98,6 @@ def documents(draw: st.DrawFn) -> Document:
     return Document(data + draw(SPACES) + b"}" + draw(SPACES), members)
 
 
-def feed_all(rewriter: MemberRewriter, pieces: Iterable[bytes]) -> bytes:
-    return b"".join([rewriter.feed(piece) for piece in pieces]) + rewriter.feed_eof()
-
-
-def byte_by_byte(data: bytes) -> list[bytes]:
-    return [data[i : i + 1] for i in range(len(data))]
-
-
 # scan_members
 
 
@@ -171,117 +159,3 @@ def test_replacing_a_member_changes_its_value_and_nothing_else(
     assert replaced[: member.value_start] == document.data[: member.value_start]
     assert replaced[member.value_start :].startswith(SLUG)
     assert replaced[member.value_start + len(SLUG) :] == document.data[member.end :]
-
-
-# MemberRewriter
-
-
-@given(documents(), st.lists(st.integers(0, 400), max_size=5), st.sampled_from([b"", b"data: "]))
-def test_pieces_make_what_the_whole_document_makes(
-    document: Document, cuts: list[int], prefix: bytes
-) -> None:
-    rewriter = MemberRewriter(b"model", SLUG, capture=b"usage")
-    made = feed_all(rewriter, cut_at(prefix + document.data, cuts))
-    assert made == prefix + document.replaced("model", SLUG)
-    assert rewriter.original == document.raw("model", opening=b'"')
-    assert rewriter.captured == document.raw("usage")
-    assert rewriter.is_complete
-
-
-@given(documents(), st.sampled_from(["", "é", 'a"b', "\\", "\U0001f600"]))
-def test_single_bytes_make_what_the_whole_document_makes(document: Document, name: str) -> None:
-    rewriter = MemberRewriter(name.encode(), SLUG, capture=b"model")
-    made = feed_all(rewriter, byte_by_byte(document.data))
-    assert made == document.replaced(name, SLUG)
-    assert rewriter.captured == document.raw("model")
-    assert rewriter.is_complete
-
-
-EVENT = (
-    b'data: {"id":"\\\\\\"x","choices":[{"delta":{"model":"inner","t":"\\"model\\":\\"no\\""}}],'
-    b'"usage" : {"total_tokens":7,"d":{"e":"\\\\"}},"mo\\u0064el":\t"a-\\"1\\\\","n":-1.5}\n\n'
-)
-
-
-@pytest.mark.parametrize("cut", range(len(EVENT) + 1))
-def test_an_event_does_not_depend_on_where_it_was_cut(cut: int) -> None:
-    rewriter = MemberRewriter(b"model", SLUG, capture=b"usage")
-    made = feed_all(rewriter, [EVENT[:cut], EVENT[cut:]])
-    assert made == EVENT.replace(b'"a-\\"1\\\\"', SLUG)
-    assert rewriter.original == b'"a-\\"1\\\\"'
-    assert rewriter.captured == b'{"total_tokens":7,"d":{"e":"\\\\"}}'
-
-
-@pytest.mark.parametrize("cut", range(len(EVENT) + 1))
-def test_only_the_value_being_replaced_is_held_back(cut: int) -> None:
-    rewriter = MemberRewriter(b"model", SLUG)
-    start, end = EVENT.index(b'"a-'), EVENT.index(b',"n"')
-    expected = start if start <= cut < end else cut
-    assert len(rewriter.feed(EVENT[:cut])) == expected + (len(SLUG) - (end - start)) * (cut >= end)
-
-
-@pytest.mark.parametrize("cut", range(len(EVENT)))
-def test_a_document_that_is_cut_loses_nothing(cut: int) -> None:
-    rewriter = MemberRewriter(b"model", SLUG)
-    made = feed_all(rewriter, [EVENT[:cut]])
-    assert made == EVENT[:cut].replace(b'"a-\\"1\\\\"', SLUG)
-    assert rewriter.is_complete is (cut >= len(EVENT) - 2)
-
-
-@pytest.mark.parametrize("value", [b"null", b"12", b"true", b'["a"]', b'{"model":"b"}'])
-def test_a_value_that_is_no_string_stays(value: bytes) -> None:
-    data = b'{"model":' + value + b',"z":0}'
-    rewriter = MemberRewriter(b"model", SLUG)
-    assert feed_all(rewriter, byte_by_byte(data)) == data
-    assert rewriter.original is None
-
-
-@given(st.binary(max_size=60) | st.text('{}[]":, \\ma1', max_size=60).map(str.encode))
-def test_what_is_no_json_never_raises_and_passes_but_for_a_replaced_string(data: bytes) -> None:
-    whole, bits = MemberRewriter(b"m", SLUG, capture=b"a"), MemberRewriter(b"m", SLUG, capture=b"a")
-    made = feed_all(whole, [data])
-    assert made == feed_all(bits, byte_by_byte(data))
-    assert made.replace(SLUG, b"") == data or whole.original is not None
-
-
-def test_bytes_that_are_passed_on_whole_are_not_copied() -> None:
-    rewriter = MemberRewriter(b"model", SLUG)
-    rewriter.feed(b'{"x":"')
-    piece = b"y" * 1000
-    assert rewriter.feed(piece) is piece
-
-
-def test_a_member_after_the_object_is_left_alone() -> None:
-    rewriter = MemberRewriter(b"model", SLUG)
-    assert rewriter.feed(b'{} {"model":"x"}') == b'{} {"model":"x"}'
-    assert rewriter.is_complete
-
-
-@pytest.mark.parametrize("step", [1, 7, 4096, 1 << 20])
-@pytest.mark.parametrize("length", [4094, 4095, 9000])
-def test_a_value_over_4_kb_is_replaced_and_not_kept(length: int, step: int) -> None:
-    value = b'"' + b"v" * length + b'"'
-    data = b'{"model":' + value + b',"n":1}'
-    rewriter = MemberRewriter(b"model", SLUG)
-    assert feed_all(rewriter, cut_at(data, range(0, len(data), step))) == data.replace(value, SLUG)
-    assert rewriter.original == (value if len(value) <= 4096 else None)
-
-
-@pytest.mark.parametrize("step", [1, 5, 1000])
-@pytest.mark.parametrize(("limit", "is_kept"), [(21, False), (22, True)], ids=["over", "at"])
-def test_a_captured_value_is_kept_up_to_its_limit(limit: int, is_kept: bool, step: int) -> None:
-    value = b'{"a":["\\"}",1,2,3,45]}'
-    assert len(value) == 22
-    data = b'{"usage":' + value + b',"b":1}'
-    rewriter = MemberRewriter(b"model", SLUG, capture=b"usage", capture_limit_bytes=limit)
-    assert feed_all(rewriter, cut_at(data, range(0, len(data), step))) == data
-    assert rewriter.captured == (value if is_kept else None)
-
-
-def test_a_name_without_end_is_not_kept() -> None:
-    rewriter = MemberRewriter(b"model", SLUG)
-    rewriter.feed(b'{"')
-    for _ in range(100):
-        rewriter.feed(b"model" * 1000)
-    assert len(rewriter._name) < 100
-    assert rewriter.feed(b'":"x"}') == b'":"x"}'

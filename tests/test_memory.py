@@ -62,10 +62,6 @@ def test_an_operators_own_choice_is_left_alone() -> None:
     assert run("keep", GLIBC_TUNABLES="glibc.malloc.tcache_count=7").returncode == 3
 
 
-def test_what_is_resident_is_told_in_bytes() -> None:
-    assert 1_000_000 < memory.resident_bytes() < 10**10
-
-
 # 600,000 things that are kept, as of thousands of open streams; then rings of references that have
 # lived long enough to be seen by full collections alone, and things kept until they are gone.
 COLLECTIONS = """

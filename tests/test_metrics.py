@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hoberproxy.catalog import Catalog, Endpoint, Model
 from hoberproxy.errors import FailedAttempt
-from hoberproxy.metrics import CONTENT_TYPE, FIRST_CONTENT_BUCKETS, Gauges, Metrics
+from hoberproxy.exposition import CONTENT_TYPE, FIRST_CONTENT_BUCKETS
+from hoberproxy.metrics import Gauges, Metrics
 from hoberproxy.record import CLIENT_CLOSED, Record
 
 GAUGES = Gauges(
@@ -21,6 +22,8 @@ GAUGES = Gauges(
     records_lost=6,
     journal_lost=8,
     log_lines_lost=7,
+    bad_heads=4,
+    refused_connections=9,
 )
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -152,10 +155,10 @@ def test_failed_attempts_are_counted_by_provider_and_phase() -> None:
     assert samples[of(attempts, provider="west", phase="connect")] == 1
 
 
-def test_heads_that_were_no_request_are_counted() -> None:
-    metrics = metrics_of()
-    metrics.bad_heads += 4
-    assert scrape(metrics)[of("hoberproxy_bad_heads_total")] == 4
+def test_what_was_refused_before_it_was_a_request_is_counted() -> None:
+    samples = scrape(metrics_of())
+    assert samples[of("hoberproxy_bad_heads_total")] == 4
+    assert samples[of("hoberproxy_refused_connections_total")] == 9
 
 
 def test_the_histogram_counts_each_time_in_its_bucket_and_all_above() -> None:

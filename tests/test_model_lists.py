@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hoberproxy import listing, model_lists
+from hoberproxy.app import ModelsPage
 from hoberproxy.catalog import Endpoint, Model, Provider
 from hoberproxy.listing import parse_listing
 
@@ -84,7 +85,7 @@ async def slugs(proxy: Proxy) -> list[str]:
 
 
 def listed(proxy: Proxy, *names: str) -> Callable[[], bool]:
-    return lambda: proxy.gateway.listed.get("scripted") == names
+    return lambda: proxy.gateway.model_lists.listed.get("scripted") == names
 
 
 async def test_models_behind_a_wildcard_are_listed_and_served(
@@ -173,7 +174,7 @@ async def test_a_list_is_kept_while_its_provider_has_none_to_give_and_then_repla
     upstream.add(models("kept"), bad, bad)
     proxy = await start(start_proxy, monkeypatch)
     await upstream.wait_for_requests(4)
-    assert proxy.gateway.listed == {"scripted": ("kept",)}
+    assert proxy.gateway.model_lists.listed == {"scripted": ("kept",)}
     assert await slugs(proxy) == [SLUG, "any/kept"]
     upstream.release("end")
     await wait_until(listed(proxy, "late"))
@@ -200,8 +201,7 @@ async def test_a_provider_that_hangs_delays_neither_start_nor_requests_nor_the_e
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    assert proxy.server._model_lists is not None
-    await proxy.server._model_lists.aclose()
+    await proxy.gateway.model_lists.aclose()
     await upstream.wait_for_hangup()
 
 
@@ -243,7 +243,7 @@ async def test_a_reload_asks_new_providers_and_forgets_old_ones(
     wildcard = Model("more/*", (Endpoint("other", "*"),))
     both = {**config.providers, "other": other}
     proxy.server.reload(replace(config, providers=both, models=(*config.models, wildcard)))
-    await wait_until(lambda: proxy.gateway.listed.get("other") == ("other",))
+    await wait_until(lambda: proxy.gateway.model_lists.listed.get("other") == ("other",))
     assert await slugs(proxy) == [SLUG, "any/m", "more/other"]
     moved = replace(config.providers["scripted"], path="/other")
     proxy.server.reload(replace(config, providers={"scripted": moved}))
@@ -277,8 +277,8 @@ async def test_the_page_is_made_once_for_many_who_ask(
     upstream._default = models("m")
     proxy = await start(start_proxy, monkeypatch, models_refresh=600.0)
     await wait_until(listed(proxy, "m"))
-    page = model_lists.ModelsPage(proxy.gateway)
+    page = ModelsPage(proxy.gateway)
     assert page.body() is page.body()
     assert json.loads(page.body())["data"][1]["id"] == "any/m"
-    proxy.gateway.listed = {}
+    proxy.gateway.model_lists.listed = {}
     assert len(json.loads(page.body())["data"]) == 1

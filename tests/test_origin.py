@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from hoberproxy.errors import AccessError, RequestError
-from hoberproxy.http11 import parse_request_head
+from hoberproxy.http11_head import parse_request_head
 from hoberproxy.origin import check_local_request, cors_headers, is_local_host
 
 from .conftest import QUESTION, StartProxy, chat, get

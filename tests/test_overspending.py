@@ -22,11 +22,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.access import Caller, Keyring
+from hoberproxy.access import Caller
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint
+from hoberproxy.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from hoberproxy.errors import AccessError
-from hoberproxy.ledger import Ledger
+from hoberproxy.journal import Journal
 from hoberproxy.limits import (
     DAY_MS,
     DAY_REQUESTS,
@@ -40,7 +40,6 @@ from hoberproxy.limits import (
     Lease,
     spent_in,
 )
-from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
 from hoberproxy.routing import Plan, Step
 from hoberproxy.tallies import Limiter, Tallies
@@ -90,11 +89,11 @@ class Processes:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     folder = tmp_path_factory.mktemp("limits")
-    ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
-    processes = Processes(folder, Accounts(ledger, Limiter(), ASSUMED))
+    journal = Journal(folder / "store.db-requests")
+    processes = Processes(folder, Accounts(journal, Limiter(), ASSUMED))
     yield processes
     processes.close()
-    ledger.close()
+    journal.close()
 
 
 def call_with(members: Mapping[str, object]) -> Call:
@@ -282,7 +281,11 @@ class Mix:
         longest, choices = longest_answer(call, endpoint)
         share = self.order.choice(shares)
         usage = Usage(prompt, max(0, int(longest * choices * share)))
-        cost = endpoint.prices.cost(usage) if endpoint.prices is not None else 0
+        cost = (
+            endpoint.prices.cost(usage.prompt_tokens, usage.completion_tokens)
+            if endpoint.prices is not None
+            else 0
+        )
         used = usage.prompt_tokens + usage.completion_tokens
         if share < 0:  # no endpoint answered
             used = cost = 0
@@ -350,7 +353,7 @@ def test_no_mix_of_calls_overruns_a_limit_by_more_than_one_answer(
     for each in processes.tallies:
         slot = each._slots[caller.key_id]
         assert each._sum_held(slot) == 0
-        assert each._count_running(slot, 0) == 0
+        assert each._count_running(slot, KeyLimits(concurrency=1)) == 0
 
 
 def test_calls_that_never_got_a_body_leave_no_trace(processes: Processes) -> None:

@@ -38,7 +38,7 @@ def counted(proxy: Proxy, key: str) -> tuple[list[int], int]:
     caller = caller_of(proxy, key)
     cells = proxy.gateway.accounts.counters(caller, time.time())
     tallies = proxy.server._tallies
-    running = tallies._count_running(tallies._slots[caller.key_id], 10**6)
+    running = tallies._count_running(tallies._slots[caller.key_id], KeyLimits(concurrency=10**6))
     places = (MINUTE_REQUESTS, DAY_REQUESTS, MINUTE_TOKENS, MINUTE_HELD, TOTAL_SPENT)
     return [cells[place] for place in places], running
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.http11 import ChunkedBody
+from hoberproxy.http11_body import ChunkedBody
 from hoberproxy.upstream import ChunkTaker
 
 from .cuts import cut_at

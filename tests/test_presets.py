@@ -6,16 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.catalog import (
-    Abilities,
-    Adaptation,
-    Catalog,
-    ConfigError,
-    parse_base_url,
-    parse_slug,
-)
-from hoberproxy.config import parse_config
+from hoberproxy.catalog import Abilities, Adaptation, Catalog
 from hoberproxy.presets import PRESETS, presets_from_environment
+from hoberproxy.reader import parse_config
+from hoberproxy.values import ConfigError, parse_base_url, parse_slug
 
 SETTINGS = Path(__file__).parent.parent / "docs" / "settings.md"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from hoberproxy.database import StoreError
 from hoberproxy.limits import PICO
 from hoberproxy.printing import (
     BAR_WIDTH,
@@ -18,6 +17,7 @@ from hoberproxy.printing import (
     parse_span,
     print_table,
 )
+from hoberproxy.store import StoreError
 
 NOW = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
 

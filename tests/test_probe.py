@@ -13,18 +13,12 @@ from typing import Any
 import pytest
 
 from hoberproxy.catalog import Abilities, Adaptation, Endpoint, Model, Provider, TimeLimits
-from hoberproxy.cli import _tell_progress, main
-from hoberproxy.config import (
-    Config,
-    KeySettings,
-    LogSettings,
-    RecordSettings,
-    ServerSettings,
-)
+from hoberproxy.cli import _print_progress, main
 from hoberproxy.connector import Connector
 from hoberproxy.demo import MODEL, DemoModel
 from hoberproxy.diagnosis import COLUMNS, Report
 from hoberproxy.probe import probe
+from hoberproxy.settings import Config, KeySettings, LogSettings, RecordSettings, ServerSettings
 
 from .patience import WAIT, patient
 from .scripted import (
@@ -515,7 +509,8 @@ async def test_the_program_prints_a_table_and_leaves_with_0_if_all_is_well(tmp_p
         ["one/model", "one", "yes"],
         ["any/*", "one", "yes"],
     ]
-    assert rows[2:] == ['of a model that ends in "/*", the first that the provider lists was asked']
+    note = 'for a model that ends in "/*", the first fitting model of the provider was checked'
+    assert rows[2:] == [note]
     assert os.listdir(tmp_path) == ["hoberproxy.toml"], "nothing is recorded"
 
 
@@ -556,7 +551,7 @@ def test_progress_is_for_terminals(
     is_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    _tell_progress(1, 2)
-    _tell_progress(2, 2)
-    expected = "\rasked 1 of 2\r\x1b[K" if is_terminal else ""
+    _print_progress(1, 2)
+    _print_progress(2, 2)
+    expected = "\rchecked 1 of 2\r\x1b[K" if is_terminal else ""
     assert capsys.readouterr().err == expected

@@ -8,12 +8,12 @@ from typing import Any, cast
 import pytest
 
 from bench.micro.path import NullTransport
-from hoberproxy.config import parse_config
 from hoberproxy.deadlines import Wheel
 from hoberproxy.errors import Phase, UpstreamError
-from hoberproxy.gateway import make_upstreams
-from hoberproxy.http11 import ResponseHead
+from hoberproxy.http11_head import ResponseHead
 from hoberproxy.pool import Pool
+from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.relay import Reporter, StreamRelay
 from hoberproxy.stream import StreamScanner
 from hoberproxy.upstream import Receiver, UpstreamConnection

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hoberproxy.catalog import NO_ADAPTATION, ROLES, Adaptation
+from hoberproxy.catalog import NO_ADAPTATION, Adaptation
 from hoberproxy.errors import RequestError
 from hoberproxy.members import Member, scan_elements, scan_members
 from hoberproxy.request import (
     MAX_CHOICES,
     MEDIA_BYTES,
+    ROLES,
     Call,
     ProviderPreferences,
     output_limits,

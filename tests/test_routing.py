@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.catalog import Abilities, Adaptation, Catalog, Endpoint, Model
+from hoberproxy.catalog import Abilities, Adaptation, Catalog, Endpoint, Model, Prices
 from hoberproxy.errors import RequestError, RouteError
 from hoberproxy.health import TRIAL, Health
-from hoberproxy.prices import Prices
 from hoberproxy.request import Call, parse_call
 from hoberproxy.routing import Plan, Removal, Step, make_plan
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.config import ConfigError
 from hoberproxy.source import ConfigSource, read_source
+from hoberproxy.values import ConfigError
 
 TEXT = """\
 [providers.a]
@@ -44,7 +44,7 @@ def test_listen_stands_over_the_config(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="expected a readable file"):
         read_source(str(tmp_path / "gone"))
     (tmp_path / "bytes").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="UTF-8"):

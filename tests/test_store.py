@@ -14,12 +14,14 @@ import pytest
 
 from hoberproxy import database as database_module
 from hoberproxy.access import Caller, Keyring, hash_key, is_well_formed
+from hoberproxy.database import MIGRATIONS
 from hoberproxy.errors import AccessError, FailedAttempt
 from hoberproxy.limits import PICO, History, KeyLimits
 from hoberproxy.record import Record
-from hoberproxy.schema import MIGRATIONS
 from hoberproxy.sqlite_store import SqliteStore as Store
-from hoberproxy.store import StoreError, UsageRow
+from hoberproxy.store import Amendment, StoreError, UsageRow
+
+from .stores import write_records
 
 DAY = 86_400.0
 START = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
@@ -78,7 +80,7 @@ FULL = Record(
 
 
 def test_a_new_store_is_readable_by_its_owner_only(store: Store, path: Path) -> None:
-    store.insert_records([record()])
+    write_records(store, [record()])
     files = sorted(path.parent.iterdir())
     assert [file.name for file in files] == ["store.db", "store.db-shm", "store.db-wal"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
@@ -171,7 +173,7 @@ def test_opening_survives_the_lock_of_another_that_opens_the_new_file_too(
 
 def test_opening_again_keeps_what_is_there(path: Path) -> None:
     first = Store(path)
-    first.insert_records([FULL])
+    write_records(first, [FULL])
     first.close()
     second = Store(path)
     assert second.find_record("req_full") == FULL
@@ -182,7 +184,7 @@ def test_an_older_file_is_brought_forward_with_its_data(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = Store(path)
-    old.insert_records([FULL])
+    write_records(old, [FULL])
     old.close()
     later = (("CREATE TABLE extras (x)",), ("INSERT INTO extras SELECT id FROM records",))
     monkeypatch.setattr(database_module, "MIGRATIONS", database_module.MIGRATIONS + later)
@@ -190,39 +192,8 @@ def test_an_older_file_is_brought_forward_with_its_data(
         Store(path).close()
     db = sqlite3.connect(path)
     assert db.execute("SELECT x FROM extras").fetchall() == [("req_full",)]
-    assert db.execute("SELECT version FROM schema_version").fetchall() == [(len(MIGRATIONS) + 2,)]
+    assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS) + 2,)
     db.close()
-
-
-@pytest.mark.parametrize("version", range(len(MIGRATIONS)))
-def test_a_file_of_every_earlier_version_is_brought_forward(
-    path: Path, monkeypatch: pytest.MonkeyPatch, version: int
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(database_module, "MIGRATIONS", MIGRATIONS[:version])
-        database_module.Database(path).close()
-    db = sqlite3.connect(path)
-    if version:
-        db.execute(
-            "INSERT INTO keys (id, digest, label, kind, hint, created, expires) "
-            "VALUES ('key_1', x'01', 'x', 'live', 'hint', 1.0, 9.0)"
-        )
-        columns = [name for _, name, *_ in db.execute("PRAGMA table_info(records)")]
-        values = {"id": "req_old", "requested": '["a/b"]', "failures": "[]", "started": START}
-        db.execute(
-            f"INSERT INTO records ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-            [values.get(name, 1) for name in columns],
-        )
-    db.commit()
-    db.close()
-    store = Store(path)
-    assert {row.key_id: (row.expires, row.models) for row in store.list_keys()} == (
-        {"key_1": (9.0, ())} if version else {}
-    )
-    assert [one.id for one in store.export_records()] == (["req_old"] if version else [])
-    assert sum(row.requests for row in store.sum_usage("day")) == (1 if version else 0)
-    store.insert_records([FULL])
-    store.close()
 
 
 def test_a_migration_that_fails_leaves_the_old_version(
@@ -234,7 +205,7 @@ def test_a_migration_that_fails_leaves_the_old_version(
     with pytest.raises(StoreError, match="nowhere"):
         Store(path)
     db = sqlite3.connect(path)
-    assert db.execute("SELECT version FROM schema_version").fetchone() == (len(MIGRATIONS),)
+    assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     assert db.execute("SELECT name FROM sqlite_master WHERE name = 'extras'").fetchall() == []
     db.close()
 
@@ -242,23 +213,33 @@ def test_a_migration_that_fails_leaves_the_old_version(
 def test_a_newer_schema_is_refused(path: Path) -> None:
     Store(path).close()
     db = sqlite3.connect(path)
-    db.execute("UPDATE schema_version SET version = 99")
-    db.commit()
+    db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(StoreError, match="version 99; a newer hoberproxy"):
         Store(path)
+
+
+def test_a_file_of_a_version_before_the_first_release_is_refused_and_left_alone(path: Path) -> None:
+    db = sqlite3.connect(path)
+    db.execute("CREATE TABLE schema_version (version INTEGER NOT NULL)")
+    db.execute("INSERT INTO schema_version VALUES (1)")
+    db.commit()
+    with pytest.raises(StoreError, match="before the first release; export"):
+        Store(path)
+    assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("schema_version",)]
+    db.close()
 
 
 # Records
 
 
 def test_a_record_comes_back_as_it_went_in(store: Store) -> None:
-    store.insert_records([FULL])
+    write_records(store, [FULL])
     assert store.find_record("req_full") == FULL
 
 
 def test_a_bare_record_comes_back_too(store: Store) -> None:
-    store.insert_records([bare := record()])
+    write_records(store, [bare := record()])
     assert store.find_record("req_1") == bare
 
 
@@ -267,15 +248,15 @@ def test_an_unknown_record_is_none(store: Store) -> None:
 
 
 def test_a_record_is_written_exactly_once(store: Store) -> None:
-    assert store.insert_records([record(prompt_tokens=1)]) == 1
-    assert store.insert_records([record(prompt_tokens=2), record("req_2")]) == 1
+    assert write_records(store, [record(prompt_tokens=1)]) == 1
+    assert write_records(store, [record(prompt_tokens=2), record("req_2")]) == 1
     found = store.find_record("req_1")
     assert found is not None and found.prompt_tokens == 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 249, 250, 251, 1000])
 def test_a_batch_of_any_size_is_written_whole(store: Store, count: int) -> None:
-    assert store.insert_records(record(f"req_{n}") for n in range(count)) == count
+    assert write_records(store, [record(f"req_{n}") for n in range(count)]) == count
     assert sum(row.requests for row in store.sum_usage("status")) == count
 
 
@@ -294,14 +275,14 @@ def test_a_batch_of_any_size_is_written_whole(store: Store, count: int) -> None:
 def test_a_value_no_column_holds_blocks_neither_its_record_nor_others(
     store: Store, values: dict[str, Any]
 ) -> None:
-    assert store.insert_records([record("req_1"), record("bad", **values), FULL]) == 3
+    assert write_records(store, [record("req_1"), record("bad", **values), FULL]) == 3
     assert store.find_record("bad") is not None
     assert store.find_record("req_full") == FULL
 
 
 def test_long_text_of_others_is_cut(store: Store) -> None:
-    store.insert_records(
-        [record(slug="s" * 999, requested=("r" * 999,) * 99, upstream_id="u" * 999)]
+    write_records(
+        store, [record(slug="s" * 999, requested=("r" * 999,) * 99, upstream_id="u" * 999)]
     )
     found = store.find_record("req_1")
     assert found is not None
@@ -314,10 +295,10 @@ def test_a_full_disk_is_a_passing_failure_that_writes_nothing(store: Store) -> N
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count = {pages + 5}")
     with pytest.raises(StoreError, match="full") as caught:
-        store.insert_records(batch)
+        write_records(store, batch)
     assert caught.value.is_transient
     store._db.execute("PRAGMA max_page_count = 1000000")
-    assert store.insert_records(batch) == 2000
+    assert write_records(store, batch) == 2000
 
 
 def test_a_lock_of_another_process_is_a_passing_failure(path: Path) -> None:
@@ -325,10 +306,10 @@ def test_a_lock_of_another_process_is_a_passing_failure(path: Path) -> None:
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreError, match="locked") as caught:
-        store.insert_records([record()])
+        write_records(store, [record()])
     assert caught.value.is_transient
     other.execute("ROLLBACK")
-    assert store.insert_records([record()]) == 1
+    assert write_records(store, [record()]) == 1
     other.close()
     store.close()
 
@@ -351,18 +332,20 @@ def usage(rows: list[UsageRow]) -> dict[str, int]:
     ],
 )
 def test_usage_is_summed_by_what_was_asked(store: Store, by: str, names: dict[str, int]) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record("r1", key_id="key_1", slug="a/b", provider="east"),
             record("r2", key_id="key_1", slug="a/b", provider="east"),
             record("r3", key_id="key_2", status=404, code="x", started=START + DAY),
-        ]
+        ],
     )
     assert usage(store.sum_usage(by)) == names
 
 
 def test_usage_adds_tokens_and_averages_the_time_to_first_content(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record(
                 "r1",
@@ -374,7 +357,7 @@ def test_usage_adds_tokens_and_averages_the_time_to_first_content(store: Store) 
             ),
             record("r2", prompt_tokens=1, completion_tokens=9, estimated=True, first_content=0.4),
             record("r3", status=502, code="upstream_error"),
-        ]
+        ],
     )
     (row,) = store.sum_usage("provider")
     assert (row.prompt_tokens, row.completion_tokens, row.cached_tokens) == (11, 29, 5)
@@ -384,13 +367,13 @@ def test_usage_adds_tokens_and_averages_the_time_to_first_content(store: Store) 
 
 
 def test_a_group_without_content_or_tokens_divides_by_nothing(store: Store) -> None:
-    store.insert_records([record(status=404, code="model_not_found")])
+    write_records(store, [record(status=404, code="model_not_found")])
     (row,) = store.sum_usage("status")
     assert (row.estimated_share, row.first_content) == (0.0, None)
 
 
 def test_sums_beyond_64_bits_do_not_fail(store: Store) -> None:
-    store.insert_records(record(f"r{n}", prompt_tokens=2**63 - 1) for n in range(3))
+    write_records(store, [record(f"r{n}", prompt_tokens=2**63 - 1) for n in range(3)])
     assert store.sum_usage("model")[0].prompt_tokens == 2**63 - 1
 
 
@@ -399,36 +382,38 @@ def test_failures_are_counted_as_the_record_counts_them(store: Store) -> None:
     records = [
         record(f"r{n}", status=status, code=code) for n, (status, code) in enumerate(outcomes)
     ]
-    store.insert_records(records)
+    write_records(store, records)
     (row,) = store.sum_usage("model")
     assert row.failed == sum(one.is_failure for one in records) == 3
 
 
 def test_the_span_takes_its_start_and_leaves_its_end(store: Store) -> None:
-    store.insert_records(record(f"r{n}", started=START + n) for n in range(4))
+    write_records(store, [record(f"r{n}", started=START + n) for n in range(4)])
     assert usage(store.sum_usage("model", START + 1, START + 3)) == {"": 2}
     assert usage(store.sum_usage("model", since=START + 3)) == {"": 1}
     assert usage(store.sum_usage("model", until=START)) == {}
 
 
 def test_most_used_comes_first_and_days_in_their_order(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record("r1", slug="a", started=START + DAY),
             record("r2", slug="b", started=START),
             record("r3", slug="b", started=START + DAY),
-        ]
+        ],
     )
     assert [row.name for row in store.sum_usage("model")] == ["b", "a"]
     assert [row.name for row in store.sum_usage("day")] == ["2023-11-14", "2023-11-15"]
 
 
 def test_a_key_is_shown_by_its_latest_label(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record("r1", key_id="key_1", key_label="new", started=START + 2),
             record("r2", key_id="key_1", key_label="old", started=START),
-        ]
+        ],
     )
     assert store.sum_usage("key")[0].label == "new"
 
@@ -507,7 +492,7 @@ def test_revoking_an_unknown_key_does_not_show_it(store: Store) -> None:
 def test_another_connections_change_of_a_key_is_seen(store: Store, path: Path) -> None:
     other = Store(path)
     versions = store.data_version(), store.keys_version()
-    other.insert_records([record()])
+    write_records(other, [record()])
     assert store.data_version() != versions[0]
     assert store.keys_version() == versions[1]  # a record is no reason to load keys
     _, row = other.create_key("x")
@@ -624,7 +609,8 @@ def spend(number: int, started: float, cost: int | None = 5, **values: Any) -> R
 
 
 def test_history_is_today_this_month_and_in_all(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             spend(1, START),
             spend(2, START, None),
@@ -632,7 +618,7 @@ def test_history_is_today_this_month_and_in_all(store: Store) -> None:
             spend(4, START, 0, key_id="key_1"),  # refused: not tried anywhere
             spend(5, START - DAY),
             spend(6, START - 20 * DAY),
-        ]
+        ],
     )
     today = int(START // DAY)
     expected = History(today, day_requests=2, day_spent=5, month_spent=10, total_spent=15)
@@ -642,7 +628,8 @@ def test_history_is_today_this_month_and_in_all(store: Store) -> None:
 
 
 def test_sums_stay_when_days_are_summed_and_their_records_deleted(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record(
                 f"req_{number}",
@@ -658,7 +645,7 @@ def test_sums_stay_when_days_are_summed_and_their_records_deleted(store: Store) 
                 first_content=0.5,
             )
             for number in range(40)
-        ]
+        ],
     )
     before = {by: store.sum_usage(by) for by in ("key", "model", "provider", "day", "status")}
     store.sum_days(START)
@@ -671,14 +658,14 @@ def test_sums_stay_when_days_are_summed_and_their_records_deleted(store: Store) 
 
 
 def test_days_not_yet_summed_are_not_deleted(store: Store) -> None:
-    store.insert_records([spend(1, START - 9 * DAY)])
+    write_records(store, [spend(1, START - 9 * DAY)])
     assert store.delete_records(START) == 0
 
 
 def test_a_record_that_comes_late_is_summed_with_its_day(store: Store) -> None:
-    store.insert_records([spend(1, START - DAY)])
+    write_records(store, [spend(1, START - DAY)])
     store.sum_days(START)
-    store.insert_records([spend(2, START - DAY)])
+    write_records(store, [spend(2, START - DAY)])
     assert [row.requests for row in store.sum_usage("day")] == [2]
     store.sum_days(START)
     assert [row.requests for row in store.sum_usage("day")] == [2]
@@ -687,25 +674,25 @@ def test_a_record_that_comes_late_is_summed_with_its_day(store: Store) -> None:
 def test_a_record_that_comes_after_its_day_was_deleted_does_not_take_its_sum_away(
     store: Store,
 ) -> None:
-    store.insert_records([spend(1, START - 9 * DAY), spend(2, START)])
+    write_records(store, [spend(1, START - 9 * DAY), spend(2, START)])
     store.sum_days(START)
     assert store.delete_records(START - DAY) == 1
-    store.insert_records([spend(3, START - 9 * DAY)])
+    write_records(store, [spend(3, START - 9 * DAY)])
     store.sum_days(START)
     assert [row.requests for row in store.sum_usage("day")] == [1, 1]
 
 
 def test_costs_add_up_beyond_64_bits(store: Store) -> None:
-    store.insert_records([spend(number, START, 2**62) for number in range(8)])
+    write_records(store, [spend(number, START, 2**62) for number in range(8)])
     assert store.sum_usage("key")[0].cost == 8 * 2**62
 
 
 def test_the_history_of_a_key_is_summed_once_and_kept(store: Store) -> None:
     key, row = store.create_key("x", limits=KeyLimits(budget=100))
-    store.insert_records([record("req_1", key_id=row.key_id, cost=7, attempts=1)])
+    write_records(store, [record("req_1", key_id=row.key_id, cost=7, attempts=1)])
     first = store.load_keys()
     assert first[hash_key(key)].history.total_spent == 7
-    store.insert_records([record("req_2", key_id=row.key_id, cost=7, attempts=1)])
+    write_records(store, [record("req_2", key_id=row.key_id, cost=7, attempts=1)])
     again = store.load_keys(first)
     assert again[hash_key(key)].history is first[hash_key(key)].history
     store.update_key(row.key_id, {"budget": None})
@@ -722,14 +709,14 @@ def test_export_has_every_record_once_in_order(
 ) -> None:
     monkeypatch.setattr("hoberproxy.sqlite_store.EXPORT_ROWS", 3)
     times = [START + number // 4 for number in range(20)]  # several at the same time
-    store.insert_records([spend(number, time) for number, time in enumerate(times)])
+    write_records(store, [spend(number, time) for number, time in enumerate(times)])
     assert [one.id for one in store.export_records()] == [f"req_{n}" for n in range(20)]
     part = store.export_records(START + 1, START + 3)
     assert [one.id for one in part] == [f"req_{n}" for n in range(4, 12)]
 
 
 def test_a_record_is_found_by_both_ids_and_by_its_own_key_alone(store: Store) -> None:
-    store.insert_records([FULL])
+    write_records(store, [FULL])
     assert store.find_record("req_full", "key_1") == FULL
     assert store.find_record("req_full", "key_2") is None
     assert store.find_generation("chatcmpl-9", "key_1") == FULL
@@ -737,14 +724,14 @@ def test_a_record_is_found_by_both_ids_and_by_its_own_key_alone(store: Store) ->
 
 
 def test_a_better_count_amends_an_estimate_only(store: Store) -> None:
-    store.insert_records(
+    write_records(
+        store,
         [
             record("req_1", estimated=True, completion_tokens=5),
             record("req_2", has_usage=True, completion_tokens=5),
-        ]
+        ],
     )
-    for name in ("req_1", "req_2"):
-        store.amend_usage(name, 1, 7, 3)
+    store.write([], [], [Amendment(name, 1, 7, 3) for name in ("req_1", "req_2")])
     first, second = (store.find_record(name) for name in ("req_1", "req_2"))
     assert first is not None and second is not None
     assert (first.completion_tokens, first.cost, first.estimated) == (7, 3, False)

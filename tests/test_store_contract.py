@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.access import Keyring, hash_key
-from hoberproxy.ledger import Ledger
-from hoberproxy.record import Record
-from hoberproxy.rows import COLUMNS, Row, make_row, parse_row
+from hoberproxy.access import hash_key
+from hoberproxy.record import COLUMNS, Record, Row, make_row, parse_row
+from hoberproxy.sqlite_store import open_store
 from hoberproxy.store import DAY, Amendment, Keys, Records, Store, StoreError
-from hoberproxy.stores import open_store
 from hoberproxy.writer import Writer
 
+from .recording import Process
 from .stores import MemoryRecords
 
 START = 1_700_000_000.0
@@ -147,24 +146,23 @@ def test_only_records_of_summed_days_are_deleted(case: Case) -> None:
 
 def test_the_writer_moves_records_into_any_of_them(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "other.db"
-    ledger = Ledger(path, Keyring(), has_writer=False)
-    ledger.start()
+    process = Process(path, has_writer=False)
+    process.start()
     for number in range(5):
-        ledger.put(Record(id=f"req_{number}", started=START, key_id="key_1", estimated=True))
-    ledger.amend("req_1", 1, 2, 3)
-    ledger.tend()
+        process.put(Record(id=f"req_{number}", started=START, key_id="key_1", estimated=True))
+    process.journal.amend(["req_1", 1, 2, 3])
     writer = Writer(path, open_records=lambda _: case.records)
     writer.open()
     with case.locked():  # type: ignore[attr-defined]
         writer.turn()
-        assert ledger.depth == 5
+        assert process.depth == 5
     writer.finish()
-    assert ledger.depth == 0
+    assert process.depth == 0
     assert set(case.stored()) == {f"req_{number}" for number in range(5)}
     assert case.stored()["req_1"].cost == 3
     assert case.used("key_1") == START
     writer.close()
-    ledger.close()
+    process.close()
 
 
 # The keys, which a store in memory has no use for

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hoberproxy import stream as stream_module
+from hoberproxy.error_document import read_error
 from hoberproxy.stream import OPENING_LIMIT_BYTES, StreamScanner
 from hoberproxy.usage import Usage
 
@@ -74,7 +75,7 @@ def scan(pieces: Iterable[bytes], *, wants_usage: bool = False, scanner: Any = N
     failure = scanner.failure
     return Seen(
         output=b"".join(out),
-        failure=failure and (failure.is_error_event, failure.upstream_status),
+        failure=failure and (failure.is_error_event, read_error(failure.document).status),
         has_content=scanner.has_content,
         is_done=scanner.is_done,
         is_finished=scanner.is_finished,
@@ -828,7 +829,7 @@ FAILURES = {
     ),
     "an error with a word for its code": (
         event({"error": {"message": "secret", "code": "rate_limit_exceeded"}}),
-        (True, None),
+        (True, 429),
     ),
     "an error that is a string": (event({"error": "secret"}), (True, None)),
     "a status beside the message": (
@@ -849,7 +850,7 @@ FAILURES = {
         event(
             chunk({"content": ""}, "error", error={"code": "server_error", "message": "secret"}),
         ),
-        (True, None),
+        (True, 500),
     ),
     "an error beside content": (text("b", error={"code": 500}), (True, 500)),
     "spaced otherwise": (b'data: { "error" : { "code" : 500 } }\n\n', (True, 500)),
@@ -866,7 +867,7 @@ FAILURES = {
     "vLLM's object": (event({"object": "error", "message": "secret", "code": 400}), (True, 400)),
     "Anthropic's object": (
         event({"type": "error", "error": {"type": "overloaded_error", "message": "secret"}}),
-        (True, None),
+        (True, 503),
     ),
     "a type alone": (event({"type": "error", "message": "secret"}), (True, None)),
     "an error in a choice": (
@@ -888,7 +889,7 @@ FAILURES = {
     "FastAPI's list": (event({"detail": [{"msg": "secret"}], "status": 422}), (True, 422)),
     "DashScope's": (
         event({"code": "InvalidParameter", "message": "secret", "request_id": "r"}),
-        (True, None),
+        (True, 400),
     ),
     "a code and a message": (event({"code": 503, "msg": "secret", "data": None}), (True, 503)),
     "a status and a message": (event({"statusCode": 500, "message": "secret"}), (True, 500)),

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,7 @@ from hoberproxy.limits import (
     History,
     KeyLimits,
 )
-from hoberproxy.locks import FileLocks, MutexLocks
-from hoberproxy.tallies import Tallies
+from hoberproxy.tallies import FileLock, Tallies
 
 from .patience import WAIT
 
@@ -38,16 +38,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "limits"
 
 
-def no_mutexes(memory: object) -> None:
-    raise OSError("none here")
-
-
-@pytest.fixture(params=["mutexes", "file locks"])
-def tallies(
-    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Tallies]:
-    if request.param == "file locks":
-        monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
+@pytest.fixture
+def tallies(path: Path) -> Iterator[Tallies]:
     tallies = Tallies(path)
     yield tallies
     tallies.close()
@@ -173,36 +165,92 @@ def test_a_lock_whose_holder_does_not_run_is_not_waited_for_forever(
     assert passes(tallies, one)
     stopped = Tallies(path)
     stopped.counters(one, NOW)
-    assert stopped._try_lock(stopped._slots["key_1"].lock) == 0
+    assert stopped._slots["key_1"].lock.try_lock()
     assert passes(tallies, one)
     assert not passes(tallies, one)
     assert caplog.text.count("holds a lock") == 1
-    stopped._unlock(stopped._slots["key_1"].lock)
+    stopped._slots["key_1"].lock.unlock()
     stopped.close()
 
 
 # Locks
 
 
-def test_all_processes_use_the_kind_of_lock_that_the_first_one_could(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = caller(requests_per_minute=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(tallies_module, "MutexLocks", no_mutexes)
-        first = Tallies(path)
-    second = Tallies(path)
-    assert [type(each._locks) for each in (first, second)] == [FileLocks, FileLocks]
-    assert [passes(each, one) for each in (first, second, first)] == [True, True, False]
-    first.close()
-    second.close()
-    third = Tallies(path)  # alone again
-    assert isinstance(third._locks, MutexLocks)
-    monkeypatch.setattr(tallies_module, "MutexLocks", no_mutexes)
-    with pytest.raises(OSError, match="none here"):
-        Tallies(path)
-    assert not passes(third, one)  # it stays as it was
-    third.close()
+LOCKED = 7  # the exit code of a process that had the lock
+
+
+@contextmanager
+def opened(path: Path, place: int = 64) -> Iterator[FileLock]:
+    """A lock on a byte, as one more process opens the file."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        yield FileLock(fd, place)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture(params=["ctypes", "no ctypes"])
+def fcntl_function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "no ctypes":
+        monkeypatch.setattr(tallies_module, "_fcntl", tallies_module._python_fcntl)
+
+
+@pytest.mark.usefixtures("fcntl_function")
+def test_one_open_file_at_a_time_has_a_lock(path: Path) -> None:
+    with opened(path) as one, opened(path) as other, opened(path, 65) as beside:
+        assert one.try_lock()
+        assert not other.try_lock()
+        assert other.is_held_elsewhere() and not one.is_held_elsewhere()
+        assert beside.try_lock()
+        other.unlock()  # without effect
+        assert not other.try_lock()
+        one.unlock()
+        assert other.try_lock()
+
+
+@pytest.mark.usefixtures("fcntl_function")
+def test_a_lock_goes_with_a_holder_that_dies(path: Path) -> None:
+    with opened(path) as lock:
+        process = PROCESSES.Process(target=lock_and_die, args=(path,))
+        process.start()
+        process.join(WAIT)
+        assert process.exitcode == LOCKED
+        assert lock.try_lock()
+
+
+def lock_and_die(path: Path) -> None:
+    with opened(path) as lock:
+        if lock.try_lock():
+            os._exit(LOCKED)
+
+
+def test_the_wait_for_a_lock_is_bounded(path: Path) -> None:
+    with opened(path) as one, opened(path) as other:
+        assert one.try_lock()
+        began = time.monotonic()
+        assert not other.wait(0.05)
+        assert time.monotonic() - began >= 0.05
+
+
+def test_a_waiting_process_gets_a_lock_that_is_freed(path: Path) -> None:
+    with opened(path) as lock:
+        assert lock.try_lock()
+        begin = PROCESSES.Event()
+        process = PROCESSES.Process(target=wait_and_die, args=(path, begin))
+        process.start()
+        assert begin.wait(WAIT)
+        assert process.exitcode is None
+        lock.unlock()
+        process.join(WAIT)
+        assert process.exitcode == LOCKED
+
+
+def wait_and_die(path: Path, begin: object) -> None:
+    with opened(path) as lock:
+        if not lock.try_lock():
+            begin.set()  # type: ignore[attr-defined]
+            if lock.wait(WAIT):
+                os._exit(LOCKED)
 
 
 def test_a_file_of_another_layout_is_begun_anew_once_nobody_uses_it(path: Path) -> None:
@@ -269,7 +317,7 @@ def test_a_lock_goes_with_its_holder(path: Path, caplog: pytest.LogCaptureFixtur
     worker = PROCESSES.Process(target=keep_the_lock, args=(path, begin))
     worker.start()
     assert begin.wait(WAIT)
-    assert tallies._try_lock(tallies._slots["key_1"].lock) != 0
+    assert not tallies._slots["key_1"].lock.try_lock()
     worker.kill()
     worker.join()
     assert passes(tallies, one)
@@ -281,7 +329,7 @@ def test_a_lock_goes_with_its_holder(path: Path, caplog: pytest.LogCaptureFixtur
 def keep_the_lock(path: Path, begin: object) -> None:
     tallies = Tallies(path)
     tallies.counters(caller(requests_per_minute=2), NOW)
-    if tallies._try_lock(tallies._slots["key_1"].lock) == 0:
+    if tallies._slots["key_1"].lock.try_lock():
         begin.set()  # type: ignore[attr-defined]
         time.sleep(WAIT)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hoberproxy.accounting import cost_of
 from hoberproxy.completion import parse_completion
 from hoberproxy.limits import format_dollars
 from hoberproxy.presets import PRESETS
@@ -151,7 +152,7 @@ def test_a_form_is_read_in_a_stream(form: Form, size: int) -> None:
 
 @every_form
 def test_a_form_costs_what_its_parts_cost(form: Form) -> None:
-    assert format_dollars(PRICES.cost(usage_of(form))) == form.cost
+    assert format_dollars(cost_of(usage_of(form), PRICES)) == form.cost
 
 
 # What zeros mean
@@ -355,7 +356,7 @@ def test_whatever_is_told_no_part_is_more_than_its_whole(usage: dict[str, Any]) 
         assert min(read.cached_tokens, read.cache_write_tokens) >= 0
         assert read.prompt_tokens >= (usage.get("prompt_tokens") or 0)
         assert read.completion_tokens >= (usage.get("completion_tokens") or 0)
-        assert PRICES.cost(read) >= 0
+        assert cost_of(read, PRICES) >= 0
 
 
 @given(SMALL, SMALL, SMALL, SMALL, SMALL, st.booleans(), st.booleans())

@@ -17,6 +17,7 @@ from .patience import WAIT
 from .tools import need_tool
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
+OPERATING = Path(__file__).parent.parent / "docs" / "operating.md"
 RULES = DEPLOY / "prometheus-rules.yml"
 RULES_TEST = Path(__file__).parent / "data/prometheus-rules.test.yml"
 DASHBOARD = DEPLOY / "grafana-dashboard.json"
@@ -74,6 +75,14 @@ def expressions() -> Iterator[str]:
 def unknown(text: str) -> set[str]:
     """Names of metrics in it that there are not."""
     return set(re.findall(r"\bhoberproxy_\w+", text)) - set(samples())
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    (table,) = re.findall(r"(?ms)^## Metrics\n.*?(^\|.*?)\n\n", OPERATING.read_text())
+    documented = {
+        name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    assert documented == {family.name for family in FAMILIES}
 
 
 def test_metrics_are_named_by_the_conventions() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from hoberproxy import server, wire
 from hoberproxy.connector import UNREAD_BYTES
-from hoberproxy.http11 import MAX_REQUEST_HEAD_BYTES
+from hoberproxy.http11_head import MAX_REQUEST_HEAD_BYTES
 from hoberproxy.listeners import UNSENT_BYTES
 from hoberproxy.wire import MAX_PIPELINED_BYTES, DownstreamConnection, State
 
@@ -693,7 +693,7 @@ async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     assert_refused(await client.read_answer())
     assert await client.read_rest() == b""
     assert upstream.requests == []
-    assert proxy.gateway.metrics.bad_heads == 1
+    assert proxy.gateway.bad_heads == 1
 
 
 @both_doors
@@ -1104,7 +1104,7 @@ async def test_where_all_connections_are_busy_a_new_one_is_refused(
     assert (answer.status, answer.headers["connection"]) == (503, "close")
     assert answer.json()["error"]["code"] == "overloaded"
     assert await late.read_rest() == b""
-    assert proxy.gateway.metrics.refused_connections == 1
+    assert proxy.gateway.refused_connections == 1
     assert len(proxy.gateway.exchanges) == 1
 
 
@@ -1286,7 +1286,7 @@ async def test_nothing_is_written_to_a_lost_connections_socket_whose_number_may_
     ours, theirs = socket.socketpair()
     with ours, theirs:
         transport: Any = SocketTransport(ours)
-        connection = DownstreamConnection(other._gateway, other._handlers, set())
+        connection = DownstreamConnection(other._context, other._begin, other._handlers, set())
         connection.connection_made(transport)
         sink = connection.sink
         assert sink is not None

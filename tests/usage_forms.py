@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from hoberproxy.prices import Prices
+from hoberproxy.catalog import Prices
 
 PRICES = Prices(
     prompt=Decimal(1), completion=Decimal(10), cached=Decimal("0.1"), cache_write=Decimal("1.25")

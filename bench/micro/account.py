@@ -15,18 +15,15 @@ from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
-from hoberproxy.access import ANONYMOUS, Caller, Keyring
+from hoberproxy.access import ANONYMOUS, Caller
 from hoberproxy.accounting import Accounts
-from hoberproxy.catalog import Endpoint
+from hoberproxy.catalog import Endpoint, Prices
 from hoberproxy.journal import Journal
 from hoberproxy.journals import Journals
-from hoberproxy.ledger import Ledger
 from hoberproxy.limits import PICO, KeyLimits
-from hoberproxy.prices import Prices
-from hoberproxy.record import Record
+from hoberproxy.record import Record, make_row
 from hoberproxy.request import parse_call
 from hoberproxy.routing import Plan, Step
-from hoberproxy.rows import make_row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.tallies import Tallies
 from hoberproxy.usage import Usage
@@ -45,10 +42,10 @@ EVERYTHING = replace(NO_BUDGET, budget=10**6 * PICO, budget_period="month")
 
 
 class Drain:
-    """Takes what a ledger's journal holds for stored, so that it always has room."""
+    """Takes what a journal holds for stored, so that it always has room."""
 
-    def __init__(self, ledger: Ledger, folder: Path) -> None:
-        self._journal = ledger.journal
+    def __init__(self, journal: Journal, folder: Path) -> None:
+        self._journal = journal
         self._journals = Journals(folder / "store.db-requests")
         self._taken = 0
 
@@ -85,11 +82,11 @@ def _record(number: int) -> Record:
     )
 
 
-def accounts_in(folder: Path) -> tuple[Ledger, Accounts, Drain]:
-    """A ledger, the accounts on it, and what has to be told of each record."""
-    ledger = Ledger(folder / "store.db", Keyring(), has_writer=False)
-    ledger.journal.prepare()
-    return ledger, Accounts(ledger, Tallies(folder / "limits")), Drain(ledger, folder)
+def accounts_in(folder: Path) -> tuple[Accounts, Drain]:
+    """Make accounts on a journal, and what counts their records so that the journal has room."""
+    journal = Journal(folder / "store.db-requests")
+    journal.prepare()
+    return Accounts(journal, Tallies(folder / "limits"), 8192), Drain(journal, folder)
 
 
 def temporary_folder() -> Path:
@@ -101,7 +98,7 @@ def temporary_folder() -> Path:
 
 def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
     def make() -> Callable[[], object]:
-        _, accounts, drain = accounts_in(temporary_folder())
+        accounts, drain = accounts_in(temporary_folder())
         caller = ANONYMOUS
         if limits is not None:
             caller = Caller("key_0123456789ab", "team-a", "live", None, None, limits=limits)
@@ -132,7 +129,7 @@ def _writing() -> Callable[[], object]:
         nonlocal written
         prefix = f"req_{written:016x}"
         written += 1
-        store.insert_rows([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
+        store.write([(prefix + str(row[0])[20:], *row[1:]) for row in rows])
 
     return write
 

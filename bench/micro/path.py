@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hoberproxy.access import Caller, Keyring, generate_key, hash_key
 from hoberproxy.admission import Admission
 from hoberproxy.catalog import Catalog, Endpoint, Model
-from hoberproxy.config import parse_config
+from hoberproxy.context import ServerContext
 from hoberproxy.deadlines import Wheel
-from hoberproxy.gateway import Gateway, make_upstreams
+from hoberproxy.exchange import Exchange
 from hoberproxy.metrics import Metrics
+from hoberproxy.provider import make_upstreams
+from hoberproxy.reader import parse_config
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import DownstreamConnection
 
@@ -107,23 +110,22 @@ class _Path:
         caller = Caller("key_1", "bench", "test", None, None)
         keyring.replace({hash_key(_KEY): caller})
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
-        ledger, accounts, self.drain = accounts_in(temporary_folder())
+        accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
-        self._gateway = gateway = Gateway(
+        self._gateway = gateway = ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
             catalog=catalog,
             keyring=keyring,
-            ledger=ledger,
             accounts=accounts,
-            admission=Admission(config.server),
+            admission=Admission(config.server.max_streams),
             access_log=None,
             metrics=Metrics(catalog.label),
             upstreams=make_upstreams(config, loop, wheel),
         )
         handlers: Any = None
-        self.client = DownstreamConnection(gateway, handlers, set())
+        self.client = DownstreamConnection(gateway, partial(Exchange, gateway), handlers, set())
         transport: Any = NullTransport()
         self.client.connection_made(transport)
         pool = gateway.upstreams["upstream"].pool

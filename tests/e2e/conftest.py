@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Model, Provider
+from hoberproxy.catalog import Model, Provider
 from tests.scripted import ScriptedUpstream
 
 from .harness import Proxy, make_config, provider_for, running

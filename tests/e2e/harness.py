@@ -17,21 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hoberproxy.catalog import parse_base_url
-from hoberproxy.config import (
-    Address,
-    Config,
-    Endpoint,
-    KeySettings,
-    LogSettings,
-    Model,
-    Provider,
-    RecordSettings,
-    ServerSettings,
-    TimeLimits,
-)
+from hoberproxy.catalog import Endpoint, Model, Provider, TimeLimits
 from hoberproxy.record import Record
 from hoberproxy.server import Server
+from hoberproxy.settings import (
+    Address,
+    Config,
+    KeySettings,
+    LogSettings,
+    RecordSettings,
+    ServerSettings,
+)
+from hoberproxy.values import parse_base_url
 from tests.patience import WAIT, patient
 from tests.scripted import ScriptedUpstream
 
@@ -249,12 +246,7 @@ class Proxy:
         self.port = server.addresses[0].port
         self.url = f"http://127.0.0.1:{self.port}"
         self.records: list[Record] = []
-        self._put = gateway.ledger.put
-        gateway.ledger.put = self._note  # type: ignore[method-assign]
-
-    def _note(self, record: Record) -> None:
-        self.records.append(record)
-        self._put(record)
+        gateway.on_closed = self.records.append
 
     async def wait_for_record(self, count: int = 1) -> Record:
         """Wait until `count` requests have ended; returns the last of their records."""

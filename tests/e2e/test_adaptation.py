@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Adaptation, Endpoint, Model
+from hoberproxy.catalog import Adaptation, Endpoint, Model
 from tests.scripted import (
     AwaitRelease,
     Script,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hoberproxy.journal import SEGMENT
+from hoberproxy.folder import SEGMENT
 from tests.scripted import ScriptedUpstream
 
 from .harness import Client, chat, eventually

@@ -17,7 +17,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from hoberproxy.config import Provider, TimeLimits
+from hoberproxy.catalog import Provider, TimeLimits
 from hoberproxy.health import Health
 from hoberproxy.record import Record
 from tests.patience import patient

@@ -294,6 +294,7 @@ async def test_a_body_over_a_mebibyte_passes_chunked_with_model_and_usage(
     assert reply.body == LARGE_PAYLOAD.replace(b'"upstream-model"', b'"test/model"')
     assert (record.prompt_tokens, record.completion_tokens, record.has_usage) == (7, 3, True)
     assert record.upstream_model == UPSTREAM_MODEL
+    assert (record.finish_reason, record.upstream_id) == ("stop", LARGE["id"])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Address, Config, ConfigError, KeySettings, Provider
+from hoberproxy.catalog import Provider
 from hoberproxy.connector import Connector
 from hoberproxy.server import Server
+from hoberproxy.settings import Address, Config, KeySettings
+from hoberproxy.values import ConfigError
 from tests.scripted import (
     AwaitRelease,
     Script,
@@ -298,7 +300,7 @@ async def test_sighup_reads_the_config_again_and_a_bad_one_changes_nothing(tmp_p
             assert (await program.post(chat(model=OTHER_SLUG))).status == 200
             (tmp_path / "hoberproxy.toml").unlink()
             program.process.send_signal(signal.SIGHUP)
-            await eventually(lambda: "cannot be read" in log())
+            await eventually(lambda: "expected a readable file" in log())
             assert (await program.post(chat(model=OTHER_SLUG))).status == 200
             assert "changed listener" not in log(), "--listen has not changed"
 

@@ -13,7 +13,7 @@ import pytest
 
 from hoberproxy import exchange
 from hoberproxy.attempts import Attempt
-from hoberproxy.config import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.exchange import Exchange
 from hoberproxy.upstream import UpstreamConnection
 from hoberproxy.wire import MAX_PIPELINED_BYTES

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.config import Abilities, Endpoint, Model, Prices, RoutingSettings
+from hoberproxy.catalog import Abilities, Endpoint, Model, Prices
+from hoberproxy.settings import RoutingSettings
 from tests.scripted import (
     Answer,
     Close,

@@ -13,7 +13,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from hoberproxy.config import KeySettings
+from hoberproxy.settings import KeySettings
 from hoberproxy.sqlite_store import SqliteStore as Store
 from tests.scripted import (
     Close,

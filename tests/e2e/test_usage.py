@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from hoberproxy.app import gauges_of
-from hoberproxy.config import Endpoint, Model
+from hoberproxy.catalog import Endpoint, Model
 from hoberproxy.limits import format_dollars
 from hoberproxy.record import CLIENT_CLOSED, Record
 from tests.scripted import (
@@ -61,8 +60,7 @@ def counts_of(record: Record) -> tuple[int, ...]:
 
 
 def usage_missing(proxy: Proxy) -> list[Any]:
-    snapshot = proxy.gateway.metrics.snapshot(gauges_of(proxy.gateway, 0))
-    return snapshot["usage_missing"]
+    return proxy.server.snapshot()["usage_missing"]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

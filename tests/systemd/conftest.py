@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hatch_build import REQUIRES
 from hoberproxy import __version__
+from tests.patience import patient
 
 from .machine import Machine, booted, why_not
 from .service import Service
@@ -35,7 +38,8 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("build")
     _run(DEBIAN_PYTHON, "-m", "venv", str(environment))
     pip = (str(environment / "bin/pip"), "--disable-pip-version-check")
-    _run(*pip, "wheel", "--quiet", "--wheel-dir", str(folder), str(REPOSITORY), "hatchling")
+    needed = (str(REPOSITORY), "hatchling", *REQUIRES)
+    _run(*pip, "wheel", "--quiet", "--wheel-dir", str(folder), *needed)
     for own in folder.glob("hoberproxy-*.whl"):
         own.unlink()
     source = _copy_source(tmp_path_factory.mktemp("next"))
@@ -48,7 +52,7 @@ def _copy_source(folder: Path) -> Path:
     for name in ("hoberproxy", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
     module = folder / "hoberproxy/__init__.py"
     text = re.sub(
@@ -60,7 +64,9 @@ def _copy_source(folder: Path) -> Path:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, timeout=300)
+    """Run pip or venv; what they build is pure, for compiling is install.sh's task."""
+    pure = os.environ | {"HOBERPROXY_BUILD": "pure"}
+    subprocess.run(command, check=True, timeout=patient(300), env=pure)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
+from tests.patience import patient
+
 from .machine import WAIT, Machine
 
 PORT = 8080
@@ -19,6 +21,7 @@ PROVIDER_KEY = "sk-provider-secret"
 INSTALL = "/srv/checkout/deploy/install.sh"
 CONFIG = "/etc/hoberproxy/hoberproxy.toml"
 PROGRAM = "/opt/hoberproxy/bin/hoberproxy"
+INSTALL_TIME = patient(600.0)  # seconds; it compiles
 # Given to the service, so that what takes minutes in production takes seconds here.
 DROP_IN = "/etc/systemd/system/hoberproxy.service.d/test.conf"
 
@@ -49,7 +52,7 @@ class Service:
         """Run install.sh of the checkout; returns what it printed."""
         # Without a network pip finds there what it would fetch.
         return self.machine.run(
-            INSTALL, *options, timeout=120, PIP_NO_INDEX="1", PIP_FIND_LINKS="/srv/wheels"
+            INSTALL, *options, timeout=INSTALL_TIME, PIP_NO_INDEX="1", PIP_FIND_LINKS="/srv/wheels"
         )
 
     def configure(self, upstream_port: int, more: str = "") -> None:

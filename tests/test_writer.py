@@ -1,4 +1,4 @@
-"""The ledger on real files and threads: nothing lost, nothing twice, and the loop never waits."""
+"""Journals and their writer on real files and threads: nothing lost, nothing twice, no waiting."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ import orjson
 import pytest
 
 from hoberproxy.access import Keyring
-from hoberproxy.catalog import Endpoint
-from hoberproxy.errors import AccessError
-from hoberproxy.ledger import Ledger
-from hoberproxy.prices import Prices
-from hoberproxy.record import Record
-from hoberproxy.rows import Row
+from hoberproxy.catalog import Endpoint, Prices
+from hoberproxy.record import Record, Row
 from hoberproxy.sqlite_store import SqliteStore as Store
 from hoberproxy.store import StoreError
 from hoberproxy.writer import BUSY_TIMEOUT, Writer
 
 from .patience import WAIT
+from .recording import Process
+from .stores import write_records
 
 PATIENCE = WAIT
 
@@ -37,18 +35,18 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(path: Path) -> Iterator[Callable[..., Ledger]]:
-    made: list[Ledger] = []
+def make(path: Path) -> Iterator[Callable[..., Process]]:
+    made: list[Process] = []
 
-    def make(keyring: Keyring | None = None, **options: Any) -> Ledger:
+    def make(keyring: Keyring | None = None, **options: Any) -> Process:
         options = {"tick": 0.005, "reload_interval": 0.005} | options
-        ledger = Ledger(path, keyring or Keyring(), **options)
-        made.append(ledger)
-        return ledger
+        process = Process(path, keyring, **options)
+        made.append(process)
+        return process
 
     yield make
-    for ledger in made:
-        ledger.close()
+    for process in made:
+        process.close()
 
 
 def record(number: int) -> Record:
@@ -83,58 +81,40 @@ class Lock:
         self._db.close()
 
 
-def authenticates(keyring: Keyring, key: str) -> bool:
-    try:
-        keyring.authenticate(b"Bearer " + key.encode(), time.time())
-    except AccessError:
-        return False
-    return True
-
-
 # Records
 
 
-def test_records_reach_the_store_by_themselves(make: Callable[..., Ledger], path: Path) -> None:
-    ledger = make()
-    ledger.start()
+def test_records_reach_the_store_by_themselves(make: Callable[..., Process], path: Path) -> None:
+    process = make()
+    process.start()
     for number in range(3):
-        ledger.put(record(number))
-    wait_until(lambda: ledger.written == 3)
+        process.put(record(number))
+    wait_until(lambda: process.written == 3)
     assert stored(path) == 3
-    assert (ledger.depth, ledger.lost) == (0, 0)
+    assert (process.depth, process.lost) == (0, 0)
 
 
-def test_closing_writes_what_is_left(make: Callable[..., Ledger], path: Path) -> None:
-    ledger = make(tick=10 * PATIENCE, batch_size=100)
-    ledger.start()
+def test_closing_writes_what_is_left(make: Callable[..., Process], path: Path) -> None:
+    process = make(tick=10 * PATIENCE, batch_size=100)
+    process.start()
     for number in range(1234):
-        ledger.put(record(number))
-    assert ledger.close(PATIENCE) == 0
-    assert (stored(path), ledger.written, ledger.depth) == (1234, 1234, 0)
-
-
-async def test_closing_from_the_loop_writes_what_is_left(
-    make: Callable[..., Ledger], path: Path
-) -> None:
-    ledger = make(tick=10 * PATIENCE)
-    ledger.start()
-    ledger.put(record(1))
-    assert await ledger.aclose(PATIENCE) == 0
-    assert stored(path) == 1
+        process.put(record(number))
+    assert process.close(PATIENCE) == 0
+    assert (stored(path), process.written, process.depth) == (1234, 1234, 0)
 
 
 def test_records_wait_while_the_store_is_locked_and_are_written_once(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = make(batch_size=10)
-    ledger.start()
+    process = make(batch_size=10)
+    process.start()
     with Lock(path):
         for number in range(35):
-            ledger.put(record(number))
+            process.put(record(number))
         wait_until(lambda: "records wait" in caplog.text)
-        assert (ledger.written, ledger.depth, ledger.lost) == (0, 35, 0)
-    wait_until(lambda: ledger.written == 35)
-    assert (stored(path), ledger.depth, ledger.lost) == (35, 0, 0)
+        assert (process.written, process.depth, process.lost) == (0, 35, 0)
+    wait_until(lambda: process.written == 35)
+    assert (stored(path), process.depth, process.lost) == (35, 0, 0)
     assert [one.message.split(",")[0] for one in caplog.records] == [
         "records wait in the journals",
         "records are written again",
@@ -155,65 +135,65 @@ def fail_at_first(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
 
 def test_an_outage_is_logged_once_however_often_it_is_tried(
-    make: Callable[..., Ledger], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fail_at_first(monkeypatch, 4)
-    ledger = make()
-    ledger.start()
-    ledger.put(record(1))
+    process = make()
+    process.start()
+    process.put(record(1))
     wait_until(lambda: "written again" in caplog.text)
     assert caplog.text.count("records wait") == 1
-    assert (ledger.written, ledger.lost) == (1, 0)
+    assert (process.written, process.lost) == (1, 0)
 
 
 def test_closing_does_not_sit_out_the_back_off(
-    make: Callable[..., Ledger],
+    make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     fail_at_first(monkeypatch, 1)
-    ledger = make(tick=0.5)
-    ledger.start()
-    ledger.put(record(1))
+    process = make(tick=0.5)
+    process.start()
+    process.put(record(1))
     wait_until(lambda: "records wait" in caplog.text)
-    assert ledger.close(PATIENCE) == 0
+    assert process.close(PATIENCE) == 0
     assert stored(path) == 1
 
 
-def test_put_does_not_wait_for_a_locked_store(make: Callable[..., Ledger], path: Path) -> None:
-    ledger = make()
-    ledger.start()
+def test_put_does_not_wait_for_a_locked_store(make: Callable[..., Process], path: Path) -> None:
+    process = make()
+    process.start()
     with Lock(path):
         for number in range(20_000):
-            ledger.put(record(number))
-        assert (ledger.written, ledger.depth) == (0, 20_000)  # all while the lock is held
+            process.put(record(number))
+        assert (process.written, process.depth) == (0, 20_000)  # all while the lock is held
 
 
 def test_closing_on_a_locked_store_gives_up_in_time_and_says_how_many(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     with Lock(path):
         for number in range(7):
-            ledger.put(record(number))
-        assert ledger.close(0.05) == 7
-        assert ledger._keys_thread is not None
-        ledger._keys_thread.join(PATIENCE)
-        assert not ledger._keys_thread.is_alive()
-    assert "7 records were not written" in caplog.text
+            process.put(record(number))
+        assert process.close(0.05) == 7
+        assert process.loader._thread is not None
+        process.loader._thread.join(PATIENCE)
+        assert not process.loader._thread.is_alive()
+    assert "records stay in the journals" in caplog.text
 
 
 def test_closing_outlasts_a_short_lock(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     unwritten: list[int] = []
-    closing = threading.Thread(target=lambda: unwritten.append(ledger.close(PATIENCE)))
+    closing = threading.Thread(target=lambda: unwritten.append(process.close(PATIENCE)))
     with Lock(path):
-        ledger.put(record(1))
+        process.put(record(1))
         closing.start()
         wait_until(lambda: "records wait" in caplog.text)
     closing.join()
@@ -221,18 +201,18 @@ def test_closing_outlasts_a_short_lock(
     assert stored(path) == 1
 
 
-def test_a_record_put_after_closing_is_counted_as_lost(make: Callable[..., Ledger]) -> None:
-    ledger = make()
-    ledger.start()
-    ledger.close()
-    ledger.put(record(1))
-    assert (ledger.depth, ledger.lost) == (0, 1)
+def test_a_record_put_after_closing_is_counted_as_lost(make: Callable[..., Process]) -> None:
+    process = make()
+    process.start()
+    process.close()
+    process.put(record(1))
+    assert (process.depth, process.lost) == (0, 1)
 
 
 def test_a_backlog_is_written_without_waiting_for_ticks(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    other = Ledger(path, Keyring(), has_writer=False)
+    other = Process(path, has_writer=False)
     other.start()
     for number in range(35):
         other.put(record(number))
@@ -242,7 +222,7 @@ def test_a_backlog_is_written_without_waiting_for_ticks(
 
 
 def test_what_no_table_takes_is_lost_alone(
-    make: Callable[..., Ledger],
+    make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -255,34 +235,34 @@ def test_what_no_table_takes_is_lost_alone(
         return write(store, rows, *others)
 
     monkeypatch.setattr(Store, "write", stumble)
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     for number in range(3):
-        ledger.put(record(number))
-    wait_until(lambda: ledger.lost == 1 and ledger.depth == 0)
+        process.put(record(number))
+    wait_until(lambda: process.lost == 1 and process.depth == 0)
     assert stored(path) == 2
     assert "1 records lost: RuntimeError" in caplog.text
     assert "secret" not in caplog.text
 
 
 def test_an_entry_that_makes_no_sense_is_lost_alone(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = make()
-    ledger.start()
-    ledger.journal._append(b'c["too few"]')
-    ledger.journal._append(b"c{no json")
-    ledger.journal._append(b"?[]")
-    ledger.put(record(1))
+    process = make()
+    process.start()
+    process.journal._append(b'c["too few"]')
+    process.journal._append(b"c{no json")
+    process.journal._append(b"?[]")
+    process.put(record(1))
     wait_until(lambda: stored(path) == 1)
-    assert ledger.lost == 3
+    assert process.lost == 3
     assert "3 records lost: ValueError" in caplog.text
 
 
 def test_a_journal_of_other_columns_is_read_while_its_owner_lives(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Ledger(path, Keyring(), has_writer=False)
+    other = Process(path, has_writer=False)
     names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"], ["id", "cost"]])
     with monkeypatch.context() as patch:
         patch.setattr("hoberproxy.journal._NAMES", b"n" + names)
@@ -296,17 +276,12 @@ def test_a_journal_of_other_columns_is_read_while_its_owner_lives(
     other.close()
 
 
-def test_amendments_reach_the_store_from_any_thread(
-    make: Callable[..., Ledger], path: Path
-) -> None:
-    ledger = make()
-    ledger.start()
-    ledger.put(record(1))
-    amending = threading.Thread(target=ledger.amend, args=("req_1", 7, 8, 9))
-    amending.start()
-    amending.join()
-    ledger.tend()
-    ledger.close(PATIENCE)
+def test_amendments_reach_the_store(make: Callable[..., Process], path: Path) -> None:
+    process = make()
+    process.start()
+    process.put(record(1))
+    process.journal.amend(["req_1", 7, 8, 9])
+    process.close(PATIENCE)
     store = Store(path)
     one = store.find_record("req_1")
     store.close()
@@ -317,19 +292,19 @@ def test_amendments_reach_the_store_from_any_thread(
 # One writer
 
 
-def test_of_two_ledgers_one_writes_for_both(make: Callable[..., Ledger], path: Path) -> None:
-    ledgers = [make(batch_size=20), make(batch_size=20)]
-    for ledger in ledgers:
-        ledger.start()
+def test_of_two_processes_one_writes_for_both(make: Callable[..., Process], path: Path) -> None:
+    processes = [make(batch_size=20), make(batch_size=20)]
+    for process in processes:
+        process.start()
     for number in range(500):
-        ledgers[number % 2].put(record(number))
-    wait_until(lambda: sum(ledger.written for ledger in ledgers) == 500)
+        processes[number % 2].put(record(number))
+    wait_until(lambda: sum(process.written for process in processes) == 500)
     assert stored(path) == 500
-    writers = [ledger._writer for ledger in ledgers]
-    assert [writer.written for writer in writers if writer is not None] == [500, 0]
+    writers = [process.writer for process in processes]
+    assert [writer.written for writer in writers] == [500, 0]
 
 
-def test_when_the_one_goes_the_other_writes(make: Callable[..., Ledger], path: Path) -> None:
+def test_when_the_one_goes_the_other_writes(make: Callable[..., Process], path: Path) -> None:
     first, second = make(), make()
     first.start()
     second.start()
@@ -343,14 +318,14 @@ def test_when_the_one_goes_the_other_writes(make: Callable[..., Ledger], path: P
 
 
 def test_both_may_end_at_once_and_nothing_stays_behind(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    ledgers = [make(), make(), make()]
-    for ledger in ledgers:
-        ledger.start()
+    processes = [make(), make(), make()]
+    for process in processes:
+        process.start()
     for number in range(300):
-        ledgers[number % 3].put(record(number))
-    threads = [threading.Thread(target=ledger.close, args=(PATIENCE,)) for ledger in ledgers]
+        processes[number % 3].put(record(number))
+    threads = [threading.Thread(target=process.close, args=(PATIENCE,)) for process in processes]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -360,33 +335,33 @@ def test_both_may_end_at_once_and_nothing_stays_behind(
 
 
 def test_a_writer_that_died_before_it_noted_what_was_stored_doubles_nothing(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ledger = make(has_writer=False)
-    ledger.start()
+    process = make(has_writer=False)
+    process.start()
     for number in range(5):
-        ledger.put(record(number))
+        process.put(record(number))
     first = Writer(path)
     first.open()
     with monkeypatch.context() as patch:
         patch.setattr("hoberproxy.journals.Segment.mark", lambda segment: None)
         first.turn()
     first.close()
-    assert (stored(path), ledger.depth) == (5, 5)
+    assert (stored(path), process.depth) == (5, 5)
     second = Writer(path)
     second.open()
     second.turn()
     second.close()
-    assert (stored(path), ledger.depth) == (5, 0)
+    assert (stored(path), process.depth) == (5, 0)
 
 
-def test_a_ledger_without_a_writer_leaves_its_records_to_another(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+def test_a_process_without_a_writer_leaves_its_records_to_another(
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ledger = make(has_writer=False)
-    ledger.start()
-    ledger.put(record(1))
-    assert ledger.close() == 1
+    process = make(has_writer=False)
+    process.start()
+    process.put(record(1))
+    assert process.close() == 1
     make().start()
     assert stored(path) == 1
     assert not caplog.records  # it was not killed
@@ -396,14 +371,14 @@ def test_a_ledger_without_a_writer_leaves_its_records_to_another(
 
 
 def test_starting_on_a_missing_directory_says_so(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "nowhere" / "store.db", Keyring())
+    process = Process(tmp_path / "nowhere" / "store.db")
     with pytest.raises(StoreError, match="nowhere"):
-        ledger.start()
-    assert ledger.close() == 0
+        process.start()
+    assert process.close() == 0
 
 
 def test_starting_on_a_file_that_is_no_database_says_so(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
     path.write_bytes(b"no database" * 100)
     with pytest.raises(StoreError, match="not a database"):
@@ -411,113 +386,22 @@ def test_starting_on_a_file_that_is_no_database_says_so(
 
 
 def test_starting_waits_while_another_process_sets_the_store_up(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
     Store(path).close()
-    ledger = make()
-    starting = threading.Thread(target=ledger.start)
+    process = make()
+    starting = threading.Thread(target=process.start)
     with Lock(path):
         starting.start()
         time.sleep(2 * BUSY_TIMEOUT)
         assert starting.is_alive()
     starting.join()
-    ledger.put(record(1))
-    wait_until(lambda: ledger.written == 1)
+    process.put(record(1))
+    wait_until(lambda: process.written == 1)
 
 
-def test_the_keys_are_known_as_soon_as_it_has_started(
-    make: Callable[..., Ledger], path: Path
-) -> None:
-    store = Store(path)
-    key, _ = store.create_key("x")
-    store.close()
-    keyring = Keyring()
-    make(keyring).start()
-    assert authenticates(keyring, key)
-
-
-def test_a_ledger_never_started_closes_at_once(make: Callable[..., Ledger]) -> None:
+def test_a_process_never_started_closes_at_once(make: Callable[..., Process]) -> None:
     assert make().close() == 0
-
-
-# Keys
-
-
-def test_keys_made_and_revoked_elsewhere_take_effect(
-    make: Callable[..., Ledger], path: Path
-) -> None:
-    keyring = Keyring()
-    make(keyring).start()
-    store = Store(path)
-    key, row = store.create_key("x")
-    wait_until(lambda: authenticates(keyring, key))
-    store.revoke_key(row.key_id)
-    wait_until(lambda: not authenticates(keyring, key))
-    store.close()
-
-
-def test_keys_are_reloaded_while_records_cannot_be_written(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(store: Store, *batch: list[Row]) -> int:
-        raise StoreError("the disk is full", is_transient=True)
-
-    monkeypatch.setattr(Store, "write", refuse)
-    keyring = Keyring()
-    ledger = make(keyring)
-    ledger.start()
-    ledger.put(record(1))
-    store = Store(path)
-    key, _ = store.create_key("x")
-    store.close()
-    wait_until(lambda: authenticates(keyring, key))
-    assert ledger.depth == 1
-    ledger.close(0.01)
-
-
-def test_records_of_another_process_are_no_reason_to_load_keys(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads: list[int] = []
-    looks: list[int] = []
-    load, look = Store.load_keys, Store.keys_version
-    monkeypatch.setattr(Store, "load_keys", lambda store, _: loads.append(1) or load(store))
-    monkeypatch.setattr(Store, "keys_version", lambda store: looks.append(1) or look(store))
-    make().start()
-    store = Store(path)
-    for number in range(3):
-        seen = len(looks)
-        store.insert_records([record(number)])
-        wait_until(lambda seen=seen: len(looks) > seen)
-    store.close()
-    time.sleep(0.05)  # several turns more
-    assert len(loads) == 1
-    assert len(looks) == 1 + 3  # and without a write there is not even a look
-
-
-def test_keys_stay_in_force_while_they_cannot_be_reloaded(
-    make: Callable[..., Ledger],
-    path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    store = Store(path)
-    key, _ = store.create_key("x")
-    keyring = Keyring()
-    make(keyring).start()
-    with monkeypatch.context() as patch:
-
-        def fail(store: Store) -> int:
-            raise StoreError("cannot read: disk I/O error", is_transient=True)
-
-        patch.setattr(Store, "data_version", fail)
-        wait_until(lambda: "keys cannot be reloaded" in caplog.text)
-        time.sleep(0.05)  # several turns more
-        assert authenticates(keyring, key)
-    assert caplog.text.count("keys cannot be reloaded") == 1
-    other, _ = store.create_key("y")
-    wait_until(lambda: authenticates(keyring, other))
-    store.close()
 
 
 # What a killed process leaves
@@ -526,17 +410,17 @@ def test_keys_stay_in_force_while_they_cannot_be_reloaded(
 ENDPOINT = Endpoint("east", "m", prices=Prices(Decimal(1), Decimal(2)))
 
 
-def die(ledger: Ledger) -> None:
+def die(process: Process) -> None:
     """Let go of the journal as a killed process does: nothing is written any more."""
-    assert ledger._keys_thread is None, "a thread would use it"
-    for segment in [*ledger.journal._in_use(), *ledger.journal._spares]:
+    assert process.loader._thread is None, "a thread would use it"
+    for segment in [*process.journal._in_use(), *process.journal._spares]:
         segment.close()
 
 
 def test_what_a_killed_process_did_not_write_is_taken_over(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     for number in range(3):
         one = record(number)
@@ -558,9 +442,9 @@ def test_what_a_killed_process_did_not_write_is_taken_over(
 
 
 def test_what_is_in_the_store_already_is_not_taken_over_again(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     for number in range(2):
         one = record(number)
@@ -569,16 +453,16 @@ def test_what_is_in_the_store_already_is_not_taken_over_again(
             dead.journal.seal(one)
     die(dead)
     store = Store(path)
-    store.insert_records([record(0), record(1)])
+    write_records(store, [record(0), record(1)])
     make().start()
     assert [one.status for one in store.export_records()] == [200, 200]
     store.close()
 
 
 def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     for number in range(60):
         one = record(number)
@@ -591,18 +475,18 @@ def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
     file.write_bytes(data)
     whole = {n for n in range(60) if b'c["%s"' % record(n).id.encode() in data}
     assert {0, 59} < whole < set(range(60))
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     kept = file.with_suffix(".unreadable")
     assert kept.read_bytes() == data
-    assert ledger.unreadable == 1
+    assert process.writer.unreadable == 1
     store = Store(path)
     ended = {one.id for one in store.export_records() if one.status == 200}
     lost = {one.id for one in store.export_records() if one.code == "lost"}
     # The last one before the hole may reach into it.
     assert {record(n).id for n in whole} - ended <= {record(max(whole - {*range(20, 60)})).id}
     assert len(ended | lost) == len(ended) + len(lost) < 60
-    ledger.close()
+    process.close()
     make().start()
     assert len(list(store.export_records())) == len(ended | lost)
     store.close()
@@ -613,26 +497,26 @@ def test_what_stands_around_a_hole_is_taken_over_once_and_the_file_is_kept(
 
 
 def test_what_no_store_takes_keeps_no_other_request_of_the_journal_out(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     dead.journal.open(["req_1", "no time", *[None] * 10])
     dead.journal.seal(record(2))
     dead.journal.open_record(record(3), "a/b", ENDPOINT, 1, 1)
     die(dead)
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     store = Store(path)
     assert [one.id for one in store.export_records()] == [record(2).id, record(3).id]
     store.close()
-    assert (ledger.lost, ledger.unreadable) == (1, 1)
+    assert (process.lost, process.writer.unreadable) == (1, 1)
 
 
 def test_an_amendment_does_not_stand_for_an_end_that_is_damaged(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     dead.journal.open_record(record(1), "a/b", ENDPOINT, 1, 1)
     dead.journal.amend([record(1).id, 5, 6, 7])
@@ -645,9 +529,9 @@ def test_an_amendment_does_not_stand_for_an_end_that_is_damaged(
 
 
 def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     names = orjson.dumps([["id"], ["id", "started", "status", "from_the_future"]])
     monkeypatch.setattr("hoberproxy.journal._NAMES", b"n" + names)
     dead.journal.prepare()
@@ -661,26 +545,26 @@ def test_what_another_version_wrote_is_taken_over_as_far_as_it_is_known(
 
 
 def test_a_journal_that_makes_no_sense_is_set_aside_and_nothing_else_is_held_up(
-    make: Callable[..., Ledger], path: Path, caplog: pytest.LogCaptureFixture
+    make: Callable[..., Process], path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     dead.journal.open(["req_1", "no time", *[None] * 10])
     die(dead)
-    ledger = make()
-    ledger.start()
-    ledger.put(record(1))
-    wait_until(lambda: ledger.written == 1)
+    process = make()
+    process.start()
+    process.put(record(1))
+    wait_until(lambda: process.written == 1)
     assert "a journal with 1 requests that no store takes is set aside" in caplog.text
     assert list(path.with_name("store.db-requests").glob("*.unreadable"))
 
 
 def test_a_living_process_takes_over_what_another_leaves(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.writer.TAKE_OVER_INTERVAL", 0.01)
     make().start()
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     dead.journal.open_record(record(1), "a/b", ENDPOINT, 1, 1)
     time.sleep(0.05)
@@ -695,7 +579,7 @@ def test_what_the_store_did_not_take_over_is_taken_over_by_the_next_try(
 ) -> None:
     writer = Writer(path, batch_size=2)
     writer.open()
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     for number in range(5):
         dead.journal.open_record(record(number), "a/b", ENDPOINT, 1, 1)
@@ -718,7 +602,7 @@ def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Store(path).close()
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     dead.journal.seal(record(1))
     die(dead)
@@ -742,29 +626,29 @@ def test_a_writer_starts_though_the_store_takes_nothing_of_the_dead_yet(
 
 
 def test_a_request_that_still_runs_keeps_its_journal_and_nothing_else_does(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.journal.SEGMENT_BYTES", 4096)
-    ledger = make(tick=0.001)
-    ledger.start()
+    process = make(tick=0.001)
+    process.start()
     longest = record(0)
-    ledger.journal.open_record(longest, "a/b", ENDPOINT, 1, 1)
+    process.journal.open_record(longest, "a/b", ENDPOINT, 1, 1)
     for number in range(1, 200):
         one = record(number)
-        ledger.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
-        ledger.put(one)
-        wait_until(lambda number=number: ledger.written == number)
-        wait_until(lambda: bool(ledger.journal._spares))
+        process.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
+        process.put(one)
+        wait_until(lambda number=number: process.written == number)
+        wait_until(lambda: bool(process.journal._spares))
     files = list(path.with_name("store.db-requests").iterdir())
     assert len(files) <= 4  # of the 30 or so that all entries would fill
-    ledger.put(longest)
-    ledger.close()
+    process.put(longest)
+    process.close()
     assert stored(path) == 200
     assert not list(path.with_name("store.db-requests").iterdir())
 
 
 def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
-    make: Callable[..., Ledger],
+    make: Callable[..., Process],
     path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -772,27 +656,27 @@ def test_on_a_full_disk_the_loss_is_counted_and_told_and_the_journal_comes_back(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    ledger = make()
+    process = make()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", fail)
-        ledger.start()
+        process.start()
         for number in range(10):
             one = record(number)
-            ledger.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
-            ledger.put(one)
-        assert (ledger.journal_lost, ledger.lost, ledger.depth) == (20, 0, 10)
+            process.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
+            process.put(one)
+        assert (process.journal.lost, process.lost, process.depth) == (20, 0, 10)
     wait_until(lambda: "has room again" in caplog.text)
     assert caplog.text.count("No space left") == 1
-    ledger.tend()
-    wait_until(lambda: ledger.written == 10)
-    ledger.put(record(10))
-    assert ledger.journal_lost == 20
+    process.journal.flush()
+    wait_until(lambda: process.written == 10)
+    process.put(record(10))
+    assert process.journal.lost == 20
 
 
 def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
-    make: Callable[..., Ledger], path: Path
+    make: Callable[..., Process], path: Path
 ) -> None:
-    dead = Ledger(path, Keyring(), has_writer=False)
+    dead = Process(path, has_writer=False)
     dead.journal.prepare()
     one = record(1)
     dead.journal.open_record(one, "a/b", ENDPOINT, 1, 1)
@@ -800,16 +684,16 @@ def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
     one.status, one.code = 499, "client_closed"
     dead.journal.seal(one)
     die(dead)
-    ledger = make()
-    ledger.start()
+    process = make()
+    process.start()
     two = record(2)
-    ledger.journal.seal(two)
-    ledger.journal.seal(two)
-    ledger.put(two)
-    wait_until(lambda: ledger.depth == 0)
+    process.journal.seal(two)
+    process.journal.seal(two)
+    process.put(two)
+    wait_until(lambda: process.depth == 0)
     two.status = 499
-    ledger.journal.seal(two)  # when the store has it already
-    ledger.close()
+    process.journal.seal(two)  # when the store has it already
+    process.close()
     assert not list(path.with_name("store.db-requests").iterdir())  # nothing waits for the first
     store = Store(path)
     assert [one.status for one in store.export_records()] == [499, 499]
@@ -820,15 +704,15 @@ def test_a_record_sealed_twice_is_kept_as_it_was_sealed_last(
 
 
 def test_days_are_summed_and_old_records_deleted(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.sqlite_store.PURGE_ROWS", 2)
     monkeypatch.setattr("hoberproxy.writer.TIDY_INTERVAL", 0.01)
-    ledger = make(keep_days=3)
-    ledger.start()
+    process = make(keep_days=3)
+    process.start()
     now = time.time()
     for number in range(10):
-        ledger.put(Record(id=f"req_{number}", started=now - number * 86400.0, status=200))
+        process.put(Record(id=f"req_{number}", started=now - number * 86400.0, status=200))
     wait_until(lambda: stored(path) == 4)
     store = Store(path)
     assert sum(row.requests for row in store.sum_usage("day")) == 10
@@ -836,13 +720,13 @@ def test_days_are_summed_and_old_records_deleted(
 
 
 def test_the_last_use_of_a_key_is_written_down(
-    make: Callable[..., Ledger], path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., Process], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.writer.TIDY_INTERVAL", 0.01)
     store = Store(path)
     _, row = store.create_key("x")
-    ledger = make()
-    ledger.start()
-    ledger.put(Record(id="req_1", started=123.0, key_id=row.key_id))
+    process = make()
+    process.start()
+    process.put(Record(id="req_1", started=123.0, key_id=row.key_id))
     wait_until(lambda: store.find_key(row.key_id).last_used == 123.0)
     store.close()

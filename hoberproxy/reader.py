@@ -1,13 +1,12 @@
-"""The TOML file as frozen values, with every problem named by its dotted path.
+"""Parse a config's TOML into settings; name every problem by its dotted path.
 
-Environment and files are handed in, so nothing here touches the machine; the caller opens the
-config file and resolves relative paths. Secrets come by reference and are never in a message: what
-a user may have pasted into the wrong place (a URL, a header, a variable's name) is not quoted.
+Callers pass the environment and a reader of files, so this module touches nothing of the machine.
+Secrets come by reference and are never in a message: what a user may have pasted into the wrong
+place (a URL, a header, a variable's name) is not quoted.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping
@@ -20,19 +19,30 @@ from .catalog import (
     DEFAULT_CREATED,
     NO_ABILITIES,
     NO_ADAPTATION,
+    Endpoint,
+    Model,
+    Prices,
+    Provider,
+    TimeLimits,
+)
+from .presets import PRESETS, Preset, first_set, preset_key, preset_url
+from .settings import (
+    Address,
+    Config,
+    KeySettings,
+    LogSettings,
+    RecordSettings,
+    RoutingSettings,
+    ServerSettings,
+)
+from .tables import Table, nearest, plain_number, shown
+from .values import (
     NOT_FORWARDED,
     NOT_RETURNED,
     OWN_HEADERS,
-    Abilities,
-    Adaptation,
     BaseUrl,
     ConfigError,
-    Endpoint,
-    Model,
-    Provider,
-    Refusal,
-    TimeLimits,
-    bracketed,
+    InvalidValue,
     header_name_parser,
     parse_base_url,
     parse_header_value,
@@ -41,126 +51,17 @@ from .catalog import (
     parse_slug,
     upstream_model_parser,
 )
-from .example import EXAMPLE
-from .presets import PRESETS, Preset, first_set, preset_key, preset_url
-from .prices import Prices
-from .tables import Table, nearest, plain_number, shown
-
-__all__ = [
-    "EXAMPLE",
-    "Abilities",
-    "Adaptation",
-    "Address",
-    "Config",
-    "ConfigError",
-    "Endpoint",
-    "KeySettings",
-    "LogSettings",
-    "Model",
-    "Prices",
-    "Provider",
-    "RecordSettings",
-    "RoutingSettings",
-    "ServerSettings",
-    "TimeLimits",
-    "parse_config",
-]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen; port 0 lets the system choose."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{bracketed(self.host)}:{self.port}"
-
-    @property
-    def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # where another name leads is not known here
-            return self.host == "localhost"
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """The client's side. Times in seconds."""
-
-    listen: tuple[Address, ...] = (Address("127.0.0.1", 8080),)
-    metrics_listen: Address | None = Address("127.0.0.1", 9464)
-    admin_socket: str = ""  # a path; empty: beside the records file; "off"
-    max_body_bytes: int = 32 * 1024 * 1024  # a few images as data URLs; a body is held in memory
-    max_body_memory: int = 0  # of all bodies under way; 0: a quarter of the machine's memory
-    head_timeout: float = 10.0  # a head is a segment or two; a slower one holds a socket for fun
-    body_timeout: float = 60.0  # max_body_bytes at 4.5 Mbit/s
-    keepalive_timeout: float = 75.0  # over the 60 s of common balancers: they close first, safely
-    write_timeout: float = 300.0  # a client that reads nothing for so long is cut
-    drain_timeout: float = 600.0  # most answers end within; orchestrators often allow less
-    comment_after: float = 10.0  # well under the 60 s after which balancers cut; 0 is never
-    cors_origins: tuple[str, ...] = ()
-    max_streams: int = 10_000  # of all workers; two sockets each, and memory; 0 is no limit
-    max_connections_per_address: int = 0  # 0 is no limit
-    models_refresh: float = 600.0  # between looks at what providers behind wildcards have; 0: none
-    trusted_proxies: tuple[str, ...] = ()  # networks whose X-Forwarded-For is believed
-
-
-@dataclass(frozen=True, slots=True)
-class KeySettings:
-    required: bool = True
-    # Tokens held for an answer that neither its request nor its endpoint's max_output limits.
-    # Most servers stop at 4,096 to 16,384 where they are told nothing.
-    assumed_output: int = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class RecordSettings:
-    file: str = "hoberproxy.db"
-    keep_days: int = 0  # single records; 0: for good. Sums of days stay in any case
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingSettings:
-    """How long one request is tried, over all its endpoints and models."""
-
-    # Real catalogs have two or three endpoints a model; more tries are a hunt that nobody awaits.
-    max_attempts: int = 6
-    # Seconds after which no further attempt is begun: SDKs give up after ten minutes by default.
-    attempts_timeout: float = 900.0
-
-
-@dataclass(frozen=True, slots=True)
-class LogSettings:
-    level: str = "info"
-    access: bool = True
-    format: str = "auto"  # human on a terminal, JSON elsewhere
-    sample: float = 1.0  # share of requests without a failure that get a line
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """The whole file. Each object of the program receives its own part, never all of it."""
-
-    server: ServerSettings
-    keys: KeySettings
-    records: RecordSettings
-    log: LogSettings
-    providers: Mapping[str, Provider]
-    models: tuple[Model, ...]
-    routing: RoutingSettings = RoutingSettings()
 
 
 def parse_config(
     text: str, *, environ: Mapping[str, str], read_file: Callable[[str], str]
 ) -> Config:
-    """The config that `text` (TOML) describes. Raises ConfigError with all problems at once.
+    """Parse `text` (TOML) as a config. Raises ConfigError with all problems at once.
 
-    `read_file` returns a file's text and raises OSError; it is called for key files and, to see
-    that they are readable, for certificate files.
+    `read_file` returns a file's text or raises OSError. It is called for key files, and for
+    certificate files to check that they are readable.
     """
     problems: list[str] = []
     root = Table(_load(text), "", problems)
@@ -175,22 +76,22 @@ def _load(text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text.removeprefix("\ufeff"), parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
-        # The parser's words hold a place and at most a character or a key, never a value.
+        # The message of tomllib holds a place and at most a character or a key, never a value.
         words = str(error)
         line = re.search(r"line [0-9]+", words)
         place = line[0] if line else f"line {len(text.splitlines())}"  # at its end
-        problem = Refusal("TOML", f"{words[:1].lower()}{words[1:]}", "mend the line")
+        problem = InvalidValue("TOML", f"{words[:1].lower()}{words[1:]}", "mend the line")
     except (ValueError, RecursionError):
-        place, problem = "file", Refusal("TOML", "an endless number or nesting", "shorten it")
+        place, problem = "file", InvalidValue("TOML", "an endless number or nesting", "shorten it")
     raise ConfigError([f"{place}: {problem}"])
 
 
-# What each part of the file holds
+# The sections of the file
 
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """The machine, as far as the config may ask it."""
+    """The environment and the files that a config may refer to."""
 
     environ: Mapping[str, str]
     read_file: Callable[[str], str]
@@ -215,15 +116,16 @@ def _read_config(root: Table, sources: _Sources) -> Config:
 
 def _read_server(table: Table) -> ServerSettings:
     default = ServerSettings()
+    _refuse_limit_per_address(table)
     listen = _read_listen(table, default.listen)
     metrics = table.parse("metrics_listen", default.metrics_listen, _parse_address_or_off)
     if metrics is not None and metrics.port and metrics in listen:
-        problem = Refusal("an address of its own", "one of server.listen", "change its port")
+        problem = InvalidValue("an address of its own", "one of server.listen", "change its port")
         table.note("metrics_listen", problem)
     max_body_bytes = table.integer("max_body_bytes", default.max_body_bytes, 1024, 2**30)
     max_body_memory = table.integer("max_body_memory", default.max_body_memory, 0, 2**50)
     if 0 < max_body_memory < max_body_bytes:
-        problem = Refusal(
+        problem = InvalidValue(
             f"at least server.max_body_bytes ({max_body_bytes})",
             str(max_body_memory),
             "raise it, or lower max_body_bytes",
@@ -243,12 +145,16 @@ def _read_server(table: Table) -> ServerSettings:
         comment_after=table.seconds("comment_after", default.comment_after, low="0"),
         cors_origins=table.strings("cors_origins", _parse_origin),
         max_streams=table.integer("max_streams", default.max_streams, 0, 10**7),
-        max_connections_per_address=table.integer(
-            "max_connections_per_address", default.max_connections_per_address, 0, 10**6
-        ),
         models_refresh=table.seconds("models_refresh", default.models_refresh, low="0"),
-        trusted_proxies=table.strings("trusted_proxies", _parse_network),
     )
+
+
+def _refuse_limit_per_address(table: Table) -> None:
+    for name in ("max_connections_per_address", "trusted_proxies"):
+        if name in table.values:
+            table.know(name)
+            advice = "set limit_conn in the front proxy; deploy/ has nginx and Caddy"
+            table.note(name, InvalidValue("a known setting", "a limit per address", advice))
 
 
 def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, ...]:
@@ -260,7 +166,9 @@ def _read_listen(table: Table, default: tuple[Address, ...]) -> tuple[Address, .
     addresses = table.strings("listen", _parse_address)
     table.require("listen", "at least one address", 'add "127.0.0.1:8080"')
     for address in {each for each in addresses if each.port and addresses.count(each) > 1}:
-        table.note("listen", Refusal("different addresses", f"{address} twice", "take one out"))
+        table.note(
+            "listen", InvalidValue("different addresses", f"{address} twice", "take one out")
+        )
     return addresses
 
 
@@ -271,7 +179,7 @@ def _read_keys(table: Table, server: ServerSettings) -> KeySettings:
     if public and not required:
         got = f"false while server.listen has {', '.join(public)}"
         advice = "require keys, or listen on 127.0.0.1 alone"
-        table.note("required", Refusal("true unless only this machine is served", got, advice))
+        table.note("required", InvalidValue("true unless only this machine is served", got, advice))
     return KeySettings(
         required,
         assumed_output=table.integer("assumed_output", default.assumed_output, 1, 2**31),
@@ -308,9 +216,9 @@ def _read_log(table: Table) -> LogSettings:
 def _read_providers(table: Table, sources: _Sources) -> dict[str, Provider]:
     providers = {}
     for name, below in table.each_table():
-        if not _PROVIDER_NAME.fullmatch(name):  # it is a header's value and a metric's label
+        if not _PROVIDER_NAME.fullmatch(name):  # a header's value and a metric's label hold it
             expected = "a name of up to 64 letters, digits, dots, hyphens and underscores"
-            table.note(name, Refusal(expected, "another name", "rename it"))
+            table.note(name, InvalidValue(expected, "another name", "rename it"))
         providers[name] = _read_provider(name, below, sources)
     return providers
 
@@ -342,7 +250,7 @@ def _check_headers(table: Table, provider: Provider) -> None:
     own = {name.lower() for name, _ in provider.headers}
     for name in own.intersection(provider.forward_headers):
         got = f'"{name}" in headers too'
-        table.note("forward_headers", Refusal("other headers", got, "take one of the two out"))
+        table.note("forward_headers", InvalidValue("other headers", got, "take one of the two out"))
 
 
 # Stands in for a URL that could not be read, until all problems are raised.
@@ -364,11 +272,13 @@ def _read_key(table: Table, preset: Preset | None, sources: _Sources) -> str | N
     if "api_key" in table.values:
         table.know("api_key")
         advice = "use api_key_env or api_key_file"
-        table.note("api_key", Refusal("a reference to the key", "the key itself", advice))
+        table.note("api_key", InvalidValue("a reference to the key", "the key itself", advice))
     given = {"api_key", "api_key_env", "api_key_file"} & set(table.values)
     if {"api_key_env", "api_key_file"} <= given:
         got = "api_key_env and api_key_file"
-        table.note("api_key_env", Refusal("one place for the key", got, "take one of them out"))
+        table.note(
+            "api_key_env", InvalidValue("one place for the key", got, "take one of them out")
+        )
     from_variable = table.parse("api_key_env", None, _variable_reader(sources))
     from_file = table.parse("api_key_file", None, lambda path: parse_key(_text_of(path, sources)))
     if preset is not None and not given:
@@ -382,7 +292,7 @@ def _read_preset_key(table: Table, preset: Preset, sources: _Sources) -> str | N
     if not preset.is_local:
         names = " or ".join(preset.key_variables)
         got = "an environment without it"
-        table.note("preset", Refusal(f"{names} to be set", got, "set it, or name api_key_env"))
+        table.note("preset", InvalidValue(f"{names} to be set", got, "set it, or name api_key_env"))
     return None
 
 
@@ -392,7 +302,7 @@ def _from_environment(
     preset: Preset,
     sources: _Sources,
 ) -> T | None:
-    """What a preset's variable holds; its problems go under `preset`."""
+    """Return `read` of a preset's variable; note its problems under `preset`."""
     try:
         return read(preset, sources.environ)
     except ConfigError as error:
@@ -402,10 +312,10 @@ def _from_environment(
 
 def _variable_reader(sources: _Sources) -> Callable[[str], str]:
     def read(name: str) -> str:
-        # A key that was pasted here in place of a name is of mixed case: it is not shown.
-        shown = name if _VARIABLE.fullmatch(name) else "a variable (not shown: is it the key?)"
+        # A key that was pasted in place of the name has small letters: it is not quoted.
+        quoted = name if _VARIABLE.fullmatch(name) else "a variable (not quoted: is it the key?)"
         if not sources.environ.get(name, "").strip():
-            raise Refusal("the name of a variable that is set", f"{shown}, not set", "set it")
+            raise InvalidValue("the name of a variable that is set", f"{quoted}, not set", "set it")
         return parse_key(sources.environ[name])
 
     return read
@@ -418,13 +328,15 @@ def _text_of(path: str, sources: _Sources) -> str:
         reason = (error.strerror or type(error).__name__).lower()
     except ValueError:  # not UTF-8, or NUL in the name
         reason = "no text file"
-    raise Refusal("a readable file", reason, "mend the path or the file's permissions")
+    raise InvalidValue("a readable file", reason, "mend the path or the file's permissions")
 
 
 def _read_ca_file(table: Table, sources: _Sources) -> str | None:
     def parse(path: str) -> str:
         if "-----BEGIN CERTIFICATE-----" not in _text_of(path, sources):
-            raise Refusal("certificates in PEM form", "a file without one", "name another file")
+            raise InvalidValue(
+                "certificates in PEM form", "a file without one", "name another file"
+            )
         return path
 
     return table.parse("ca_file", None, parse)
@@ -437,11 +349,13 @@ def _read_headers(table: Table) -> tuple[tuple[str, str], ...]:
         value = table.parse(name, "", parse_header_value)
         try:
             lower = check(name)
-        except Refusal as refusal:
-            table.note(name, refusal)
+        except InvalidValue as error:
+            table.note(name, error)
             continue
         if lower in seen:
-            table.note(name, Refusal("each header once", "one in two spellings", "take one out"))
+            table.note(
+                name, InvalidValue("each header once", "one in two spellings", "take one out")
+            )
         seen.add(lower)
         headers.append((name, value))
     return tuple(headers)
@@ -465,7 +379,7 @@ def _read_models(root: Table, providers: Mapping[str, Provider]) -> tuple[Model,
         place = first.setdefault(model.slug, table.path)
         if model.slug and place != table.path:
             got = f'"{model.slug}" again, as in {place}'
-            table.note("slug", Refusal("a slug once", got, "merge their endpoints"))
+            table.note("slug", InvalidValue("a slug once", got, "merge their endpoints"))
     return tuple(models)
 
 
@@ -493,7 +407,7 @@ def _read_endpoints(
         same = first.setdefault(endpoint.key, table.path)
         if endpoint.provider and same != table.path:
             got = f"the provider and model of {same}"
-            table.note("provider", Refusal("another endpoint", got, "take one of them out"))
+            table.note("provider", InvalidValue("another endpoint", got, "take one of them out"))
     return tuple(endpoints)
 
 
@@ -540,14 +454,14 @@ def _read_price(table: Table, name: str, unit: str = "USD per million tokens") -
         return Decimal(text)
     expected = f"{unit}, 0 to 9999999, at most 12 decimals"
     got = "another string" if isinstance(value, str) else shown(value)
-    table.note(name, Refusal(expected, got, 'write it like "0.14"'))
+    table.note(name, InvalidValue(expected, got, 'write it like "0.14"'))
     return Decimal(0)
 
 
-# Texts to values; the rules of providers and models are in catalog.py
+# Parsers of texts; those that presets share are in values.py
 
 _PROVIDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Of web pages, and of desktop apps and extensions, whose schemes are their own.
+# Of web pages, and of desktop apps and extensions, which have schemes of their own.
 _ORIGIN = re.compile(r"\*|[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._\[\]:-]+")
 # Bounded on both sides: a price of 1e-999999 would be a megabyte in GET /v1/models.
 _PRICE = re.compile(r"[0-9]{1,7}(?:\.[0-9]{1,12})?")
@@ -564,40 +478,36 @@ def _parse_address_or_off(text: str) -> Address | None:
 
 def _parse_path(text: str) -> str:
     if not text.strip():
-        raise Refusal("a path", "an empty string", "name a file")
+        raise InvalidValue("a path", "an empty string", "name a file")
     return text
 
 
 def _parse_origin(text: str) -> str:
     if not _ORIGIN.fullmatch(text):
-        raise Refusal("an origin", "something else", 'write it like "https://host", without path')
+        raise InvalidValue(
+            "an origin", "something else", 'write it like "https://host", without path'
+        )
     return text.lower()  # as browsers send it
-
-
-def _parse_network(text: str) -> str:
-    try:
-        return str(ipaddress.ip_network(text))
-    except ValueError:
-        advice = 'write it like "10.0.0.0/8" or "127.0.0.1"'
-        raise Refusal("an address or network", "something else", advice) from None
 
 
 def _parse_owner(text: str) -> str:
     if not text or not text.isprintable():
-        raise Refusal("printable characters", "none or others", "name who makes the model")
+        raise InvalidValue("printable characters", "none or others", "name who makes the model")
     return text
 
 
 def _parse_preset(name: str) -> Preset:
     if name not in PRESETS:
-        raise Refusal("a known preset", "an unknown name", nearest(name, PRESETS))
+        raise InvalidValue("a known preset", "an unknown name", nearest(name, PRESETS))
     return PRESETS[name]
 
 
 def _provider_parser(providers: Mapping[str, Provider]) -> Callable[[str], str]:
     def parse(name: str) -> str:
         if name not in providers:
-            raise Refusal("a name from [providers]", "an unknown name", nearest(name, providers))
+            raise InvalidValue(
+                "a name from [providers]", "an unknown name", nearest(name, providers)
+            )
         return name
 
     return parse

@@ -1,0 +1,117 @@
+"""What the requests of one process share, made once from the config.
+
+Holds objects and decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections.abc import Callable
+from typing import Final
+
+from .access import Caller, Keyring
+from .accesslog import AccessLog
+from .accounting import Accounts
+from .admission import Admission, BodyMemory, ConnectionRoom
+from .catalog import Catalog
+from .deadlines import Wheel
+from .frames import Frames
+from .health import Health, Key
+from .limits import Lease
+from .metrics import Metrics
+from .model_lists import ModelLists
+from .provider import Upstream
+from .record import Record
+from .request_handler import UNBOUNDED, ConnectionContext, RequestHandler
+from .settings import Config
+
+MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
+
+
+class ServerContext(ConnectionContext):
+    """One per process; every exchange has it."""
+
+    is_stopping = False  # no other process takes over: further requests are refused
+
+    def __init__(
+        self,
+        config: Config,
+        loop: asyncio.AbstractEventLoop,
+        wheel: Wheel,
+        catalog: Catalog,
+        keyring: Keyring,
+        accounts: Accounts,
+        access_log: AccessLog | None,
+        metrics: Metrics,
+        upstreams: dict[str, Upstream],
+        admission: Admission,
+        bodies: BodyMemory | None = None,
+        room: ConnectionRoom | None = None,
+    ) -> None:
+        super().__init__(config.server, loop, wheel, admission, room)
+        self.catalog = catalog
+        self.keyring = keyring
+        self.accounts = accounts
+        self.access_log = access_log
+        self.metrics = metrics
+        self.bodies = bodies or BodyMemory(UNBOUNDED)
+        self.health = Health()
+        self.frames = Frames()
+        self.draw: Callable[[], float] = random.random  # for weights and jitter
+        self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
+        self.model_lists = ModelLists()
+        self.exchanges: set[RequestHandler] = set()
+        self.refused_options: dict[Key, frozenset[str]] = {}
+        self.configure(config, upstreams)
+
+    def configure(self, config: Config, upstreams: dict[str, Upstream]) -> None:
+        """Serve by `config` from now on, with these `upstreams` made of it."""
+        self.config = config
+        self.settings = config.server
+        self.upstreams = upstreams
+        self.shortest_wait = shortest_wait_of(config)
+        self.model_lists.configure(
+            _behind_wildcards(config, upstreams), self.settings.models_refresh
+        )
+
+    def learn_refused(self, endpoint: Key, options: frozenset[str]) -> None:
+        """An endpoint answers without these members that we would put in: leave them out too."""
+        known = self.refused_options.pop(endpoint, frozenset())
+        if len(self.refused_options) >= MAX_LEARNT:
+            del self.refused_options[next(iter(self.refused_options))]
+        self.refused_options[endpoint] = known | options
+
+    def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
+        """Account for a request that has ended; nothing may change its record after this."""
+        self.metrics.observe(record)
+        self.accounts.close(record, caller, lease)
+        if self.access_log is not None:
+            self.access_log.write(record)
+        if self.on_closed is not None:
+            self.on_closed(record)
+
+
+def shortest_wait_of(config: Config) -> float:
+    """Return the seconds in which no time limit of any request can pass."""
+    settings = config.server
+    waits = [settings.write_timeout, settings.comment_after or math.inf]
+    waits += [provider.limits.shortest for provider in config.providers.values()]
+    waits += [
+        endpoint.limits.shortest
+        for model in config.models
+        for endpoint in model.endpoints
+        if endpoint.limits is not None
+    ]
+    return min(waits)
+
+
+def _behind_wildcards(config: Config, upstreams: dict[str, Upstream]) -> dict[str, Upstream]:
+    """Return the upstreams that a wildcard names; none if their models are not to be listed."""
+    if not config.server.models_refresh:
+        return {}
+    wild = [
+        endpoint for model in config.models if model.is_wildcard for endpoint in model.endpoints
+    ]
+    return {endpoint.provider: upstreams[endpoint.provider] for endpoint in wild}

@@ -1,0 +1,78 @@
+"""What one process of the proxy has of the account: a journal, the loader of keys, and a writer."""
+
+from __future__ import annotations
+
+import os
+
+from hoberproxy.access import Keyring
+from hoberproxy.folder import journal_directory
+from hoberproxy.journal import Journal
+from hoberproxy.key_loader import KeyLoader
+from hoberproxy.record import Record
+from hoberproxy.server import WriterThread
+from hoberproxy.writer import FINISH_LIMIT, TICK, Writer
+
+
+class Process:
+    """Starts and ends these three in the order of server.py.
+
+    `has_writer`: on a thread; otherwise there has to be another for the records to be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        keyring: Keyring | None = None,
+        *,
+        has_writer: bool = True,
+        tick: float = TICK,
+        reload_interval: float = 0.5,
+        **options: int,
+    ) -> None:
+        self.journal = Journal(journal_directory(path))
+        self.loader = KeyLoader(
+            path, keyring or Keyring(), self.journal, tick=tick, reload_interval=reload_interval
+        )
+        self.thread = WriterThread(Writer(path, tick=tick, **options)) if has_writer else None
+        self._is_closed = False
+
+    @property
+    def written(self) -> int:
+        """Its records that are in the store."""
+        return self.journal.stored
+
+    @property
+    def depth(self) -> int:
+        """Its records that are not yet in the store."""
+        return self.journal.depth
+
+    @property
+    def writer(self) -> Writer:
+        assert self.thread is not None, "made with one"
+        return self.thread.writer
+
+    @property
+    def lost(self) -> int:
+        """Records given up by its journal or its writer."""
+        return self.journal.records_lost + self.writer.lost
+
+    def start(self) -> None:
+        if self.thread is not None:
+            self.thread.start()
+        self.loader.start()
+
+    def put(self, record: Record) -> None:
+        if not record.is_sealed:
+            self.journal.seal(record)
+
+    def close(self, timeout: float = FINISH_LIMIT) -> int:
+        """End all three; the number of records not written."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.journal.flush()
+            self.loader.close(timeout)
+            self.journal.end()
+            if self.thread is not None:
+                self.thread.close(timeout)
+            self.journal.close()
+        return self.depth
