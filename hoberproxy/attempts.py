@@ -13,6 +13,7 @@ from typing import Final
 from .catalog import TimeLimits
 from .credentials import secrets_of
 from .downstream import ResponseBody
+from .edge_templates import EdgeTemplates
 from .errors import Phase, UpstreamError
 from .http11_body import Parts
 from .http11_head import ResponseHead
@@ -119,6 +120,7 @@ class Attempt(Reporter):
         answer: ResponseBody,
         request: Parts,
         injected: frozenset[str] = frozenset(),
+        edges: EdgeTemplates | None = None,
     ) -> None:
         self.phase = _CONNECT
         self._owner = owner
@@ -129,6 +131,7 @@ class Attempt(Reporter):
         self._answer = answer
         self._request = request
         self._injected = injected  # members of the body that are ours, not the client's
+        self._edges = edges  # how such streams begin and end
         self.limits: TimeLimits = step.endpoint.limits or pool.provider.limits
         self.started = self._last_activity = owner.now
 
@@ -247,7 +250,9 @@ class Attempt(Reporter):
             return self._body_relay()
         if self._is_stream:
             if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
-                scanner = StreamScanner(self.step.slug, wants_usage=self._wants_usage)
+                scanner = StreamScanner(
+                    self.step.slug, wants_usage=self._wants_usage, edges=self._edges
+                )
                 return StreamRelay(self, self._answer, scanner)
             if content_type == _JSON_TYPE:
                 return self._body_relay()

@@ -19,6 +19,7 @@ COUNT: Final = 2  # a whole number of JSON without a sign, in at most 15 digits
 NUMBERS: Final = 3  # the inside of a JSON array of numbers
 FIELD: Final = 4  # the value of a header, printable ASCII
 STRING: Final = 5  # as TEXT, but for what is nobody's text
+OBJECT: Final = 6  # a JSON object on one line; whether it is one, its reader finds out
 
 Value = tuple[int, int, int, bool]
 """Where a value begins and ends in a specimen, its kind, and whether it is a hole already."""
@@ -30,12 +31,16 @@ MAX_DIGITS: Final = 15
 _BY_HAND: Final = 64  # bytes of a text; a longer one is left to an expression's engine
 _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
+_OPENING: Final = 0x7B
+_CLOSING: Final = 0x7D
 _SPACE: Final = 0x20
 _TILDE: Final = 0x7E
 _ZERO: Final = 0x30
 _NINE: Final = 0x39
 _BEHIND_NUMBER: Final = frozenset(b",]} ")
-_text: Final = re.compile(rb'[^"\\\r\n]*+(?>(?:\\[^\r\n][^"\\\r\n]*+)*)')
+_PLAIN: Final = rb'[^"\\\x00-\x1f]*+'
+_ESCAPE: Final = rb'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+_text: Final = re.compile(rb"%b(?>(?:%b%b)*)" % (_PLAIN, _ESCAPE, _PLAIN))
 _NUMBER: Final = rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
 _number: Final = re.compile(_NUMBER)
 _numbers: Final = re.compile(rb" *+(?:%b(?>(?: *+, *+%b)*) *+)?" % (_NUMBER, _NUMBER))
@@ -73,7 +78,7 @@ class ByteTemplate:
         self._new_literals: list[bytes] = []
         self._kinds = bytes([kind for _, _, kind, _ in values])
         self._known = [specimen[start:end] for start, end, _, _ in values]  # that came last
-        self._are_holes = bytes([is_hole for _, _, _, is_hole in values])
+        self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
         at = 0
         for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
             literal = specimen[at:start]
@@ -81,6 +86,8 @@ class ByteTemplate:
             self._new_literals.append(_edited(literal, at, edits))
             at = end
         self.values: list[bytes] = []
+        self.literals: list[bytes] = []
+        self.new_literals: list[bytes] = []
         self._join()
 
     def match(self, data: bytes, at: int) -> int:
@@ -95,16 +102,36 @@ class ByteTemplate:
         self.values = [b""] * len(self._kinds)
         is_like = self._walk(data, at, self._literals, self._kinds) > 0
         if is_like:
-            are_holes = list(self._are_holes)
             for slot, value in enumerate(self.values):
-                if value != self._known[slot]:
-                    self._known[slot] = value
-                    if widen or self._kinds[slot] in _ALWAYS:
-                        are_holes[slot] = 1
-            self._are_holes = bytes(are_holes)
+                if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
+                    self._are_holes[slot] = True
+            self._known = self.values
             self._join()
         self.values = [b""] * len(self.kinds)
         return self.match(data, at) if is_like else 0
+
+    def copy_for(self, data: bytes) -> ByteTemplate | None:
+        """Return a template with the values of `data`, which it has to match as a whole.
+
+        What is a hole of one is a hole of the other, as soon as it learns again.
+        """
+        copy = ByteTemplate(b"", ())
+        copy._literals, copy._new_literals = self._literals, self._new_literals
+        copy._kinds, copy._are_holes = self._kinds, self._are_holes
+        copy.values = [b""] * len(self._kinds)
+        if copy._walk(data, 0, copy._literals, copy._kinds) != len(data):
+            return None
+        copy._known = copy.values
+        copy._join()
+        return copy
+
+    def forget_values(self) -> None:
+        """Let go of the values of specimens. Unless all are holes, only copies are of use then."""
+        self._known = [b""] * len(self._kinds)
+        if len(self.kinds) < len(self._kinds):
+            self.literals = []
+            self.new_literals = []
+        self.values = [b""] * len(self.kinds)
 
     def put_together(self, out: list[bytes]) -> None:
         """Append to `out` what was matched last, edited."""
@@ -134,8 +161,8 @@ class ByteTemplate:
 
     def _join(self) -> None:
         """Make a part of the literals what is no hole."""
-        self.literals: list[bytes] = []
-        self.new_literals: list[bytes] = []
+        self.literals = []
+        self.new_literals = []
         old, new = [self._literals[0]], [self._new_literals[0]]
         for slot, is_hole in enumerate(self._are_holes):
             if is_hole:
@@ -164,6 +191,8 @@ def value_end(data: bytes, start: int, kind: int) -> int:
         return _text_end(data, start)
     if kind == FIELD:
         return _field_end(data, start)
+    if kind == OBJECT:
+        return _object_end(data, start)
     if kind == NUMBERS:
         found = _numbers.match(data, start)
         return -1 if found is None else found.end()
@@ -191,6 +220,21 @@ def _text_end(data: bytes, start: int) -> int:
         at += 1
     found = _text.match(data, at)
     return -1 if found is None else found.end()
+
+
+def _object_end(data: bytes, start: int) -> int:
+    at, size, depth = start, len(data), 0
+    while at < size and (byte := data[at]) >= _SPACE:
+        at += 1
+        if byte == _OPENING:
+            depth += 1
+        elif byte == _QUOTE:
+            at = _text_end(data, at) + 1
+        elif byte == _CLOSING:
+            depth -= 1
+        if not depth:
+            return at if byte == _CLOSING else -1
+    return -1
 
 
 def _field_end(data: bytes, start: int) -> int:

@@ -17,10 +17,10 @@ from .byte_template import (
     COUNT,
     NUMBER,
     NUMBERS,
+    OBJECT,
     STRING,
     TEXT,
     ByteTemplate,
-    Value,
     is_text,
     value_end,
 )
@@ -64,13 +64,16 @@ class ContentTemplate(ChunkTaker):
     """
 
     __slots__ = (
+        "_bare_tail",
         "_between",
         "_body",
         "_counts",
         "_events_before",
         "_events_when_new",
         "_growth",
+        "_has_counts",
         "_lessons",
+        "_new_bare_tail",
         "_new_between",
         "_new_prefix",
         "_new_tail",
@@ -104,6 +107,8 @@ class ContentTemplate(ChunkTaker):
         self._prefix_size = _NEVER
         self._tail = self._new_tail = b""  # behind it, with the CR LF behind the chunk
         self._tail_size = 0
+        self._bare_tail = self._new_bare_tail = b""
+        self._has_counts = False
         self._between = self._new_between = b""  # two texts
         self._growth = 0
         self.events = 0
@@ -127,8 +132,10 @@ class ContentTemplate(ChunkTaker):
 
     def learn_from(
         self, event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
-    ) -> None:
+    ) -> bool:
         """Pass events like this one from now on, of which the client gets what `edits` make of it.
+
+        False if that can't be, as there is no text in it, or more is said.
 
         Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
         empty one; and `document`, which that says, has been learnt from.
@@ -140,10 +147,12 @@ class ContentTemplate(ChunkTaker):
             self._template, self.is_learnt = template, True
             self._events_when_new = self.events
             self._take_shape(template)
+        return template is not None
 
     def _take_shape(self, template: ByteTemplate) -> None:
         """Have events with one or two texts, and nothing else that differs, compared at once."""
         self._prefix_size = _NEVER
+        self._has_counts = COUNT in template.kinds
         holes, literals, news = len(template.kinds), template.literals, template.new_literals
         if template.kinds not in _SHAPES:
             return
@@ -153,9 +162,27 @@ class ContentTemplate(ChunkTaker):
         self._growth = growth
         self._prefix, self._new_prefix = literals[0], news[0]
         self._prefix_size, self._tail_size = len(literals[0]), len(literals[-1])
+        self._bare_tail, self._new_bare_tail = literals[-1], news[-1]
         self._tail, self._new_tail = literals[-1] + b"\r\n", news[-1] + b"\r\n"
         is_pair = holes == 2
         self._between, self._new_between = (literals[1], news[1]) if is_pair else (b"", b"")
+
+    def adopt(self, shared: ByteTemplate, event: bytes) -> None:
+        """Pass events like this one, from which `shared` was copied in another stream."""
+        template = shared.copy_for(event)
+        if template is not None:
+            self._template, self.is_learnt = template, True
+            self._take_shape(template)
+
+    def share(self, event: bytes) -> ByteTemplate | None:
+        """Return what `adopt` takes, without any value of this stream; None if nothing is learnt.
+
+        `event` is that which was learnt from last.
+        """
+        template = self._template.copy_for(event) if self._template is not None else None
+        if template is not None:
+            template.forget_values()
+        return template
 
     # Passing on
 
@@ -247,6 +274,10 @@ class ContentTemplate(ChunkTaker):
 
         It has to end at `end`, unless that is 0.
         """
+        if self._prefix_size < _NEVER:
+            stop = end or data.find(b"\n\n", start + self._prefix_size) + 2
+            if self._pass_shaped(data, start, stop, parts):
+                return True
         template = self._template
         if template is None:
             return False
@@ -261,13 +292,36 @@ class ContentTemplate(ChunkTaker):
             self._take_shape(template)
         if end and matched != end:
             return False
-        if not _has_text(template):  # some may count as content, others not
+        if not has_text(template):  # some may count as content, others not
             return False
-        if COUNT in template.kinds and not self._keep_usage(data[start:matched], template):
+        if self._has_counts and not self._keep_usage(data[start:matched], template):
             return False
         template.put_together(parts)
         self.events += 1
         self.end = matched
+        return True
+
+    def _pass_shaped(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+        """Do as `_pass` for an event with one or two texts, as `take` does for a single one."""
+        at, stop = start + self._prefix_size, end - self._tail_size
+        if at >= stop or data[start:at] != self._prefix or data[stop:end] != self._bare_tail:
+            return False
+        text, other, between = data[at:stop], b"", self._between
+        if between:
+            text, found, other = text.partition(between)
+            if not found or not (other.isalnum() or is_text(other)):
+                return False
+        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+            if not text or not is_text(text):
+                return False
+        parts.append(self._new_prefix)
+        parts.append(text)
+        if between:
+            parts.append(self._new_between)
+            parts.append(other)
+        parts.append(self._new_bare_tail)
+        self.events += 1
+        self.end = end
         return True
 
     # Usage
@@ -307,7 +361,7 @@ def _are_less(counts: list[bytes], known: list[bytes]) -> bool:
     return False
 
 
-def _has_text(template: ByteTemplate) -> bool:
+def has_text(template: ByteTemplate) -> bool:
     """Whether any text is not empty in what was matched last."""
     for slot, kind in enumerate(template.kinds):
         if kind == TEXT and template.values[slot]:
@@ -321,9 +375,15 @@ def _make_template(
     """Return what others like an event have in common; None if it says more than its text."""
     if len(event) > MAX_SPECIMEN_BYTES or not _is_content(document):
         return None
-    values = _find_values(event, payload_at, has_counts=_has_counts(document))
-    if values is None or len(values) > MAX_VALUES:
+    found = find_values(event, payload_at)
+    if found is None or len(found) > MAX_VALUES:
         return None
+    has_counts = _has_counts(document)
+    values = [
+        (start, end, kind, kind == TEXT and end > start)
+        for start, end, kind, where, _ in found
+        if has_counts or (where != USAGE and where != TIMINGS)
+    ]
     template = ByteTemplate(event, values, edits)
     passed: list[bytes] = []
     # Nothing is taken for granted.
@@ -359,18 +419,18 @@ def _has_counts(document: dict[str, Any]) -> bool:
 
 # Where in an event a value stands. Of what is in OTHER none may differ.
 _OUTSIDE: Final = 0
-_TOP: Final = 1
+TOP: Final = 1
 _CHOICES: Final = 2
 _CHOICE: Final = 3
 _DELTA: Final = 4
 _LOGPROBS: Final = 5
-_USAGE: Final = 6
-_TIMINGS: Final = 7  # llama.cpp's, in place of a usage
+USAGE: Final = 6
+TIMINGS: Final = 7  # llama.cpp's, in place of a usage
 _OTHER: Final = 8
 _INSIDE: Final = {
-    (_TOP, b"choices"): _CHOICES,
-    (_TOP, b"usage"): _USAGE,
-    (_TOP, b"timings"): _TIMINGS,
+    (TOP, b"choices"): _CHOICES,
+    (TOP, b"usage"): USAGE,
+    (TOP, b"timings"): TIMINGS,
     (_CHOICE, b"delta"): _DELTA,
     (_CHOICE, b"logprobs"): _LOGPROBS,
 }
@@ -381,12 +441,16 @@ _READ: Final = frozenset(
 _NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
 
 
-def _find_values(event: bytes, at: int, *, has_counts: bool) -> list[Value] | None:
+Found = tuple[int, int, int, int, bytes]
+"""Where a value begins and ends, its kind, in what it stands, and under which name."""
+
+
+def find_values(event: bytes, at: int, *, usages: tuple[bytes, ...] = ()) -> list[Found] | None:
     """Where in an event values stand that may differ; None if its names may be others than seem.
 
-    The event has been parsed, from `at` on.
+    The event has been parsed, from `at` on. Of its members those in `usages` are one value each.
     """
-    values: list[Value] = []
+    found: list[Found] = []
     outer: list[int] = []
     where, name, size = _OUTSIDE, b"", len(event)
     # By hand: it is compiled, and a stream's first events have to be cheap, too.
@@ -401,14 +465,17 @@ def _find_values(event: bytes, at: int, *, has_counts: bool) -> list[Value] | No
                 if _BACKSLASH in name:
                     return None
             elif (kind := _string_kind(where, name)) >= 0:
-                values.append((start, at - 1, kind, kind == TEXT and at - 1 > start))
+                found.append((start, at - 1, kind, where, name))
+        elif byte == _OPENING_BRACE and where == TOP and name in usages:
+            at = value_end(event, start, OBJECT)
+            found.append((start, at, OBJECT, where, name))
         elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
             outer.append(where)
             where = _inside(where, name, byte)
             if byte == _OPENING_BRACKET and where == _LOGPROBS:
                 end = value_end(event, at, NUMBERS)
                 if at < end and event[end] == _CLOSING_BRACKET:
-                    values.append((at, end, NUMBERS, False))
+                    found.append((at, end, NUMBERS, where, name))
                     at = end
         elif byte == _CLOSING_BRACE or byte == _CLOSING_BRACKET:
             where = outer.pop()
@@ -417,12 +484,9 @@ def _find_values(event: bytes, at: int, *, has_counts: bool) -> list[Value] | No
             if at < 0:
                 return None
             kind = _number_kind(where, name)
-            is_count = where == _USAGE or where == _TIMINGS
-            if kind == COUNT and value_end(event, start, COUNT) != at:
-                continue
-            if kind >= 0 and (has_counts or not is_count):
-                values.append((start, at, kind, False))
-    return values
+            if kind >= 0 and (kind == NUMBER or value_end(event, start, COUNT) == at):
+                found.append((start, at, kind, where, name))
+    return found
 
 
 def _is_colon_next(event: bytes, at: int) -> bool:
@@ -434,7 +498,7 @@ def _is_colon_next(event: bytes, at: int) -> bool:
 def _inside(where: int, name: bytes, bracket: int) -> int:
     """Where the values stand that are within an object or array of this name."""
     if where == _OUTSIDE:
-        return _TOP
+        return TOP
     if where == _CHOICES:
         return _CHOICE if bracket == _OPENING_BRACE else _OTHER
     return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
@@ -446,16 +510,16 @@ def _string_kind(where: int, name: bytes) -> int:
         return -1 if name in _NO_CONTENT else TEXT
     if where == _CHOICE and name == b"text":
         return TEXT
-    return STRING if where == _LOGPROBS or (where == _TOP and name not in _READ) else -1
+    return STRING if where == _LOGPROBS or (where == TOP and name not in _READ) else -1
 
 
 def _number_kind(where: int, name: bytes) -> int:
     """The kind of a number that may differ; -1 if it may not."""
-    if where == _USAGE:
+    if where == USAGE:
         return NUMBER if b"cost" in name else COUNT
-    if where == _TIMINGS:
+    if where == TIMINGS:
         return COUNT if name[-2:] == b"_n" else NUMBER
-    if where == _TOP:
+    if where == TOP:
         return -1 if name in _READ else NUMBER
     if where == _DELTA:
         return -1 if name == b"error" else NUMBER

@@ -17,6 +17,7 @@ from .accounting import Accounts
 from .admission import Admission, BodyMemory, ConnectionRoom
 from .catalog import Catalog
 from .deadlines import Wheel
+from .edge_templates import MAX_SERVERS, EdgeTemplates
 from .frames import Frames
 from .health import Health, Key
 from .limits import Lease
@@ -63,6 +64,7 @@ class ServerContext(ConnectionContext):
         self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
         self.model_lists = ModelLists()
         self.exchanges: set[RequestHandler] = set()
+        self._edges: dict[tuple[str, str], EdgeTemplates] = {}  # by provider and slug
         self.refused_options: dict[Key, frozenset[str]] = {}
         self.configure(config, upstreams)
 
@@ -82,6 +84,15 @@ class ServerContext(ConnectionContext):
         if len(self.refused_options) >= MAX_LEARNT:
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options
+
+    def edges(self, provider: str, slug: str) -> EdgeTemplates:
+        """Return what is known of how this provider's streams under `slug` begin and end."""
+        edges = self._edges.get((provider, slug))
+        if edges is None:
+            if len(self._edges) >= MAX_SERVERS:
+                self._edges.clear()
+            edges = self._edges[provider, slug] = EdgeTemplates()
+        return edges
 
     def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Account for a request that has ended; nothing may change its record after this."""

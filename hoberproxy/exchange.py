@@ -286,7 +286,9 @@ class Exchange(Owner):
         if step.endpoint.usage == "count":
             answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
-        return Attempt(self, call, step, upstream.pool, answer, request, injected)
+        is_stream = call.terms.stream
+        edges = self._context.edges(upstream.provider.name, step.slug) if is_stream else None
+        return Attempt(self, call, step, upstream.pool, answer, request, injected, edges)
 
     # Relay: what the attempt reports of an answer that passes
 

@@ -6,13 +6,14 @@ catalog's slug, and what is there because we asked for usage, which a client tha
 not get: the usage event, and a `usage` of null on other ones.
 
 Theory of operation. Until the first content everything is held back, so that another endpoint can
-still be tried, and every event is parsed. After it bytes flow: events that differ from one before
-in their text and a few values pass by comparison (content_template.py, which has them even before
-framing is walked), other whole events in which nothing is unusual pass together (`_pass_whole`, a
-handful of C calls for however many), the rest one by one (`_pass_event`). Only an unfinished event
-is held, up to HOLD_LIMIT_BYTES; a longer one flows and is read on its way (longevent.py). Which way
-an event goes must not be seen in what passes: where the bytes are cut decides on the way alone, and
-what an event may be too long for is decided by its length.
+still be tried, and every event is parsed that is not as in earlier streams (edge_templates.py).
+After it bytes flow: events that differ from one before in their text and a few values pass by
+comparison (content_template.py, which has them even before framing is walked), the last ones if
+they are as in earlier streams, other whole events in which nothing is unusual pass together
+(`_pass_whole`, a handful of C calls for however many), the rest one by one (`_pass_event`). Only an
+unfinished event is held, up to HOLD_LIMIT_BYTES; a longer one flows and is read on its way
+(longevent.py). Which way an event goes must not be seen in what passes: where the bytes are cut
+decides on the way alone, and what an event may be too long for is decided by its length.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any, Final
 
 from .chunks import content_of, is_usage_event
 from .content_template import ContentTemplate
+from .edge_templates import EdgeTemplates, KnownEvent
 from .editor import Editor, parse_json
-from .edits import apply_edits, may_escape_names, place_edits
+from .edits import Edit, apply_edits, may_escape_names, place_edits
 from .events import DONE, Data, blank_line_end, parse_event
 from .failures import StreamFailure, error_event, error_field, find_broken_error, find_error
 from .longevent import LongEvent
@@ -32,19 +34,21 @@ HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES: Final = 64 * 1024
 _CR: Final = 0x0D
 _LF_LF: Final = b"\n\n"
+_DONE_EVENT: Final = b"data: [DONE]\n\n"
 
 
 class StreamScanner:
     """One response. Feed it pieces, send what it returns, read what it learnt.
 
-    `slug` is the name the client sees. Look at `failure` after each feed: once it is set, what that
-    feed returned is the last that came before the failure, and nothing more may be fed. What comes
-    behind [DONE] is dropped.
+    `slug` is the name the client sees, `edges` what is known of how such streams begin and end.
+    Look at `failure` after each feed: once it is set, what that feed returned is the last that came
+    before the failure, and nothing more may be fed. What comes behind [DONE] is dropped.
     """
 
-    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+    def __init__(self, slug: str, *, wants_usage: bool, edges: EdgeTemplates | None = None) -> None:
         self._editor = Editor(slug, wants_usage=wants_usage)
         self._wants_usage = wants_usage
+        self._edges = edges
         self._is_flowing = False  # there was content, and nothing but a tail is held
         self._tail = b""  # an event not yet finished
         self._held: list[bytes] = []  # whole events before the first content
@@ -133,8 +137,11 @@ class StreamScanner:
             self._tail = data
             return b""
         out = [passed] if passed is not None else []
-        self._flow(data, at, at, out, tried=at)
-        self._note_flow()
+        end = self._pass_known(data, at, out)
+        if end < len(data) or self.is_done:
+            if not self.is_done:
+                self._flow(data, end, end, out, tried=end)
+            self._note_flow()
         return out[0] if len(out) == 1 else b"".join(out)
 
     def feed_eof(self) -> bytes:
@@ -237,8 +244,9 @@ class StreamScanner:
             if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
                 self.has_content = True  # it can't be held: from here on it counts as content
                 return at
-            before = len(out)
-            self._take_event(data[at:end], out)
+            before, event = len(out), data[at:end]
+            if self._take_known(event, 0, out) != len(event):
+                self._take_event(event, out)
             self._held_bytes += sum(map(len, out[before:]))
             at = end
             if self.has_content or self.is_done or self.failure is not None:
@@ -247,7 +255,44 @@ class StreamScanner:
             self.has_content = True
         return at
 
+    def _take_known(self, data: bytes, at: int, out: list[bytes]) -> int:
+        """Take an event that is as in earlier streams, if one begins at `at`; return its end."""
+        if self._edges is None:
+            return at
+        known, end = self._edges.find(
+            data, at, wants_usage=self._wants_usage, is_opening=not self.has_content
+        )
+        if known is None:
+            return at
+        if not self._raw_id:
+            self._raw_id = known.raw_id
+        self._editor.model = self._editor.model or known.model
+        if known.usage_document:
+            self._usage = newest_usage(self.usage, known.usage_document)
+        self.finish_reason = known.finish_reason or self.finish_reason
+        self._content_events += known.has_content
+        if known.has_content or known.finish_reason:
+            self.has_content = True
+        if known.content is not None:
+            self.template.adopt(known.content, data[at:end])
+        self._was_dropped = known.is_usage and not self._wants_usage
+        if not self._was_dropped:
+            known.put_together(out)
+        return end
+
     # Behind it
+
+    def _pass_known(self, data: bytes, at: int, out: list[bytes]) -> int:
+        """Pass the last events of a stream as far as they are known; return where they end."""
+        while True:
+            if data[at : at + len(_DONE_EVENT)] == _DONE_EVENT:
+                self.is_done = True
+                out.append(_DONE_EVENT)
+                return at + len(_DONE_EVENT)
+            end = self._take_known(data, at, out)
+            if end == at:
+                return at
+            at = end
 
     def _flow(
         self, data: bytes, at: int, search_from: int, out: list[bytes], *, tried: int
@@ -266,7 +311,10 @@ class StreamScanner:
                 if passed is not None:
                     out.append(passed)
                     end = at = template.end
-                tried = at
+                at = self._pass_known(data, at, out)
+                if self._is_over():
+                    return
+                end = tried = at
                 if at == size:
                     break
             if may_pass_whole and not template.wants_lesson:
@@ -415,12 +463,32 @@ class StreamScanner:
         if edits:
             edits = place_edits(data, edits)
         passed = apply_edits(event, edits)
-        if self.has_content and isinstance(document, dict) and self.template.wants_lesson:
-            if _is_plain(event, data):
-                self.template.learn_from(event, data.starts[0], edits, document)
+        if isinstance(document, dict) and _is_plain(event, data):
+            self._have_learnt(event, data.starts[0], edits, document, is_opening=is_opening)
         if is_parsed and not self._wants_usage and is_usage_event(document):
             return None
         return passed
+
+    def _have_learnt(
+        self,
+        event: bytes,
+        payload_at: int,
+        edits: list[Edit],
+        document: dict[str, Any],
+        *,
+        is_opening: bool,
+    ) -> None:
+        """Have the templates learn from an event of one line."""
+        known: KnownEvent | None = None
+        if self._edges is not None and (is_opening or not content_of(document)[1]):
+            known = self._edges.learn_from(
+                event, payload_at, edits, document, wants_usage=self._wants_usage
+            )
+        if known is not None:
+            known.is_opening = not _says_more(event) and not known.has_content
+        if self.has_content and self.template.wants_lesson:
+            if self.template.learn_from(event, payload_at, edits, document) and known is not None:
+                known.content = self.template.share(event)
 
     def _learn(self, document: dict[str, Any]) -> None:
         failure = find_error(document)

@@ -15,11 +15,11 @@ PACKAGE = Path(hoberproxy.__file__).parent
 SHELL = frozenset(
     "__init__ __main__ accesslog account_pages accounting admin aiohttp_bridge app attempts"
     " channel child cli commands_keys commands_service commands_usage connector content_template"
-    " context counting database demo diagnosis downstream exchange exposition files folder"
-    " joining journal journals key_loader keytable listeners listing memory metrics model_lists"
-    " notify origin pool printing probe quickstart relay scrape server service sink source"
-    " sqlite_store provider request_handler stream succession supervisor tallies tls upstream"
-    " wire worker writer writer_process writers".split()
+    " context counting database demo diagnosis downstream edge_templates exchange exposition files"
+    " folder joining journal journals key_loader keytable listeners listing memory metrics"
+    " model_lists notify origin pool printing probe quickstart relay scrape server service sink"
+    " source sqlite_store provider request_handler stream succession supervisor tallies tls"
+    " upstream wire worker writer writer_process writers".split()
 )
 # Of the machine: a core module takes bytes, values and `now`.
 SHELL_LIBRARIES = frozenset(

@@ -7,10 +7,12 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from hoberproxy.edge_templates import EdgeTemplates
 from hoberproxy.http11_body import ChunkedBody
+from hoberproxy.stream import StreamScanner
 from hoberproxy.upstream import ChunkTaker
 
 from .cuts import cut_at
@@ -257,6 +259,7 @@ class Server(Maker):
         self.features = frozenset(some)
         self.total = self.random.choice([0, 0, 1, 90])
         self.created = 1_700_000_000
+        self.number = 0  # of the stream
         self.names = ["content"]
         if self.chance(0.3):
             self.names = [self.random.choice(["reasoning", "reasoning_content"]), "content"]
@@ -264,14 +267,15 @@ class Server(Maker):
             self.names.append("tool_calls")
 
     def stream(self) -> bytes:
-        events = [self.event(self.chunk({"role": "assistant", "content": ""}))]
+        self.number += 1
+        events = [self.event(self.chunk({"role": "assistant", "content": ""}) | self.values())]
         for name in self.names:
             for _ in range(self.random.randrange(1, 24)):
                 document = self.content(name)
                 if self.chance(0.04):
                     document = self.document(1)
                 events.append(self.event(document))
-        events.append(self.event(self.chunk({}, finish_reason="stop")))
+        events.append(self.event(self.chunk({}, finish_reason="stop") | self.values()))
         if self.chance(0.5):
             events.append(self.event(self.usage_event()))
         return b"".join([*events, self.dress(b"[DONE]", self.style)])
@@ -299,6 +303,8 @@ class Server(Maker):
     def values(self) -> dict[str, Any]:
         """Members that change from event to event, or at times."""
         values: dict[str, Any] = {}
+        if "stream" in self.features:
+            values["id"] = f"stream-{self.number}"
         if "obfuscation" in self.features:
             letters = self.random.choices("abcXYZ019", k=self.random.randrange(14))
             values["obfuscation"] = self.text() if self.chance(0.05) else "".join(letters)
@@ -332,7 +338,7 @@ class Server(Maker):
         return {"token": token, "logprob": number, "bytes": raw, "top_logprobs": best}
 
 
-_FEATURES = "role details logprobs choice obfuscation created id usage".split()
+_FEATURES = "role details logprobs choice stream obfuscation created id usage".split()
 
 
 def relay_chunks(pieces: list[bytes], *, wants_usage: bool) -> Relayed:
@@ -384,6 +390,28 @@ def test_a_stream_is_what_a_plain_reader_says(seed: int, wants_usage: bool) -> N
         seen = scan(maker.cuts(data), wants_usage=wants_usage)
         agree(seen, reading)
         assert without_output(seen) == without_output(whole)
+
+
+@many
+@given(seed=st.integers(0, 2**63), wants_usage=st.booleans(), asked_before=st.booleans())
+@example(seed=12579, wants_usage=False, asked_before=True)  # a name changed at the end
+def test_what_is_known_of_earlier_streams_changes_nothing(
+    seed: int, wants_usage: bool, asked_before: bool
+) -> None:
+    edges = EdgeTemplates()
+    maker = Server(seed) if seed % 2 else Maker(seed)
+    maker.like, maker.big = True, maker.big and maker.chance(0.2)
+    streams = [maker.stream() for _ in range(2)]
+    for number, data in enumerate([*streams, streams[0], streams[0], streams[1], *streams]):
+        wants = wants_usage if number > 3 else asked_before
+        reading = read_plainly(data, slug=SLUG, wants_usage=wants)
+        events = [each + b"\n\n" for each in data.split(b"\n\n") if each]
+        for pieces in ([data], maker.cuts(data), events if data.endswith(b"\n\n") else [data]):
+            known = StreamScanner(SLUG, wants_usage=wants, edges=edges)
+            seen = scan(pieces, scanner=known)
+            agree(seen, reading)
+            alone = scan(pieces, wants_usage=wants)
+            assert without_output(seen) == without_output(alone)
 
 
 @many
