@@ -100,15 +100,15 @@ class ByteTemplate:
         With `widen`, those that differ are holes from now on. A TEXT or COUNT is one in any case.
         """
         self.values = [b""] * len(self._kinds)
-        is_like = self._walk(data, at, self._literals, self._kinds) > 0
-        if is_like:
+        matches = self._walk(data, at, self._literals, self._kinds) > 0
+        if matches:
             for slot, value in enumerate(self.values):
                 if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
                     self._are_holes[slot] = True
             self._known = self.values
             self._join()
         self.values = [b""] * len(self.kinds)
-        return self.match(data, at) if is_like else 0
+        return self.match(data, at) if matches else 0
 
     def copy_for(self, data: bytes) -> ByteTemplate | None:
         """Return a template with the values of `data`, which it has to match as a whole.

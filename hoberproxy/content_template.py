@@ -47,14 +47,15 @@ _SPACE: Final = 0x20
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
 _NEVER: Final = 1 << 40  # bytes that no event has
-_SHAPES: Final = (bytes((TEXT,)), bytes((TEXT, TEXT)), bytes((TEXT, STRING)))
+_NOTHING: Final[list[bytes]] = []  # for all streams
+_USUAL: Final = (bytes((TEXT,)), bytes((TEXT, TEXT)), bytes((TEXT, STRING)))
 MAX_SPECIMEN_BYTES: Final = 8192
 MAX_VALUES: Final = 96  # of a specimen that may differ
 MAX_USAGES: Final = 4  # that wait to be taken
 
 # A server whose events change all the time is not learnt from again and again: it costs a parse.
-FIRST_LESSONS: Final = 2
-WORTH_A_LESSON: Final = 16  # events passed since the last one
+FIRST_SPECIMENS: Final = 4
+WORTH_A_SPECIMEN: Final = 16  # events passed since the last one
 
 
 class ContentTemplate(ChunkTaker):
@@ -72,7 +73,6 @@ class ContentTemplate(ChunkTaker):
         "_events_when_new",
         "_growth",
         "_has_counts",
-        "_lessons",
         "_new_bare_tail",
         "_new_between",
         "_new_prefix",
@@ -80,6 +80,7 @@ class ContentTemplate(ChunkTaker):
         "_prefix",
         "_prefix_size",
         "_sink",
+        "_specimens",
         "_tail",
         "_tail_size",
         "_template",
@@ -115,20 +116,20 @@ class ContentTemplate(ChunkTaker):
         self.end = 0
         self.is_learnt = False
         self._template: ByteTemplate | None = None
-        self._usages: list[bytes] = []  # events with a usage, the newest last
-        self._counts: list[bytes] = []  # of the newest
+        self._usages = _NOTHING  # events with a usage, the newest last
+        self._counts = _NOTHING  # of the newest
         self._events_when_new = 0  # passed when the template last changed
-        self._lessons = 0
-        self._events_before = 0  # passed before the last lesson
+        self._specimens = 0  # that were learnt from
+        self._events_before = 0  # passed before the last one
 
     # Learning
 
     @property
-    def wants_lesson(self) -> bool:
+    def wants_specimen(self) -> bool:
         """Another event may be learnt from: there were few so far, or the last one paid."""
-        if self._lessons < FIRST_LESSONS:
+        if self._specimens < FIRST_SPECIMENS:
             return True
-        return self.events - self._events_before >= WORTH_A_LESSON
+        return self.events - self._events_before >= WORTH_A_SPECIMEN
 
     def learn_from(
         self, event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
@@ -140,21 +141,21 @@ class ContentTemplate(ChunkTaker):
         Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
         empty one; and `document`, which that says, has been learnt from.
         """
-        self._lessons += 1
+        self._specimens += 1
         self._events_before = self.events
         template = _make_template(event, payload_at, edits, document)
         if template is not None:
             self._template, self.is_learnt = template, True
             self._events_when_new = self.events
-            self._take_shape(template)
+            self._note_usual(template)
         return template is not None
 
-    def _take_shape(self, template: ByteTemplate) -> None:
+    def _note_usual(self, template: ByteTemplate) -> None:
         """Have events with one or two texts, and nothing else that differs, compared at once."""
         self._prefix_size = _NEVER
         self._has_counts = COUNT in template.kinds
         holes, literals, news = len(template.kinds), template.literals, template.new_literals
-        if template.kinds not in _SHAPES:
+        if template.kinds not in _USUAL:
             return
         growth = sum(map(len, news)) - sum(map(len, literals))
         if growth >= _LARGEST:
@@ -172,7 +173,7 @@ class ContentTemplate(ChunkTaker):
         template = shared.copy_for(event)
         if template is not None:
             self._template, self.is_learnt = template, True
-            self._take_shape(template)
+            self._note_usual(template)
 
     def share(self, event: bytes) -> ByteTemplate | None:
         """Return what `adopt` takes, without any value of this stream; None if nothing is learnt.
@@ -276,7 +277,7 @@ class ContentTemplate(ChunkTaker):
         """
         if self._prefix_size < _NEVER:
             stop = end or data.find(b"\n\n", start + self._prefix_size) + 2
-            if self._pass_shaped(data, start, stop, parts):
+            if self._pass_usual(data, start, stop, parts):
                 return True
         template = self._template
         if template is None:
@@ -289,7 +290,7 @@ class ContentTemplate(ChunkTaker):
             if not matched:
                 return False
             self._events_when_new = self.events + 1
-            self._take_shape(template)
+            self._note_usual(template)
         if end and matched != end:
             return False
         if not has_text(template):  # some may count as content, others not
@@ -301,7 +302,7 @@ class ContentTemplate(ChunkTaker):
         self.end = matched
         return True
 
-    def _pass_shaped(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+    def _pass_usual(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
         """Do as `_pass` for an event with one or two texts, as `take` does for a single one."""
         at, stop = start + self._prefix_size, end - self._tail_size
         if at >= stop or data[start:at] != self._prefix or data[stop:end] != self._bare_tail:
@@ -335,7 +336,7 @@ class ContentTemplate(ChunkTaker):
         if self._usages and not _are_less(counts, self._counts):
             self._usages[-1] = event
         elif len(self._usages) < MAX_USAGES:
-            self._usages.append(event)
+            self._usages = [*self._usages, event]
         else:
             return False
         self._counts = counts
@@ -346,7 +347,7 @@ class ContentTemplate(ChunkTaker):
 
         Of events whose counts only grow that is the last one.
         """
-        usages, self._usages = self._usages, []
+        usages, self._usages = self._usages, _NOTHING
         return usages
 
 

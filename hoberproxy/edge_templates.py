@@ -20,8 +20,8 @@ MAX_EVENTS: Final = 8  # of a server's streams under one slug: for who asks for 
 MAX_SERVERS: Final = 256  # and slugs: models behind wildcards are named by clients
 MAX_EVENT_BYTES: Final = 4096
 MAX_VALUES: Final = 32
-_FIRST_LESSONS: Final = 8
-_WORTH_A_LESSON: Final = 64  # events that had to be parsed since the last one
+_FIRST_SPECIMENS: Final = 8
+_WORTH_A_SPECIMEN: Final = 64  # events that had to be parsed since the last one
 _BACKSLASH: Final = 0x5C
 _USAGES: Final = (b"usage", b"timings", b"x_groq")  # members in which one may be told
 
@@ -106,11 +106,11 @@ class KnownEvent:
 class EdgeTemplates:
     """The first and last events of one model server's streams under one slug."""
 
-    __slots__ = ("_events", "_unlike")
+    __slots__ = ("_events", "_unmatched")
 
     def __init__(self) -> None:
         self._events: list[KnownEvent] = []  # the oldest first
-        self._unlike = 0  # events in a row that had to be parsed
+        self._unmatched = 0  # events in a row that had to be parsed
 
     def find(
         self, data: bytes, at: int, *, wants_usage: bool, is_opening: bool
@@ -123,7 +123,7 @@ class EdgeTemplates:
             if known.wants_usage is wants_usage and (is_opening or not known.is_opening):
                 end = known.match(data, at)
                 if end:
-                    self._unlike = 0
+                    self._unmatched = 0
                     return known, end
         return None, 0
 
@@ -141,8 +141,8 @@ class EdgeTemplates:
         Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
         empty one; `document` is what that says, and `edits` is what the client sees otherwise.
         """
-        self._unlike += 1
-        if self._unlike > _FIRST_LESSONS and self._unlike % _WORTH_A_LESSON:
+        self._unmatched += 1
+        if self._unmatched > _FIRST_SPECIMENS and self._unmatched % _WORTH_A_SPECIMEN:
             return None
         known = _make_known(event, payload_at, edits, document, wants_usage=wants_usage)
         if known is not None:

@@ -317,7 +317,7 @@ class StreamScanner:
                 end = tried = at
                 if at == size:
                     break
-            if may_pass_whole and not template.wants_lesson:
+            if may_pass_whole and not template.wants_specimen:
                 may_pass_whole = False
                 end = self._pass_whole(data, at, out)
             if end == at:
@@ -457,7 +457,7 @@ class StreamScanner:
             self._learn(document)
         else:
             self._content_events += 1
-            if self.template.wants_lesson:
+            if self.template.wants_specimen:
                 document = parse_json(payload)
         edits = self._editor.find_edits(payload, document)
         if edits:
@@ -486,7 +486,7 @@ class StreamScanner:
             )
         if known is not None:
             known.is_opening = not _says_more(event) and not known.has_content
-        if self.has_content and self.template.wants_lesson:
+        if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)
 

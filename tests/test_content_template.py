@@ -9,7 +9,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hoberproxy.content_template import FIRST_LESSONS, WORTH_A_LESSON, ContentTemplate
+from hoberproxy.content_template import (
+    FIRST_SPECIMENS,
+    MAX_USAGES,
+    WORTH_A_SPECIMEN,
+    ContentTemplate,
+)
 from hoberproxy.http11_body import ChunkedBody
 from hoberproxy.stream import StreamScanner
 
@@ -37,7 +42,7 @@ def learn(template: ContentTemplate, specimen: bytes) -> None:
     template.learn_from(specimen, 6, edits, json.loads(payload))
 
 
-def taught(**options: Any) -> ContentTemplate:
+def having_learnt(**options: Any) -> ContentTemplate:
     template = ContentTemplate()
     learn(template, event("Hi", **options))
     assert template.is_learnt
@@ -82,7 +87,7 @@ TEXTS = ["a", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\\new
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "spaced"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> None:
-    template = taught(compact=compact)
+    template = having_learnt(compact=compact)
     passing = Passing(template)
     passed, rest = passing.take(chunk(event(text, compact=compact)))
     assert passed == chunk(event(text, model=SLUG, compact=compact))
@@ -91,7 +96,7 @@ def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> Non
 
 
 def test_several_chunks_pass_as_one() -> None:
-    template = taught()
+    template = having_learnt()
     passing = Passing(template)
     passed, rest = passing.take(b"".join(chunk(event(text)) for text in TEXTS))
     assert unframed(passed) == b"".join(event(text, model=SLUG) for text in TEXTS)
@@ -100,7 +105,7 @@ def test_several_chunks_pass_as_one() -> None:
 
 
 def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
-    passing = Passing(taught())
+    passing = Passing(having_learnt())
     assert passing.template.take(chunk(event("a")) + b"rest") == b"rest"
     passing.sent.answer.write(b"the rest")
     passing.template.flush()
@@ -122,7 +127,7 @@ def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
     ids=["usage", "done", "the last chunk", "cut", "a part", "no size"],
 )
 def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
-    template = taught()
+    template = having_learnt()
     assert take(template, other) == (b"", other)
     assert take(template, chunk(event("a")) + other) == (chunk(event("a", model=SLUG)), other)
 
@@ -142,18 +147,18 @@ def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
 )
 def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None:
     odd = event("@").replace(b"@", text)
-    assert take(taught(), chunk(odd)) == (b"", chunk(odd))
+    assert take(having_learnt(), chunk(odd)) == (b"", chunk(odd))
     passed = chunk(event("a", model=SLUG))
-    assert take(taught(), chunk(event("a")) + chunk(odd)) == (passed, chunk(odd))
-    assert taught().pass_events(odd, 0) is None
-    template = taught()
+    assert take(having_learnt(), chunk(event("a")) + chunk(odd)) == (passed, chunk(odd))
+    assert having_learnt().pass_events(odd, 0) is None
+    template = having_learnt()
     data = event("a") + odd + event("b")
     passed = template.pass_events(data, 0)
     assert passed is None or data[template.end :].startswith(odd)
 
 
 def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
-    template = taught()
+    template = having_learnt()
     last = event("x", usage={"prompt_tokens": 1})
     data = last + b"".join(map(event, TEXTS)) + last
     passed = template.pass_events(data, len(last))
@@ -162,7 +167,7 @@ def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
 
 
 def test_an_unfinished_event_is_left_over() -> None:
-    whole, template = event("a") + event("b"), taught()
+    whole, template = event("a") + event("b"), having_learnt()
     for cut in range(len(event("a")), len(whole)):
         assert template.pass_events(whole[:cut], 0) == event("a", model=SLUG)
         assert template.end == len(event("a"))
@@ -177,22 +182,159 @@ def test_nothing_is_learnt_from_an_event_without_a_text(delta: dict[str, object]
 
 def test_who_changes_all_the_time_is_asked_a_few_times_only() -> None:
     template = ContentTemplate()
-    for _ in range(FIRST_LESSONS):
-        assert template.wants_lesson
+    for _ in range(FIRST_SPECIMENS):
+        assert template.wants_specimen
         learn(template, b"data: {}\n\n")
-    assert not template.wants_lesson
+    assert not template.wants_specimen
 
 
-def test_after_many_passed_another_lesson_is_worth_it() -> None:
-    template = taught()
-    taught_again = taught()
-    for _ in range(FIRST_LESSONS):
+def test_after_many_passed_another_specimen_is_worth_it() -> None:
+    template = having_learnt()
+    another = having_learnt()
+    for _ in range(FIRST_SPECIMENS):
         learn(template, event("Hi"))
-    assert not template.wants_lesson
-    for _ in range(WORTH_A_LESSON):
+    assert not template.wants_specimen
+    for _ in range(WORTH_A_SPECIMEN):
         assert take(template, chunk(event("x")))[1] == b""
-    assert template.wants_lesson
-    assert taught_again.wants_lesson
+    assert template.wants_specimen
+    assert another.wants_specimen
+
+
+# Values beside the text
+
+
+def openai(number: int, text: str, **members: Any) -> bytes:
+    """An event as OpenAI writes it: its padding differs each time."""
+    padding = "aZ09"[number % 4] * (number % 13 + 1)
+    return event(text, **{"usage": None, "obfuscation": padding} | members)
+
+
+VARYING = {
+    "padding": openai,
+    "an escaped padding": lambda number, text: openai(number, text, obfuscation='"\\' * number),
+    "a time": lambda number, text: event(text, created=1_700_000_000 + number),
+    "a time now and then": lambda number, text: event(text, created=1_700_000_000 + number // 4),
+    "an identifier": lambda number, text: event(text, id=f"c-{number}"),
+    "a usage": lambda number, text: event(
+        text, usage={"prompt_tokens": 7, "completion_tokens": 1 + 9 * number}
+    ),
+    "timings": lambda number, text: event(
+        text, timings={"prompt_n": 3, "predicted_n": 1 + number, "predicted_ms": number * 1.75}
+    ),
+    "padding, time and usage": lambda number, text: openai(
+        number, text, created=number, usage={"completion_tokens": number + 1}
+    ),
+}
+
+
+def logprobs(number: int, text: str) -> bytes:
+    best = [{"token": str(number), "logprob": -number / 7, "bytes": None}]
+    token = {"token": text, "logprob": -number, "bytes": list(text.encode()), "top_logprobs": best}
+    raw = event(text)
+    return raw.replace(
+        b'"finish_reason"', b'"logprobs":%b,"finish_reason"' % json.dumps([token]).encode()
+    )
+
+
+def with_delta(text: str, delta: dict[str, Any]) -> bytes:
+    raw = event("@").replace(b'{"content":"@"}', json.dumps(delta, separators=(",", ":")).encode())
+    assert b"@" not in raw
+    return raw
+
+
+VARYING |= {
+    "logprobs": logprobs,
+    "two texts": lambda number, text: with_delta(
+        text, {"reasoning": text, "reasoning_details": [{"type": "text", "text": text * 2}]}
+    ),
+    "arguments": lambda number, text: with_delta(
+        text, {"tool_calls": [{"index": number // 5, "function": {"arguments": text}}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("together", [1, 7], ids=["alone", "together"])
+@pytest.mark.parametrize("varying", VARYING.values(), ids=VARYING.keys())
+def test_events_that_differ_in_values_pass(varying: Any, together: int) -> None:
+    events = [varying(number, TEXTS[number % len(TEXTS)]) for number in range(1, 30)]
+    template = ContentTemplate()
+    learn(template, varying(0, "Hi"))
+    passing = Passing(template)
+    for place in range(0, len(events), together):
+        some = events[place : place + together]
+        passed, rest = passing.take(b"".join(map(chunk, some)))
+        assert rest == b""
+        expected = b"".join(some).replace(b'"%b"' % UPSTREAM.encode(), b'"%b"' % SLUG.encode())
+        assert unframed(passed) == expected
+    assert template.events == len(events)
+    again = ContentTemplate()
+    learn(again, varying(0, "Hi"))
+    assert again.pass_events(b"".join(events), 0) is not None
+    assert again.end == len(b"".join(events))
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["model", "object", "type", "error", "base_resp", "x_groq"],
+)
+def test_a_member_that_is_read_may_not_differ(member: str) -> None:
+    template = ContentTemplate()
+    learn(template, event("Hi", **{member: "a"}))
+    other = chunk(event("x", **{member: "b"}))
+    assert take(template, chunk(event("x", **{member: "a"}))) != (b"", chunk(event("x")))
+    assert take(template, other) == (b"", other)
+
+
+def test_an_event_without_a_text_does_not_pass() -> None:
+    empty = chunk(event(""))
+    assert take(having_learnt(), empty) == (b"", empty)
+
+
+def usage(completion: int, **details: int) -> dict[str, Any]:
+    return {"completion_tokens": completion, "prompt_tokens": 7, "details": details}
+
+
+def test_of_a_usage_that_grows_the_last_one_is_kept() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(1)))
+    events = [event("a", usage=usage(count)) for count in (2, 9, 10, 100)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == events[-1:]
+    assert template.take_usages() == []
+
+
+def test_a_usage_that_falls_does_not_take_the_place_of_the_one_before() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(1, cached=5)))
+    events = [event("a", usage=usage(count, cached=9)) for count in (2, 20, 3, 4)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == [events[1], events[3]]
+
+
+def test_usages_that_wait_are_bounded() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(90)))
+    events = [event("a", usage=usage(count)) for count in range(80, 60, -1)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == events[:MAX_USAGES]
+    assert template.end == len(b"".join(events[:MAX_USAGES]))
+
+
+def test_a_usage_without_tokens_of_a_completion_may_not_differ() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(0)))
+    assert take(template, chunk(event("b", usage=usage(0))))[1] == b""
+    other = chunk(event("b", usage=usage(1)))
+    assert take(template, other) == (b"", other)
+
+
+def test_lines_may_end_in_cr_lf() -> None:
+    template = ContentTemplate()
+    learn(template, event("a").replace(b"\n", b"\r\n"))
+    other = event("b").replace(b"\n", b"\r\n")
+    passed, rest = take(template, chunk(other))
+    assert unframed(passed) == other.replace(UPSTREAM.encode(), SLUG.encode())
+    assert rest == b""
 
 
 # The scanner with and without it
@@ -201,7 +343,7 @@ def test_after_many_passed_another_lesson_is_worth_it() -> None:
 def scan(pieces: list[bytes], *, wants_usage: bool, with_template: bool) -> tuple[bytes, Any]:
     scanner = StreamScanner(SLUG, wants_usage=wants_usage)
     if not with_template:
-        scanner.template._lessons = scanner.template._events_before = 1 << 30
+        scanner.template._specimens = scanner.template._events_before = 1 << 30
     out = b""
     for piece in pieces:
         if scanner.failure is None:
