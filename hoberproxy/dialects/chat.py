@@ -4,23 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from .usage import read_usage
-
 # Members of a delta that say of what it is a part, and no more. All others hold content.
-_NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
+NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
 _LEVELS: Final = 6  # of a value that are looked through for one that isn't empty
-
-
-def only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the delta of an event that says nothing else; None for any other event."""
-    choices = document.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return None
-    delta = choices[0].get("delta")
-    if choices[0].get("finish_reason") or not isinstance(delta, dict):
-        return None
-    has_usage = document.get("usage") is not None or read_usage(document) is not None
-    return None if has_usage else delta
 
 
 def is_usage_event(document: dict[str, Any]) -> bool:
@@ -69,7 +55,7 @@ def _has_content(choice: dict[str, Any]) -> bool:
         delta = choice.get(name)
         if isinstance(delta, dict):
             for member, value in delta.items():
-                if value and member not in _NO_CONTENT and _is_content(value):
+                if value and member not in NO_CONTENT and _is_content(value):
                     return True
     text = choice.get("text")
     return isinstance(text, str) and text != ""

@@ -18,7 +18,7 @@ from ..downstream.response import ResponseBody
 from ..errors import Phase, UpstreamError
 from ..protocol.http_head import Headers, ResponseHead
 from ..protocol.json_bytes import dump_json
-from ..relay.opening_template import Opening
+from ..relay.edge_templates import EdgeTemplates
 from ..relay.relay import BodyRelay, RefusalReader, Relay, Reporter, StreamRelay
 from ..relay.scanner import StreamScanner
 from ..request.call import Call
@@ -121,7 +121,7 @@ class Attempt(Reporter):
         answer: ResponseBody,
         without: frozenset[str] = frozenset(),
         forwarded: Headers = _NO_FIELDS,
-        opening: Opening | None = None,
+        edges: EdgeTemplates | None = None,
     ) -> None:
         """Prepare the request, `without` some options and with fields `forwarded` to `upstream`.
 
@@ -142,7 +142,7 @@ class Attempt(Reporter):
         self.step = step
         self._pool = upstream.pool
         self._answer = answer
-        self._opening = opening  # how such streams begin
+        self._edges = edges  # how such streams begin and end
         self.limits: TimeLimits = step.endpoint.limits or upstream.provider.limits
         self.started = self._last_activity = owner.now
 
@@ -261,8 +261,9 @@ class Attempt(Reporter):
             return self._body_relay()
         if self._is_stream:
             if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
-                slug = self.step.slug
-                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=self._opening)
+                scanner = StreamScanner(
+                    self.step.slug, wants_usage=self._wants_usage, edges=self._edges
+                )
                 return StreamRelay(self, self._answer, scanner)
             if content_type == _JSON_TYPE:
                 return self._body_relay()

@@ -265,10 +265,10 @@ class Exchange(AttemptOwner):
             answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
         is_stream = call.terms.stream
-        opening = self._context.opening(upstream.provider.name, step.slug) if is_stream else None
+        edges = self._context.edges(upstream.provider.name, step.slug) if is_stream else None
         forwarded = upstream.forwarded_headers(self._head)
         without, earlier = failover.refused, self._attempt
-        attempt = Attempt(self, call, step, upstream, answer, without, forwarded, opening)
+        attempt = Attempt(self, call, step, upstream, answer, without, forwarded, edges)
         if earlier is not None:
             earlier.forget()
         return attempt

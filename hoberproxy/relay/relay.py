@@ -139,7 +139,7 @@ class StreamRelay(Relay):
             return None
         if self._is_watched and not self._has_progress(out):
             return None
-        return self._taker if scanner.is_ready_for_stencil else None
+        return self._taker if scanner.is_ready_for_template else None
 
     def watch(self) -> None:
         """Look for content in what comes, until there is some; nothing may pass beside us."""
@@ -219,8 +219,8 @@ class StreamRelay(Relay):
         self._attempt.open_answer(is_stream=True)
         sink = self._answer.open_sink()
         if sink is not None:
-            self._scanner.stencil.open(sink, self._answer)
-            self._taker = self._scanner.stencil
+            self._taker = template = self._scanner.template
+            template.open(sink, self._answer)
 
     def _fail_stream(self) -> None:
         failure = self._scanner.failure

@@ -116,7 +116,7 @@ class Exchange(AttemptOwner):
 
 
 def opened(limits: TimeLimits = LIMITS) -> Exchange:
-    """A stream after its role and two texts, whose next event may pass by the template."""
+    """A stream that has had its role and two texts, so that the next one may be taken."""
     exchange = Exchange(limits)
     exchange.receive(sse_head().data, *map(chunk, EVENTS[:3]))
     return exchange
