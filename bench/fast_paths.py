@@ -126,7 +126,7 @@ SWITCHES = {
     "parse-cache": Switch(
         "what a request says around its messages",
         ("json", "tools"),
-        {"Frames._fitting": "return None", "Frames._keep": "return None"},
+        {"ParseCache._fitting": "return None", "ParseCache._keep": "return None"},
     ),
     "locks": Switch(
         "locks of a file by the C library itself",

@@ -1,9 +1,9 @@
-"""Every refusal and failure the proxy tells a client, and their one JSON form.
+"""Every error that the proxy answers with, and their one JSON form.
 
     ProxyError
     ├── RequestError      the client's request is wrong (4xx)
-    ├── AccessError       who asks may not (401, 402, 403, 429)
-    ├── RouteError        nothing in the catalog serves it (404)
+    ├── AccessError       the caller may not do it (401, 402, 403, 429)
+    ├── RouteError        no endpoint of the catalog serves it (404)
     ├── UnavailableError  this proxy does not take it now (503)
     └── UpstreamError     a model server answered badly, late or not at all
 
@@ -53,7 +53,7 @@ class ProxyError(Exception):
 
     @property
     def recorded_code(self) -> str:
-        """The code as records, logs and lists of failures have it: always one of ours."""
+        """The code as records, logs and lists of failures have it: always one of the proxy's."""
         return self.code
 
 
@@ -98,8 +98,8 @@ class Phase(Enum):
 class UpstreamError(ProxyError):
     """An attempt on an endpoint failed.
 
-    `upstream_status` is the status line the upstream sent, None when none came. `is_retryable`
-    says that another endpoint may do better; `is_refusal` that the upstream read the request and
+    `upstream_status` is the status that the upstream sent, None without one. `is_retryable` says
+    that another endpoint may do better; `is_refusal` that the upstream has read the request and
     refuses it (another 4xx), which only another model may change.
     """
 
@@ -127,19 +127,19 @@ class UpstreamError(ProxyError):
         self.upstream_status = upstream_status
         self.is_retryable = is_retryable
         self.is_refusal = is_refusal
-        self.refused_option: str | None = None  # a member that we put in, not the client
+        self.refused_option: str | None = None  # a member that the proxy put in, not the client
         self.is_doubtful = False  # judged by words that may be the client's own
-        self.own_code: str | None = None  # where `code` is the upstream's, for the client's eyes
+        self.own_code: str | None = None  # for records, where `code` is the upstream's
 
     @property
     def recorded_code(self) -> str:
-        """Ours, where `code` is the upstream's text."""
+        """The proxy's own code, also where `code` is the upstream's text."""
         return self.own_code or self.code
 
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """What is told of an abandoned attempt: numbers and our own words, no upstream text."""
+    """A failed attempt for records and clients: numbers and codes, no text of the upstream."""
 
     provider: str
     status: int | None
@@ -149,7 +149,7 @@ class FailedAttempt:
 
 
 def error_object(error: ProxyError, *, numeric_code: bool = False) -> dict[str, Any]:
-    """The contract's error object; `numeric_code` is OpenRouter's form (paths under /api/v1)."""
+    """Return the contract's error object; `numeric_code`: in OpenRouter's form (/api/v1)."""
     metadata = dict(error.metadata)
     code: str | int = error.code
     if numeric_code:
@@ -167,17 +167,17 @@ def error_object(error: ProxyError, *, numeric_code: bool = False) -> dict[str, 
 
 
 def serialize_error(error: ProxyError, *, numeric_code: bool = False) -> bytes:
-    """The JSON body of an error response."""
+    """Return the JSON body of a response with `error`."""
     return orjson.dumps(error_object(error, numeric_code=numeric_code))
 
 
 def serialize_error_event(error: ProxyError, *, numeric_code: bool = False) -> bytes:
-    """The last event of a stream that failed: no `choices`, so that no SDK takes it for an end."""
+    """Return the last event of a failed stream; no SDK takes it for an end without `choices`."""
     return b"data: %b\n\n" % serialize_error(error, numeric_code=numeric_code)
 
 
 def retry_headers(error: ProxyError) -> list[tuple[bytes, bytes]]:
-    """The header fields that say when to try again, as the SDKs read them; none without a time."""
+    """Return the fields that say when to try again, as the SDKs read them; none without a time."""
     if error.retry_after is None:
         return []
     return [

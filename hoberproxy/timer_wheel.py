@@ -1,8 +1,8 @@
 """Coarse deadlines: any number of waits on one timer of the loop (a timing wheel).
 
-A timer per request or per chunk costs more than relaying the chunk, and LLM limits are seconds
-to minutes, so a tick of 50 ms is precise enough. The wheel is told the time and reads no clock;
-`Ticker` is the one timer that turns it.
+A timer for each request or chunk costs more than relaying the chunk, and the limits of requests are
+seconds to minutes, so a tick of 50 ms is precise enough. The wheel reads no clock; `Ticker` is the
+one timer that turns it.
 """
 
 from __future__ import annotations
@@ -23,20 +23,19 @@ TICK: Final = 0.05
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Timed:
-    """Something that waits. `wheel_slot` belongs to the wheel."""
+    """An item with a deadline. Only the wheel sets `wheel_slot`."""
 
     wheel_slot = 0
 
     def on_deadline(self, now: float) -> float | None:
-        """Act on what is due; returns the next time to ask again, None for never."""
+        """Act on what is due; return the loop time of the next call, None for never."""
         raise NotImplementedError
 
 
 class Wheel:
     """Deadlines in slots of one tick.
 
-    `now` is the time of the last turn, in loop seconds: for all that is read a thousand times as
-    often as it has to be precise.
+    `now` is the loop time of the last turn, for readers that need no more precision.
     """
 
     def __init__(self, now: float, tick: float = TICK) -> None:
@@ -46,17 +45,17 @@ class Wheel:
         self._turned = math.floor(now / tick)
 
     def schedule(self, item: Timed, when: float) -> None:
-        """Ask `item` at the first tick not before `when`, instead of at any time set before."""
+        """Call `item` at the first tick not before `when`, instead of at a time set before."""
         self.cancel(item)
         slot = max(math.ceil(when / self.tick), self._turned + 1)
         item.wheel_slot = slot
         self._slots.setdefault(slot, {})[item] = None
 
     def hasten(self, item: Timed, when: float) -> None:
-        """Ask `item` at the first tick not before `when`, or at a time set before that is earlier.
+        """Call `item` at the first tick not before `when`, or at an earlier time set before.
 
-        An item that is asked too early says when to come again: so one that waits anew with each
-        request is moved once in a while, not with each.
+        An item that is called too early returns when it is due: so an item that waits anew with
+        each request is moved only now and then.
         """
         slot = item.wheel_slot
         if (slot == 0 or (slot - 1) * self.tick >= when) and when < math.inf:
@@ -70,7 +69,7 @@ class Wheel:
         item.wheel_slot = 0
 
     def turn(self, now: float) -> None:
-        """Ask everything whose time has come. A late turn asks all that was missed."""
+        """Call every item that is due at `now`, also those that a late turn has missed."""
         self.now = now
         last = math.floor(now / self.tick)
         if last - self._turned > len(self._slots):  # slept long: visit the slots that exist
@@ -79,17 +78,17 @@ class Wheel:
             due = list(range(self._turned + 1, last + 1))
         self._turned = max(self._turned, last)
         for slot in due:
-            # The slot stays in place while it is asked, so that an item can cancel its neighbour.
+            # The slot stays in place meanwhile, so that an item can cancel its neighbour.
             waiting = self._slots.get(slot)
             while waiting:
-                self._ask(waiting.popitem()[0], now)
+                self._call(waiting.popitem()[0], now)
             self._slots.pop(slot, None)
 
-    def _ask(self, item: Timed, now: float) -> None:
+    def _call(self, item: Timed, now: float) -> None:
         item.wheel_slot = 0
         try:
             when = item.on_deadline(now)
-        except Exception:  # one broken item must not take everyone else's deadlines with it
+        except Exception:  # one broken item must not end the deadlines of all others
             logger.exception("a deadline failed")
             return
         if when is not None:

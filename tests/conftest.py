@@ -38,7 +38,7 @@ from hoberproxy.config.settings import (
 from hoberproxy.exchange.context import ServerContext
 from hoberproxy.process.listeners import Listeners
 from hoberproxy.process.server import Server
-from hoberproxy.relay import content_template as stencil
+from hoberproxy.relay import content_template
 from hoberproxy.routing.catalog import Endpoint, Model, Provider
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from tests.support.patience import LONG_TEST_LIMIT, TEST_LIMIT, WAIT
@@ -46,7 +46,7 @@ from tests.support.scripted import ScriptedUpstream, completion, json_response
 
 # Compiled code looks a name up once, so a test cannot put another thing in its place; and its bytes
 # are copied where the interpreter hands on the same object.
-IS_COMPILED = not str(stencil.__file__).endswith(".py")
+IS_COMPILED = not str(content_template.__file__).endswith(".py")
 pure_only = pytest.mark.skipif(IS_COMPILED, reason="of the sources alone")
 
 # No example fails for being slow: a machine that others share stops for longer than any deadline.

@@ -21,6 +21,7 @@ from hoberproxy.access.shared_limits import SharedLimits
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import Record, make_row
+from hoberproxy.dialects.outcome import Outcome
 from hoberproxy.dialects.usage import Usage
 from hoberproxy.request.checks import parse_call
 from hoberproxy.routing.catalog import Endpoint, Prices
@@ -35,8 +36,9 @@ from .streams import SLUG, request_body
 BATCH = 500
 PLENTY = 10**9
 ENDPOINT = Endpoint("east", "model-2024", prices=Prices(Decimal("0.14"), Decimal("0.28")))
-PLAN = Plan((Step(SLUG, ENDPOINT),))
-USAGE = Usage(100, 200, 50)
+STEP = Step(SLUG, ENDPOINT)
+PLAN = Plan((STEP,))
+OUTCOME = Outcome(Usage(100, 200, 50), content_events=200)
 NO_BUDGET = KeyLimits(PLENTY, PLENTY, PLENTY, PLENTY)
 EVERYTHING = replace(NO_BUDGET, budget=10**6 * PICO, budget_period="month")
 
@@ -109,7 +111,7 @@ def _account(limits: KeyLimits | None) -> Callable[[], Callable[[], object]]:
         def account() -> None:
             record.is_sealed = False
             lease = accounts.open(record, caller, call, PLAN, record.started)
-            accounts.fill(record, ENDPOINT, USAGE, prompt_bytes=100, body_bytes=0, is_answered=True)
+            accounts.fill(record, STEP, OUTCOME, prompt_bytes=100, is_answered=True)
             accounts.seal(record)
             if caller.limits is not None:
                 accounts.limit_lines(caller, record.started)

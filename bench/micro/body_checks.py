@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hoberproxy.request.checks import parse_call
-from hoberproxy.request.parse_cache import Frames
+from hoberproxy.request.parse_cache import ParseCache
 from hoberproxy.upstream.body import make_upstream_body
 
 from . import Case
@@ -28,9 +28,9 @@ def _reading(body: bytes) -> Callable[[], Callable[[], object]]:
     """A body of which all but the messages is known."""
 
     def make() -> Callable[[], object]:
-        frames = Frames()
-        frames.read(body, "key")
-        return lambda: frames.read(body, "key")
+        cache = ParseCache()
+        cache.read(body, "key")
+        return lambda: cache.read(body, "key")
 
     return make
 
@@ -48,11 +48,13 @@ CASES = (
     Case("check a prompt of 10 KB", _parsing(request_body(10_000)), unit="body"),
     Case("check a prompt of 1 MB", _parsing(request_body(1_000_000)), 1_000, "KB"),
     Case("check tools and options", _parsing(request_body(100, tools=[_TOOL] * 4)), unit="body"),
-    Case("read 100 bytes in a known frame", _reading(request_body(100)), unit="body"),
-    Case("read 10 KB in a known frame", _reading(request_body(10_000)), unit="body"),
-    Case("read 1 MB in a known frame", _reading(request_body(1_000_000)), 1_000, "KB"),
+    Case("read 100 bytes in a known template", _reading(request_body(100)), unit="body"),
+    Case("read 10 KB in a known template", _reading(request_body(10_000)), unit="body"),
+    Case("read 1 MB in a known template", _reading(request_body(1_000_000)), 1_000, "KB"),
     Case(
-        "read tools in a known frame", _reading(request_body(100, tools=[_TOOL] * 4)), unit="body"
+        "read tools in a known template",
+        _reading(request_body(100, tools=[_TOOL] * 4)),
+        unit="body",
     ),
     Case("splice a prompt of 100 bytes", _splicing(request_body(100)), unit="body"),
     Case("splice a prompt of 1 MB", _splicing(request_body(1_000_000)), 1_000, "KB"),

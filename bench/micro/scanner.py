@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hoberproxy.relay.opening_template import Opening
 from hoberproxy.relay.scanner import StreamScanner
 
 from . import Case
@@ -39,22 +38,10 @@ def _opening() -> Callable[[], object]:
     return scan
 
 
-def _ending() -> Callable[[], object]:
-    """The end of a stream, when streams before it ended so."""
-    opening = Opening()
-    for _ in range(3):
-        scanner = StreamScanner(SLUG, wants_usage=False, opening=opening)
-        for piece in (OPENING, CONTENT, FINISH):
-            scanner.feed(piece)
-    feed = scanner.feed
-    return lambda: feed(FINISH)
-
-
 CASES = (
     Case("one event in a piece", _feeding(CONTENT), unit="event"),
     Case("64 events in a piece", _feeding(CONTENT * 64), 64, "event"),
     Case("an event in two pieces", _feeding_halves, unit="event"),
     Case("a finish reason, parsed", _feeding(FINISH), unit="event"),
-    Case("a finish reason as in another stream", _ending, unit="event"),
     Case("a new stream up to its first content", lambda: _opening(), unit="stream"),
 )

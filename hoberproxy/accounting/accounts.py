@@ -1,8 +1,8 @@
-"""A request's account: may it begin, what is held for it, what it used and cost in the end.
+"""Keeps a request's account: admits it, holds what it may use, and settles usage and cost.
 
-Brings together who knows: the limits, the journal, and what was learnt of an endpoint's answers.
-The exchange calls `enter` where a request's body is still to come, `open` before its first attempt,
-`seal` before the last byte of the answer goes out, and `close` at the end, however it came.
+It brings together the limits, the journal, and the estimates of what endpoints answer. The exchange
+calls `enter` where a request's body is still to come, `open` before the first attempt, `seal`
+before the last byte of the answer goes out, and `close` at the end, however the request ended.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import orjson
 from ..access.keys import Caller
 from ..access.limits import Demand, Lease
 from ..access.shared_limits import Limiter
+from ..dialects.outcome import Outcome
 from ..dialects.usage import Usage
+from ..protocol.text import clip_text
 from ..request.call import CHOICES, MAXIMA, Call, Terms, output_limits
 from ..routing.catalog import NO_ADAPTATION, Adaptation, Endpoint, Prices
 from ..routing.health import Key
-from ..routing.plan import Plan
+from ..routing.plan import Plan, Step
 from .estimates import Estimates
 from .journal import Journal
 from .record import Record
@@ -34,9 +36,9 @@ _NO_DEMAND: Final = Demand(0, 0, True)
 
 
 class _Offer:
-    """What the endpoints of a plan have in common that can make the same request cost the same.
+    """The prices and lengths of endpoints at which the same request costs the same.
 
-    `longest` is what one answer of theirs takes at most, in tokens, where the request says nothing.
+    `longest` is the most tokens of one answer where the request sets no limit.
     """
 
     __slots__ = ("adaptation", "longest", "prices")
@@ -48,10 +50,10 @@ class _Offer:
 
 
 class Accounts:
-    """One per process; to be used on the loop's thread."""
+    """The accounts of one process, for use on the loop's thread."""
 
     def __init__(self, journal: Journal, limiter: Limiter, assumed_output: int) -> None:
-        """Assume `assumed_output` tokens of an answer that neither request nor endpoint limits."""
+        """Assume `assumed_output` tokens for an answer that neither request nor endpoint limits."""
         self._journal = journal
         self._limiter = limiter
         self._estimates = Estimates()
@@ -61,9 +63,9 @@ class Accounts:
         self._silent: set[Key] = set()  # endpoints that the log has named for want of usage
 
     def enter(self, caller: Caller, now: float) -> Lease | None:
-        """Count a call in when its head has come and its body has not; None without limits.
+        """Count in a call whose body is still to come; return its lease, None without limits.
 
-        Raises AccessError where no body could make it pass. The lease goes to `open` and, if that
+        Raises AccessError where no body could make it pass. The lease goes to `open` and, if `open`
         is not called or raises, to `close`.
         """
         return self._limiter.enter(caller, now) if caller.limits is not None else None
@@ -77,10 +79,10 @@ class Accounts:
         now: float,
         lease: Lease | None = None,
     ) -> Lease | None:
-        """Count the call in and tell the journal; what `close` wants back. Raises AccessError.
+        """Count the call in, note it in the journal, and return the lease for `close`.
 
-        `lease` is what `enter` gave, if it was asked. `now` in unix seconds: not the record's
-        start, for a body may have taken long.
+        `lease` is what `enter` returned, if it was called. `now` is unix time, and not the record's
+        start, for a body may have taken long. Raises AccessError.
         """
         step = plan.steps[0]
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
@@ -99,7 +101,7 @@ class Accounts:
         return lease
 
     def _demand(self, plan: Plan, terms: Terms, prompt: int) -> Demand:
-        """What the call may take at any step of the plan: the longest answer, the highest cost."""
+        """Return the most that the call may take at any step: the longest answer, the top cost."""
         is_bounded, most_choices, longest, of_prompt, of_answer = True, 1, 0, 0, 0
         for offer in self._offers_of(plan):
             length, choices = terms.max_output, terms.choices
@@ -116,11 +118,10 @@ class Accounts:
                 cost = offer.prices.most(prompt, answer)
                 if cost[0] + cost[1] > of_prompt + of_answer:
                     of_prompt, of_answer = cost
-        # Named one by one, or it would be made by interpreted code.
         return Demand(prompt, longest, is_bounded, of_prompt, of_answer, most_choices)
 
     def _offers_of(self, plan: Plan) -> tuple[_Offer, ...]:
-        """The offers of a plan's steps, without repeats; most plans stand for many calls."""
+        """Return the different offers of a plan's steps, kept since most plans serve many calls."""
         known = self._offers.get(id(plan))
         if known is not None:
             return known[1]
@@ -130,12 +131,12 @@ class Accounts:
             different[id(offer.prices), offer.longest, id(offer.adaptation)] = offer
         if len(self._offers) >= MAX_PLANS:
             self._offers.clear()
-        # With the plan itself: as long as it is kept, no other one has its id.
+        # With the plan itself: as long as it is kept, no other plan has its id.
         self._offers[id(plan)] = plan, tuple(different.values())
         return self._offers[id(plan)][1]
 
     def _longest_of(self, endpoint: Endpoint) -> int:
-        """Tokens of an answer that its request does not limit."""
+        """Return the most tokens of an answer that its request does not limit."""
         if endpoint.max_output is not None:
             return endpoint.max_output
         length = endpoint.context_length
@@ -144,18 +145,25 @@ class Accounts:
     def fill(
         self,
         record: Record,
-        endpoint: Endpoint,
-        usage: Usage | None,
+        step: Step,
+        outcome: Outcome,
         *,
         prompt_bytes: int,
-        body_bytes: int,
         is_answered: bool,
     ) -> None:
-        """Put usage and cost into the record: as reported, else estimated if there was an answer.
+        """Put the `outcome` of an attempt on `step` into `record`, with usage and cost.
 
-        `body_bytes` are of an answer that was no stream.
+        Usage is as reported, else estimated if the attempt `is_answered`.
         """
-        key, prices, events = endpoint.key, endpoint.prices, record.events
+        slug, endpoint, _ = step
+        record.slug = slug
+        record.provider = endpoint.provider
+        record.upstream_model = clip_text(outcome.upstream_model)
+        record.upstream_id = clip_text(outcome.upstream_id)
+        record.finish_reason = clip_text(outcome.finish_reason)
+        record.events = events = outcome.content_events
+        key, prices, usage = endpoint.key, endpoint.prices, outcome.usage
+        body_bytes = outcome.content_bytes
         is_whole = record.status == 200 and not record.code
         record.has_usage = usage is not None and not usage.has_gaps(events)
         if usage is not None and record.has_usage:
@@ -172,7 +180,7 @@ class Accounts:
                 key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
-            record.cost = 0  # no upstream answered, none asks for money
+            record.cost = 0  # no upstream answered, so none charges
             return
         if is_whole and usage.is_estimated and usage.completion_tokens:
             self._note_silent(endpoint)
@@ -187,7 +195,7 @@ class Accounts:
             record.cost = cost_of(usage, prices)
 
     def _note_silent(self, endpoint: Endpoint) -> None:
-        """Say once of an endpoint that a whole answer of its came without usage."""
+        """Log once that an endpoint sends whole answers without usage."""
         silent, key = self._silent, endpoint.key
         if endpoint.usage == "count" or key in silent or len(silent) >= MAX_SILENT:
             return
@@ -201,11 +209,11 @@ class Accounts:
         )
 
     def seal(self, record: Record) -> None:
-        """The record is as it will be stored: tell the journal."""
+        """Append `record`, as it will be stored, to the journal."""
         self._journal.seal(record)
 
     def close(self, record: Record, caller: Caller, lease: Lease | None) -> None:
-        """Seal the record unless it is, and settle what was held."""
+        """Seal `record` unless it is sealed, and settle what was held by its lease."""
         if not record.is_sealed:
             self._journal.seal(record)
         if lease is None:
@@ -225,7 +233,7 @@ class Accounts:
         body: bytes,
         answer: bytes | None,
     ) -> None:
-        """Have a closed record's tokens counted, off the loop, in place of an estimate."""
+        """Have the tokens of a closed `record` counted off the loop, in place of an estimate."""
         if record.has_usage or not record.estimated or answer is None:
             return
         if self._counter is None:
@@ -245,16 +253,16 @@ class Accounts:
         self._counter.count(body, answer, amend)
 
     def shut(self) -> None:
-        """Count no more tokens: the last request has ended, and the journal ends next."""
+        """Count no more tokens, after the last request and before the journal ends."""
         if self._counter is not None:
             self._counter.close()
 
     def counters(self, caller: Caller, now: float) -> list[int]:
-        """What a caller with limits has used of them, by the places in access/limits.py."""
+        """Return what a caller has used of its limits, by the places in access/limits.py."""
         return self._limiter.counters(caller, now)
 
     def limit_lines(self, caller: Caller, now: float) -> bytes:
-        """The x-ratelimit-* lines in the head of an answer to a caller with limits."""
+        """Return the x-ratelimit-* lines of a head for a caller with limits."""
         return self._limiter.lines(caller, now)
 
 
@@ -275,10 +283,10 @@ def _adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, i
         sizes.pop(name, None)
     for name, value in adaptation.set:
         if name in maxima or name in CHOICES:
-            ours: object = orjson.loads(value)
-            if type(ours) is int:
-                # An endpoint may refuse ours, and then gets the client's: the larger is held.
-                sizes[name] = max(ours, sizes.get(name, 0))
+            maximum: object = orjson.loads(value)
+            if type(maximum) is int:
+                # An endpoint that refuses this value gets the client's: the larger is held.
+                sizes[name] = max(maximum, sizes.get(name, 0))
             else:
                 sizes.pop(name, None)
     return output_limits(sizes.items(), maxima)
@@ -296,5 +304,5 @@ def cost_of(usage: Usage, prices: Prices) -> int:
 
 
 def _used(record: Record) -> tuple[int, int]:
-    """Tokens and picodollars."""
+    """Return the tokens and picodollars that `record` used."""
     return record.prompt_tokens + record.completion_tokens, record.cost or 0

@@ -1,7 +1,7 @@
-"""Estimates of token counts for requests whose upstream gave none, by its counts of others.
+"""Estimates token counts of answers without usage, from the usage of an endpoint's other answers.
 
-For each endpoint: the bytes of a prompt a token, the tokens a streamed event or a byte of a body,
-and the usual length of an answer. Texts are not read.
+Keeps for each endpoint the bytes of a prompt in a token, the tokens in an event or in a byte of a
+body, and the usual length of an answer. No text is read.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Final
 from ..dialects.usage import BYTES_PER_TOKEN, Usage
 from ..routing.health import Key
 
-MAX_LEARNT: Final = 4096  # endpoints; those behind wildcards are named by clients
+MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
 USUAL_ANSWER: Final = 500  # tokens, of an endpoint that has not answered yet
 SHARE: Final = 0.1  # of the newest answer in a ratio: about twenty answers count
 SHORTEST_LEARNT: Final = 8  # tokens: below, the framing of a chat outweighs its text
-# Bytes in a token of text at most, `\u…` escapes included. Images and runs of spaces have more: a
-# client could make its prompts count for nothing by them.
+# The most bytes in a token of text, `\u…` escapes included. Images and runs of spaces have more, by
+# which a client could make its prompts count for nothing.
 DENSEST_LEARNT: Final = 12.0
 
 
@@ -43,7 +43,7 @@ class Estimates:
     def of_call(self, endpoint: Key, prompt_bytes: int) -> tuple[int, int]:
         """Return the tokens to expect of a prompt of `prompt_bytes`, and of a usual answer.
 
-        A prompt never counts for less than by BYTES_PER_TOKEN, whatever those before it were.
+        A prompt never counts for less than by BYTES_PER_TOKEN, whatever earlier prompts were.
         """
         ratios = self._of(endpoint)
         per_token = ratios.prompt_bytes
@@ -64,7 +64,7 @@ class Estimates:
     def fill_gaps(
         self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
     ) -> Usage:
-        """Return `usage` with an estimate in place of each zero, for an answer with a text."""
+        """Return `usage`, of an answer with a text, with an estimate in place of each zero."""
         guess = self.usage(
             endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
         )

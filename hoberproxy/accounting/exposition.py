@@ -1,4 +1,4 @@
-"""The sum of the counts of several processes, and Prometheus' text form of it.
+"""Sums the counts of several processes, and renders the sum in Prometheus' text form.
 
 A snapshot is plain JSON: for each family a list of [label values, value]. The value of a histogram
 is one count a bucket, one for values over the last bucket, and the sum. The client library is only
@@ -23,7 +23,7 @@ Snapshot = Mapping[str, list[Any]]  # family → [[label values], Value]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A metric; in the text form, `_total` is added to the name of a counter."""
+    """A metric; the text form adds `_total` to the name of a counter."""
 
     name: str
     kind: str  # counter, gauge, histogram
@@ -144,7 +144,7 @@ def resident_bytes() -> int:
 
 
 def merge(snapshots: Iterable[Snapshot], *, ended: bool = False) -> dict[str, list[Any]]:
-    """Return the sum of all snapshots; of processes that have `ended`, without gauges."""
+    """Return the sum of all `snapshots`, without gauges if their processes have `ended`."""
     sums: dict[str, dict[tuple[str, ...], Value]] = {}
     wanted = {family.name for family in FAMILIES if not ended or family.kind != "gauge"}
     for snapshot in snapshots:
@@ -171,7 +171,7 @@ def _add(one: Value, other: Value) -> Value:
 
 
 def render(snapshot: Snapshot) -> bytes:
-    """Return the snapshot in the text format, version 0.0.4."""
+    """Return `snapshot` in the text format, version 0.0.4."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
@@ -180,7 +180,7 @@ def render(snapshot: Snapshot) -> bytes:
 
 
 class _Collector:
-    """A snapshot as a collector of the client library."""
+    """A collector of the client library that yields one snapshot."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot

@@ -1,8 +1,8 @@
-"""Tokens counted by a tokenizer, for endpoints that report none and are set to `usage = "count"`.
+"""Counts tokens by a tokenizer, for endpoints with `usage = "count"`, which report none.
 
-The texts of such a request are kept, bounded, until it has ended; then they are counted on a thread
-of its own, and the count amends the record and the key's counters, which have an estimate until
-then. Nothing else in the program keeps a text that long, and none leaves this module.
+The texts of such a request are kept, bounded, until it has ended, and then counted on a thread of
+its own; the count amends the record and the key's counters, which have an estimate until then. No
+text leaves this module.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger("hoberproxy.ledger")
 ENCODING = "o200k_base"
 MAX_KEPT_BYTES: Final = 8 * 1024 * 1024  # of an answer; a longer one stays an estimate
 MAX_WAITING = 100  # requests: each may hold its texts
-# What a chat's framing takes, in OpenAI's published formats: around each message, and at the end.
+# The tokens of a chat's framing in OpenAI's published formats: for each message, and at the end.
 TOKENS_PER_MESSAGE = 3
 TOKENS_PER_REPLY = 3
 
@@ -32,9 +32,9 @@ Amend = Callable[[int, int], None]  # takes a prompt's tokens and an answer's
 
 
 class TokenCounter:
-    """One thread that counts; `close` ends it after what it has begun.
+    """A thread that counts; `close` ends it after the count that it has begun.
 
-    `call_soon` has a function called on the loop's thread, where all else here is called too.
+    `call_soon` has a function called on the loop's thread, which calls all methods here.
     """
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], object]) -> None:
@@ -42,18 +42,18 @@ class TokenCounter:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-counter")
         self._encode: Callable[[str], list[int]] | None = None
         self._is_missing = False
-        self._waiting = 0  # handed in and not delivered; so this bounds what was counted, too
+        self._waiting = 0  # not yet delivered, counted or not
         self._counted: deque[tuple[Amend, tuple[int, int] | None]] = deque()
 
     def count(self, body: bytes, answer: bytes, amend: Amend) -> None:
-        """Have the texts of both counted; `amend` is called with the numbers, if there are any."""
+        """Count the texts of `body` and `answer`, then call `amend` with the numbers, if any."""
         if self._is_missing or self._waiting >= MAX_WAITING:
             return
         self._waiting += 1
         self._executor.submit(self._count, body, answer, amend)
 
     def close(self) -> None:
-        """Count no more, and deliver what was counted; what waits stays an estimate."""
+        """Deliver what was counted and count no more; what waits stays an estimate."""
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._deliver()
 
@@ -75,13 +75,13 @@ class TokenCounter:
         except Exception as exc:  # a text no tokenizer takes must not end the thread's work
             logger.error("tokens could not be counted: %s", type(exc).__name__)
         self._counted.append((amend, numbers))
-        with suppress(RuntimeError):  # the loop is closed: `close` delivers, or nobody needs it
+        with suppress(RuntimeError):  # the loop is closed: `close` delivers
             self._call_soon(self._deliver)
 
     def _load(self) -> Callable[[str], list[int]] | None:
         if self._encode is None and not self._is_missing:
             try:
-                import bpe_openai  # reads its vocabulary: a second, so only where it is needed
+                import bpe_openai  # here, since it reads its vocabulary for a second
             except ImportError:
                 self._is_missing = True
                 logger.error(
@@ -94,7 +94,7 @@ class TokenCounter:
 
 
 def count_prompt(body: bytes, encode: Callable[[str], list[int]]) -> int:
-    """Tokens of a request's messages and tools."""
+    """Return the tokens of the messages and tools in `body`, a request's."""
     document = orjson.loads(body)
     messages = document["messages"]
     total = TOKENS_PER_REPLY + TOKENS_PER_MESSAGE * len(messages)
@@ -105,7 +105,7 @@ def count_prompt(body: bytes, encode: Callable[[str], list[int]]) -> int:
 
 
 def count_answer(answer: bytes, encode: Callable[[str], list[int]]) -> int:
-    """Tokens of what a stream, or a body, says in all its choices."""
+    """Return the tokens of the texts in all choices of `answer`, a stream or a body."""
     texts: dict[tuple[Any, ...], list[str]] = {}
     for document in _documents(answer):
         choices = document.get("choices")
@@ -131,7 +131,7 @@ _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "name")
 
 
 def _texts(message: dict[str, Any]) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """What a message or a delta says, each with its place; images are not counted."""
+    """Yield the texts of a message or a delta with their places; images are not counted."""
     for name in _TEXTS:
         value = message.get(name)
         if isinstance(value, str):

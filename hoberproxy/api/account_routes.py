@@ -1,6 +1,7 @@
-"""GET /v1/generation and GET /v1/key: what a request cost, and what a key has left.
+"""Serves GET /v1/generation, what a request cost, and GET /v1/key, what a key has left.
 
-Under the names of OpenRouter's API, which clients know. The store is read on a thread of its own.
+The names are those of OpenRouter's API, which clients know. The store is read on a thread of its
+own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BUSY_TIMEOUT = 1.0
 
 
 class AccountPages:
-    """The two handlers, for every prefix of the API. `aclose` ends their thread."""
+    """The handlers of the two paths, for every prefix of the API. `aclose` ends their thread."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
@@ -48,7 +49,7 @@ class AccountPages:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hoberproxy-reader")
 
     def add_to(self, app: web.Application, prefix: str) -> None:
-        """Serve both under `prefix`."""
+        """Serve both paths under `prefix`."""
         app.router.add_get(prefix + "/generation", self.show_generation)
         app.router.add_get(prefix + "/key", self.show_key)
 
@@ -59,7 +60,7 @@ class AccountPages:
         self._thread.shutdown(wait=False)
 
     async def show_generation(self, request: web.Request) -> web.Response:
-        """One finished request of the calling key, by our id or the one in the answer's body."""
+        """Answer with a finished request of the calling key, by its id or its answer's."""
         caller = self._authenticate(request)
         name = request.query.get("id", "")
         if not 0 < len(name) <= MAX_ID:
@@ -81,7 +82,7 @@ class AccountPages:
         )
 
     async def show_key(self, request: web.Request) -> web.Response:
-        """The calling key: its limits, what is left of them, and what it used."""
+        """Answer with the calling key's limits, what is left of them, and its usage."""
         caller = self._authenticate(request)
         usage = await self._read(lambda store: store.sum_key(caller.key_id))
         counters = None
@@ -120,7 +121,7 @@ class AccountPages:
 
 
 class _Fields:
-    """The fields of aiohttp's request as the bytes that came."""
+    """The header fields of an aiohttp request as the bytes that came."""
 
     def __init__(self, request: web.Request) -> None:
         self._headers = request.headers
@@ -142,7 +143,7 @@ def _json(document: Any) -> web.Response:
 
 
 def generation_document(record: Record) -> dict[str, Any]:
-    """A record as OpenRouter tells of a generation, and what it does not tell."""
+    """Return `record` in the form of OpenRouter's generations, with further members."""
     first, total = record.first_content, record.total
     return {
         "id": record.id,
@@ -181,9 +182,9 @@ def generation_document(record: Record) -> dict[str, Any]:
 def key_document(
     caller: Caller, usage: dict[str, KeyUsage], counters: list[int] | None
 ) -> dict[str, Any]:
-    """What a key may know of itself. Amounts are strings, in USD.
+    """Return what a key may know of itself, with amounts as strings in USD.
 
-    What is left is so for further calls: without what is held for those under way.
+    What is left is for further calls: what is held for calls in flight is not in it.
     """
     limits = caller.limits or KeyLimits()
     left = None

@@ -1,6 +1,7 @@
-"""aiohttp's side of the door: every path but the chat POST, on the same port.
+"""The aiohttp application for every path but the chat POST, on the same port.
 
-Models, health, refusals with the paths that exist, CORS.
+It serves models, health and CORS, and answers other paths with an error that names those that
+exist.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(context: ServerContext) -> web.Application:
-    """The application behind the door of every request that is no chat POST."""
+    """Make the application for every request that is no chat POST."""
     app = web.Application(middlewares=[_in_the_contracts_form])
     app[CONTEXT] = context
     app[MODELS_PAGE] = ModelsPage(context)
@@ -114,7 +115,7 @@ async def _health(request: web.Request) -> web.Response:
 
 
 async def _ready(request: web.Request) -> web.Response:
-    # A worker that drains for its successor answers for a service that is ready.
+    # A worker that drains for its successor is part of a service that is ready.
     if request.app[CONTEXT].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
     return _json({"status": "ready"})
@@ -128,9 +129,9 @@ def _preflight(request: web.Request) -> web.Response:
     response = web.Response(status=204, headers={"Allow": "GET, POST, OPTIONS"})
     if _cors(request):
         response.headers.update(_CORS_PREFLIGHT)
-        asked = request.headers.get("Access-Control-Request-Headers")
-        if asked is not None:
-            response.headers["Access-Control-Allow-Headers"] = asked
+        wanted = request.headers.get("Access-Control-Request-Headers")
+        if wanted is not None:
+            response.headers["Access-Control-Allow-Headers"] = wanted
     return response
 
 
@@ -139,32 +140,34 @@ def _preflight(request: web.Request) -> web.Response:
 
 @web.middleware
 async def _in_the_contracts_form(request: web.Request, handler: _Handler) -> web.StreamResponse:
-    """Every error as the contract's JSON, aiohttp's own among them."""
+    """Answer every error, aiohttp's own among them, with the contract's JSON."""
     try:
         if request.method == "OPTIONS":
             return _preflight(request)
         return await handler(request)
     except ProxyError as error:
-        return _refusal(request, error)
+        return _error_response(request, error)
     except web.HTTPNotFound:
-        return _refusal(request, _unknown_path(_path_as_sent(request)))
+        return _error_response(request, _unknown_path(_path_as_sent(request)))
     except web.HTTPMethodNotAllowed as exc:
         allowed = ", ".join(sorted(exc.allowed_methods))
-        refusal = RequestError(
+        wrong = RequestError(
             f"expected {allowed} on {_path_as_sent(request)[:128]}, got {request.method}",
             code="method_not_allowed",
             status=405,
         )
-        response = _refusal(request, refusal)
+        response = _error_response(request, wrong)
         response.headers["Allow"] = allowed
         return response
     except Exception:
-        logger.exception("a handler failed")  # a fault of ours: the path is in the traceback
-        return _refusal(request, ProxyError("an error in the proxy itself", code="internal_error"))
+        logger.exception("a handler failed")  # a fault of the proxy
+        return _error_response(
+            request, ProxyError("an error in the proxy itself", code="internal_error")
+        )
 
 
 def _path_as_sent(request: web.Request) -> str:
-    """The path with its escapes: undone, `/v1%2Fmodels` would read as a path that exists."""
+    """Return the path with its escapes: without, `/v1%2Fmodels` reads as a path that exists."""
     return request.raw_path.partition("?")[0]
 
 
@@ -187,7 +190,7 @@ def _unknown_path(path: str) -> RequestError:
     return RequestError(message, code="not_found", status=404)
 
 
-def _refusal(request: web.Request, error: ProxyError) -> web.Response:
+def _error_response(request: web.Request, error: ProxyError) -> web.Response:
     body = serialize_error(error, numeric_code=request.path.startswith("/api/"))
     response = web.Response(status=error.status, body=body, content_type="application/json")
     response.headers.update(_decoded(retry_headers(error)))
@@ -197,9 +200,9 @@ def _refusal(request: web.Request, error: ProxyError) -> web.Response:
 
 
 async def _finish_head(request: web.Request, response: web.StreamResponse) -> None:
-    """Headers that every answer has, and the end of aiohttp's part: one answer a handler.
+    """Add the headers of every answer, and end aiohttp's handler with its answer.
 
-    The connection itself goes on under downstream/connection.py, which learns here whether it may.
+    Whether the client's connection goes on is passed to downstream/aiohttp_bridge.py.
     """
     del response.headers["Server"]
     response.headers["X-Request-Id"] = request.app[CONTEXT].new_request_id()

@@ -1,30 +1,16 @@
-"""What the JSON of a completion chunk says: content, a finish reason, or nothing but usage."""
+"""The JSON of completion chunks: content, a finish reason, or nothing but usage."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from .usage import read_usage
-
 # Members of a delta that say of what it is a part, and no more. All others hold content.
-_NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
+NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
 _LEVELS: Final = 6  # of a value that are looked through for one that isn't empty
 
 
-def only_delta(document: dict[str, Any]) -> dict[str, Any] | None:
-    """The delta of an event that has nothing else to say; None for any other."""
-    choices = document.get("choices")
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        return None
-    delta = choices[0].get("delta")
-    if choices[0].get("finish_reason") or not isinstance(delta, dict):
-        return None
-    has_usage = document.get("usage") is not None or read_usage(document) is not None
-    return None if has_usage else delta
-
-
 def is_usage_event(document: dict[str, Any]) -> bool:
-    """Whether it is the event that `include_usage` adds: no choices, and a usage object.
+    """Return whether `document` is the event that `include_usage` adds: usage without choices.
 
     OpenAI has an empty array there, ModelScope null, and ROCm's ATOM leaves it out.
     """
@@ -33,7 +19,7 @@ def is_usage_event(document: dict[str, Any]) -> bool:
 
 
 def is_empty(value: object, levels: int = _LEVELS) -> bool:
-    """Whether there is nothing in it: null, "", or objects and arrays of such alone."""
+    """Return whether `value` is null, "", or objects and arrays of nothing else."""
     if value is None or value == "":
         return True
     if levels and isinstance(value, dict):
@@ -44,7 +30,7 @@ def is_empty(value: object, levels: int = _LEVELS) -> bool:
 
 
 def content_of(document: dict[str, Any]) -> tuple[str, bool]:
-    """The finish reason of an event, and whether a choice holds content as the contract has it."""
+    """Return the finish reason of an event, "" without one, and whether a choice has content."""
     finish_reason = ""
     has_content = False
     choices = document.get("choices")
@@ -61,7 +47,7 @@ def content_of(document: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _has_content(choice: dict[str, Any]) -> bool:
-    """Whether its delta, or what some servers have in its place, holds any content.
+    """Return whether the delta of `choice`, or what some servers have in its place, has content.
 
     MiniMax ends with the whole `message`; servers of plain completions send `text`.
     """
@@ -69,12 +55,12 @@ def _has_content(choice: dict[str, Any]) -> bool:
         delta = choice.get(name)
         if isinstance(delta, dict):
             for member, value in delta.items():
-                if value and member not in _NO_CONTENT and _is_content(value):
+                if value and member not in NO_CONTENT and _is_content(value):
                     return True
     text = choice.get("text")
     return isinstance(text, str) and text != ""
 
 
 def _is_content(value: object) -> bool:
-    """Whether a member of a delta is text, or an object or array with anything in it."""
+    """Return whether a member of a delta is text, or an object or array with anything in it."""
     return isinstance(value, str) or (isinstance(value, dict | list) and not is_empty(value))

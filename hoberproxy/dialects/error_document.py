@@ -1,9 +1,9 @@
-"""What an upstream's error says, in whatever form it says it: its status, message, field and code.
+"""Errors of upstreams in any form: their status, message, field and code.
 
 Servers and the gateways before them put errors into each other: a list, a string of JSON in a
 message, an object under `metadata.raw`. So an error is read as its layers, the outermost first,
-and each fact is looked for in all of them. What follows from an error is
-upstream/error_response.py's.
+and each fact is looked for in all of them. What follows from an error is decided in
+upstream/error_response.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Final
 
 from ..protocol.json_bytes import load_json
+from ..protocol.text import clip_text
 
 JsonObject = dict[str, Any]
 
@@ -37,7 +38,7 @@ _TEXTS: Final = (
     *("error_message", "error_msg", "errorMessage", "errorMsg", "description", "reason"),
     "base_resp",
 )
-# Words of a status line: who sends nothing else says less than our own words do.
+# Words of a status line: as a message they say less than our own words do.
 _PHRASES: Final = frozenset(
     (
         *("bad request", "content too large", "payload too large", "request entity too large"),
@@ -137,9 +138,9 @@ _RATE: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ErrorDocument:
-    """What was found in an error; empty or None where it says nothing of it.
+    """The facts of an error; empty or None where it does not say.
 
-    `words` are all that its codes, types and states say, in one spelling.
+    `words` are all its codes, types and states, in one spelling.
     """
 
     status: int | None = None
@@ -150,21 +151,21 @@ class ErrorDocument:
 
     @property
     def names_length(self) -> bool:
-        """A code or type says that the prompt does not fit into the model's context."""
+        """Return whether a code or type says that the prompt does not fit into the context."""
         return not _LENGTH_WORDS.isdisjoint(self.words)
 
     @property
     def is_too_long(self) -> bool:
-        """The prompt does not fit into the model's context, by a code or by the message."""
+        """Return whether a code or the message says that the prompt does not fit."""
         if self.names_length:
             return True
         return _LENGTH.search(self.message) is not None and _RATE.search(self.message) is None
 
 
 def load_error(body: bytes) -> Any:
-    """The error in the body of a response: JSON, the data of an event, or a text; None if hidden.
+    """Return the error in a response's body: JSON, the data of an event, or a text.
 
-    HTML is an intermediary's and tells of it, not of the request.
+    None for HTML, which an intermediary sends about itself, and for bytes that are no text.
     """
     text = body.removeprefix(b"\xef\xbb\xbf").strip()
     if text.startswith((b"data:", b"event:", b"id:", b":")):
@@ -185,7 +186,7 @@ def load_error(body: bytes) -> Any:
 
 
 def read_error(document: Any) -> ErrorDocument:
-    """What `document`, the value of JSON or a text, says of an error."""
+    """Return the facts of the error in `document`, the value of JSON or a text."""
     layers = list(islice(_layers(document, _MOST_LEVELS), _MOST_LAYERS))
     objects = [layer for layer in layers if isinstance(layer, dict)]
     words = [word for layer in objects for word in _words(layer)]
@@ -200,7 +201,7 @@ def read_error(document: Any) -> ErrorDocument:
 
 
 def describes_error(document: Any) -> bool:
-    """Whether a body without choices is the upstream's own word on a failure."""
+    """Return whether the body of a response without choices describes an error."""
     if isinstance(document, list):
         return bool(document) and describes_error(document[0])
     if not isinstance(document, dict):
@@ -215,7 +216,7 @@ def describes_error(document: Any) -> bool:
 
 
 def _load_event(text: bytes) -> Any:
-    """The first data of an event stream that describes an error, else its first data."""
+    """Return the first data of an event stream that is an object, else its first data."""
     lines = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
     payloads = [line[5:].strip() for line in lines if line.startswith(b"data:")][:_MOST_DATA_LINES]
     found = [load_error(each) for each in payloads if each != b"[DONE]" and each[:5] != b"data:"]
@@ -225,7 +226,7 @@ def _load_event(text: bytes) -> Any:
 
 
 def _load_lines(text: bytes) -> Any:
-    """The first of several documents, one a line; None if there is none."""
+    """Return the first of several documents, one a line; None if it is no JSON."""
     first = text.partition(b"\n")[0]
     try:
         return load_json(first)
@@ -234,7 +235,7 @@ def _load_lines(text: bytes) -> Any:
 
 
 def _load_cut(text: str) -> Any:
-    """The message of JSON that was cut, where it came whole."""
+    """Return the message of JSON that was cut behind it, or None."""
     whole = _WHOLE_TEXT.search(text)
     try:
         return json.loads(whole[1], strict=False) if whole else None
@@ -243,7 +244,7 @@ def _load_cut(text: str) -> Any:
 
 
 def _unpack(text: str) -> Any:
-    """`text`, or the object or array that it is the JSON of."""
+    """Return the object or array that `text` is the JSON of, else `text`."""
     stripped = text.strip()
     if stripped.startswith(("{", "[", "data:")):
         found = load_error(stripped.encode("utf-8", "replace"))
@@ -271,7 +272,7 @@ def _layers(value: Any, levels: int) -> Iterator[Any]:
 
 
 def _find_status(layers: Iterable[JsonObject], words: Iterable[str], message: str) -> int | None:
-    """The HTTP status that an error names as a number, else what its words stand for."""
+    """Return the HTTP status that an error has as a number, else that of its words, or None."""
     for layer in layers:
         for name in _STATUS_NAMES:
             if (status := as_status(layer.get(name))) is not None:
@@ -299,7 +300,7 @@ def as_status(value: Any) -> int | None:
 
 
 def _is_validation(layer: JsonObject) -> bool:
-    """FastAPI's word on a body that does not fit: a list of places in it."""
+    """Return whether `layer` is FastAPI's error for one field of a body."""
     place = layer.get("loc")
     return isinstance(place, list) and place[:1] == ["body"]
 
@@ -312,13 +313,13 @@ def _words(layer: JsonObject) -> Iterator[str]:
 
 
 def _as_word(text: str) -> str:
-    """`BadRequestError`, `bad-request` and `BAD_REQUEST` as bad_request."""
+    """Return bad_request for `BadRequestError`, `bad-request` and `BAD_REQUEST`."""
     word = _NO_WORD.sub("_", _WORD_STARTS.sub("_", text).lower()).strip("_")
     return word.removesuffix("_exception").removesuffix("_error") or word
 
 
 def _find_code(layers: list[JsonObject]) -> str:
-    """The innermost code that is no status: what lies around it is a gateway's, and says less."""
+    """Return the innermost code that is no status; codes around it are a gateway's and say less."""
     for layer in reversed(layers):
         code = layer.get("code")
         if isinstance(code, str) and as_status(code) is None:
@@ -331,9 +332,8 @@ def _find_code(layers: list[JsonObject]) -> str:
 
 
 def clean_text(text: str, limit: int) -> str:
-    """`text` on one line, of bounded length, fit for any encoding."""
-    # A JSON escape can smuggle in half a surrogate pair, which no UTF-8 writer takes.
-    return _SPACE.sub(" ", text[: 4 * limit].encode("utf-8", "replace").decode()).strip()[:limit]
+    """Return `text` on one line of at most `limit` characters, fit for any encoding."""
+    return _SPACE.sub(" ", clip_text(text, 4 * limit)).strip()[:limit]
 
 
 def _one_line(document: Any) -> str:
@@ -342,7 +342,7 @@ def _one_line(document: Any) -> str:
 
 
 def _find_message(value: Any, levels: int = _MOST_LEVELS) -> str:
-    """What the error says, with what an error within it adds; empty if it says nothing."""
+    """Return the message of an error, with that of an error within it; empty without one."""
     if not levels:
         return ""
     if isinstance(value, str):
@@ -384,14 +384,14 @@ def _first_text(error: JsonObject, levels: int) -> str:
 
 
 def _joined(outer: str, inner: str) -> str:
-    """Both messages, or the one that says something."""
+    """Return both messages, or the one that says something."""
     if not inner or inner in outer:
         return outer
     return inner if outer in inner or outer.lower() in _SAYS_NOTHING else f"{outer}: {inner}"
 
 
 def _filtered(value: Any) -> str:
-    """The kinds of content that Azure's filter names."""
+    """Return the kinds of content that Azure's filter names."""
     if not isinstance(value, dict):
         return ""
     result = value.get("content_filter_result") or value.get("content_filter_results")
@@ -409,7 +409,7 @@ def _filtered(value: Any) -> str:
 
 
 def _find_param(error: Any, levels: int = _MOST_LEVELS) -> str:
-    """The field at fault: `param`, or FastAPI's `loc` as a path; empty if none is named."""
+    """Return the field at fault: `param`, or FastAPI's `loc` as a path; empty without one."""
     if isinstance(error, str):
         error = _unpack(error)
     if isinstance(error, list) and error:
@@ -426,6 +426,6 @@ def _find_param(error: Any, levels: int = _MOST_LEVELS) -> str:
 
 
 def _path(place: list[Any]) -> str:
-    """["messages", 0, "role"] as messages[0].role, the form of our own errors."""
+    """Return messages[0].role, the form of our own errors, for ["messages", 0, "role"]."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     return "".join(parts).lstrip(".")

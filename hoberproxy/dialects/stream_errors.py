@@ -1,6 +1,6 @@
-"""How an upstream says within a stream that it failed: the forms of errors seen in the wild.
+"""Errors of an upstream within a stream, in all the forms seen in the wild.
 
-Whatever the form, the document is kept for the client's sake; no text of it is in a message.
+Whatever the form, the document is kept for the client; no text of it is in a message.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _BROKEN_ERROR: Final = re.compile(rb'\s*\{\s*"error"\s*:\s*[^n\s]')
 
 
 class StreamFailure(Exception):
-    """The stream itself says that it failed, or is no stream of completion chunks.
+    """A stream says itself that it failed, or is no stream of completion chunks.
 
-    `is_error_event` tells an upstream's own error from bytes that are not what they should be.
+    `is_error_event` says that it is the upstream's own error, and not bytes out of shape.
     `document` is what the upstream sent: the object with the error in it, or a text, or None if it
     said no more; dialects/error_document.py reads it.
     """
@@ -42,7 +42,7 @@ class StreamFailure(Exception):
 
 
 def error_event(document: object) -> StreamFailure:
-    """The failure that an error tells, in whatever form; a document that says nothing is None."""
+    """Return the failure of an error event; a `document` that says nothing becomes None."""
     return StreamFailure(
         "the upstream sent an error event",
         is_error_event=True,
@@ -51,7 +51,7 @@ def error_event(document: object) -> StreamFailure:
 
 
 def find_error(document: Any) -> StreamFailure | None:
-    """The failure that a chunk's JSON tells; None if it is a chunk like any other.
+    """Return the failure that a chunk's JSON says; None if it is a chunk without an error.
 
     `{"error": …}`, also in an array as Gemini has it; `{"object": "error", …}` of vLLM and
     `{"type": "error", …}`; an error within a choice, or a finish reason that is one; MiniMax'
@@ -81,14 +81,17 @@ def find_error(document: Any) -> StreamFailure | None:
 
 
 def find_broken_error(payload: bytes) -> StreamFailure | None:
-    """The same for what is no JSON but begins as an error does: quotes in the text, mostly."""
+    """Return the failure in a `payload` that is no JSON but begins as an error does, or None.
+
+    Most of these have quotes in the text that are not escaped.
+    """
     if _BROKEN_ERROR.match(payload) is None:
         return None
     return error_event(payload.decode("utf-8", "replace"))
 
 
 def error_field(value: bytes) -> StreamFailure | None:
-    """The failure that the line `error: …` of an event tells, as llama.cpp wrote it for long."""
+    """Return the failure in an event's line `error: …`, which older llama.cpp writes, or None."""
     try:
         document = load_json(value)
     except ValueError:
@@ -115,7 +118,7 @@ def _find_choice_error(choices: list[Any]) -> StreamFailure | None:
 
 
 def _is_bare_error(document: dict[str, Any]) -> bool:
-    """Whether an object without choices is nothing but an error."""
+    """Return whether an object without choices is nothing but an error."""
     if isinstance(document.get("usage"), dict):
         return False
     if not is_empty(document.get("detail")) or not is_empty(document.get("errors")):

@@ -1,8 +1,8 @@
 """Token usage as model servers report it; where they do not, accounting/estimates.py guesses.
 
-One reader for every dialect seen on the wire; `tests/usage_forms.py` holds an example of each, with
-its source. Where the numbers stand in a stream is the scanner's business (relay/scanner.py), where
-they go is accounting/accounts.py's.
+One reader serves every dialect seen on the wire; `tests/support/usage_forms.py` holds an example of
+each, with its source. Which events of a stream have usage is for relay/scanner.py to find, where
+the numbers go for accounting/accounts.py.
 
 Servers agree on prompt and completion, but not on what these hold. With OpenAI the cached part is
 inside the prompt, and reasoning inside the completion. Others count a part beside its whole: then
@@ -23,7 +23,7 @@ MAX_UNLISTED: Final = 1 << 20
 MAX_COUNTED_CHOICES: Final = 128  # whose usage is added up; OpenAI's `n` ends there too
 
 
-class Usage:  # made for every request: no dataclass, whose making is not compiled
+class Usage:  # made for each request: no dataclass, see docs/mypyc.md
     """Token counts of one request; false where nothing was counted.
 
     `cached` and `cache_write` are parts of `prompt`, `reasoning` is one of `completion`.
@@ -56,7 +56,7 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
         self.cache_write_tokens = cache_write_tokens
         self.is_estimated = is_estimated
         self.is_beside_text = False  # a message with a text stood in the same body
-        self.choices: dict[int, Usage] | None = None  # what it is the sum of, by their index
+        self.choices: dict[int, Usage] | None = None  # its parts by their index, if it is a sum
 
     def __bool__(self) -> bool:
         return self.prompt_tokens > 0 or self.completion_tokens > 0
@@ -81,7 +81,7 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
         )
 
     def has_gaps(self, events: int) -> bool:
-        """Whether a count of zero cannot be, with an answer of so many content events.
+        """Return whether a count of zero is wrong, for an answer of so many content `events`.
 
         No prompt has no tokens (Ollama said 0 of a cached one), and no text has none.
         """
@@ -92,9 +92,9 @@ class Usage:  # made for every request: no dataclass, whose making is not compil
 
 
 def read_usage(document: dict[str, Any]) -> Usage | None:
-    """The usage of a completion or of one event of a stream; None where there is none.
+    """Return the usage of a completion or of one event of a stream; None without one.
 
-    Nearly everyone has it on top; Groq nests it in `x_groq`, Moonshot in each choice its own.
+    Nearly all servers have it on top; Groq nests it in `x_groq`, Moonshot in each choice.
     """
     usage = document.get("usage")
     found = parse_usage(usage) if isinstance(usage, dict) else None
@@ -109,10 +109,10 @@ def read_usage(document: dict[str, Any]) -> Usage | None:
 
 
 def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
-    """The usage of a stream with one event more, `known` being that of the events before it.
+    """Return the usage of a stream with one event more; `known` is that of the events before it.
 
     The last one counts; but zeros, which some servers send before the first text or behind the
-    last, do not take the place of numbers, nor does the same without what was cached or reasoned.
+    last, do not take the place of numbers, nor do the same numbers without their parts.
     """
     usage = read_usage(document)
     if usage is None:
@@ -122,12 +122,12 @@ def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     if not usage.completion_tokens and (known.completion_tokens or not usage):
         return known
     if known.choices is not None and usage.choices is not None:
-        return _add_up(known.choices | usage.choices)  # each tells its own with its last event
+        return _add_up(known.choices | usage.choices)  # each comes with its choice's last event
     return known if _says_less(usage, known) else usage
 
 
 def _says_less(usage: Usage, known: Usage) -> bool:
-    """Whether both tell the same counts, and `usage` none of their parts."""
+    """Return whether `usage` has the counts of `known` without their parts."""
     return (
         usage.prompt_tokens == known.prompt_tokens
         and usage.completion_tokens == known.completion_tokens
@@ -136,7 +136,7 @@ def _says_less(usage: Usage, known: Usage) -> bool:
 
 
 def parse_usage(usage: dict[str, Any]) -> Usage | None:
-    """Counts from a `usage` object; None if it has neither prompt nor completion tokens."""
+    """Return the counts of a `usage` object; None without prompt and completion tokens."""
     prompt = _count(usage.get("prompt_tokens"))
     completion = _count(usage.get("completion_tokens"))
     total = _count(usage.get("total_tokens"))
@@ -150,9 +150,9 @@ def parse_usage(usage: dict[str, Any]) -> Usage | None:
 
 
 def _parse_usual(usage: dict[str, Any], prompt: int, completion: int) -> Usage | None:
-    """Counts from a usage object in OpenAI's own form, whose total is right; None for any other.
+    """Return the counts of a `usage` object in OpenAI's own form; None for any other.
 
-    The form of nearly every request: it costs a third of what the others do.
+    Nearly every request has this form: it costs a third of what the others do.
     """
     cached = written = reasoning = 0
     members = 3
@@ -173,7 +173,7 @@ def _parse_usual(usage: dict[str, Any], prompt: int, completion: int) -> Usage |
 
 
 class _Reading:
-    """What a usage object says under any name, before its parts are brought into their wholes."""
+    """The counts of a usage object under any name, before parts are added to their wholes."""
 
     __slots__ = (
         "cached",
@@ -201,7 +201,7 @@ class _Reading:
         self.has_flat_reasoning = False
 
     def read(self, usage: dict[str, Any]) -> None:
-        """Take every count that the object has, of the known names the first that is not zero."""
+        """Take every count of `usage`, of several names for one the first that is not zero."""
         if not self.prompt and (count := _count(usage.get("input_tokens"))) is not None:
             self.prompt = count
             self.has_anthropic_prompt = True
@@ -234,11 +234,11 @@ class _Reading:
             self.has_flat_reasoning = True
 
     def settle(self) -> Usage | None:
-        """The counts with every part in its whole; None if there is neither prompt nor completion.
+        """Return the counts with every part in its whole; None without prompt and completion.
 
-        - A total beyond prompt and completion holds parts that these do not. Is the rest just the
-          reasoning, just the cache's part, or just both, then it is those; else it is a prompt that
-          was not told, or output that was not listed.
+        - A total beyond prompt and completion holds parts that these do not. If the rest equals the
+          reasoning, the cache's part, or both, it is those; else it is a prompt that is missing, or
+          output that was not listed.
         - A total that is their sum says that the parts are inside. None, or one that is less than
           the sum, says nothing.
         - A part that is more than its whole was counted beside it, unless the total says no.
@@ -293,7 +293,7 @@ _WRITTEN: Final = (
 
 
 def _read_cached(details: dict[str, Any]) -> int:
-    """How many tokens of the prompt came from a cache.
+    """Return how many tokens of the prompt came from a cache.
 
     Bifrost's `cached_tokens` is the sum of the other two, of which it leaves out those of zero.
     """
@@ -305,7 +305,7 @@ def _read_cached(details: dict[str, Any]) -> int:
 
 
 def _read_written(details: dict[str, Any]) -> int:
-    """How many tokens of the prompt were written to a cache."""
+    """Return how many tokens of the prompt were written to a cache."""
     written = _first(details, _WRITTEN)
     if not written and isinstance(parts := details.get("cache_creation"), dict):
         # Anthropic's, by how long they are kept.
@@ -315,7 +315,7 @@ def _read_written(details: dict[str, Any]) -> int:
 
 
 def _first(values: dict[str, Any], names: tuple[str, ...]) -> int:
-    """The first count under these names that is not zero; 0 if there is none."""
+    """Return the first count under these `names` that is not zero; 0 if there is none."""
     for name in names:
         value = values.get(name)
         if value is not None and (count := _count(value)):
@@ -324,7 +324,7 @@ def _first(values: dict[str, Any], names: tuple[str, ...]) -> int:
 
 
 def _clamped(prompt: int, completion: int, cached: int, written: int, reasoning: int) -> Usage:
-    """Usage in which no part is more than its whole, and nothing more than can be."""
+    """Return usage in which no part is more than its whole, and no count more than MAX_TOKENS."""
     prompt, completion = min(prompt, MAX_TOKENS), min(completion, MAX_TOKENS)
     cached = min(cached, prompt)
     written = min(written, prompt - cached)
@@ -332,7 +332,7 @@ def _clamped(prompt: int, completion: int, cached: int, written: int, reasoning:
 
 
 def _read_elsewhere(document: dict[str, Any]) -> Usage | None:
-    """Usage that does not stand on top."""
+    """Return usage that is not on top of `document`."""
     nested = document.get("x_groq")
     if isinstance(nested, dict) and isinstance(usage := nested.get("usage"), dict):
         return parse_usage(usage)
@@ -346,7 +346,7 @@ def _read_elsewhere(document: dict[str, Any]) -> Usage | None:
 
 
 def _read_choices(choices: list[Any]) -> Usage | None:
-    """The usage of choices some of which tell their own."""
+    """Return the usage of `choices`, some of which have their own."""
     by_index: dict[int, Usage] = {}
     for place, choice in enumerate(choices):
         if isinstance(choice, dict) and isinstance(usage := choice.get("usage"), dict):
@@ -358,7 +358,7 @@ def _read_choices(choices: list[Any]) -> Usage | None:
 
 
 def _add_up(by_index: dict[int, Usage]) -> Usage:
-    """The usage of a request whose choices tell their own: one prompt, and all their answers."""
+    """Return the usage of a request whose choices have their own: one prompt, all answers."""
     prompt = completion = cached = written = reasoning = 0
     choices: dict[int, Usage] = {}
     for index, usage in by_index.items():
@@ -376,9 +376,9 @@ def _add_up(by_index: dict[int, Usage]) -> Usage:
 
 
 def _parse_timings(timings: dict[str, Any]) -> Usage | None:
-    """What llama.cpp says of its work, with its last event, where it was not asked for usage.
+    """Return the usage in llama.cpp's `timings`, which its last event has without being asked.
 
-    `prompt_n` is without what came from its cache: before it told `cache_n` too, the prompt is not
+    `prompt_n` is without what came from its cache: in versions without `cache_n` the prompt is not
     known.
     """
     completion = _count(timings.get("predicted_n"))
@@ -390,7 +390,7 @@ def _parse_timings(timings: dict[str, Any]) -> Usage | None:
 
 
 def _has_text(document: dict[str, Any]) -> bool:
-    """Whether a body's message says anything. Of events the scanner knows."""
+    """Return whether a message of a body says anything; of events the scanner knows."""
     choices = document.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         message = choice.get("message") if isinstance(choice, dict) else None
@@ -402,7 +402,7 @@ def _has_text(document: dict[str, Any]) -> bool:
 
 
 def _count(value: object) -> int | None:
-    """A number that can be a count, else None: upstreams send nulls and floats."""
+    """Return `value` if it can be a count, else None: upstreams send nulls and floats."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value <= MAX_TOKENS else None

@@ -1,6 +1,6 @@
-"""One try on one endpoint: connect, send, judge the head, relay, within its time limits.
+"""Tries one endpoint: connects, sends, judges the head, has the answer relayed, in time.
 
-What is tried next, and what the client is told in the end, is the exchange's to decide.
+Leaves to its owner, the exchange, what is tried next and how the client is answered.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import time
 from typing import Final
 
 from .._mypyc import mypyc_attr
+from ..dialects.outcome import Outcome
 from ..downstream.request_handler import RequestHandler
 from ..downstream.response import ResponseBody
 from ..errors import Phase, UpstreamError
 from ..protocol.http_head import Headers, ResponseHead
 from ..protocol.json_bytes import dump_json
-from ..relay.opening_template import Opening
-from ..relay.relay import BodyRelay, Outcome, RefusalReader, Relay, Reporter, StreamRelay
+from ..relay.edge_templates import EdgeTemplates
+from ..relay.relay import BodyRelay, RefusalReader, Relay, Reporter, StreamRelay
 from ..relay.scanner import StreamScanner
 from ..request.call import Call
 from ..routing.catalog import TimeLimits
@@ -26,29 +27,28 @@ from ..routing.plan import Step
 from ..upstream.body import make_upstream_body, named_option
 from ..upstream.connection import ChunkTaker, Loss, UpstreamConnection
 from ..upstream.credentials import secrets_of
-from ..upstream.error_response import judge_document, parse_refusal, parse_retry_after
+from ..upstream.error_response import judge_document, parse_error_response, parse_retry_after
 from ..upstream.provider import Upstream
 
 logger = logging.getLogger("hoberproxy.upstream")
 
-# Some servers label their streams carelessly; what is no stream then has no content and fails.
+# Some servers label their streams wrongly; a body that is no stream has no content and fails.
 _STREAM_TYPES: Final = frozenset(
     (b"text/event-stream", b"", b"text/plain", b"application/octet-stream")
 )
 _JSON_TYPE: Final = b"application/json"
-# What a body is its first byte tells, whatever its label: that of a line of an event (`data`, `id`,
-# `event`, `error`, `retry`, a comment) begins no JSON document, nor the other way round.
+# A body's first byte decides what it is, whatever its label: the first of a line of an event
+# (`data`, `id`, `event`, `error`, `retry`, a comment) begins no JSON document, and vice versa.
 _EVENT_BYTES: Final = frozenset(b"deir:")
 _JSON_BYTES: Final = frozenset(b"{[")
 _NO_FIELDS: Final[Headers] = []
 _WHITE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
-# The part of `first_content` after which a stream is watched again, for so long: one event of it is
-# looked at in some minutes, and one that stalls ends this much later than it might.
+# The part of `first_content` after which a stream is watched for content: so one event is parsed in
+# some minutes, and a stream that stalls ends by this part later.
 WATCH_AFTER: Final = 0.25
-# Seconds of silence that end the body of a refusal which has begun: some servers leave it open.
+# Seconds of silence that end an error response whose body has begun: some servers leave it open.
 REFUSAL_WAIT: Final = 2.0
-# As globals: a look-up on the enum class costs as much as a small function.
 _CONNECT: Final = Phase.CONNECT
 _HEAD: Final = Phase.HEAD
 _OPENING: Final = Phase.OPENING
@@ -59,9 +59,9 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class AttemptOwner(RequestHandler):
-    """The exchange an attempt belongs to. `attempt_finished` or `attempt_failed` ends it.
+    """What an attempt reports to; `attempt_finished` or `attempt_failed` comes last.
 
-    A request handler, for what is compiled derives from one class.
+    It is a request handler, since a compiled class derives from one class only.
     """
 
     @property
@@ -70,46 +70,46 @@ class AttemptOwner(RequestHandler):
         raise NotImplementedError
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
-        """The first content is here: start the answer."""
+        """Start the answer, whose first content has come, behind the upstream's `head`."""
         raise NotImplementedError
 
     def note_opened(self, *, is_stream: bool) -> None:
-        """The first content was written."""
+        """Take note that the first content was written."""
         raise NotImplementedError
 
     def send_answer(self, head: ResponseHead, body: bytes) -> None:
-        """A whole answer, checked: send it."""
+        """Send a whole answer with a checked `body`."""
         raise NotImplementedError
 
     def seal(self, status: int, following: int = 0) -> None:
-        """The last bytes of the answer, so many, are about to be written."""
+        """Account for an answer whose last `following` bytes are about to be written."""
         raise NotImplementedError
 
     def sent_body(self) -> bytes:
-        """The client's body, empty if it is held no more."""
+        """Return the client's body, empty if it is held no more."""
         raise NotImplementedError
 
     def attempt_finished(self, attempt: Attempt) -> None:
-        """The answer was passed on to its end."""
+        """Take note that the answer was passed on to its end."""
         raise NotImplementedError
 
     def attempt_failed(self, attempt: Attempt, error: UpstreamError) -> None:
-        """It was not; the client has seen nothing of it unless its phase is CONTENT."""
+        """Go on after an `error`; the client has seen nothing of the answer before CONTENT."""
         raise NotImplementedError
 
 
 class Attempt(Reporter):
-    """Made for one step of the plan; `start` it, ask `check_limits`, `abort` it at any time."""
+    """One try of one step: call `start`, then `check_limits` when `due`; `abort` at any time."""
 
-    # What an attempt starts with; on the class, for one is made with every request.
+    # On the class, since to set them on each object would cost a microsecond.
     _is_paused = False
     _is_ended = False
     _connection: UpstreamConnection | None = None
     _connecting: asyncio.Task[UpstreamConnection] | None = None
     _head: ResponseHead | None = None
     _relay: Relay | None = None
-    _is_watching = False  # whether there is content in what comes
-    _looked_at = 0.0  # loop time since when, or at which there was
+    _is_watching = False  # for content in what comes
+    _looked_at = 0.0  # loop time of the last content, or when watching began
     _begun = b""  # a part of a byte order mark at the beginning of a body
 
     def __init__(
@@ -121,7 +121,7 @@ class Attempt(Reporter):
         answer: ResponseBody,
         without: frozenset[str] = frozenset(),
         forwarded: Headers = _NO_FIELDS,
-        opening: Opening | None = None,
+        edges: EdgeTemplates | None = None,
     ) -> None:
         """Prepare the request, `without` some options and with fields `forwarded` to `upstream`.
 
@@ -142,7 +142,7 @@ class Attempt(Reporter):
         self.step = step
         self._pool = upstream.pool
         self._answer = answer
-        self._opening = opening  # how such streams begin
+        self._edges = edges  # how such streams begin and end
         self.limits: TimeLimits = step.endpoint.limits or upstream.provider.limits
         self.started = self._last_activity = owner.now
 
@@ -206,7 +206,7 @@ class Attempt(Reporter):
                 self._take_over(self._body_relay())
 
     def _take_over(self, relay: Relay) -> None:
-        """Let `relay` have what comes; nothing comes any more if all of it has been read."""
+        """Give the rest of the answer to `relay`, unless all of it has been read."""
         self._relay = relay
         connection = self._connection
         if connection is not None and connection.receiver is self:
@@ -229,7 +229,7 @@ class Attempt(Reporter):
             self.on_end()
 
     def on_end(self) -> None:
-        """The body was empty, or white space; or its first byte was wrong, and all is over."""
+        """Fail for a body that was empty or white space, unless the attempt has ended."""
         assert self._head is not None
         if self._is_stream:
             is_invalid = self._head.content_type == _JSON_TYPE
@@ -238,10 +238,10 @@ class Attempt(Reporter):
             self._reject("an empty body")
 
     def _choose_relay(self, data: bytes) -> tuple[Relay | None, bytes]:
-        """The relay for what `data` begins, and its bytes; None where there is none, or not yet.
+        """Return the relay for a body that begins with `data`, None if not yet, and its bytes.
 
         White space and a byte order mark in front are dropped: within a stream, behind a comment
-        of ours, a mark would be a part of the first event's first name.
+        line of the proxy's, a mark would be a part of the first event's first name.
         """
         data = (self._begun + data).lstrip(_WHITE)
         if data[:3] == _BOM:
@@ -261,8 +261,9 @@ class Attempt(Reporter):
             return self._body_relay()
         if self._is_stream:
             if first in _EVENT_BYTES or content_type in _STREAM_TYPES:
-                slug = self.step.slug
-                scanner = StreamScanner(slug, wants_usage=self._wants_usage, opening=self._opening)
+                scanner = StreamScanner(
+                    self.step.slug, wants_usage=self._wants_usage, edges=self._edges
+                )
                 return StreamRelay(self, self._answer, scanner)
             if content_type == _JSON_TYPE:
                 return self._body_relay()
@@ -279,7 +280,7 @@ class Attempt(Reporter):
         )
 
     def _reject(self, got: str) -> None:
-        """Fail over an answer of another kind, on whose connection nothing more is sent."""
+        """Fail for an answer of another kind, and close its connection."""
         expected = "a stream" if self._is_stream else "a JSON body"
         self.phase = _HEAD
         if self._connection is not None:
@@ -287,16 +288,16 @@ class Attempt(Reporter):
         self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
-        """The connection went before any byte of a body came."""
+        """Connect anew, or fail: no byte of a body has come."""
         self._connection = None
         if loss is Loss.STALE:
-            # It had been closed while idle and nothing of an answer came: not a failure of the
-            # endpoint. Not another kept one: they were likely closed together.
+            # It was closed while idle and nothing of an answer came: no failure of the endpoint. A
+            # new connection, since the kept ones were likely closed together.
             self._connect()
         else:
             self.fail(self.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
 
-    # What the relay reports (Reporter)
+    # Reports of the relay (Reporter)
 
     def open_answer(self, *, is_stream: bool) -> None:
         assert self._head is not None
@@ -319,7 +320,7 @@ class Attempt(Reporter):
         head = self._head
         assert head is not None
         provider = self._pool.provider
-        error = parse_refusal(
+        error = parse_error_response(
             provider.name,
             head.status,
             head.get,
@@ -343,7 +344,7 @@ class Attempt(Reporter):
         return error
 
     def _note_option(self, error: UpstreamError, body: bytes) -> None:
-        """Note which member that we have put in the upstream refuses, if any."""
+        """Note in `error` which of the members that the proxy put in is refused, if any."""
         if self._injected and error.upstream_status in (400, 422):
             error.refused_option = named_option(body.decode("utf-8", "replace"), self._injected)
 
@@ -373,11 +374,11 @@ class Attempt(Reporter):
             is_retryable=self.phase is not _CONTENT,
         )
 
-    # What the exchange asks for
+    # For the owner
 
     @property
     def is_at_boundary(self) -> bool:
-        """The client has whole events only: one of our own may follow."""
+        """Whether the client has whole events only, so that an event may follow."""
         return not isinstance(self._relay, StreamRelay) or self._relay.is_at_boundary
 
     @property
@@ -387,7 +388,7 @@ class Attempt(Reporter):
 
     @property
     def idle_since(self) -> float:
-        """Loop time at which the upstream was last heard of, or we stopped listening."""
+        """Loop time of the last bytes of the upstream, or when it was read again."""
         if self._connection is None:
             return self._last_activity
         return max(self._last_activity, self._connection.heard_at)
@@ -400,33 +401,33 @@ class Attempt(Reporter):
         return self.idle_since if self.may_insert_line else math.inf
 
     def outcome(self) -> Outcome:
-        """What the answer has told so far."""
+        """Return what the answer has said of itself so far."""
         return self._relay.outcome() if self._relay is not None else Outcome()
 
     def pause(self) -> None:
-        """The client is slow: read no more of the upstream."""
+        """Read no more of the upstream for now: the client is slow."""
         self._is_paused = True
         if self._connection is not None:
             self._connection.pause_upstream()
 
     def resume(self) -> None:
-        """The client has caught up."""
+        """Read on: the client has caught up."""
         self._is_paused = False
         self._last_activity = self._looked_at = self._owner.now
         if self._connection is not None:
             self._connection.resume_upstream()
 
     def abort(self) -> None:
-        """Close the upstream connection now; nothing is reported any more."""
+        """Close the upstream connection now, and report nothing any more."""
         self._close()
 
     def forget(self) -> None:
-        """Over and accounted for: let go of the answer."""
+        """Free the answer, which has been accounted for."""
         self._relay = None
 
     @property
     def due(self) -> float:
-        """Loop time at which a limit will have passed if nothing comes before."""
+        """Loop time at which a limit passes if nothing comes before."""
         limits, due = self.limits, self.started + self.limits.total
         if self.phase in _BEFORE_CONTENT:
             if self._is_stream:
@@ -457,14 +458,14 @@ class Attempt(Reporter):
 
     @property
     def _look_due(self) -> float:
-        """Loop time to begin to watch a stream, or at which it has had no content for too long."""
+        """Loop time at which to watch a stream, or at which it has had no content for too long."""
         wait = self.limits.first_content
         return self._looked_at + (wait if self._is_watching else wait * WATCH_AFTER)
 
     def _look(self, now: float) -> None:
-        """Begin to watch a stream, if it is time to: it may send nothing but comments.
+        """Begin to watch a stream when it is due: it may send nothing but comments.
 
-        Also anew if nothing at all has come, for silence has a limit of its own.
+        Watching begins anew if no byte has come, for silence has a limit of its own.
         """
         relay = self._relay
         if self.phase is not _CONTENT or self._is_paused or now < self._look_due:
@@ -477,7 +478,7 @@ class Attempt(Reporter):
             relay.watch()
 
     def _passed_limit(self, now: float) -> tuple[float, str]:
-        """The limit that was reached: its seconds, and of what."""
+        """Return the limit that has passed at `now`: its seconds, and their kind."""
         limits = self.limits
         if now >= self.started + limits.total:
             return limits.total, "in all"
@@ -488,7 +489,7 @@ class Attempt(Reporter):
         return limits.first_content, "but comments or empty events"
 
     def _close(self) -> None:
-        """The attempt is over; an answer that did not end exactly takes its connection along."""
+        """End the attempt; close a connection whose answer has not ended."""
         self._is_ended = True
         self._request = []
         if self._connecting is not None:

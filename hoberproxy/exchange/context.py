@@ -1,7 +1,4 @@
-"""What the requests of one process share, made once from the config.
-
-Holds objects and decides nothing.
-"""
+"""The objects that the requests of one process share, made once from the config."""
 
 from __future__ import annotations
 
@@ -20,22 +17,21 @@ from ..accounting.metrics import Metrics
 from ..accounting.record import Record
 from ..config.settings import Config
 from ..downstream.request_handler import UNBOUNDED, ConnectionContext, RequestHandler
-from ..relay.opening_template import Opening
-from ..request.parse_cache import Frames
+from ..relay.edge_templates import MAX_SERVERS, EdgeTemplates
+from ..request.parse_cache import ParseCache
 from ..routing.catalog import Catalog
 from ..routing.health import Health, Key
 from ..timer_wheel import Wheel
 from ..upstream.model_lists import ModelLists
 from ..upstream.provider import Upstream
 
-MAX_OPENINGS: Final = 1024
 MAX_LEARNT: Final = 4096  # endpoints, for clients name the models behind wildcards
 
 
 class ServerContext(ConnectionContext):
-    """One per process; every exchange has it."""
+    """The state that all exchanges of one process share."""
 
-    is_stopping = False  # no other process takes over: further requests are refused
+    is_stopping = False  # no other process takes over: further requests fail
 
     def __init__(
         self,
@@ -60,11 +56,11 @@ class ServerContext(ConnectionContext):
         self.metrics = metrics
         self.bodies = bodies or BodyMemory(UNBOUNDED)
         self.health = Health()
-        self.frames = Frames()
+        self.parse_cache = ParseCache()
         self.draw: Callable[[], float] = random.random  # for weights and jitter
         self.on_closed: Callable[[Record], None] | None = None  # gets each record; for tests
         self.exchanges: set[RequestHandler] = set()
-        self.openings: dict[tuple[str, str], Opening] = {}  # by provider and slug
+        self._edges: dict[tuple[str, str], EdgeTemplates] = {}  # by provider and slug
         self.refused_options: dict[Key, frozenset[str]] = {}
         self.config = config
         self.settings = config.server
@@ -84,14 +80,14 @@ class ServerContext(ConnectionContext):
             del self.refused_options[next(iter(self.refused_options))]
         self.refused_options[endpoint] = known | options
 
-    def opening(self, provider: str, slug: str) -> Opening:
-        """Return what is known of how this provider's streams under `slug` begin."""
-        opening = self.openings.get((provider, slug))
-        if opening is None:
-            if len(self.openings) >= MAX_OPENINGS:
-                self.openings.clear()
-            opening = self.openings[provider, slug] = Opening()
-        return opening
+    def edges(self, provider: str, slug: str) -> EdgeTemplates:
+        """Return what is known of how this provider's streams under `slug` begin and end."""
+        edges = self._edges.get((provider, slug))
+        if edges is None:
+            if len(self._edges) >= MAX_SERVERS:
+                self._edges.clear()
+            edges = self._edges[provider, slug] = EdgeTemplates()
+        return edges
 
     def close_record(self, record: Record, caller: Caller, lease: Lease | None) -> None:
         """Account for a request that has ended; nothing may change its record after this."""

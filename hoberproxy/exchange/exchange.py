@@ -1,9 +1,9 @@
-"""One chat request: authenticate → parse → route → connect → relay → account.
+"""Handles one chat request: authenticate → parse → route → connect → relay → account.
 
-The methods stand in that order; failures and deadlines follow. What is tried next is decided in
-exchange/failover.py, one endpoint is tried by exchange/attempt.py, and bytes pass through
-relay/relay.py. Callbacks instead of a coroutine: a task and its wake-ups cost as much as the rest
-of a small request.
+The methods stand in that order; failures and deadlines follow. Leaves to others: the choice of the
+next step (exchange/failover.py), one try on an endpoint (exchange/attempt.py), the bytes of the
+answer (relay/relay.py). Callbacks instead of a coroutine: a task and its wake-ups cost as much as
+the rest of a small request.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..errors import (
     serialize_error_event,
 )
 from ..protocol.http_head import Headers, RequestHead, ResponseHead
-from ..protocol.text import clip_text, escape_client_text
+from ..protocol.text import escape_client_text
 from ..request.call import Call
 from ..request.parse_cache import STEPPED_BYTES
 from ..routing.filters import keep_permitted
@@ -49,7 +49,7 @@ logger = logging.getLogger("hoberproxy.server")
 # No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
 # does openai-python once an upstream has sent an `id:`.
 COMMENT: Final = b": HOBER PROCESSING\n"
-REST: Final = 0.002  # seconds left to others between two steps of reading a large body
+REST: Final = 0.002  # seconds for other requests between two steps of reading a large body
 RETRY_AFTER_DRAIN: Final = 1.0  # seconds; by then another worker or the new process has the socket
 _monotonic: Final = time.monotonic
 _unix_time: Final = time.time
@@ -58,10 +58,10 @@ _SENT_PHASES: Final = frozenset((Phase.HEAD, Phase.OPENING, Phase.CONTENT, Phase
 
 
 class Exchange(AttemptOwner):
-    """One chat request. However it ends, exactly one record is closed."""
+    """One chat request, which closes exactly one record, however it ends."""
 
-    # What an exchange starts with, on the class: to set it on each would cost a microsecond.
-    _refusal: ProxyError | None = None
+    # On the class, since to set them on each object would cost a microsecond.
+    _rejection: ProxyError | None = None
     _caller = ANONYMOUS
     _lease: Lease | None = None
     _sealed_as: tuple[int, str] | None = None  # status and code
@@ -104,8 +104,7 @@ class Exchange(AttemptOwner):
     # Authenticate
 
     def admit(self, known: Admitted | None = None) -> Admitted | None:
-        # A request counts as one of `max_streams` from the moment it is known to be a caller's:
-        # others would take the callers' room.
+        # Only a caller's request counts as one of `max_streams`: strangers would take its room.
         context, record = self._context, self.record
         try:
             if (
@@ -120,7 +119,7 @@ class Exchange(AttemptOwner):
                 self._note_caller(known.caller)
             context.admission.admit(len(context.exchanges) + 1)
         except ProxyError as error:
-            self._refusal = error
+            self._rejection = error
             return None
         context.exchanges.add(self)
         return known
@@ -129,7 +128,7 @@ class Exchange(AttemptOwner):
         try:
             self._lease = self._context.accounts.enter(self._caller, _unix_time())
         except ProxyError as error:
-            self._refusal = error
+            self._rejection = error
             return False
         return True
 
@@ -146,7 +145,7 @@ class Exchange(AttemptOwner):
         else:
             check_local_request(head)
             caller = ANONYMOUS
-        self._note_caller(caller)  # first: what is refused from here on is in the key's records
+        self._note_caller(caller)  # first, so that the key's records have a refusal that follows
         check_media_type(head)
         return caller
 
@@ -162,20 +161,20 @@ class Exchange(AttemptOwner):
 
     def run(self, body: bytes, *, close: bool = False) -> None:
         self._run_start = _monotonic()
-        if self._refusal is not None:
-            self.fail(self._refusal, close=close)
+        if self._rejection is not None:
+            self.fail(self._rejection, close=close)
         else:
             self._serve(body)
 
     def _serve(self, body: bytes) -> None:
-        """Parse, route and connect; what follows is reported by the attempt."""
+        """Parse, route and connect; the attempt reports what follows."""
         if self._is_closed:
             return
         try:
             self.hold_body(len(body))
             call = self._parse(body)
             if call is None:
-                # Not at the loop's next turn: an answer of another request takes several of them.
+                # Not at the loop's next turn: another request's answer takes several of them.
                 self._context.loop.call_later(REST, self._serve, body)
                 return
             self._note_call(call)
@@ -186,13 +185,13 @@ class Exchange(AttemptOwner):
             self._begin_step()
 
     def _parse(self, body: bytes) -> Call | None:
-        """Read the call; None if it is large and the next step of reading is still to be taken."""
-        frames, key_id = self._context.frames, self._caller.key_id
+        """Return the call, or None if `body` is large and reading it takes further steps."""
+        cache, key_id = self._context.parse_cache, self._caller.key_id
         if len(body) <= STEPPED_BYTES:
-            return frames.read(body, key_id)
+            return cache.read(body, key_id)
         reading = self._reading
         if reading is None:
-            self._reading = frames.read_in_steps(body, key_id)
+            self._reading = cache.read_in_steps(body, key_id)
             return None
         try:
             next(reading)
@@ -221,7 +220,7 @@ class Exchange(AttemptOwner):
         return plan
 
     def _open_account(self, call: Call, plan: Plan) -> None:
-        """Count the call in. Raises AccessError."""
+        """Count the call in, by what the `plan` may cost. Raises AccessError."""
         self._lease = self._context.accounts.open(
             self.record, self._caller, call, plan, _unix_time(), self._lease
         )
@@ -249,7 +248,7 @@ class Exchange(AttemptOwner):
         except Exception as error:  # as a body that the endpoint's rules cannot be applied to
             self._fail_by(error)
             return
-        # From here on the model server is at work: nobody waits for what is done now.
+        # From here on the model server is at work: what is done now delays nothing.
         self._context.health.begin(attempt.step.endpoint.key, self.now)
         # A plan may be older than the config: only the first try is surely within its limits.
         wait = self._context.shortest_wait if is_first else self._longest_wait(attempt)
@@ -266,15 +265,15 @@ class Exchange(AttemptOwner):
             answer = self._kept = KeptAnswer(answer, MAX_KEPT_BYTES)
             self._kept_body = call.body
         is_stream = call.terms.stream
-        opening = self._context.opening(upstream.provider.name, step.slug) if is_stream else None
+        edges = self._context.edges(upstream.provider.name, step.slug) if is_stream else None
         forwarded = upstream.forwarded_headers(self._head)
         without, earlier = failover.refused, self._attempt
-        attempt = Attempt(self, call, step, upstream, answer, without, forwarded, opening)
+        attempt = Attempt(self, call, step, upstream, answer, without, forwarded, edges)
         if earlier is not None:
             earlier.forget()
         return attempt
 
-    # Relay: what the attempt reports of an answer that passes
+    # Relay: reports of the attempt whose answer passes
 
     @property
     def now(self) -> float:
@@ -296,7 +295,7 @@ class Exchange(AttemptOwner):
         self.note_opened(is_stream=False)
 
     def note_opened(self, *, is_stream: bool) -> None:
-        self._call = None  # nor is another endpoint needed any more
+        self._call = None  # no other endpoint is tried any more
         if self._kept is None:
             self.hold_body(0)
         attempt, context, failover = self._attempt, self._context, self._failover
@@ -307,7 +306,7 @@ class Exchange(AttemptOwner):
             context.learn_refused(key, failover.refused)  # that it answers now proves it
 
     def _answer_head(self, head: ResponseHead, *, is_stream: bool) -> tuple[Headers, bytes]:
-        """Return the fields of an answer: those that vary, and ready lines of the others."""
+        """Return an answer's fields: those that vary, and the others as lines of a head."""
         attempt, upstream, record = self._attempt, self._upstream, self.record
         assert attempt is not None
         fields = self._cors_fields() + attempts_fields(record.attempts)
@@ -323,7 +322,7 @@ class Exchange(AttemptOwner):
         return cors_fields(self._context.settings.cors_origins, self._head)
 
     def _limit_lines(self) -> bytes:
-        """Return the lines about the limits of the caller's key, which are well-formed."""
+        """Return the lines of a head that say what limits the caller's key has."""
         if self._caller.limits is None:
             return b""
         return self._context.accounts.limit_lines(self._caller, _unix_time())
@@ -397,7 +396,7 @@ class Exchange(AttemptOwner):
 
     @property
     def _numeric_code(self) -> bool:
-        """Whether the client's SDK wants an error's code to be the status."""
+        """Whether the client's SDK expects the status as an error's code."""
         return self._head.path.startswith(b"/api/")
 
     def abandon(self) -> None:
@@ -460,7 +459,7 @@ class Exchange(AttemptOwner):
     # Account
 
     def _account(self, status: int) -> None:
-        """Close the record; the exchange is over."""
+        """End the exchange and close its record."""
         self._is_closed = True
         context, record, attempt = self._context, self.record, self._attempt
         context.exchanges.discard(self)
@@ -469,8 +468,8 @@ class Exchange(AttemptOwner):
         self.seal(status)
         if attempt is not None:
             attempt.forget()
-        # Body and answer go now: in a ring of references they would wait for the collector.
-        self._attempt = self._call = self._refusal = self._reading = None
+        # Free body and answer now: in a ring of references they would wait for the collector.
+        self._attempt = self._call = self._rejection = self._reading = None
         context.close_record(record, self._caller, self._lease)
         if self._kept is not None and attempt is not None:
             endpoint = attempt.step.endpoint
@@ -480,8 +479,8 @@ class Exchange(AttemptOwner):
     def seal(self, status: int, following: int = 0) -> None:
         """Account for an answer whose last `following` bytes are about to be written.
 
-        Before the client can take it for complete: what a client saw has a record. Sealing once
-        more changes something only if it ended in another way.
+        It comes before the client can take the answer for complete, so that every such answer has a
+        record. Sealing once more changes the record only if the answer ended in another way.
         """
         record = self.record
         if self._sealed_as == (status, record.code):
@@ -492,24 +491,14 @@ class Exchange(AttemptOwner):
         record.bytes_out = self._answer.body_bytes + following
         if self._failover is not None and self._failover.failures:
             record.failures = self._failover.failures
-        if self._attempt is not None:
-            self._account_answer(self._attempt)
+        attempt = self._attempt
+        if attempt is not None:
+            is_left = status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES
+            self._context.accounts.fill(
+                record,
+                attempt.step,
+                attempt.outcome(),
+                prompt_bytes=self._prompt_bytes,
+                is_answered=record.first_content is not None or is_left,
+            )
         self._context.accounts.seal(record)
-
-    def _account_answer(self, attempt: Attempt) -> None:
-        record, outcome = self.record, attempt.outcome()
-        record.slug = attempt.step.slug
-        record.provider = attempt.step.endpoint.provider
-        record.upstream_model = clip_text(outcome.upstream_model)
-        record.upstream_id = clip_text(outcome.upstream_id)
-        record.finish_reason = clip_text(outcome.finish_reason)
-        record.events = outcome.content_events
-        self._context.accounts.fill(
-            record,
-            attempt.step.endpoint,
-            outcome.usage,
-            prompt_bytes=self._prompt_bytes,
-            body_bytes=outcome.content_bytes,
-            is_answered=record.first_content is not None
-            or (record.status == CLIENT_CLOSED and attempt.phase in _SENT_PHASES),
-        )

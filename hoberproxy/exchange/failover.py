@@ -1,4 +1,4 @@
-"""Which step of a plan is tried next, and which error the client gets if none is left.
+"""Decides which step of a plan is tried next, and which error the client gets at the end.
 
 Values in, values out: the exchange makes the attempts and knows the time.
 """
@@ -21,8 +21,8 @@ class Failover:
     """The plan of one request: the step that is tried, and what has failed.
 
     After a failed attempt call `note`, then `advance` for another step or `conclude` for the end.
-    `refused` are members that the proxy puts in and the step's endpoint does not take; who begins
-    a step sets them.
+    `refused` are members that the proxy puts in and the step's endpoint does not take; the exchange
+    sets them when it begins a step.
     """
 
     # On the class, since to set them on each object would cost a microsecond.
@@ -75,7 +75,7 @@ class Failover:
         return True
 
     def conclude(self, *, has_begun: bool, health: Health, now: float) -> UpstreamError:
-        """Return the error that the client gets, with what else was tried in its metadata.
+        """Return the error that the client gets, with the other attempts in its metadata.
 
         If the answer `has_begun`, the client has a part of the very answer that broke last.
         """
@@ -84,7 +84,7 @@ class Failover:
             chosen = choose_error(self._errors)
         others = self.failures[:-1] if chosen is last else self.failures
         if not has_begun and chosen.status in (502, 504) and self._is_all_cooling():
-            # All had been failing before this request came: say when it is worth coming back.
+            # All had been failing before this request came: say when to come back.
             others = self.failures
             chosen.status, chosen.code = 503, "no_healthy_upstream"
             chosen.retry_after = self._next_trial(health, now)
@@ -96,7 +96,7 @@ class Failover:
         return all(step.reason == "cooldown" for step in self._plan.steps)
 
     def _next_trial(self, health: Health, now: float) -> float:
-        """Seconds until the first endpoint of the plan may be tried again; one at least."""
+        """Return the seconds until an endpoint of the plan may be tried again; one at least."""
         steps = self._plan.steps
         ends = [health.cooldown_ends(step.endpoint.key) or now for step in steps]
         return max(min(ends) - now, 1.0)

@@ -61,7 +61,7 @@ IDLE_GRACE = 0.5
 ACCEPTED_GRACE = 0.1
 HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
-FRAMES_SWEEP = 600  # of these; what requests said around their messages goes if not said again
+PARSE_CACHE_SWEEP = 600  # of these; templates that were not used since the last go
 
 
 class Server(Timed):
@@ -245,8 +245,8 @@ class Server(Timed):
         """Sweep the pools, and now and then the parse cache of requests."""
         assert self._context is not None
         self._sweeps += 1
-        if self._sweeps % FRAMES_SWEEP == 0:
-            self._context.frames.forget_unused()
+        if self._sweeps % PARSE_CACHE_SWEEP == 0:
+            self._context.parse_cache.forget_unused()
         for upstream in self._context.upstreams.values():
             upstream.pool.close_expired(now)
         return now + POOL_SWEEP

@@ -1,8 +1,9 @@
 """HTTP/1.1 heads on bytes: requests and responses read and written, framing settled (RFC 9112).
 
 Strict on both legs: a shape that two parsers could read in two ways (request smuggling) is refused,
-never repaired. Leaves to others: bodies (`http11_body`), sockets, time limits, what a field means
-beyond framing, and closing the connection after an error.
+never repaired. Leaves to others: bodies (protocol/http_body.py), heads that come again
+(protocol/known_heads.py), sockets, time limits, what a field means beyond framing, and closing the
+connection after an error.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
 from typing import Final
 
 Headers = list[tuple[bytes, bytes]]
@@ -21,7 +21,7 @@ MAX_REQUEST_HEAD_BYTES: Final = 32 * 1024
 MAX_RESPONSE_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 100
 MAX_LENGTH: Final = 2**53  # what every JSON reader and log store still holds exactly
-MAX_KEPT_LINE_BYTES: Final = 128  # longer lines are read anew each time
+MAX_KEPT_LINE_BYTES: Final = 128  # a longer line is read anew each time
 MAX_KEPT_LINES: Final = 1024
 MAX_KEPT_VALUES: Final = 64  # of one header's name
 
@@ -29,7 +29,7 @@ _END: Final = b"\r\n\r\n"  # of a head
 _NOTHING: Final[list[bytes]] = []
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
-# RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: names of people in `X-Title` are seen.
+# RFC 9110 5.6.2 and 5.5. obs-text (0x80 and up) passes: `X-Title` holds letters of all languages.
 TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"
 VALUE: Final = rb"[\t\x20-\x7e\x80-\xff]*+"
 _TARGET: Final = rb"[!\"$-~]++"  # printable ASCII, no space, no fragment (RFC 9112 3.2)
@@ -56,10 +56,10 @@ _KEEPALIVE_TIMEOUT: Final = re.compile(rb"(?i:(?:^|[,; \t])timeout=\"?([0-9]{1,9
 
 
 class HeadError(Exception):
-    """A head that is not HTTP/1.1 as we read it. `status` is what to answer; the connection closes.
+    """A head breaks the rules of HTTP/1.1: answer with `status`, and close the connection.
 
-    For a response head `status` is 502. Messages show names and framing values only, never more
-    than 40 characters of them.
+    For a response head `status` is 502. Messages quote names and framing values only, and at most
+    40 characters of them.
     """
 
     def __init__(self, message: str, status: int = 400) -> None:
@@ -68,7 +68,7 @@ class HeadError(Exception):
 
 
 class FramingKind(Enum):
-    """How the end of a body is found (RFC 9112 6.3)."""
+    """The ways to find the end of a body (RFC 9112 6.3)."""
 
     NONE = "none"
     LENGTH = "length"
@@ -76,7 +76,7 @@ class FramingKind(Enum):
     UNTIL_EOF = "until_eof"  # responses only
 
 
-# The four kinds as globals: on Python 3.11 each look-up on the enum class costs 0.1 µs.
+# As globals: see docs/mypyc.md.
 _NONE: Final = FramingKind.NONE
 _LENGTH: Final = FramingKind.LENGTH
 _CHUNKED: Final = FramingKind.CHUNKED
@@ -88,12 +88,12 @@ _UNTIL_EOF: Final = FramingKind.UNTIL_EOF
 
 @dataclass(frozen=True, slots=True)
 class RequestHead:
-    """What a client asked, framing settled. Headers stay out of `repr`: they hold the key.
+    """The head of a client's request, framing settled. `repr` leaves out what may hold the key.
 
     `target` is as sent. `path` and `query` are cut from it, still percent-encoded; an absolute-form
     target is reduced to them. `path` is in one form: letters, digits and -._~ are never escaped
-    (RFC 3986, 6.2.2.2), and of doubled slashes and one at the end, which come of base URLs, none
-    is left. `length` is in bytes, None unless `kind` is LENGTH.
+    (RFC 3986, 6.2.2.2), and doubled slashes and one at the end, which come of base URLs, are taken
+    out. `length` is in bytes, None unless `kind` is LENGTH.
     """
 
     method: bytes
@@ -110,11 +110,11 @@ class RequestHead:
 
     @property
     def content_type(self) -> bytes:
-        """The media type in lower case without parameters, b"" when none was sent."""
+        """Return the media type in lower case without parameters, b"" when none was sent."""
         return _media_type(self._first)
 
     def get(self, name: bytes) -> bytes | None:
-        """The first value of the header, `name` in lower case."""
+        """Return the first value of the header `name`, which is in lower case."""
         return self._first.get(name)
 
     def __post_init__(self) -> None:
@@ -122,8 +122,8 @@ class RequestHead:
             object.__setattr__(self, "_first", dict(reversed(self.headers)))
 
 
-class ResponseHead:  # no dataclass, whose making is not compiled; nobody changes one
-    """What a model server answered to a POST, framing settled.
+class ResponseHead:
+    """The head of a model server's response to a POST, framing settled. It is never changed.
 
     `keepalive_hint` is the server's `Keep-Alive: timeout=N` in seconds: a hint, since llama.cpp
     says 5 and closes at once. `length` is in bytes, None unless `kind` is LENGTH. `content_type` is
@@ -166,11 +166,11 @@ class ResponseHead:  # no dataclass, whose making is not compiled; nobody change
         self._first = first
         self.content_type = content_type
         self.content_encoding = content_encoding
-        self._varied = _NOTHING  # names of fields of which `_headers` has another value
-        self._values = _NOTHING  # … than these
+        self._varied = _NOTHING  # names of fields whose value is not that in `_headers`
+        self._values = _NOTHING  # but the one here, in the same order
 
     def varied(self, names: list[bytes], values: list[bytes], length: int | None) -> ResponseHead:
-        """The same head with other values of some fields, of which only `length` is settled."""
+        """Return this head with `values` for the fields `names`; of these `length` is settled."""
         head = ResponseHead(
             self.status,
             self._headers,
@@ -187,14 +187,14 @@ class ResponseHead:  # no dataclass, whose making is not compiled; nobody change
 
     @property
     def headers(self) -> Headers:
-        """All of them in order."""
+        """Return all headers in order."""
         if not self._varied:
             return self._headers
         values = dict(zip(self._varied, self._values, strict=True))
         return [(name, values.get(name, value)) for name, value in self._headers]
 
     def get(self, name: bytes) -> bytes | None:
-        """The first value of the header, `name` in lower case."""
+        """Return the first value of the header `name`, which is in lower case."""
         for place in range(len(self._varied)):
             if self._varied[place] == name:
                 return self._values[place]
@@ -202,21 +202,25 @@ class ResponseHead:  # no dataclass, whose making is not compiled; nobody change
 
 
 def skip_empty_line(buffer: bytes | bytearray) -> int:
-    """Offset of the request line: past one CRLF that old clients send after a body (RFC 9112 2.2).
+    """Return the offset of the request line in `buffer`, which may begin with one CRLF.
 
-    Call it once per request, when its first bytes are there; a second empty line is an error.
+    Old clients send it after a body (RFC 9112 2.2). Call this once per request, when its first
+    bytes are there; a second empty line is an error.
     """
     return 2 if buffer.startswith(b"\r\n") else 0
 
 
 def find_head_end(buffer: bytes | bytearray, start: int = 0) -> int:
-    """Offset past the head's empty line, or -1; `start` is where the last search ended."""
+    """Return the offset past a head's empty line in `buffer`, -1 without one.
+
+    `start` is where the last search ended.
+    """
     end = buffer.find(_END, max(0, start - 3))
     return end + 4 if end >= 0 else -1
 
 
 def check_response_head(part: bytes, start: int = 0) -> None:
-    """Raise HeadError if no more bytes can make a response's head of `part`, which lacks its end.
+    """Raise HeadError if `part` cannot be the beginning of a response's head.
 
     What stands before `start` has passed an earlier check. So a peer that ends its lines with LF
     alone, or speaks another protocol, fails at once and not by a time limit.
@@ -240,14 +244,11 @@ def check_response_head(part: bytes, start: int = 0) -> None:
 
 
 def parse_request_head(raw: bytes) -> RequestHead:
-    """Read a request's head, `raw` up to and with its empty line; raises HeadError."""
+    """Return the request's head in `raw`, which ends with its empty line. Raises HeadError."""
     if len(raw) > MAX_REQUEST_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_REQUEST_HEAD_BYTES), 431)
     lines = split_lines(raw)
-    line = lines.pop(0)
-    may_keep = len(line) <= MAX_KEPT_LINE_BYTES and b"?" not in line
-    read = _known_request_line if may_keep else _parse_request_line
-    method, target, path, query, version_minor = read(line)
+    method, target, path, query, version_minor = _parse_request_line(lines.pop(0))
     headers = _parse_fields(lines)
     first = _index(headers)
     _check_host(first.get(b"host"), version_minor)
@@ -269,9 +270,10 @@ def parse_request_head(raw: bytes) -> RequestHead:
 
 
 def parse_response_head(raw: bytes) -> ResponseHead:
-    """Read the head of a response to POST, `raw` up to and with its empty line; raises HeadError.
+    """Return the head in `raw` of a response to a POST; it ends with its empty line.
 
-    1xx other than 101 is a head like others: the caller drops it and reads the next.
+    A status of 1xx other than 101 is a head as any other: the caller drops it and reads the next.
+    Raises HeadError.
     """
     try:
         return _parse_response_head(raw)
@@ -284,9 +286,7 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
     lines = split_lines(raw)
-    line = lines.pop(0)
-    read = _known_status_line if len(line) <= MAX_KEPT_LINE_BYTES else _parse_status_line
-    status, version_minor = read(line)
+    status, version_minor = _parse_status_line(lines.pop(0))
     headers = _parse_fields(lines)
     first = _index(headers)
     kind, length = _framing(first, version_minor)
@@ -311,9 +311,9 @@ def _parse_response_head(raw: bytes) -> ResponseHead:
 
 
 class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
-    """Header lines read before: a peer sends the same ones with each message.
+    """Header lines, read once and kept: a peer sends the same ones with each message.
 
-    Brings the head of an SDK from 35 µs to 10 µs. Keeps no line whose name hints at a secret, and
+    So the head of an SDK takes 10 µs and not 35. No line is kept whose name hints at a secret, and
     few of a name whose value changes with each message.
     """
 
@@ -371,13 +371,8 @@ def _parse_request_line(line: bytes) -> tuple[bytes, bytes, bytes, bytes, int]:
     return method, target, path, query, int(version == b"1.1")
 
 
-# The same few lines come again and again. Not for long ones, which would fill the memory, nor for
-# queries, which may hold secrets.
-_known_request_line: Final = lru_cache(maxsize=256)(_parse_request_line)
-
-
 def _split_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
-    """Path and query of the target's form (RFC 9112 3.2)."""
+    """Return path and query of `target`, whatever its form (RFC 9112 3.2)."""
     if target.startswith(b"/"):
         path, _, query = target.partition(b"?")
         return _normalize_path(path), query
@@ -407,27 +402,24 @@ def _parse_status_line(line: bytes) -> tuple[int, int]:
     return status, int(match[1])
 
 
-_known_status_line: Final = lru_cache(maxsize=64)(_parse_status_line)
-
-
 # What the fields say about framing
 
 
 def _index(headers: Headers) -> dict[bytes, bytes]:
-    """The first value of each name; refuses a second one where it would be ambiguous."""
+    """Return the first value of each name. Raises HeadError where a second one is ambiguous."""
     first = dict(headers)
     if len(first) == len(headers):
         return first
     names = [name for name, _ in headers]
     for name in (b"content-length", b"transfer-encoding", b"host"):
-        # RFC 9112 6.3 would let equal lengths pass; nobody honest sends them.
+        # RFC 9112 6.3 lets equal lengths pass; no known client sends them.
         if names.count(name) > 1:
             raise HeadError(f"expected one {name.decode()} header, got {names.count(name)}")
     return dict(reversed(headers))
 
 
 def _framing(first: dict[bytes, bytes], version_minor: int) -> tuple[FramingKind, int | None]:
-    """Kind and length that the fields declare (RFC 9112 6.3), a conflict being an error."""
+    """Return the kind and length that the fields declare (RFC 9112 6.3). Raises HeadError."""
     length, coding = first.get(b"content-length"), first.get(b"transfer-encoding")
     if coding is None:
         return (_NONE, None) if length is None else (_LENGTH, _parse_length(length))
@@ -436,7 +428,7 @@ def _framing(first: dict[bytes, bytes], version_minor: int) -> tuple[FramingKind
     if version_minor == 0:
         raise HeadError("expected no transfer-encoding in HTTP/1.0, got one")  # RFC 9112 6.1
     if coding.lower() != b"chunked":
-        raise HeadError(f"expected transfer-encoding 'chunked', got '{shown(coding)}'")
+        raise HeadError(f"expected transfer-encoding 'chunked', got '{quote(coding)}'")
     return _CHUNKED, None
 
 
@@ -444,20 +436,18 @@ def _parse_length(value: bytes) -> int:
     # int() alone takes signs, underscores and spaces; `5, 5` is two lengths.
     if not value.isdigit() or len(value) > 16 or int(value) > MAX_LENGTH:
         raise HeadError(
-            f"expected content-length as digits, at most {MAX_LENGTH}, got '{shown(value)}'"
+            f"expected content-length as digits, at most {MAX_LENGTH}, got '{quote(value)}'"
         )
     return int(value)
 
 
 def _keep_alive(headers: Headers, first: dict[bytes, bytes], version_minor: int) -> bool:
-    """Whether the peer keeps the connection open after this message (RFC 9112 9.3)."""
+    """Return whether the peer keeps the connection open after this message (RFC 9112 9.3)."""
     value = first.get(b"connection")
     if value is None:
         return version_minor == 1
     if len(first) != len(headers):
         value = _joined(headers, b"connection")
-    elif value == b"keep-alive":
-        return True  # what every SDK sends: 0.5 µs saved
     options = [option.strip(b" \t") for option in value.lower().split(b",")]
     return b"close" not in options and (version_minor == 1 or b"keep-alive" in options)
 
@@ -470,30 +460,31 @@ def _keepalive_hint(value: bytes | None) -> float | None:
 
 
 def _check_host(value: bytes | None, version_minor: int) -> None:
-    """Exactly one, well-formed, in HTTP/1.1 (RFC 9112 3.2); a second one is refused before."""
+    """Raise HeadError if the host is malformed, or missing in HTTP/1.1 (RFC 9112 3.2).
+
+    `_index` has refused a second one.
+    """
     if value is None:
         if version_minor == 1:
             raise HeadError("expected a host header, got none")
     elif not _AUTHORITY.fullmatch(value):
-        raise HeadError(f"expected a host header such as 'name:port', got '{shown(value)}'")
+        raise HeadError(f"expected a host header such as 'name:port', got '{quote(value)}'")
 
 
 def _media_type(first: dict[bytes, bytes]) -> bytes:
-    value = first.get(b"content-type", b"")
-    if value == b"application/json":
-        return value  # nearly always: 0.4 µs saved
-    return value.partition(b";")[0].strip(b" \t").lower()
+    return first.get(b"content-type", b"").partition(b";")[0].strip(b" \t").lower()
 
 
 def _joined(headers: Headers, name: bytes) -> bytes:
-    """All values of a list header as one (RFC 9110 5.3)."""
+    """Return all values of the list header `name` as one (RFC 9110 5.3)."""
     return b",".join([value for key, value in headers if key == name])
 
 
-# Words for what is wrong. Values are not shown: a broken line may well be the one with the key.
+# Words for what is wrong. Values are not quoted: a broken line may well be the one with the key.
 
 
-def shown(value: bytes) -> str:
+def quote(value: bytes) -> str:
+    """Return at most 40 printable characters of `value`, for a message."""
     return repr(value[:40])[2:-1][:40]
 
 
@@ -508,7 +499,7 @@ def _explain_request_line(line: bytes) -> str:
     if b"\r" in line or b"\n" in line:
         return "expected lines that end with CR LF, got a bare CR or LF in the request line"
     if not _TOKEN_ONLY.fullmatch(method):
-        return f"expected a method such as POST, got '{shown(method)}'"
+        return f"expected a method such as POST, got '{quote(method)}'"
     return "expected 'method target HTTP/1.1' with single spaces and a target of printable ASCII"
 
 
@@ -521,10 +512,10 @@ def _explain_field_line(line: bytes) -> str:
     if not colon:
         return "expected 'name: value' in each header line, got one without a colon"
     if name.endswith((b" ", b"\t")):  # RFC 9112 5.1
-        return f"expected no space before the colon, got one after '{shown(name.rstrip())}'"
+        return f"expected no space before the colon, got one after '{quote(name.rstrip())}'"
     if not _TOKEN_ONLY.fullmatch(name):
-        return f"expected a header name of letters, digits and '-', got '{shown(name)}'"
-    return f"expected printable characters in header '{shown(name)}', got a control character"
+        return f"expected a header name of letters, digits and '-', got '{quote(name)}'"
+    return f"expected printable characters in header '{quote(name)}', got a control character"
 
 
 # What we send
@@ -559,7 +550,7 @@ _STATUS_LINES: Final = {
 
 
 def serialize_request_head(method: bytes, target: bytes, headers: Headers) -> bytes:
-    """A request head, ready to send; raises ValueError for what would not be one head."""
+    """Return a request's head to send. Raises ValueError if the parts don't make one head."""
     line = b"%b %b HTTP/1.1\r\n" % (method, target)
     if not _REQUEST_LINE_OUT.fullmatch(line):
         raise ValueError("expected a method and a target without spaces or control characters")
@@ -567,9 +558,9 @@ def serialize_request_head(method: bytes, target: bytes, headers: Headers) -> by
 
 
 def begin_response_head(status: int, headers: Headers) -> bytes:
-    """A final response's head but for further fields and the empty line.
+    """Return a final response's head to send, up to further fields and the empty line.
 
-    Raises ValueError for what would not be one head.
+    Raises ValueError if the parts don't make one head.
     """
     line = _STATUS_LINES.get(status)
     if line is None:
@@ -578,7 +569,7 @@ def begin_response_head(status: int, headers: Headers) -> bytes:
 
 
 def serialize_fields(headers: Headers) -> bytes:
-    """The lines of these fields; raises ValueError for what would not be one line each."""
+    """Return the lines of `headers`. Raises ValueError if a header is not one line."""
     block = b"".join([b"%b: %b\r\n" % header for header in headers])
     # A value with a line break of its own may look like two good lines: so they are counted.
     if not _BLOCK_OUT.fullmatch(block) or block.count(b"\n") != len(headers):
@@ -589,6 +580,6 @@ def serialize_fields(headers: Headers) -> bytes:
 def _explain_bad_header(headers: Iterable[tuple[bytes, bytes]]) -> str:
     for name, _ in headers:
         if not _TOKEN_ONLY.fullmatch(name):
-            return f"expected a header name of letters, digits and '-', got '{shown(name)}'"
+            return f"expected a header name of letters, digits and '-', got '{quote(name)}'"
     bad = next(name for name, value in headers if not re.fullmatch(VALUE, value))
-    return f"expected a header value without line breaks or control characters in '{shown(bad)}'"
+    return f"expected a header value without line breaks or control characters in '{quote(bad)}'"

@@ -27,9 +27,9 @@ _STRING: Final = rb'(?:"[^"]*+(?>(?:(?<=[^\\]\\)"[^"]*+)*)(?<!\\)"|%b)' % _SHORT
 
 
 def _container_pattern(levels: int, string: bytes) -> bytes:
-    """Matches an object or array nested at most `levels` deep; never backtracks.
+    """Return a pattern of objects and arrays nested at most `levels` deep; it never backtracks.
 
-    Kinds of brackets are not paired: the input is valid JSON, or nobody relies on the answer.
+    It does not pair kinds of brackets: the input is valid JSON, or nobody relies on the answer.
     """
     pattern = rb"[\[{]%b(?>(?:%b%b)*)[\]}]" % (_FILL, string, _FILL)
     for _ in range(levels - 1):
@@ -38,7 +38,7 @@ def _container_pattern(levels: int, string: bytes) -> bytes:
 
 
 def _walk_pattern(string: bytes) -> re.Pattern[bytes]:
-    """Matches what fills a container, and behind it a run of brackets that may be empty.
+    """Return a pattern of what fills a container, and behind it a run of brackets or nothing.
 
     More than four levels at a step would only make a hostile body dearer: as it is, the worst
     found costs five times what orjson spends on it.
@@ -57,13 +57,11 @@ _match_element: Final = re.compile(
     rb'[\s,]*+(%b|%b|[^\s,"\[\]{}]++|)' % (_STRING, _container_pattern(8, _STRING))
 ).match
 _WALK: Final = _walk_pattern(_STRING)
-MAX_KEPT_NAME: Final = 256  # characters
-MAX_KEPT_NAMES: Final = 1024
 _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
 class Member(NamedTuple):
-    """One top-level member; offsets are in bytes from the start of the document."""
+    """A top-level member of a document; offsets are in bytes from the document's start."""
 
     name: str  # decoded: without quotes and escapes
     start: int  # of the name's opening quote
@@ -72,7 +70,7 @@ class Member(NamedTuple):
 
 
 def scan_members(data: bytes) -> list[Member]:
-    """The top-level members in order, repeated names included.
+    """Return the top-level members of `data` in order, repeated names included.
 
     `data` must be an object that `orjson.loads` accepts; for other bytes the answer means nothing.
     """
@@ -96,22 +94,12 @@ def scan_members(data: bytes) -> list[Member]:
 
 
 def model_member(name: str) -> bytes:
-    """The member `model` with this value, as orjson writes it."""
-    member = _model_members.get(name)
-    if member is None:
-        member = b'"model":%b' % orjson.dumps(name)
-        if len(name) <= MAX_KEPT_NAME:  # clients choose them
-            if len(_model_members) >= MAX_KEPT_NAMES:
-                _model_members.clear()
-            _model_members[name] = member
-    return member
-
-
-_model_members: Final[dict[str, bytes]] = {}  # the same few all the time
+    """Return the member `model` with the value `name`, as orjson writes it."""
+    return b'"model":%b' % orjson.dumps(name)
 
 
 def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Where the elements of the array that opens at `start` begin and end, each when asked for.
+    """Yield begin and end of each element of the array in `data` that opens at `start`.
 
     `data` must be a document that `orjson.loads` accepts; for other bytes the answer means nothing.
     """
@@ -126,7 +114,7 @@ def scan_elements(data: bytes, start: int) -> Iterator[tuple[int, int]]:
 
 
 def _container_end(data: bytes, position: int) -> int:
-    """The offset one past the container that opens at `position`."""
+    """Return the offset one past the container that opens at `position`."""
     depth = 1
     for found in _WALK.finditer(data, position + 1):
         start, end = found.span(1)
@@ -137,12 +125,12 @@ def _container_end(data: bytes, position: int) -> int:
 
 
 def _depth_behind(data: bytes, start: int, end: int, depth: int) -> int:
-    """The depth behind a run of brackets of one direction."""
+    """Return the depth behind a run of brackets of one direction, `depth` being that before it."""
     return depth + end - start if data[start] in _OPENING else depth - end + start
 
 
 def find_member(data: bytes, name: str) -> Member | None:
-    """The member called `name`, the last one if it is repeated, as orjson has it."""
+    """Return the member called `name`, as orjson does the last one of several, or None."""
     for member in reversed(scan_members(data)):
         if member.name == name:
             return member
@@ -150,7 +138,7 @@ def find_member(data: bytes, name: str) -> Member | None:
 
 
 def replace_member(data: bytes, member: Member, value: bytes) -> bytes:
-    """`data` with the member's value replaced by `value`, which is JSON; one copy."""
+    """Return `data`, copied once, with `value`, which is JSON, in place of the member's value."""
     view = memoryview(data)
     return b"".join((view[: member.value_start], value, view[member.end :]))
 

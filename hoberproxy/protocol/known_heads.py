@@ -14,7 +14,7 @@ from .http_head import (
 )
 
 MAX_PLAIN_DIGITS: Final = 15  # always less than MAX_LENGTH
-MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one is no pattern for the next
+MAX_KEPT_HEAD_BYTES: Final = 4 * 1024  # of a response; a longer one makes no pattern
 MAX_PATTERNS: Final = 4  # of one server's heads: of streams, of bodies
 
 _ZERO: Final = 0x30
@@ -29,25 +29,25 @@ _LENGTH: Final = FramingKind.LENGTH  # as a global: see docs/mypyc.md
 
 
 class RepeatedHead:
-    """A request's head that comes again, as on a kept connection of an SDK, with another length.
+    """A request's head that comes again with another length, as SDKs send it on a kept connection.
 
-    Compared as bytes and not read anew: 0.5 µs instead of 6.
+    It is compared as bytes and not read anew: 0.5 µs instead of 6.
     """
 
     __slots__ = ("_after", "_before", "head", "length")
 
     def __init__(self, head: RequestHead, before: bytes, after: bytes) -> None:
-        self.head = head  # its length, in `headers` too, is that of the first one
-        self.length = 0  # of the body, as the head says that was found last
-        self._before = before  # the digits of its content-length
+        self.head = head  # the first one, with its length
+        self.length = 0  # of the body behind the head that was found last
+        self._before = before  # up to the digits of content-length
         self._after = after
 
     def find(self, data: bytes) -> int:
-        """Offset past the same head at the beginning of `data`, 0 if it is not there, or not all.
+        """Return the offset past this head at the beginning of `data`, 0 if it is not all there.
 
-        What makes a length that `parse_request_head` would refuse is no repetition.
+        A head whose length `parse_request_head` refuses is not found.
         """
-        # Slices and numbers are compared: compiled, most methods of bytes cost three times as much.
+        # Slices and numbers, no methods of bytes: see docs/mypyc.md.
         if not data.startswith(self._before):
             return 0
         start = stop = len(self._before)
@@ -66,13 +66,16 @@ _LENGTH_LINE: Final = re.compile(rb"(?i)\r\ncontent-length:[ \t]*([0-9]+)")
 
 
 def repeated_head(head: RequestHead, raw: bytes) -> RepeatedHead | None:
-    """What the next one is compared with; `raw` is what `head` was read from."""
+    """Return `head`, which was read from `raw`, to be compared with the next one.
+
+    None if it has no content-length.
+    """
     found = _LENGTH_LINE.search(raw) if head.kind is _LENGTH else None
     return None if found is None else RepeatedHead(head, raw[: found.start(1)], raw[found.end(1) :])
 
 
 class _Pattern:
-    """A head but for the values of some fields, whose lines are at `_places` among its lines."""
+    """A head but for the values of the fields whose lines are at `_places` among its lines."""
 
     __slots__ = ("_names", "_places", "_texts", "found", "known", "lines")
 
@@ -94,7 +97,7 @@ class _Pattern:
         self._texts.append(text + b"\r\n")
 
     def find(self, data: bytes) -> int:
-        """The end of such a head at the beginning of `data`, 0 without one; it is in `found`."""
+        """Return the end of such a head at the beginning of `data`, 0 without one; see `found`."""
         texts, names, known, size = self._texts, self._names, self.known, len(data)
         values: list[bytes] = []
         length = known.length
@@ -107,7 +110,7 @@ class _Pattern:
             at = start
             if slot == len(names):
                 break
-            # By hand: it is compiled, and an expression's engine is in no cache when a head comes.
+            # A loop, no expression: see docs/mypyc.md.
             while at < size and _SPACE <= data[at] <= _TILDE:
                 at += 1
             if at == start or at == size or data[start] == _SPACE or data[at - 1] == _SPACE:
@@ -124,7 +127,7 @@ class _Pattern:
         return at
 
     def widened(self, head: ResponseHead, lines: list[bytes]) -> _Pattern | None:
-        """The pattern of this one's heads and of another; None if that says another thing."""
+        """Return a pattern of this one's heads and of `head`; None if they differ in more."""
         if len(lines) != len(self.lines) or lines[0] != self.lines[0]:
             return None
         places = []
@@ -142,19 +145,19 @@ class _Pattern:
 
 
 class ResponseHeads:
-    """Heads of one model server: the next one says what one before said, but for some values.
+    """The heads that one model server sends: each repeats an earlier one but for some values.
 
-    Compared as bytes and not read anew: 0.2 µs instead of 1, though its lines be known.
+    They are compared as bytes and not read anew: 0.2 µs instead of 1.
     """
 
     __slots__ = ("_patterns", "head")
 
     def __init__(self) -> None:
         self._patterns: list[_Pattern] = []  # the oldest first
-        self.head: ResponseHead | None = None  # found last
+        self.head: ResponseHead | None = None  # the one that was found last
 
     def find(self, data: bytes) -> int:
-        """Offset past a known head at the beginning of `data`, 0 if it is not there, or not all."""
+        """Return the offset past a known head at the beginning of `data`, 0 if there is none."""
         for pattern in self._patterns:
             end = pattern.find(data)
             if end:
@@ -163,7 +166,7 @@ class ResponseHeads:
         return 0
 
     def parse(self, raw: bytes) -> ResponseHead:
-        """As `parse_response_head`, and have the next one like it known."""
+        """Return the head in `raw` as `parse_response_head` does, and know it again."""
         head = parse_response_head(raw)
         # Each name once, or it would not be sure whose value is whose.
         is_plain = head.status == 200 and len(head._first) == len(head.headers)

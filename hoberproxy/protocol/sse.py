@@ -1,6 +1,6 @@
-"""One server-sent event: where it ends, and what its lines say (WHATWG HTML, 9.2.6).
+"""Server-sent events: where one ends, and what its lines say (WHATWG HTML, 9.2.6).
 
-Works on whole bytes and keeps no state; the stream as a whole is relay/scanner.py's.
+These functions take whole events and keep no state; the stream is relay/scanner.py's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BARE_ERROR: Final = b'{"error"'  # the beginning of a line that lacks its `data
 
 
 class Data:
-    """The data of an event: its lines, joined by LF; none if the event tells an error without."""
+    """The data of an event: its lines, joined by LF; empty if the event is an error without any."""
 
     __slots__ = ("error_line", "is_error", "payload", "starts")
 
@@ -31,18 +31,21 @@ class Data:
         error_line: bytes = b"",
     ) -> None:
         self.payload = payload
-        self.starts = starts  # where each line of it stands in the event's bytes
+        self.starts = starts  # offset of each line of the payload in the event's bytes
         self.is_error = is_error  # the event has the line `event: error`
         self.error_line = error_line  # what its line `error: …` says, or a line of bare JSON
 
     def place_of(self, offset: int) -> int:
-        """Where in the event's bytes that stands which is at `offset` in the payload."""
+        """Return the place in the event's bytes of what is at `offset` in the payload."""
         line = self.payload.count(b"\n", 0, offset)
         return self.starts[line] + offset - (self.payload.rfind(b"\n", 0, offset) + 1)
 
 
 def blank_line_end(data: bytes, start: int, *, has_cr: bool) -> int:
-    """Offset past the first empty line from `start` on, the end of an event; -1 without one."""
+    """Return the offset past the first empty line of `data` from `start` on; -1 without one.
+
+    It ends an event. `has_cr` says whether there may be a CR in `data`.
+    """
     if not has_cr:  # as nearly all servers write; a tenth of the cost
         end = data.find(b"\n\n", start)
         return end + 2 if end >= 0 else -1
@@ -51,9 +54,9 @@ def blank_line_end(data: bytes, start: int, *, has_cr: bool) -> int:
 
 
 def parse_event(event: bytes) -> Data | None:
-    """The data of one whole event, and whether it is an error.
+    """Return the data of one whole `event`, and whether it is an error.
 
-    None if it has neither (comments, `retry:`, blank lines).
+    None if the event has neither (comments, `retry:`, blank lines).
     """
     # Nearly every event of a model server is one `data: ` line and two LF.
     if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and _CR not in event:
@@ -90,5 +93,5 @@ def _parse_lines(event: bytes) -> Data | None:
 
 
 def serialize_event(payload: bytes) -> bytes:
-    """An event with `payload` as its data, one line for each of its lines."""
+    """Return an event whose data is `payload`, with a `data:` for each line."""
     return b"data: %b\n\n" % payload.replace(b"\n", b"\ndata: ")

@@ -1,4 +1,4 @@
-"""Text of others, made fit for records, logs and messages: bounded, printable, in any encoding."""
+"""Text of clients and upstreams made fit for records, logs and messages: bounded, printable."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def escape_client_text(raw: bytes, limit_bytes: int = 128) -> str:
 
 
 def is_parameter_name(name: str) -> bool:
-    """Whether `name` is written as parameters are; any other may be a slipped prompt."""
+    """Return whether `name` is written as parameters are; any other may be a slipped prompt."""
     return _match_plain_name(name) is not None

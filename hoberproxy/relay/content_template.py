@@ -1,167 +1,201 @@
-"""Events that are equal but for their text, passed on by comparing bytes.
+"""Events that say the same but for their text and a few values, passed on by comparing bytes.
 
-A model server writes thousands of events a stream that differ in one string. The scanner
-(relay/scanner.py) shows one that it has parsed and found to be plain content; from it a stencil
-keeps what stands before and behind the text, as it comes and as it is passed on. A later event is
-like it if it begins and ends with these bytes and what is in between is the inside of one JSON
-string: then nothing else can have changed. Whatever differs in any other way goes the long way.
+A model server writes thousands of events a stream that differ in one text, or in a handful of
+values beside it. The scanner (stream.py) has one learnt from that it has parsed and found to be
+plain content. A later event that matches it (byte_template.py) can say nothing else: it passes with
+the same edits. Whatever differs in any other way is left to the scanner.
+
+Which values may differ is settled here: only those of which the scanner learns nothing, and the
+numbers of a usage, which stay here until the scanner takes them.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any, Final
 
+from ..dialects.chat import NO_CONTENT, content_of
 from ..downstream.response import ResponseBody
 from ..downstream.socket_writer import Sink
+from ..protocol.byte_template import (
+    COUNT,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    STRING,
+    TEXT,
+    ByteTemplate,
+    is_text,
+    value_end,
+)
 from ..protocol.http_body import SIZE_LINES, size_line, whole_chunk
 from ..upstream.connection import ChunkTaker
-from .ending_template import Ending
+from .event_edits import Edit, apply_edits
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
 _QUOTE: Final = 0x22
+_MINUS: Final = 0x2D
+_ZERO: Final = 0x30
+_NINE: Final = 0x39
+_COLON: Final = 0x3A
+_OPENING_BRACKET: Final = 0x5B
 _BACKSLASH: Final = 0x5C
-# The members of a delta that are text, as the two usual writers of JSON put them.
-_MARKS: Final = tuple(
-    (name, b'"%b":%b"' % (name.encode(), space))
-    for name in ("content", "reasoning_content", "reasoning")
-    for space in (b"", b" ")
-)
-# The inside of a JSON string: quotes only behind a backslash, and on one line.
-_is_text: Final = re.compile(rb'[^"\\\r\n]*+(?>(?:\\[^\r\n][^"\\\r\n]*+)*)').fullmatch
+_CLOSING_BRACKET: Final = 0x5D
+_OPENING_BRACE: Final = 0x7B
+_CLOSING_BRACE: Final = 0x7D
+_SPACE: Final = 0x20
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
+_NEVER: Final = 1 << 40  # bytes that no event has
+_NOTHING: Final[list[bytes]] = []  # for all streams
+_USUAL: Final = (bytes((TEXT,)), bytes((TEXT, TEXT)), bytes((TEXT, STRING)))
+MAX_SPECIMEN_BYTES: Final = 8192
+MAX_VALUES: Final = 96  # of a specimen that may differ
+MAX_USAGES: Final = 4  # that wait to be taken
 
-# A server whose events change all the time is not asked again and again: learning costs a parse.
-FIRST_LESSONS: Final = 2
-WORTH_A_LESSON: Final = 16  # events passed since the last one
-
-
-def find_text(event: bytes, delta: dict[str, Any]) -> tuple[int, int]:
-    """Where the text of a delta begins and ends in its event; 0, 0 if it is not sure.
-
-    A text with escapes stands there in another form, and is not found: another one will be plainer.
-    """
-    for name, mark in _MARKS:
-        text = delta.get(name)
-        if isinstance(text, str) and text and event.count(mark) == 1:
-            raw = text.encode("utf-8", "replace")
-            start = event.index(mark) + len(mark)
-            end = start + len(raw)
-            if event[start : end + 1] == raw + b'"' and _BACKSLASH not in raw:
-                return start, end
-            break
-    return 0, 0
+# A server whose events change all the time is not learnt from again and again: it costs a parse.
+FIRST_SPECIMENS: Final = 4
+WORTH_A_SPECIMEN: Final = 16  # events passed since the last one
 
 
-class Shape:
-    """What like events have in common around their texts, as it comes and as it is passed on.
-
-    One for all streams of a model server where it can be (relay/opening_template.py): else each
-    would keep a kilobyte of its own. Before the `head` stands what is a stream's alone; then it has
-    an `ending`, which tells how such streams end.
-    """
-
-    __slots__ = (
-        "ending",
-        "growth",
-        "head",
-        "head_size",
-        "new_head",
-        "new_tail",
-        "tail",
-        "tail_size",
-    )
-
-    def __init__(self, head: bytes, tail: bytes, new_head: bytes, new_tail: bytes) -> None:
-        self.head, self.new_head, self.head_size = head, new_head, len(head)
-        # With the CR LF behind the chunk.
-        self.tail, self.new_tail, self.tail_size = tail + b"\r\n", new_tail + b"\r\n", len(tail)
-        self.growth = len(new_head) + len(new_tail) - len(head) - len(tail)
-        self.ending: Ending | None = None
-
-
-_NO_SHAPE: Final = Shape(b"", b"", b"", b"")
-
-
-class Stencil(ChunkTaker):
+class ContentTemplate(ChunkTaker):
     """One stream's. `events` counts what was passed. Chunks are taken once it is `open`.
 
     Where the last event passed ends, if they were passed as such, is in `end`.
     """
 
     __slots__ = (
-        "_answer",
-        "_lessons",
-        "_passed_before",
-        "_shape",
+        "_bare_tail",
+        "_between",
+        "_body",
+        "_counts",
+        "_events_before",
+        "_events_when_new",
+        "_growth",
+        "_has_counts",
+        "_new_bare_tail",
+        "_new_between",
+        "_new_prefix",
+        "_new_tail",
+        "_prefix",
+        "_prefix_size",
         "_sink",
+        "_specimens",
+        "_tail",
+        "_tail_size",
+        "_template",
+        "_usages",
         "end",
         "events",
         "is_learnt",
-        "lead",
     )
-    # In this order, what an event touches stands side by side.
-    lead: bytes
-    _shape: Shape
-    _sink: Sink
+    # First and in this order, what an event touches: side by side, in two cache lines.
+    _prefix: bytes
+    _new_prefix: bytes
+    _prefix_size: int
+    _tail: bytes
+    _new_tail: bytes
+    _tail_size: int
+    _between: bytes
+    _new_between: bytes
+    _growth: int
     events: int
-    _answer: ResponseBody
+    _sink: Sink
+    _body: ResponseBody
 
     def __init__(self) -> None:
-        self.lead = b""  # this stream's own bytes before the shape's, passed on as they come
-        self._shape = _NO_SHAPE
+        self._prefix = self._new_prefix = b""  # of an event that has one or two texts and no more
+        self._prefix_size = _NEVER
+        self._tail = self._new_tail = b""  # behind it, with the CR LF behind the chunk
+        self._tail_size = 0
+        self._bare_tail = self._new_bare_tail = b""
+        self._has_counts = False
+        self._between = self._new_between = b""  # two texts
+        self._growth = 0
         self.events = 0
         self.end = 0
         self.is_learnt = False
-        self._lessons = 0
-        self._passed_before = 0  # events, at the last lesson
+        self._template: ByteTemplate | None = None
+        self._usages = _NOTHING  # events with a usage, the newest last
+        self._counts = _NOTHING  # of the newest
+        self._events_when_new = 0  # passed when the template last changed
+        self._specimens = 0  # that were learnt from
+        self._events_before = 0  # passed before the last one
 
     # Learning
 
     @property
-    def ending(self) -> Ending | None:
-        """How streams of this shape end; what is this stream's own in it is the `lead`."""
-        return self._shape.ending
-
-    @property
-    def wants_lesson(self) -> bool:
-        """Another event may be shown: there were few so far, or the last one paid."""
-        if self._lessons < FIRST_LESSONS:
+    def wants_specimen(self) -> bool:
+        """Another event may be learnt from: there were few so far, or the last one paid."""
+        if self._specimens < FIRST_SPECIMENS:
             return True
-        return self.events - self._passed_before >= WORTH_A_LESSON
+        return self.events - self._events_before >= WORTH_A_SPECIMEN
 
-    def learn(self, event: bytes, passed: bytes, delta: dict[str, Any]) -> None:
-        """Keep the form of a whole event, of which the client gets `passed`.
+    def learn_from(
+        self, event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
+    ) -> bool:
+        """Pass events like this one from now on, of which the client gets what `edits` make of it.
 
-        Duty of the caller: the event is one `data:` line and an empty one, both ended by LF; its
-        `delta` is its only content; and `passed` differs from it outside of the delta alone.
+        False if that can't be, as there is no text in it, or more is said.
+
+        Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
+        empty one; and `document`, which that says, has been learnt from.
         """
-        self._lessons += 1
-        self._passed_before = self.events
-        self.is_learnt = False
-        start, end = find_text(event, delta)
-        new_start, new_end = find_text(passed, delta)
-        if end and new_end:
-            self.keep(b"", Shape(event[:start], event[end:], passed[:new_start], passed[new_end:]))
+        self._specimens += 1
+        self._events_before = self.events
+        template = _make_template(event, payload_at, edits, document)
+        if template is not None:
+            self._template, self.is_learnt = template, True
+            self._events_when_new = self.events
+            self._note_usual(template)
+        return template is not None
 
-    def keep(self, lead: bytes, shape: Shape) -> None:
-        """Pass what begins with `lead` and has this shape."""
-        if shape.growth < _LARGEST:
-            self.lead, self._shape, self.is_learnt = lead, shape, True
+    def _note_usual(self, template: ByteTemplate) -> None:
+        """Have events with one or two texts, and nothing else that differs, compared at once."""
+        self._prefix_size = _NEVER
+        self._has_counts = COUNT in template.kinds
+        holes, literals, news = len(template.kinds), template.literals, template.new_literals
+        if template.kinds not in _USUAL:
+            return
+        growth = sum(map(len, news)) - sum(map(len, literals))
+        if growth >= _LARGEST:
+            return
+        self._growth = growth
+        self._prefix, self._new_prefix = literals[0], news[0]
+        self._prefix_size, self._tail_size = len(literals[0]), len(literals[-1])
+        self._bare_tail, self._new_bare_tail = literals[-1], news[-1]
+        self._tail, self._new_tail = literals[-1] + b"\r\n", news[-1] + b"\r\n"
+        is_pair = holes == 2
+        self._between, self._new_between = (literals[1], news[1]) if is_pair else (b"", b"")
+
+    def adopt(self, shared: ByteTemplate, event: bytes) -> None:
+        """Pass events like this one, from which `shared` was copied in another stream."""
+        template = shared.copy_for(event)
+        if template is not None:
+            self._template, self.is_learnt = template, True
+            self._note_usual(template)
+
+    def share(self, event: bytes) -> ByteTemplate | None:
+        """Return what `adopt` takes, without any value of this stream; None if nothing is learnt.
+
+        `event` is that which was learnt from last.
+        """
+        template = self._template.copy_for(event) if self._template is not None else None
+        if template is not None:
+            template.forget_values()
+        return template
 
     # Passing on
 
-    def open(self, sink: Sink, answer: ResponseBody) -> None:
-        """Write chunks to `sink`; what the answer's next bytes follow at once is held by it."""
-        self._sink, self._answer = sink, answer
+    def open(self, sink: Sink, body: ResponseBody) -> None:
+        """Write chunks to `sink`; `body` holds what its next bytes follow at once."""
+        self._sink, self._body = sink, body
 
     def flush(self) -> None:
-        self._answer.flush()
+        self._body.flush()
 
     def take(self, data: bytes) -> bytes:
-        """Pass on whole chunks of one event each, framed anew, as far as they are alike.
+        """Pass on whole chunks of one event each, framed anew, as far as they match.
 
         `data` begins with a chunk's size line. The path of nearly every event of a stream: one
         function for framing, scan and framing anew, since each call more is felt (bench/micro).
@@ -173,82 +207,321 @@ class Stencil(ChunkTaker):
         elif end > 5 and data[3] == _LF:
             start = 4
         else:
-            start = 0  # a longer or shorter size line, and not a whole chunk: left to `_pass_many`
+            start = 0  # a longer or shorter size line, and not a whole chunk: left to `_take_many`
         size = end - start
-        lead, shape = self.lead, self._shape
-        head = start + len(lead)
-        text, tail = head + shape.head_size, end - shape.tail_size
-        if text > tail or size >= _LARGEST or data[:start] != SIZE_LINES[size]:
-            return self._take_many(data)
-        if data[start:head] != lead or data[head:text] != shape.head or data[tail:] != shape.tail:
-            return data
-        inside = data[text:tail]
-        if (_QUOTE in inside or _LF in inside or data[tail - 1] == _BACKSLASH) and not _is_text(
-            inside
+        at, tail = start + self._prefix_size, end - self._tail_size
+        if (
+            at > tail
+            or size >= _LARGEST
+            or data[start:at] != self._prefix
+            or data[tail:] != self._tail
+            or data[:start] != SIZE_LINES[size]
         ):
-            return data
-        size += shape.growth
+            return self._take_many(data)
+        text = data[at:tail]
+        between = self._between
+        if between:
+            # It begins with the quote that ends the text. Another one would be no text then.
+            text, found, other = text.partition(between)
+            if not found or not (other.isalnum() or is_text(other)):
+                return self._take_many(data)
+        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+            if not text or not is_text(text):
+                return self._take_many(data)
+        size += self._growth
         self.events += 1
         sink = self._sink
         sink.framed_bytes += size
-        sink.write(b"".join((SIZE_LINES[size], lead, shape.new_head, inside, shape.new_tail)))
+        line = SIZE_LINES[size]
+        if between:
+            parts = (line, self._new_prefix, text, self._new_between, other, self._new_tail)
+            sink.write(b"".join(parts))
+        else:
+            sink.write(b"".join((line, self._new_prefix, text, self._new_tail)))
         return b""
 
     def _take_many(self, data: bytes) -> bytes:
-        """Pass on the texts of as many chunks as are alike: one chunk for all of them."""
-        texts: list[bytes] = []
+        """Pass on as many chunks as match: one chunk for all of them."""
+        parts: list[bytes] = []
         at = 0
-        before, behind = self.lead + self._shape.head, self._shape.tail
-        before_size, behind_size = len(before), self._shape.tail_size
         while True:
             start, end = whole_chunk(data, at)
-            text, tail = start + before_size, end - behind_size
-            if text > tail or data[start:text] != before or data[tail : end + 2] != behind:
+            if not end or not self._pass(data, start, end, parts):
                 break
-            texts.append(data[text:tail])
             at = end + 2
-        if not texts or not _are_texts(texts):
+        if not at:
             return data
-        passed, rest = self._join(texts), data[at:]
+        passed, rest = b"".join(parts), data[at:]
         self._sink.framed_bytes += len(passed)
         chunk = b"".join((size_line(len(passed)), passed, b"\r\n"))
         if rest:
-            self._answer.hold(chunk)
+            self._body.hold(chunk)
         else:
             self._sink.write(chunk)
         return rest
 
     def pass_events(self, data: bytes, at: int) -> bytes | None:
-        """Whole events of a payload from `at` on, as far as they are alike; None without one."""
+        """Return whole events of a payload from `at` on, as far as they match; None without one."""
         if not self.is_learnt:
             return None
-        before, behind = self.lead + self._shape.head, self._shape.tail[:-2]
-        texts: list[bytes] = []
-        while (end := data.find(b"\n\n", at + len(before)) + 2) > 1:
-            text, tail = at + len(before), end - len(behind)
-            if text > tail or not (data.startswith(before, at) and data.startswith(behind, tail)):
-                break
-            texts.append(data[text:tail])
-            at = end
-        if not texts or not _are_texts(texts):
-            return None
+        parts: list[bytes] = []
         self.end = at
-        return self._join(texts)
+        while self._pass(data, self.end, 0, parts):
+            pass
+        return b"".join(parts) if parts else None
 
-    def _join(self, texts: list[bytes]) -> bytes:
-        self.events += len(texts)
-        before, behind = self.lead + self._shape.new_head, self._shape.new_tail[:-2]
-        return b"".join((before, (behind + before).join(texts), behind))
+    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+        """Add to `parts` what the client gets of the event at `start`, if it matches.
 
-
-def _are_texts(texts: list[bytes]) -> bool:
-    """Whether each is the inside of a JSON string. Most have no backslash: two looks at all."""
-    text = texts[0]
-    if len(texts) == 1 and _QUOTE not in text and _LF not in text:
-        if not text or text[-1] != _BACKSLASH:  # the usual end of a stream: one more text
-            return True
-    joined = b"\n".join(texts)
-    is_plain = _QUOTE not in joined and joined.count(b"\n") == len(texts) - 1
-    if is_plain and joined.find(b"\\\n") < 0 and not joined.endswith(b"\\"):
+        It has to end at `end`, unless that is 0.
+        """
+        if self._prefix_size < _NEVER:
+            stop = end or data.find(b"\n\n", start + self._prefix_size) + 2
+            if self._pass_usual(data, start, stop, parts):
+                return True
+        template = self._template
+        if template is None:
+            return False
+        matched = template.match(data, start)
+        if not matched:
+            # What differs from one event to the next will go on to; else it may stay for a while.
+            widen = self.events == self._events_when_new
+            matched = template.learn_from(data, start, widen=widen)
+            if not matched:
+                return False
+            self._events_when_new = self.events + 1
+            self._note_usual(template)
+        if end and matched != end:
+            return False
+        if not has_text(template):  # some may count as content, others not
+            return False
+        if self._has_counts and not self._keep_usage(data[start:matched], template):
+            return False
+        template.put_together(parts)
+        self.events += 1
+        self.end = matched
         return True
-    return all(map(_is_text, texts))
+
+    def _pass_usual(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+        """Do as `_pass` for an event with one or two texts, as `take` does for a single one."""
+        at, stop = start + self._prefix_size, end - self._tail_size
+        if at >= stop or data[start:at] != self._prefix or data[stop:end] != self._bare_tail:
+            return False
+        text, other, between = data[at:stop], b"", self._between
+        if between:
+            text, found, other = text.partition(between)
+            if not found or not (other.isalnum() or is_text(other)):
+                return False
+        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+            if not text or not is_text(text):
+                return False
+        parts.append(self._new_prefix)
+        parts.append(text)
+        if between:
+            parts.append(self._new_between)
+            parts.append(other)
+        parts.append(self._new_bare_tail)
+        self.events += 1
+        self.end = end
+        return True
+
+    # Usage
+
+    def _keep_usage(self, event: bytes, template: ByteTemplate) -> bool:
+        """Keep the event for `take_usages`; False if it is too long, or too many wait."""
+        if len(event) > MAX_SPECIMEN_BYTES:
+            return False
+        kinds, values = template.kinds, template.values
+        counts = [values[slot] for slot in range(len(kinds)) if kinds[slot] == COUNT]
+        if self._usages and not _are_less(counts, self._counts):
+            self._usages[-1] = event
+        elif len(self._usages) < MAX_USAGES:
+            self._usages = [*self._usages, event]
+        else:
+            return False
+        self._counts = counts
+        return True
+
+    def take_usages(self) -> list[bytes]:
+        """Return the events, in order, whose usages make up that of all that was passed.
+
+        Of events whose counts only grow that is the last one.
+        """
+        usages, self._usages = self._usages, _NOTHING
+        return usages
+
+
+def _are_less(counts: list[bytes], known: list[bytes]) -> bool:
+    """Whether any of the counts is less than it was; or others were told."""
+    if len(counts) != len(known):
+        return True
+    for slot in range(len(counts)):
+        new, old = counts[slot], known[slot]
+        if len(new) < len(old) or (len(new) == len(old) and new < old):
+            return True
+    return False
+
+
+def has_text(template: ByteTemplate) -> bool:
+    """Whether any text is not empty in what was matched last."""
+    for slot, kind in enumerate(template.kinds):
+        if kind == TEXT and template.values[slot]:
+            return True
+    return False
+
+
+def _make_template(
+    event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
+) -> ByteTemplate | None:
+    """Return what others like an event have in common; None if it says more than its text."""
+    if len(event) > MAX_SPECIMEN_BYTES or not _is_content(document):
+        return None
+    found = find_values(event, payload_at)
+    if found is None or len(found) > MAX_VALUES:
+        return None
+    has_counts = _has_counts(document)
+    values = [
+        (start, end, kind, kind == TEXT and end > start)
+        for start, end, kind, where, _ in found
+        if has_counts or (where != USAGE and where != TIMINGS)
+    ]
+    template = ByteTemplate(event, values, edits)
+    passed: list[bytes] = []
+    # Nothing is taken for granted.
+    if template.learn_from(event, 0) != len(event) or TEXT not in template.kinds:
+        return None
+    template.put_together(passed)
+    return template if b"".join(passed) == apply_edits(event, edits) else None
+
+
+def _is_content(document: dict[str, Any]) -> bool:
+    """Whether an event has content, and no choice has ended."""
+    choices = document.get("choices")
+    if not isinstance(choices, list) or not content_of(document)[1]:
+        return False
+    return all([isinstance(each, dict) and not each.get("finish_reason") for each in choices])
+
+
+def _has_counts(document: dict[str, Any]) -> bool:
+    """Whether the usage of an event is that of all before it, as long as none of its counts falls.
+
+    It is if it tells the tokens of a completion (`newest_usage`). Any other usage has to stay as it
+    is in like events: then it says nothing new.
+    """
+    usage, timings = document.get("usage"), document.get("timings")
+    if isinstance(usage, dict):
+        count = usage.get("completion_tokens")
+    elif isinstance(timings, dict) and document.get("x_groq") is None:
+        count = timings.get("predicted_n")
+    else:
+        return False
+    return type(count) is int and count > 0
+
+
+# Where in an event a value stands. Of what is in OTHER none may differ.
+_OUTSIDE: Final = 0
+TOP: Final = 1
+_CHOICES: Final = 2
+_CHOICE: Final = 3
+_DELTA: Final = 4
+_LOGPROBS: Final = 5
+USAGE: Final = 6
+TIMINGS: Final = 7  # llama.cpp's, in place of a usage
+_OTHER: Final = 8
+_INSIDE: Final = {
+    (TOP, b"choices"): _CHOICES,
+    (TOP, b"usage"): USAGE,
+    (TOP, b"timings"): TIMINGS,
+    (_CHOICE, b"delta"): _DELTA,
+    (_CHOICE, b"logprobs"): _LOGPROBS,
+}
+# Members of the event from which the scanner learns something.
+_READ: Final = frozenset(
+    (b"model", b"object", b"type", b"error", b"base_resp", b"x_groq", b"timings")
+)
+_NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
+
+
+Found = tuple[int, int, int, int, bytes]
+"""Where a value begins and ends, its kind, in what it stands, and under which name."""
+
+
+def find_values(event: bytes, at: int, *, usages: tuple[bytes, ...] = ()) -> list[Found] | None:
+    """Where in an event values stand that may differ; None if its names may be others than seem.
+
+    The event has been parsed, from `at` on. Of its members those in `usages` are one value each.
+    """
+    found: list[Found] = []
+    outer: list[int] = []
+    where, name, size = _OUTSIDE, b"", len(event)
+    # By hand: it is compiled, and a stream's first events have to be cheap, too.
+    while at < size:
+        byte, start = event[at], at
+        at += 1
+        if byte == _QUOTE:
+            start += 1
+            at = value_end(event, start, TEXT) + 1
+            if _is_colon_next(event, at):
+                name = event[start : at - 1]
+                if _BACKSLASH in name:
+                    return None
+            elif (kind := _string_kind(where, name)) >= 0:
+                found.append((start, at - 1, kind, where, name))
+        elif byte == _OPENING_BRACE and where == TOP and name in usages:
+            at = value_end(event, start, OBJECT)
+            found.append((start, at, OBJECT, where, name))
+        elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
+            outer.append(where)
+            where = _inside(where, name, byte)
+            if byte == _OPENING_BRACKET and where == _LOGPROBS:
+                end = value_end(event, at, NUMBERS)
+                if at < end and event[end] == _CLOSING_BRACKET:
+                    found.append((at, end, NUMBERS, where, name))
+                    at = end
+        elif byte == _CLOSING_BRACE or byte == _CLOSING_BRACKET:
+            where = outer.pop()
+        elif byte == _MINUS or _ZERO <= byte <= _NINE:
+            at = value_end(event, start, NUMBER)
+            if at < 0:
+                return None
+            kind = _number_kind(where, name)
+            if kind >= 0 and (kind == NUMBER or value_end(event, start, COUNT) == at):
+                found.append((start, at, kind, where, name))
+    return found
+
+
+def _is_colon_next(event: bytes, at: int) -> bool:
+    while event[at] == _SPACE:
+        at += 1
+    return event[at] == _COLON
+
+
+def _inside(where: int, name: bytes, bracket: int) -> int:
+    """Where the values stand that are within an object or array of this name."""
+    if where == _OUTSIDE:
+        return TOP
+    if where == _CHOICES:
+        return _CHOICE if bracket == _OPENING_BRACE else _OTHER
+    return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
+
+
+def _string_kind(where: int, name: bytes) -> int:
+    """The kind of a string that may differ; -1 if it may not."""
+    if where == _DELTA:
+        return -1 if name in _NO_CONTENT else TEXT
+    if where == _CHOICE and name == b"text":
+        return TEXT
+    return STRING if where == _LOGPROBS or (where == TOP and name not in _READ) else -1
+
+
+def _number_kind(where: int, name: bytes) -> int:
+    """The kind of a number that may differ; -1 if it may not."""
+    if where == USAGE:
+        return NUMBER if b"cost" in name else COUNT
+    if where == TIMINGS:
+        return COUNT if name[-2:] == b"_n" else NUMBER
+    if where == TOP:
+        return -1 if name in _READ else NUMBER
+    if where == _DELTA:
+        return -1 if name == b"error" else NUMBER
+    return NUMBER if where == _LOGPROBS or (where == _CHOICE and name == b"index") else -1

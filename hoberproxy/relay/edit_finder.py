@@ -42,11 +42,6 @@ class Editor:
         self._head_at = 0  # where in that the name stands; the pattern may be a newer one
         self._wants_usage = wants_usage
 
-    def learn(self, model: str, pattern: bytes, value_at: int) -> None:
-        """Take over what another stream of this upstream has shown."""
-        self.model = self.model or model
-        self.pattern, self.value_at = pattern, value_at
-
     def note_model(self, raw: bytes) -> None:
         """Keep the upstream's first name for the model, told as JSON."""
         if not self.model:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from ..protocol.json_bytes import model_member, scan_members
+import orjson
+
+from ..protocol.json_bytes import scan_members
 from ..protocol.sse import Data
 
 Edit = tuple[int, int, bytes]  # where it begins and ends, and the new bytes
@@ -81,7 +83,7 @@ def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int, int]
     """
     model = document.get("model")
     if isinstance(model, str) and model.isascii() and payload.count(_MODEL) == 1:
-        value = model_member(model)[MODEL_VALUE_AT:]
+        value = orjson.dumps(model)
         start = payload.find(_MODEL)
         value_start = start + MODEL_VALUE_AT
         if payload[value_start : value_start + 1] == b" ":  # the two usual writers of JSON

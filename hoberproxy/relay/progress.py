@@ -1,7 +1,7 @@
 """Does a stream go on, or does its upstream only keep the connection open?
 
-Looked at now and then (exchange/attempt.py), not with each event: events of which a stencil knows
-that they are alike may all be empty, and comments keep an upstream from being idle for ever.
+Looked at now and then (exchange/attempt.py), not with each event: comments and events without
+content keep an upstream from being idle for ever.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Final
 import orjson
 
 from .._mypyc import mypyc_attr
-from ..dialects.usage import Usage
+from ..dialects.outcome import Outcome
 from ..downstream.response import ResponseBody
 from ..errors import UpstreamError
 from ..protocol.http_head import ResponseHead
@@ -33,38 +33,6 @@ from .scanner import StreamScanner
 
 COLLECT_LIMIT_BYTES: Final = 1024 * 1024
 STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a stream: images, say
-
-
-class Outcome:
-    """What an answer told of itself, for the record; as far as it came.
-
-    `content_bytes` are of a body; streams are counted in events.
-    """
-
-    __slots__ = (
-        "content_bytes",
-        "content_events",
-        "finish_reason",
-        "upstream_id",
-        "upstream_model",
-        "usage",
-    )
-
-    def __init__(
-        self,
-        usage: Usage | None = None,
-        finish_reason: str = "",
-        upstream_model: str = "",
-        upstream_id: str = "",
-        content_events: int = 0,
-        content_bytes: int = 0,
-    ) -> None:
-        self.usage = usage
-        self.finish_reason = finish_reason
-        self.upstream_model = upstream_model
-        self.upstream_id = upstream_id
-        self.content_events = content_events
-        self.content_bytes = content_bytes
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -171,7 +139,7 @@ class StreamRelay(Relay):
             return None
         if self._is_watched and not self._has_progress(out):
             return None
-        return self._taker if scanner.is_ready_for_stencil else None
+        return self._taker if scanner.is_ready_for_template else None
 
     def watch(self) -> None:
         """Look for content in what comes, until there is some; nothing may pass beside us."""
@@ -251,8 +219,8 @@ class StreamRelay(Relay):
         self._attempt.open_answer(is_stream=True)
         sink = self._answer.open_sink()
         if sink is not None:
-            self._scanner.stencil.open(sink, self._answer)
-            self._taker = self._scanner.stencil
+            self._taker = template = self._scanner.template
+            template.open(sink, self._answer)
 
     def _fail_stream(self) -> None:
         failure = self._scanner.failure

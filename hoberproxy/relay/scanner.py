@@ -6,22 +6,22 @@ catalog's slug, and what is there because we asked for usage, which a client tha
 not get: the usage event, and a `usage` of null on other ones.
 
 Theory of operation. Until the first content everything is held back, so that another endpoint can
-still be tried, and every event is parsed that is not as in the last stream
-(relay/opening_template.py). After it bytes flow: events that differ from one before in their text
-alone pass by comparison (relay/content_template.py, which the connection asks even before framing
-is walked), the last ones if they are as in another stream (relay/ending_template.py), other whole
-events in which nothing is unusual pass together (`_pass_whole`, a handful of C calls for however
-many), the rest one by one (`_pass_event`). Only an unfinished event is held, up to
-HOLD_LIMIT_BYTES; a longer one flows and is read on its way (relay/long_json.py). Which way an event
-goes must not be seen in what passes: where the bytes are cut decides on the way alone, and what an
-event may be too long for is decided by its length.
+still be tried, and every event is parsed that is not as in earlier streams
+(relay/edge_templates.py). After it bytes flow: events that differ from one before in their text and
+a few values pass by comparison (relay/content_template.py, which has them even before framing is
+walked), the last ones if they are as in earlier streams, other whole events in which nothing is
+unusual pass together (`_pass_whole`, a handful of C calls for however many), the rest one by one
+(`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer one flows and is
+read on its way (relay/long_json.py). Which way an event goes must not be seen in what passes: where
+the bytes are cut decides on the way alone, and what an event may be too long for is decided by its
+length.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from ..dialects.chat import content_of, is_usage_event, only_delta
+from ..dialects.chat import content_of, is_usage_event
 from ..dialects.stream_errors import (
     StreamFailure,
     error_event,
@@ -31,11 +31,11 @@ from ..dialects.stream_errors import (
 )
 from ..dialects.usage import Usage, newest_usage
 from ..protocol.sse import DONE, Data, blank_line_end, parse_event
-from .content_template import Stencil
+from .content_template import ContentTemplate
+from .edge_templates import EdgeTemplates, KnownEvent
 from .edit_finder import Editor, parse_json
 from .event_edits import Edit, apply_edits, may_escape_names, place_edits
 from .long_json import LongEvent
-from .opening_template import Known, Opening
 
 HOLD_LIMIT_BYTES = 16 * 1024
 OPENING_LIMIT_BYTES: Final = 64 * 1024
@@ -47,16 +47,15 @@ _DONE_EVENT: Final = b"data: [DONE]\n\n"
 class StreamScanner:
     """One response. Feed it pieces, send what it returns, read what it learnt.
 
-    `slug` is the name the client sees, `opening` what is known of how such streams begin. Look at
-    `failure` after each feed: once it is set, what that feed returned is the last that came before
-    the failure, and nothing more may be fed. What comes behind [DONE] is dropped.
+    `slug` is the name the client sees, `edges` what is known of how such streams begin and end.
+    Look at `failure` after each feed: once it is set, what that feed returned is the last that came
+    before the failure, and nothing more may be fed. What comes behind [DONE] is dropped.
     """
 
-    def __init__(self, slug: str, *, wants_usage: bool, opening: Opening | None = None) -> None:
+    def __init__(self, slug: str, *, wants_usage: bool, edges: EdgeTemplates | None = None) -> None:
         self._editor = Editor(slug, wants_usage=wants_usage)
         self._wants_usage = wants_usage
-        self._opening = opening
-        self._place = 0  # of the next event, as long as there was no content
+        self._edges = edges
         self._is_flowing = False  # there was content, and nothing but a tail is held
         self._tail = b""  # an event not yet finished
         self._held: list[bytes] = []  # whole events before the first content
@@ -68,13 +67,13 @@ class StreamScanner:
         self._ended_in_cr = False  # … and its LF may be still to come
         self._is_odd = False  # there was data that is no chunk
 
-        self.stencil = Stencil()
+        self.template = ContentTemplate()
         self.failure: StreamFailure | None = None
         self.has_content = False
         self.is_done = False  # [DONE] was seen
         self.is_cut = False  # the body ended in the middle of an event
-        self._content_events = 0  # without the stencil's
-        self.usage: Usage | None = None
+        self._content_events = 0  # without the template's
+        self._usage: Usage | None = None  # without the template's
         self.finish_reason = ""
         self._raw_id = b""  # the upstream's name for the answer, as it came
 
@@ -111,12 +110,22 @@ class StreamScanner:
     @property
     def content_events(self) -> int:
         """Events with content so far, as far as they were told apart."""
-        return self._content_events + self.stencil.events
+        return self._content_events + self.template.events
 
     @property
-    def is_ready_for_stencil(self) -> bool:
-        """Nothing is held: what comes now may be tried on the stencil."""
-        return self._is_flowing and not self._tail and self.stencil.is_learnt
+    def usage(self) -> Usage | None:
+        """What the stream said of its usage so far; None if nothing."""
+        for event in self.template.take_usages():
+            data = parse_event(event)
+            document = parse_json(data.payload) if data is not None else None
+            if isinstance(document, dict):
+                self._usage = newest_usage(self._usage, document)
+        return self._usage
+
+    @property
+    def is_ready_for_template(self) -> bool:
+        """Nothing is held: what comes now may be taken by the template."""
+        return self._is_flowing and not self._tail and self.template.is_learnt
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece; returns what can be sent now."""
@@ -125,17 +134,17 @@ class StreamScanner:
             return self._feed_any(data)
         if tail:
             data, self._tail = tail + data, b""
-        stencil, at = self.stencil, 0
-        passed = stencil.pass_events(data, 0)
+        template, at = self.template, 0
+        passed = template.pass_events(data, 0)
         if passed is not None:  # the way of nearly every piece
-            at = stencil.end
+            at = template.end
             if at == len(data):
                 return passed
         elif _CR not in data and data.find(_LF_LF) < 0 and len(data) <= HOLD_LIMIT_BYTES:
             self._tail = data
             return b""
         out = [passed] if passed is not None else []
-        end = self._pass_ending(data, at, out)
+        end = self._pass_known(data, at, out)
         if end < len(data) or self.is_done:
             if not self.is_done:
                 self._flow(data, end, end, out, tried=end)
@@ -242,10 +251,8 @@ class StreamScanner:
             if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
                 self.has_content = True  # it can't be held: from here on it counts as content
                 return at
-            event, before = data[at:end], len(out)
-            if (known := self._pass_known(event)) is not None:
-                out.append(known)
-            else:
+            before, event = len(out), data[at:end]
+            if self._take_known(event, 0, out) != len(event):
                 self._take_event(event, out)
             self._held_bytes += sum(map(len, out[before:]))
             at = end
@@ -255,53 +262,69 @@ class StreamScanner:
             self.has_content = True
         return at
 
-    def _pass_known(self, event: bytes) -> bytes | None:
-        """An event before or with the first content that is as in another stream; else None."""
-        if self._opening is None:
-            return None
-        form = self._opening.find(self._place, event, wants_usage=self._wants_usage)
-        if form is None:
-            return None
-        self._place += 1
-        self._was_dropped = False
+    def _take_known(self, data: bytes, at: int, out: list[bytes]) -> int:
+        """Take an event that is as in earlier streams, if one begins at `at`; return its end."""
+        if self._edges is None:
+            return at
+        known, end = self._edges.find(
+            data, at, wants_usage=self._wants_usage, is_opening=not self.has_content
+        )
+        if known is None:
+            return at
         if not self._raw_id:
-            self._raw_id = form.raw_id
-        if form.pattern:
-            self._editor.learn(form.model, form.pattern, form.value_at)
-        passed = form.passed(event)
-        if form.has_text:
+            self._raw_id = known.raw_id
+        self._editor.model = self._editor.model or known.model
+        if known.usage_document:
+            self._usage = newest_usage(self.usage, known.usage_document)
+        self.finish_reason = known.finish_reason or self.finish_reason
+        self._content_events += known.has_content
+        if known.has_content or known.finish_reason:
             self.has_content = True
-            self._content_events += 1
-            self.stencil.keep(*form.shape_behind(event))
-        return passed
+        if known.content is not None:
+            self.template.adopt(known.content, data[at:end])
+        self._was_dropped = known.is_usage and not self._wants_usage
+        if not self._was_dropped:
+            known.put_together(out)
+        return end
 
     # Behind it
+
+    def _pass_known(self, data: bytes, at: int, out: list[bytes]) -> int:
+        """Pass the last events of a stream as far as they are known; return where they end."""
+        while True:
+            if data[at : at + len(_DONE_EVENT)] == _DONE_EVENT:
+                self.is_done = True
+                out.append(_DONE_EVENT)
+                return at + len(_DONE_EVENT)
+            end = self._take_known(data, at, out)
+            if end == at:
+                return at
+            at = end
 
     def _flow(
         self, data: bytes, at: int, search_from: int, out: list[bytes], *, tried: int
     ) -> None:
         """Pass all events that are whole, and keep or pass the beginning of the next one.
 
-        The one that begins at `tried` is known neither to the stencil nor to the ending.
+        The one that begins at `tried` does not match the template.
         """
-        stencil, size = self.stencil, len(data)
+        template, size = self.template, len(data)
         has_cr = _CR in data
         may_pass_whole = not has_cr  # tried once: it looks at all that is left
         while at < size:
             end = at
             if at != tried:
-                passed = stencil.pass_events(data, at)
+                passed = template.pass_events(data, at)
                 if passed is not None:
                     out.append(passed)
-                    at = stencil.end
-                end = self._pass_ending(data, at, out)
+                    end = at = template.end
+                at = self._pass_known(data, at, out)
                 if self._is_over():
                     return
-                if end > at:
-                    at = end
-                    continue
-                tried = at
-            if may_pass_whole and not stencil.wants_lesson:
+                end = tried = at
+                if at == size:
+                    break
+            if may_pass_whole and not template.wants_specimen:
                 may_pass_whole = False
                 end = self._pass_whole(data, at, out)
             if end == at:
@@ -316,35 +339,6 @@ class StreamScanner:
         self._keep(data, at)
         if len(self._tail) > HOLD_LIMIT_BYTES:
             self._start_long(out)
-
-    def _pass_ending(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """The last events of a stream as far as they are as in other ones, and where they end."""
-        ending = self.stencil.ending
-        # An event that is known is not asked for the names of the answer and of the model.
-        if ending is None or not self._raw_id or not self._editor.model:
-            return at
-        lead = self.stencil.lead
-        lead_size = len(lead)
-        while True:
-            if data[at : at + len(_DONE_EVENT)] == _DONE_EVENT:
-                self.is_done = True
-                out.append(_DONE_EVENT)
-                return at + len(_DONE_EVENT)
-            start = at + lead_size
-            if data[at:start] != lead:
-                return at
-            for last in ending.events:
-                end = last.find(data, start)
-                if end:
-                    break
-            else:
-                return at
-            self.usage = newest_usage(self.usage, last.document)
-            self.finish_reason = last.finish_reason or self.finish_reason
-            self._was_dropped = last.is_usage and not self._wants_usage
-            if not self._was_dropped:
-                out += (lead, last.new_start, data[start + last.start_size : end])
-            at = end
 
     def _pass_whole(self, data: bytes, at: int, out: list[bytes]) -> int:
         """All whole events that are left if they are plain content, and where they end."""
@@ -450,8 +444,7 @@ class StreamScanner:
         payload = data.payload
         if not payload:  # no client is told of an event without data
             return event
-        is_opening, place = not self.has_content, self._place
-        self._place += 1
+        is_opening = not self.has_content
         if payload == DONE:
             self.is_done = True
             return event
@@ -471,55 +464,44 @@ class StreamScanner:
             self._learn(document)
         else:
             self._content_events += 1
-            if self.stencil.wants_lesson:
+            if self.template.wants_specimen:
                 document = parse_json(payload)
         edits = self._editor.find_edits(payload, document)
         if edits:
             edits = place_edits(data, edits)
         passed = apply_edits(event, edits)
         if isinstance(document, dict) and _is_plain(event, data):
-            if is_parsed and not is_opening:
-                self._tell_ending(event, document, edits)
-            if self.stencil.wants_lesson and (delta := only_delta(document)) is not None:
-                self.stencil.learn(event, passed, delta)
-                if is_opening:
-                    self._tell_opening(place, event, document, delta, edits)
+            self._have_learnt(event, data.starts[0], edits, document, is_opening=is_opening)
         if is_parsed and not self._wants_usage and is_usage_event(document):
             return None
         return passed
 
-    def _tell_opening(
+    def _have_learnt(
         self,
-        place: int,
         event: bytes,
-        document: dict[str, Any],
-        delta: dict[str, Any],
+        payload_at: int,
         edits: list[Edit],
+        document: dict[str, Any],
+        *,
+        is_opening: bool,
     ) -> None:
-        """Have the next stream know an event like this one, if all is as it seems."""
-        if self._opening is None:
-            return
-        editor = self._editor
-        model, pattern = editor.model, editor.pattern
-        if all([not new for _, _, new in edits]):  # it names no model
-            model, pattern = "", b""
-        elif event.count(pattern) != 1 or document.get("model") != model:
-            return
-        text_of = delta if self.has_content else None
-        known = Known(model, pattern, editor.value_at, edits, self._wants_usage)
-        self._opening.learn(place, event, document, text_of, known)
-
-    def _tell_ending(self, event: bytes, document: dict[str, Any], edits: list[Edit]) -> None:
-        """Have the next stream know an event like this one."""
-        ending, lead = self.stencil.ending, self.stencil.lead
-        if ending is not None and event.startswith(lead):
-            ending.learn(event, document, lead, edits)
+        """Have the templates learn from an event of one line."""
+        known: KnownEvent | None = None
+        if self._edges is not None and (is_opening or not content_of(document)[1]):
+            known = self._edges.learn_from(
+                event, payload_at, edits, document, wants_usage=self._wants_usage
+            )
+        if known is not None:
+            known.is_opening = not _says_more(event) and not known.has_content
+        if self.has_content and self.template.wants_specimen:
+            if self.template.learn_from(event, payload_at, edits, document) and known is not None:
+                known.content = self.template.share(event)
 
     def _learn(self, document: dict[str, Any]) -> None:
         failure = find_error(document)
         if failure is not None:
             raise failure
-        self.usage = newest_usage(self.usage, document)
+        self._usage = newest_usage(self.usage, document)
         if not self._raw_id and isinstance(upstream_id := document.get("id"), str):
             self._raw_id = upstream_id.encode("utf-8", "replace")
         finish_reason, has_content = content_of(document)
@@ -535,7 +517,7 @@ def _size(data: bytes, at: int, end: int) -> int:
 
 
 def _says_more(data: bytes) -> bool:
-    """Whether events after the first content name a usage, an error or a finish reason.
+    """Whether `data`, events after the first content, names a usage, an error or a finish reason.
 
     What says nothing is on every event of some servers: OpenAI puts `"usage":null` there once
     usage is asked for.
@@ -596,5 +578,8 @@ def _not_an_object() -> StreamFailure:
 
 
 def _is_plain(event: bytes, data: Data) -> bool:
-    """One `data: ` line and an empty one, both ended by LF."""
-    return data.starts == (6,) and len(data.payload) == len(event) - 8 and event[-2:] == _LF_LF
+    """Whether an event is one `data:` line and an empty one, both ended alike."""
+    if len(data.starts) != 1 or data.starts[0] > len(b"data: "):
+        return False
+    end = event[data.starts[0] + len(data.payload) :]
+    return end == _LF_LF or end == b"\r\n\r\n"

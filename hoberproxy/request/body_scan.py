@@ -1,11 +1,9 @@
-"""Where the top-level members of a request's body are, at a bounded share of what orjson spends.
+"""The top-level members of a request's body, found at a bounded share of what orjson spends.
 
 The scan of protocol/json_bytes.py is fast where strings are long, and up to fifty times slower than
 orjson where they are short. Here orjson itself says where such a value ends: behind it stands a
 comma or a brace, and the error for that has its position; no object is made on the way to it.
-Counts, too, how many values a body has, before any of them is made.
-
-`find_members` wants a body that `orjson.loads` accepts.
+`Survey` counts how many values a body has before any of them is made.
 """
 
 from __future__ import annotations
@@ -60,7 +58,7 @@ _loads: Final = orjson.loads
 
 
 def may_have_too_many(data: bytes) -> bool:
-    """Whether a body is long enough to have more values than it may."""
+    """Return whether `data` is long enough to have more values than a body may."""
     return len(data) > _FEWEST_BYTES * MAX_VALUES
 
 
@@ -81,27 +79,27 @@ class TangledMembers(Exception):
 
 
 class Survey:
-    """What a body holds, before it is parsed: call `step` until it says that nothing is left.
+    """A count of the values in a body before it is parsed: call `step` until it returns False.
 
     For a body that is no JSON the numbers mean nothing.
     """
 
     def __init__(self, data: bytes) -> None:
-        self.values = 0  # so many at most, once all is seen; not looked at in a short body
+        self.values = 0  # an upper bound, once all is counted; 0 for a short body
         self._data = data
-        self._count: Callable[[], bool] = self._count_between  # what the next step does
+        self._count: Callable[[], bool] = self._count_between  # the next step
         self._start = 0
         self._in_string = 0
         self._has_long_strings = False
 
     @property
     def has_too_many(self) -> bool:
-        """Whether there are more values than one body may have."""
+        """Return whether there are more values than a body may have."""
         return self.values > MAX_VALUES
 
     @property
     def can_be_scanned(self) -> bool:
-        """Whether the scan of json_bytes.py is fast: a short body, or its strings are long."""
+        """Return whether the scan of json_bytes.py is fast: for a short body or long strings."""
         size = len(self._data)
         if size <= _SMALL_BYTES:
             return True
@@ -113,7 +111,7 @@ class Survey:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the objects that a value is made of cost more than its text, by samples."""
+        """Return whether, by samples, the objects of a value cost more than its text."""
         size = len(self._data)
         if self._has_long_strings:
             return self.values * _DENSE > size
@@ -123,13 +121,13 @@ class Survey:
         return (len(marks) - 2 * marks.count(b"\\")) * _DENSE > len(sample)
 
     def step(self) -> bool:
-        """Look at some more megabytes; whether there are more."""
+        """Count in some more megabytes, and return whether there are more."""
         if not may_have_too_many(self._data) or self.has_too_many:
             return False
         return self._count()
 
     def _count_between(self) -> bool:
-        """Go from string to string: as good as free where they are long; else count otherwise."""
+        """Count from string to string; where strings are not long, start `_count_all`."""
         data, find, position = self._data, self._data.find, 0
         left = _HOPS  # and one more with each kilobyte
         while (opening := find(b'"', position)) >= 0:
@@ -149,7 +147,7 @@ class Survey:
         return False
 
     def _count_all(self) -> bool:
-        """Count as if nothing stood in strings, and if that is too many, once more without."""
+        """Count marks in strings too; if that makes too many, start `_count_outside`."""
         self.values += len(self._next_piece().translate(None, _NO_VALUES))
         if self.values > MAX_VALUES:
             self.values, self._start, self._count = 0, 0, self._count_outside
@@ -157,7 +155,7 @@ class Survey:
         return self._start < len(self._data)
 
     def _count_outside(self) -> bool:
-        """Count what stands outside of strings: exact, and three times as dear as a parse."""
+        """Count outside of strings, which is exact and three times as dear as a parse."""
         piece = self._next_piece()
         if _BACKSLASH in piece:
             piece = piece.translate(None, _NO_ESCAPES)
@@ -179,7 +177,7 @@ class Survey:
 
 
 def _is_even(piece: bytes) -> bool:
-    """Whether the backslashes at the end of `piece` escape each other."""
+    """Return whether the backslashes at the end of `piece` escape each other."""
     end = len(piece)
     while True:
         start = max(end - _RUN_BYTES, 0)
@@ -192,7 +190,7 @@ def _is_even(piece: bytes) -> bool:
 
 
 def _cut(data: bytes, end: int) -> int:
-    """A place at or behind `end` that is not within an escape."""
+    """Return a place at or behind `end` that is not within an escape."""
     if end >= len(data):
         return len(data)
     found = _match_escapes(data, end - 1)
@@ -205,11 +203,11 @@ def _cut(data: bytes, end: int) -> int:
 def find_members(
     data: bytes, names: list[str], known: dict[int, int], survey: Survey
 ) -> list[Member]:
-    """The top-level members of `data`, whose `names` are known in the order of the document.
+    """Return the top-level members of `data`, which have these `names` in this order.
 
-    `known` has the ends of values by their beginnings, as far as the caller knows them; `survey`
-    was made of `data` and is through with it. Raises RepeatedName, and TangledMembers where the
-    members' ends would cost more than the whole parse.
+    `data` must be an object that `orjson.loads` accepts. `known` has the ends of values by their
+    beginnings, as far as the caller knows them; `survey` has counted `data`. Raises RepeatedName,
+    and TangledMembers where the members' ends would cost more than the whole parse.
     """
     if survey.can_be_scanned:
         members = scan_members(data)
@@ -227,7 +225,7 @@ def _check_names(members: list[Member], names: list[str]) -> None:
 
 
 class _Search:
-    """One walk through the members of a body that is dense with quotes, brackets or escapes."""
+    """A walk through the members of a body that is dense with quotes, brackets or escapes."""
 
     def __init__(
         self, data: bytes, names: list[str], known: dict[int, int], is_dense: bool
@@ -256,7 +254,7 @@ class _Search:
         return members
 
     def _behind_space(self, position: int) -> int:
-        """Behind a long run of space, which a pattern takes three times as long for."""
+        """Return the place behind a long run of space; a pattern takes three times as long."""
         data = self._data
         while data[position : position + _PIECE_BYTES].isspace():
             piece = data[position : position + _COUNTED_BYTES]
@@ -278,7 +276,7 @@ class _Search:
         return end if end is not None else self._long_end(start, following)
 
     def _long_end(self, start: int, following: str | None) -> int:
-        """Where the value ends that begins at `start` and has the member `following` behind it."""
+        """Return the end of the value at `start` that has the member `following` behind it."""
         data = self._data
         stop = self._likely_stop(start, following)
         end = self._try(start, stop)
@@ -296,13 +294,13 @@ class _Search:
         return end
 
     def _try(self, start: int, stop: int) -> int:
-        """Where the value ends, if that is before `stop`, where something else begins; else -1."""
+        """Return the end of the value at `start`, -1 if it does not end before `stop`."""
         # What is mostly text is parsed faster than an error is made, which holds the text.
         end = stop + 1 if self._is_dense else _before_comma(self._data, start, stop)
         return end_of_value(self._view, start, end)
 
     def _likely_stop(self, start: int, following: str | None) -> int:
-        """A place behind `start` where the member `following` may begin."""
+        """Return a place behind `start` where the member `following` may begin."""
         data = self._data
         if following is None:
             return data.rfind(b"}")
@@ -329,14 +327,14 @@ def _token(name: str) -> bytes:
 
 
 def _before_comma(data: bytes, start: int, stop: int) -> int:
-    """`stop` without the comma and the space before it."""
+    """Return the place before `stop` and before the comma and space that precede it."""
     piece = data[max(start, stop - _PIECE_BYTES) : stop]
     rest = piece.rstrip(_SPACES).removesuffix(b",").rstrip(_SPACES)
     return stop - len(piece) + len(rest)
 
 
 def end_of_value(view: memoryview, start: int, stop: int) -> int:
-    """The offset one past the value at `start`, if it ends at or before `stop`; else -1."""
+    """Return the offset one past the value at `start`, -1 if it ends behind `stop`."""
     try:
         _loads(view[start:stop])
     except orjson.JSONDecodeError as exc:
@@ -345,9 +343,9 @@ def end_of_value(view: memoryview, start: int, stop: int) -> int:
 
 
 def end_by_error(exc: orjson.JSONDecodeError, view: memoryview, start: int, stop: int) -> int:
-    """The end of the value at `start`, if `exc` says that more stands behind it before `stop`.
+    """Return the end of the value at `start`, if `exc` says that more stands behind it.
 
-    -1 if it says anything else.
+    `exc` is of `view` from `start` to `stop`; -1 if it says anything else.
     """
     if exc.msg != _TRAILING:
         return -1
@@ -355,7 +353,7 @@ def end_by_error(exc: orjson.JSONDecodeError, view: memoryview, start: int, stop
 
 
 def _bytes_before(exc: orjson.JSONDecodeError, size: int) -> int:
-    """The error's position in bytes of a text of `size` bytes; it tells it in characters."""
+    """Return the error's position, which it has in characters, in bytes of a text of `size`."""
     text, position = exc.doc, exc.pos
     if len(text) == size:
         return position
@@ -365,7 +363,7 @@ def _bytes_before(exc: orjson.JSONDecodeError, size: int) -> int:
 
 
 def _value_end(view: memoryview, start: int, end: int) -> int:
-    """`end` without the space before it."""
+    """Return the place before `end` and before the space that precedes it."""
     if view[end - 1] not in _SPACES:
         return end
     return start + len(bytes(view[start:end]).rstrip(_SPACES))

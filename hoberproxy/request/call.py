@@ -51,14 +51,14 @@ NO_PREFERENCES: Final = ProviderPreferences()
 
 
 class Terms:
-    """What a body says beside its messages, checked. Calls with the same frame share it."""
+    """The checked content of a body beside its messages. Calls may share it: see parse_cache.py."""
 
     candidates: tuple[str, ...]  # slugs, `model` first, then `models`; suffixes included
     requested: tuple[str, ...]  # the first of these, fit for a record
     stream: bool
     provider: ProviderPreferences
     given: frozenset[str]  # names of all top-level members that are not null, `messages` too
-    # What only some say:
+    # What only some bodies say:
     wants_usage = False  # by `stream_options.include_usage`, or by `usage.include`, which is ours
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
@@ -68,9 +68,9 @@ class Terms:
     extensions = NO_EXTENSIONS  # beside those in the messages
 
     def __init__(self, document: JsonObject, provider: ProviderPreferences) -> None:
-        """Read a checked `document`, whose member `provider` says what `provider` is made of."""
-        self.prepared: list[Any] = []  # what upstream/body.py made of it, for later calls
-        self.members: list[Member] = []  # of the body that this was read from
+        """Read a checked `document`; `provider` is made of its member of this name."""
+        self.prepared: list[Any] = []  # by upstream/body.py, for later calls
+        self.members: list[Member] = []  # of the body that these terms were read from
         self.given = frozenset([name for name, value in document.items() if value is not None])
         self.candidates = candidates = _candidates(document)
         self.requested = tuple([clip_text(slug) for slug in candidates[:MAX_REQUESTED]])
@@ -112,7 +112,7 @@ def output_limits(
 
 
 def _candidates(document: JsonObject) -> tuple[str, ...]:
-    """`model`, then `models`, each once."""
+    """Return `model`, then `models`, each slug once."""
     model, models = document.get("model"), document.get("models")
     slugs: list[str] = [] if model is None else [model]
     if models:
@@ -125,7 +125,7 @@ def _is_set(options: JsonObject | None, name: str) -> bool:
 
 
 class Call:
-    """A client's request, checked and never changed. Made by `make_call` in request/checks.py."""
+    """A client's request, checked and never changed; request/checks.py makes it."""
 
     def __init__(
         self,
@@ -147,14 +147,14 @@ class Call:
 
     @property
     def members(self) -> list[Member]:
-        """The top-level members as spans into `body`."""
+        """Return the top-level members as spans into `body`."""
         if self._members is None:
             self._members = _moved(self.terms.members, len(self.raw_messages))
         return self._members
 
     @property
     def prompt_bytes(self) -> int:
-        """Bytes of text that the model reads: the messages, tools and schemas.
+        """Return the bytes of text that the model reads: messages, tools and schemas.
 
         An image or a sound counts as MEDIA_BYTES at most.
         """
@@ -164,12 +164,12 @@ class Call:
 
     @property
     def place_without_content(self) -> int | None:
-        """That of an assistant's message whose content is null, which only some servers take."""
+        """Return the place of the first message of an assistant that has no content, or None."""
         return self.roles.get(NO_CONTENT)
 
 
 def _moved(members: list[Member], messages_bytes: int) -> list[Member]:
-    """The same members around messages of another size."""
+    """Return `members` around messages of another size."""
     span = find_messages(members)
     by = messages_bytes - (span.end - span.value_start)
     place = members.index(span)
@@ -178,11 +178,11 @@ def _moved(members: list[Member], messages_bytes: int) -> list[Member]:
 
 
 def find_messages(members: list[Member]) -> Member:
-    """The messages among the members of a body that was checked."""
+    """Return the messages among the `members` of a checked body."""
     (found,) = [member for member in members if member.name == "messages"]
     return found
 
 
 def raw_part(body: bytes, start: int, end: int) -> bytes | memoryview:
-    """A part of `body`; a large one as a view."""
+    """Return the part of `body` from `start` to `end`; a large one as a view."""
     return body[start:end] if end - start < LARGE_BYTES else memoryview(body)[start:end]

@@ -29,13 +29,15 @@ from .call import (
     raw_part,
 )
 from .extensions import NO_CONTENT, RESPONSE_FORMATS, TOOL_CHOICES, UNLIMITED, is_word
-from .field_errors import MAX_NAME_LENGTH
-from .field_errors import missing as _missing
-from .field_errors import one_of as _one_of
-from .field_errors import too_long as _too_long
-from .field_errors import too_many as _too_many
-from .field_errors import wrong_type as _wrong_type
-from .field_errors import wrong_value as _wrong_value
+from .field_errors import (
+    MAX_NAME_LENGTH,
+    missing,
+    one_of,
+    too_long,
+    too_many,
+    wrong_type,
+    wrong_value,
+)
 
 _loads: Final = orjson.loads
 
@@ -59,9 +61,10 @@ _match_price: Final = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9
 
 
 def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
-    """Check a body against every rule of the contract; raises RequestError naming the field.
+    """Return the call in `body`, checked against every rule of the contract.
 
-    `known_ends` has the ends of top-level values by their beginnings, where they are known.
+    `known_ends` has the ends of top-level values by their beginnings, where they are known. Raises
+    RequestError, which names the field.
     """
     survey = Survey(body)
     while survey.step():
@@ -75,7 +78,7 @@ def parse_call(body: bytes, known_ends: dict[int, int] = _NO_ENDS) -> Call:
 def parse_in_steps(
     body: bytes, survey: Survey, known_ends: dict[int, int]
 ) -> Generator[None, None, Call]:
-    """Do as `parse_call`, for a large body that `survey` has seen: pause where it may take long."""
+    """Do as `parse_call` for a large body, which `survey` has counted; pause between long steps."""
     document = _load_object(body)
     yield
     members = _find_members(body, document, known_ends, survey)
@@ -86,7 +89,7 @@ def parse_in_steps(
 
 
 def check_survey(survey: Survey) -> None:
-    """Raise RequestError for a body of too many values."""
+    """Raise RequestError if `survey` counted more values than a body may have."""
     if survey.has_too_many:
         message = f"the body: expected at most {MAX_VALUES} JSON values in all, got more"
         raise RequestError(message, code="invalid_value")
@@ -99,7 +102,7 @@ def make_call(
     raw_messages: bytes | memoryview,
     members: list[Member] | None = None,
 ) -> Call:
-    """Check `messages`, which are `raw_messages` parsed, a part of `body`; and return the call.
+    """Return the call of `body`, whose part `raw_messages` parses to `messages`.
 
     Raises RequestError for the first message that is wrong.
     """
@@ -126,11 +129,11 @@ def _check_document(body: bytes, document: JsonObject, members: list[Member]) ->
 
 
 def _check_size(param: str, members: list[Member]) -> None:
-    """Of a member that is read once more where it is changed."""
+    """Raise RequestError if the member `param` is too large; a change reads it once more."""
     for member in members:
         if member.name == param and (size := member.end - member.value_start) > MAX_OPTIONS_BYTES:
             expected = f"an object of at most {MAX_OPTIONS_BYTES} bytes"
-            raise _wrong_value(param, expected, f"one of {size}")
+            raise wrong_value(param, expected, f"one of {size}")
 
 
 # The document as a whole
@@ -145,12 +148,12 @@ def _load_object(body: bytes) -> JsonObject:
         # Not `from exc`: it carries the whole document.
         raise RequestError(message, code="invalid_json") from None
     if type(document) is not dict:
-        raise _wrong_type(None, "object", document)
+        raise wrong_type(None, "object", document)
     return document
 
 
 def _check_names(document: JsonObject) -> None:
-    """No name that another server could take for one of ours."""
+    """Raise RequestError for a name that another server could take for a parameter."""
     for name in document:
         # The first two tests settle nearly every name, at a fifth of the cost of folding it.
         if name in _PARAMETERS:
@@ -167,17 +170,17 @@ def _find_members(
     body: bytes, document: JsonObject, known_ends: dict[int, int], survey: Survey
 ) -> list[Member]:
     if len(document) > MAX_MEMBERS:
-        raise _too_many(None, MAX_MEMBERS, "members", len(document))
+        raise too_many(None, MAX_MEMBERS, "members", len(document))
     if (longest := max(map(len, document), default=0)) > MAX_NAME_LENGTH:
-        raise _too_long(None, "names of members", longest)
+        raise too_long(None, "names of members", longest)
     try:
         return find_members(body, list(document), known_ends, survey)
     except RepeatedName as repeated:
         raise _duplicate(repeated.name, repeated.start) from None
     except TangledMembers:
         message = (
-            "the body: expected the names of its members on the top level alone, "
-            "got them below it again and again"
+            "the body: expected the names of its top-level members to be rare below the top level, "
+            "got them too often to find where the members end"
         )
         raise RequestError(message, code="invalid_value") from None
 
@@ -189,7 +192,7 @@ def _duplicate(name: str, start: int) -> RequestError:
 
 
 def _fold(name: str) -> str:
-    """What `name` is to the most lenient of the servers that ignore case.
+    """Return what `name` is to the most lenient of the servers that ignore case.
 
     Go folds the long s to s and the Kelvin sign to k, Java both Turkish i's to i. Through upper
     case all of these come out, and whatever `lower` or `casefold` alone would find.
@@ -200,12 +203,12 @@ def _fold(name: str) -> str:
 def _check_required(document: JsonObject) -> None:
     if document.get("model") is None and not document.get("models"):
         if "model" in document:
-            raise _wrong_type("model", "string", None)
-        raise _missing("model", "the slug of a model, or a list of them in models")
+            raise wrong_type("model", "string", None)
+        raise missing("model", "the slug of a model, or a list of them in models")
     if document.get("messages") is None:
         if "messages" in document:
-            raise _wrong_type("messages", "array", None)
-        raise _missing("messages", "a non-empty array of objects")
+            raise wrong_type("messages", "array", None)
+        raise missing("messages", "a non-empty array of objects")
 
 
 # One check for each parameter; null never gets here
@@ -213,47 +216,47 @@ def _check_required(document: JsonObject) -> None:
 
 def _check_string(param: str, value: object) -> None:
     if type(value) is not str:
-        raise _wrong_type(param, "string", value)
+        raise wrong_type(param, "string", value)
     if not value:
-        raise _wrong_value(param, "a non-empty string", "an empty one")
+        raise wrong_value(param, "a non-empty string", "an empty one")
 
 
 def _check_slug(param: str, value: object) -> None:
     _check_string(param, value)
     assert type(value) is str
     if len(value) > MAX_NAME_LENGTH:
-        raise _too_long(param, "a name", len(value))
+        raise too_long(param, "a name", len(value))
 
 
 def _check_boolean(param: str, value: object) -> None:
     if type(value) is not bool:
-        raise _wrong_type(param, "boolean", value)
+        raise wrong_type(param, "boolean", value)
 
 
 def _check_token_count(param: str, value: object) -> None:
     if type(value) is not int:
-        raise _wrong_type(param, "integer", value)
+        raise wrong_type(param, "integer", value)
     if value < 1 and value != UNLIMITED:
-        raise _wrong_value(param, "1 or more", str(value))
+        raise wrong_value(param, "1 or more", str(value))
 
 
 def _check_choices(param: str, value: object) -> None:
     if type(value) is not int:
-        raise _wrong_type(param, "integer", value)
+        raise wrong_type(param, "integer", value)
     if not 1 <= value <= MAX_CHOICES:
-        raise _wrong_value(param, f"1 to {MAX_CHOICES}", str(value))
+        raise wrong_value(param, f"1 to {MAX_CHOICES}", str(value))
 
 
 def _check_array(param: str, value: object) -> None:
     if type(value) is not list:
-        raise _wrong_type(param, "array", value)
+        raise wrong_type(param, "array", value)
 
 
 def _check_list(param: str, value: object, most: int, what: str) -> None:
     _check_array(param, value)
     assert type(value) is list
     if len(value) > most:
-        raise _too_many(param, most, what, len(value))
+        raise too_many(param, most, what, len(value))
 
 
 def _check_tools(param: str, value: object) -> None:
@@ -262,18 +265,18 @@ def _check_tools(param: str, value: object) -> None:
 
 def _check_object(param: str, value: object) -> None:
     if type(value) is not dict:
-        raise _wrong_type(param, "object", value)
+        raise wrong_type(param, "object", value)
 
 
 def _check_enum(param: str, value: object, allowed: frozenset[str]) -> None:
     if type(value) is not str:
-        raise _wrong_type(param, "string", value)
+        raise wrong_type(param, "string", value)
     if value not in allowed:
-        raise _wrong_value(param, _one_of(allowed), "another string")
+        raise wrong_value(param, one_of(allowed), "another string")
 
 
 def _check_word(param: str, value: object, usual: frozenset[str]) -> None:
-    """One of the `usual` words, or another that an endpoint may accept: see extensions.py."""
+    """Accept the `usual` words, and others that an endpoint may take: see extensions.py."""
     if type(value) is not str or not is_word(value):
         _check_enum(param, value, usual)
 
@@ -281,19 +284,19 @@ def _check_word(param: str, value: object, usual: frozenset[str]) -> None:
 def _number_check(highest: int) -> Callable[[str, object], None]:
     def check(param: str, value: object) -> None:
         if type(value) is not float and type(value) is not int:
-            raise _wrong_type(param, "number", value)
+            raise wrong_type(param, "number", value)
         if not 0 <= value <= highest:
-            raise _wrong_value(param, f"0 to {highest}", str(value))
+            raise wrong_value(param, f"0 to {highest}", str(value))
 
     return check
 
 
 def _flags_check(flag: str) -> Callable[[str, object], None]:
-    """For an object of which one member, a boolean, means something to us."""
+    """Return a check of an object of which only the boolean `flag` is read."""
 
     def check(param: str, value: object) -> None:
         if type(value) is not dict:
-            raise _wrong_type(param, "object", value)
+            raise wrong_type(param, "object", value)
         if value.get(flag) is not None:
             _check_boolean(f"{param}.{flag}", value[flag])
 
@@ -304,14 +307,14 @@ def _check_tool_choice(param: str, value: object) -> None:
     if type(value) is str:
         _check_word(param, value, TOOL_CHOICES)
     elif type(value) is not dict:
-        raise _wrong_type(param, "string or object", value)
+        raise wrong_type(param, "string or object", value)
 
 
 def _check_response_format(param: str, value: object) -> None:
     if type(value) is not dict:
-        raise _wrong_type(param, "object", value)
+        raise wrong_type(param, "object", value)
     if "type" not in value:
-        raise _missing(f"{param}.type", _one_of(RESPONSE_FORMATS))
+        raise missing(f"{param}.type", one_of(RESPONSE_FORMATS))
     _check_word(f"{param}.type", value["type"], RESPONSE_FORMATS)
 
 
@@ -347,22 +350,21 @@ _PARAMETERS: Final = frozenset((*_CHECKS, "messages"))
 
 
 def _check_messages(messages: object) -> tuple[bool, int, dict[str, int]]:
-    """Return whether any message holds an image, and how many messages have which role.
+    """Return (has an image, bytes of media beyond MEDIA_BYTES for each, messages by role).
 
-    Between these, the bytes of images and sounds beyond MEDIA_BYTES for each. Under NO_CONTENT
-    stands the first place of an assistant that said nothing, if there is one. Raises RequestError
-    for the first message that is wrong.
+    Under NO_CONTENT stands the place of the first message of an assistant that has no content, if
+    there is one. Raises RequestError for the first message that is wrong.
     """
     if type(messages) is not list:
-        raise _wrong_type("messages", "array", messages)
+        raise wrong_type("messages", "array", messages)
     if not messages:
-        raise _wrong_value("messages", "one message or more", "an empty array")
+        raise wrong_value("messages", "one message or more", "an empty array")
     if len(messages) > MAX_MESSAGES:
-        raise _too_many("messages", MAX_MESSAGES, "messages", len(messages))
+        raise too_many("messages", MAX_MESSAGES, "messages", len(messages))
     has_images, excess, roles = False, 0, dict[str, int]()
     for index, message in enumerate(messages):
         if type(message) is not dict:
-            raise _wrong_type(f"messages[{index}]", "object", message)
+            raise wrong_type(f"messages[{index}]", "object", message)
         role = message.get("role")
         if type(role) is not str or role not in ROLES:
             raise _wrong_role(f"messages[{index}].role", message)
@@ -383,7 +385,7 @@ def _check_parts(index: int, parts: list[Any]) -> tuple[bool, int]:
     has_images, excess = False, 0
     for place, part in enumerate(parts):
         if type(part) is not dict:
-            raise _wrong_type(f"messages[{index}].content[{place}]", "object", part)
+            raise wrong_type(f"messages[{index}].content[{place}]", "object", part)
         kind = part.get("type")
         if kind == "image_url":
             has_images = True
@@ -415,16 +417,16 @@ def _speaks_without_content(message: JsonObject) -> bool:
 
 def _wrong_role(param: str, message: JsonObject) -> RequestError:
     if "role" not in message:
-        return _missing(param, _one_of(ROLES))
+        return missing(param, one_of(ROLES))
     if type(message["role"]) is not str:
-        return _wrong_type(param, "string", message["role"])
-    return _wrong_value(param, _one_of(ROLES), "another string")
+        return wrong_type(param, "string", message["role"])
+    return wrong_value(param, one_of(ROLES), "another string")
 
 
 def _wrong_content(param: str, message: JsonObject) -> RequestError:
     if "content" not in message:
-        return _missing(param, "string or array of parts")
-    return _wrong_type(param, "string or array of parts", message["content"])
+        return missing(param, "string or array of parts")
+    return wrong_type(param, "string or array of parts", message["content"])
 
 
 # Routing preferences
@@ -474,10 +476,10 @@ def _parse_price(prices: JsonObject, field: str) -> Decimal | None:
     param = f"provider.max_price.{field}"
     if type(price) is str:
         if not _match_price(price):
-            raise _wrong_value(param, "a number of 0 or more", "a string of another form")
+            raise wrong_value(param, "a number of 0 or more", "a string of another form")
         return Decimal(price)
     if type(price) is not int and type(price) is not float:
-        raise _wrong_type(param, "number or string", price)
+        raise wrong_type(param, "number or string", price)
     if price < 0:
-        raise _wrong_value(param, "0 or more", str(price))
+        raise wrong_value(param, "0 or more", str(price))
     return Decimal(str(price))  # by its shortest text: 0.1 stays 0.1

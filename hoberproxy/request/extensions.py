@@ -1,17 +1,18 @@
-"""Values beyond the contract's that some servers take: which of them a request uses.
+"""Extensions: values beyond the contract's that some servers take.
 
 An extension is written as the member and its value, `tool_choice=any`. Endpoints say which they
 accept (`Abilities.accepts`); the router lets a request go to no other. Whether a value has the form
-of one at all is checked with the rest of the body, in request/checks.py.
+of an extension is checked with the rest of the body, in request/checks.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..errors import RequestError
+from .field_errors import one_of, wrong_type, wrong_value
 
 TOOL_CHOICES: Final = frozenset(("auto", "none", "required"))
 RESPONSE_FORMATS: Final = frozenset(("text", "json_object", "json_schema"))
@@ -27,17 +28,17 @@ _match_extension: Final = re.compile(
 
 
 def is_word(text: str) -> bool:
-    """Whether `text` may be the name of a choice or format that some server has."""
+    """Return whether `text` may be the name of a choice or format that some server has."""
     return _match_word(text) is not None
 
 
 def is_extension(text: str) -> bool:
-    """Whether `text` is an extension's name, as a config may list it."""
+    """Return whether `text` is an extension's name, as a config may list it."""
     return _match_extension(text) is not None
 
 
 def find_extensions(get: Callable[[str], Any]) -> frozenset[str]:
-    """The extensions that a body uses beside its messages; `get` reads its checked members."""
+    """Return the extensions that a body uses beside its messages; `get` reads a checked member."""
     found = []
     choice, wanted = get("tool_choice"), get("response_format")
     if type(choice) is str and choice not in TOOL_CHOICES:
@@ -51,7 +52,7 @@ def find_extensions(get: Callable[[str], Any]) -> frozenset[str]:
 
 
 def param_of(extension: str, place: int | None = None) -> str:
-    """The field that uses `extension`; `place` is that of a message without content."""
+    """Return the field that uses `extension`; `place` is that of a message without content."""
     name = extension.partition("=")[0]
     if name == "content":
         return "messages" if place is None else f"messages[{place}].content"
@@ -75,19 +76,13 @@ def check_accepted(
 
 
 def _refused(extension: str, place: int | None) -> RequestError:
-    """The error for an extension: the contract's value was expected."""
+    """Return the error for `extension`: the contract's value was expected."""
     param, name = param_of(extension, place), extension.partition("=")[0]
     if name == "content":
-        message = f"{param}: expected string or array of parts, got null"
-        return RequestError(message, code="invalid_type", param=param)
+        return wrong_type(param, "string or array of parts", None)
     if name in _LENGTHS:
         expected, got = "1 or more", str(UNLIMITED)
     else:
         allowed = TOOL_CHOICES if name == "tool_choice" else RESPONSE_FORMATS
-        expected, got = _one_of(allowed), "another string"
-    message = f"{param}: expected {expected}, got {got}, which no endpoint of this model accepts"
-    return RequestError(message, code="invalid_value", param=param)
-
-
-def _one_of(allowed: Iterable[str]) -> str:
-    return "one of " + ", ".join(sorted(allowed))
+        expected, got = one_of(allowed), "another string"
+    return wrong_value(param, expected, f"{got}, which no endpoint of this model accepts")

@@ -1,4 +1,4 @@
-"""Who serves which model: providers, models and endpoints as values, and the look-up by slug.
+"""The catalog: providers, models and endpoints as values, and the look-up by slug.
 
 The values come from the config file or from presets. The rules for the texts in them (a URL, a key)
 are in config/values.py.
@@ -23,12 +23,12 @@ _PER_TOKEN: Final = 10**12
 _PER_REQUEST: Final = 10**18
 _ATTO_IN_PICO: Final = 10**6
 _VISIBLE: Final = re.compile(r"[!-~]+")  # ASCII without spaces and controls
-_ALWAYS: Final = frozenset(("prompt", "completion"))  # prices that are told even if they are 0
+_ALWAYS: Final = frozenset(("prompt", "completion"))  # prices that are written even if they are 0
 
 
 @dataclass(frozen=True, slots=True)
 class TimeLimits:
-    """How long one attempt on an endpoint may take, in seconds."""
+    """The limits of one attempt on an endpoint, in seconds."""
 
     # DNS, TCP and TLS. A server that is up answers in well under a second; five leave room for two
     # lost SYNs (sent again after 1 s and 3 s) before the next endpoint gets its chance.
@@ -44,13 +44,13 @@ class TimeLimits:
 
     @property
     def shortest(self) -> float:
-        """Of those that count from when a request was sent."""
+        """Return the shortest of the limits that count from when a request was sent."""
         return min(self.first_content, self.idle, self.total)
 
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What an endpoint says of itself; None: it does not say."""
+    """The abilities of an endpoint, as the config says; None where it does not say."""
 
     tools: bool | None = None
     json_mode: bool | None = None  # response_format json_object
@@ -60,7 +60,7 @@ class Abilities:
     accepts: frozenset[str] | None = None  # request/extensions.py
 
     def over(self, default: Abilities) -> Abilities:
-        """These, and the default's where they say nothing."""
+        """Return these abilities, and those of `default` where these say nothing."""
         said = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(
             default, **{name: value for name, value in said.items() if value is not None}
@@ -69,11 +69,11 @@ class Abilities:
 
 @dataclass(frozen=True, slots=True)
 class Adaptation:
-    """How a request's body is changed for an endpoint, in this order.
+    """The changes of a request's body for an endpoint, in this order.
 
     No member is in two rules. One renamed to itself, and a role that becomes itself, says that a
-    default's rule does not hold; `over` leaves them out, and gives NO_ADAPTATION where nothing is
-    left, so that the path of a request can tell by identity.
+    default's rule does not hold; `over` leaves them out, and returns NO_ADAPTATION where nothing is
+    left, so that the path of a request can compare by identity.
     """
 
     rename: tuple[tuple[str, str], ...] = ()  # member to member
@@ -83,12 +83,12 @@ class Adaptation:
 
     @property
     def names(self) -> frozenset[str]:
-        """Every member it speaks of."""
+        """Return the names of all members that the rules are about."""
         renamed = frozenset(name for pair in self.rename for name in pair)
         return renamed.union(self.drop, dict(self.set))
 
     def over(self, default: Adaptation) -> Adaptation:
-        """These rules, and those of the default that speak of other members and roles."""
+        """Return these rules, and those of `default` that are about other members and roles."""
         names, roles = self.names, dict(self.roles)
         kept = [pair for pair in default.rename if names.isdisjoint(pair)]
         merged = Adaptation(
@@ -100,7 +100,7 @@ class Adaptation:
         return merged if merged != NO_ADAPTATION else NO_ADAPTATION
 
 
-# Of an endpoint that says nothing and is spoken to as any other.
+# Of an endpoint for which the config has none.
 NO_ABILITIES: Final = Abilities()
 NO_ADAPTATION: Final = Adaptation()
 
@@ -111,7 +111,7 @@ def _without_same(pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], 
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A server of models: where it is, what opens it, what is passed on to it and from it."""
+    """A model server: its address, its key, and what is passed on to it and from it."""
 
     name: str
     scheme: str  # "http" or "https"
@@ -139,7 +139,7 @@ class Provider:
 
     @property
     def authority(self) -> str:
-        """The Host header (RFC 9110 section 7.2): the scheme's default port is left out."""
+        """Return the Host header (RFC 9110 section 7.2), without the scheme's default port."""
         host = bracketed(self.host)
         return host if self.port == DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
 
@@ -181,7 +181,7 @@ class Prices:
 
     @property
     def is_free(self) -> bool:
-        """Whether no part of a request costs anything."""
+        """Return whether no part of a request costs anything."""
         return not any(self._rates)
 
     def cost(
@@ -242,7 +242,7 @@ class Endpoint:
     abilities: Abilities = NO_ABILITIES
     adaptation: Adaptation = NO_ADAPTATION
     usage: str = "report"  # "count": what it does not report is counted by a tokenizer
-    # What it is known by, here and to health: its place may change with the config.
+    # Its identity, for health too: its place may change with the config.
     key: tuple[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -295,21 +295,21 @@ class Catalog:
             slug.removesuffix("*"): model for slug, model in self._all.items() if model.is_wildcard
         }
         self._filled: dict[str, Model] = {}
-        self.standing: dict[str, Any] = {}  # what routing/router.py has worked out once for a slug
+        self.standing: dict[str, Any] = {}  # plans that routing/router.py keeps, by slug
 
     def find(self, slug: str) -> Model | None:
-        """The entry of this very slug, else the longest wildcard's, filled in with the rest.
+        """Return the entry of `slug`, else the longest wildcard's, filled in with the rest of it.
 
         A wildcard's own pattern is no model: it is listed, not served.
         """
         return self._models.get(slug) or self._filled.get(slug) or self._fill(slug)
 
     def models(self) -> Iterable[Model]:
-        """The models under a slug of their own, in the config's order; no wildcards."""
+        """Return the models under a slug of their own, in the config's order; no wildcards."""
         return self._models.values()
 
     def accepts(self, extension: str) -> bool:
-        """Whether any endpoint takes a value beyond the contract's, wildcards included."""
+        """Return whether any endpoint accepts `extension`, those of wildcards included."""
         return any(
             extension in (endpoint.abilities.accepts or ())
             for model in self._all.values()
@@ -317,7 +317,7 @@ class Catalog:
         )
 
     def listing(self, listed: Mapping[str, Sequence[str]] = _NONE_LISTED) -> list[dict[str, Any]]:
-        """The entries of GET /v1/models, in the config's order.
+        """Return the entries of GET /v1/models, in the config's order.
 
         In the place of a wildcard stand the models that its providers have, as far as `listed`
         (provider to names) knows them, each under the slug by which it can be asked for.
@@ -336,7 +336,7 @@ class Catalog:
         return ordered
 
     def _listed_slugs(self, model: Model, listed: Mapping[str, Sequence[str]]) -> Iterator[str]:
-        """The slugs of what the providers of a wildcard have, where it is the one to serve them."""
+        """Yield the slugs of the models of a wildcard's providers that no other entry serves."""
         prefix = model.slug.removesuffix("*")
         for endpoint in model.endpoints:
             before, _, after = endpoint.upstream_model.partition("*")
@@ -351,12 +351,12 @@ class Catalog:
                     yield slug
 
     def describe(self, slug: str) -> dict[str, Any] | None:
-        """What the listing says of one model, also of any that a wildcard serves."""
+        """Return the listing's entry of one model, also of any that a wildcard serves."""
         model = self.find(slug)
         return None if model is None else _describe(model)
 
     def label(self, slug: str) -> str:
-        """The entry a slug belongs to, of which there is a bounded number: for metrics."""
+        """Return the entry that `slug` belongs to, for metrics: their number is bounded."""
         if slug in self._all:
             return slug
         cut = slug.rfind("/") + 1
@@ -371,7 +371,7 @@ class Catalog:
         return None if found is None else self._keep(slug, _filled_in(found[0], slug, found[1]))
 
     def _wildcard_of(self, slug: str) -> tuple[Model, str] | None:
-        """The longest wildcard that serves `slug`, and the rest that it stands for."""
+        """Return the longest wildcard that serves `slug`, and the rest that its "*" stands for."""
         # The slug goes into a response header and upstream: what no model can be called stops here.
         if len(slug) > MAX_SLUG_LENGTH or "*" in slug or not is_visible(slug):
             return None
@@ -418,13 +418,13 @@ def _describe(model: Model) -> dict[str, Any]:
 
 
 def _cheapest(model: Model) -> Prices | None:
-    """The lowest sum of both prices among the endpoints whose prices are known."""
+    """Return the prices with the lowest sum among those that are known."""
     known = [endpoint.prices for endpoint in model.endpoints if endpoint.prices is not None]
     return min(known, key=lambda prices: prices.prompt + prices.completion, default=None)
 
 
 def _per_token(price: Decimal) -> str:
-    """USD per token in plain notation; exact, since no arithmetic context rounds it."""
+    """Return USD per token in plain notation; exact, since no arithmetic context rounds it."""
     sign, digits, exponent = price.as_tuple()
     assert isinstance(exponent, int), "prices are finite: the config refuses others"
     text = format(Decimal((sign, digits, exponent - 6)), "f")

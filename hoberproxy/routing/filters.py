@@ -1,6 +1,6 @@
-"""Filters: why an endpoint cannot serve a call, or may not serve it for who asks.
+"""Filters: which endpoints cannot serve a call, or not for this caller.
 
-Each is made for one call, and only if it can say no to anything.
+Each is made for one call, and only if it can remove anything.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .catalog import Endpoint, Model
 from .health import Key
 from .plan import Offer, Plan, Removal, Step
 
-# Prose has 4 to 5 bytes per token, code and other scripts fewer: one token per 6 bytes would be
-# news. So only what is clearly too long is held back; the upstream counts better than we do.
+# Prose has 4 to 5 bytes per token, code and other scripts fewer; none is known to have 6. So only
+# what is clearly too long is held back: the upstream counts better than we do.
 BYTES_PER_TOKEN: Final = 6
 # What every endpoint takes, or what is ours and never sent on.
 _COMMON_PARAMETERS: Final = frozenset(
@@ -27,7 +27,7 @@ _COMMON_PARAMETERS: Final = frozenset(
 MAX_NAMED: Final = 8  # endpoints, slugs or parameters in a message, which also reaches the log
 
 Filter = Callable[[Model, Endpoint], str | None]
-"""Returns why not, in words."""
+"""Returns in words why an endpoint is removed, or None."""
 
 
 def choose_filters(call: Call) -> list[tuple[str, Filter]]:
@@ -62,7 +62,10 @@ def apply_filters(
     taken: set[Key],
     removed: list[Removal],
 ) -> list[Offer]:
-    """What passes all filters and is in no plan yet; `taken` and `removed` are added to."""
+    """Return the offers of `models` that pass all `filters`, each endpoint once.
+
+    The keys of these are added to `taken`, the others to `removed`.
+    """
     offers = []
     for model in models:
         for endpoint in model.endpoints:
@@ -119,7 +122,7 @@ def _price_limit(wanted: ProviderPreferences) -> Filter:
 
 
 def used_extensions(call: Call) -> list[str]:
-    """The values beyond the contract's that a call uses."""
+    """Return the extensions that `call` uses."""
     found = sorted(call.terms.extensions)
     return found if call.place_without_content is None else [*found, NO_CONTENT]
 
@@ -167,7 +170,7 @@ def _context_limit(call: Call) -> Filter:
 
 
 def prompt_tokens(call: Call) -> int:
-    """Fewer than the prompt has: see BYTES_PER_TOKEN."""
+    """Return a number of tokens that the prompt has at least: see BYTES_PER_TOKEN."""
     return call.prompt_bytes // BYTES_PER_TOKEN
 
 
@@ -200,11 +203,11 @@ def _require(parameters: frozenset[str]) -> Filter:
 
 
 def _name(parameters: Iterable[str]) -> str:
-    told = sorted(filter(is_parameter_name, parameters))[:MAX_NAMED]
-    return ", ".join(told) or "a parameter that was sent"
+    names = sorted(filter(is_parameter_name, parameters))[:MAX_NAMED]
+    return ", ".join(names) or "a parameter that was sent"
 
 
-# By who asks
+# By caller
 
 
 def keep_permitted(plan: Plan, may_use: Callable[[str], bool], models: Sequence[str]) -> Plan:

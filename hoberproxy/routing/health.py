@@ -1,8 +1,8 @@
-"""What was learnt of each endpoint: does it fail, how soon does it answer, how fast does it write.
+"""The health of endpoints: whether they fail, how soon they answer, how fast they write.
 
-A cooldown only moves an endpoint to the end of a plan, it never refuses: routing/router.py orders
-by what is here, the exchange reports how attempts went. No clock and no chance of its own: `now`
-(seconds of any monotonic clock) and `draw` (numbers in [0, 1)) are the caller's.
+A cooldown only moves an endpoint to the end of a plan, it never refuses: routing/order.py sorts by
+health, the exchange reports how attempts went. No clock and no chance: `now` (seconds of any
+monotonic clock) and `draw` (numbers in [0, 1)) are the caller's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MOST_DOUBLINGS: Final = 6  # 5 s << 6 is past the longest; bounds the exponent
 
 @dataclass(frozen=True, slots=True)
 class EndpointHealth:
-    """One endpoint in a snapshot. None is "not known (any more)"."""
+    """The health of one endpoint in a snapshot; None is "not known (any more)"."""
 
     provider: str
     upstream_model: str
@@ -46,7 +46,7 @@ class EndpointHealth:
 
 
 class _Estimate:
-    """A mean in which recent observations weigh more; none after a while without any."""
+    """A mean in which recent observations weigh more; none after a while without observations."""
 
     __slots__ = ("_mean", "_seen", "_weight")
 
@@ -57,7 +57,7 @@ class _Estimate:
 
     def observe(self, value: float, now: float) -> None:
         if now - self._seen > ESTIMATE_LIFE:
-            self._weight = 0.0  # begin anew: what was true then would slow the learning
+            self._weight = 0.0  # begin anew: old observations would slow the mean down
         self._weight = self._weight * ESTIMATE_DECAY + 1.0
         self._mean += (value - self._mean) / self._weight
         self._seen = now
@@ -69,7 +69,7 @@ class _Estimate:
 
 
 class _State:
-    """One endpoint.
+    """The state of one endpoint.
 
     `cooling_until` is None while all is well. Once set, the endpoint cools until that time, and
     from then on waits for the verdict on a trial: a success clears it, a failure moves it on.
@@ -94,15 +94,15 @@ class _State:
         self.trial_until = 0.0
         self.doublings = 0
         self.failures_in_a_row = 0
-        self.failures_before = 0  # in a row, before the success told last
-        self.requests = 0.0  # both decay, so that their quotient is of late
+        self.failures_before = 0  # in a row, before the last success
+        self.requests = 0.0  # decays as `failures` does, so that their quotient is recent
         self.failures = 0.0
         self.observed = 0.0
         self.first_content = _Estimate()
         self.throughput = _Estimate()
 
     def count(self, now: float, *, is_failure: bool, is_counted: bool = False) -> None:
-        """`is_counted`: the request was counted before, as the success that it turned out not."""
+        """Count a request; `is_counted` if it was counted as a success before it failed."""
         if now > self.observed:
             decay = 0.5 ** ((now - self.observed) / RATE_HALF_LIFE)
             self.requests *= decay
@@ -131,7 +131,7 @@ class _State:
     def must_cool(self, now: float, *, at_once: bool) -> bool:
         if self.cooling_until is None:
             return at_once or self.is_failing
-        # Before that time it is late news of the same outage, of which there can be hundreds.
+        # Before that time failures are of the same outage; there can be hundreds of them.
         return now >= self.cooling_until
 
     def is_cooling(self, now: float) -> bool:
@@ -157,9 +157,9 @@ class _State:
 
 
 class Health:
-    """What is known of the endpoints, each under (provider, upstream_model).
+    """The state of all endpoints, each under (provider, upstream_model).
 
-    Tell `begin` when an attempt starts, then one of `observe_success`, `observe_failure` or
+    Call `begin` when an attempt starts, then one of `observe_success`, `observe_failure` or
     `abandon`. Endpoints that were not tried of late are forgotten: clients choose names behind a
     wildcard, and could fill memory.
     """
@@ -173,7 +173,7 @@ class Health:
     # How attempts went
 
     def begin(self, key: Key, now: float) -> None:
-        """An attempt starts; it is the trial if none is running."""
+        """Note that an attempt starts; it is the trial if none is running."""
         state = self._touch(key)
         if state.trial_until <= now:
             state.trial_until = now + TRIAL
@@ -185,10 +185,10 @@ class Health:
         first_content: float | None,
         tokens_per_second: float | None = None,
     ) -> None:
-        """The endpoint works: seconds to its first content and its speed, None if not measured.
+        """Note that an attempt succeeded, with seconds to its first content and its speed.
 
-        Best told at the first content, since a trial waits for it; a stream's speed is then
-        told at its end, by `observe_throughput`.
+        These are None if not measured. Call it at the first content, since a trial waits for it,
+        and for a stream `observe_throughput` at its end.
         """
         state = self._states.get(key) or self._touch(key)  # its attempt began a moment ago
         state.trial_until = 0.0
@@ -197,14 +197,14 @@ class Health:
             state.first_content.observe(first_content, now)
         if tokens_per_second is not None:
             state.throughput.observe(tokens_per_second, now)
-        # While it cools, this is an attempt from before: it proves nothing, least of all that a
-        # rate limit is over.
+        # An attempt that began before the cooldown proves nothing, least of all that a rate limit
+        # is over.
         if state.cooling_until is not None and now >= state.cooling_until:
             state.recover()
             self._troubled.discard(key)
 
     def observe_throughput(self, key: Key, now: float, tokens_per_second: float) -> None:
-        """The speed of an answer whose success was told before."""
+        """Note the speed of an answer whose success was noted before."""
         self._touch(key).throughput.observe(tokens_per_second, now)
 
     def observe_failure(
@@ -217,11 +217,11 @@ class Health:
         was_answering: bool = False,
         draw: Callable[[], float],
     ) -> None:
-        """The endpoint failed; a refusal of what the client asked (400, 422) is no failure of it.
+        """Note that an attempt failed by the endpoint's fault, not by the client's (400, 422).
 
         `retry_after`: seconds the upstream asked to be left alone, which begin at once.
         `is_rate_limit`: a 429, which needs no second one to be believed. `was_answering`: the
-        attempt's success was told at its first content, and what followed has broken.
+        attempt's success was noted at its first content, and what followed has broken.
         """
         state = self._touch(key)
         state.trial_until = 0.0
@@ -235,49 +235,49 @@ class Health:
             self._troubled.add(key)
 
     def abandon(self, key: Key) -> None:
-        """An attempt ended without a verdict: the client left, or its own request was refused.
+        """Note that an attempt ended without a verdict: the client left, or its request was wrong.
 
-        Attempts are not told apart: one from before a cooldown lets a second trial pass.
+        Attempts have no identity here: one from before a cooldown lets a second trial pass.
         """
         state = self._states.get(key)
         if state is not None:
             state.trial_until = 0.0
 
-    # What routing asks
+    # For routing
 
     @property
     def is_calm(self) -> bool:
-        """Whether no endpoint at all cools or waits for a trial."""
+        """Return whether no endpoint at all cools or waits for a trial."""
         return not self._troubled
 
     def is_cooling(self, key: Key, now: float) -> bool:
-        """Whether to try others first: it failed of late, and no trial is due."""
+        """Return whether to try others first: the endpoint failed of late, and no trial is due."""
         state = self._states.get(key)
         # The first two tests settle nearly every request.
         return state is not None and state.cooling_until is not None and state.is_cooling(now)
 
     def cooldown_ends(self, key: Key) -> float | None:
-        """The time from which a trial may pass, also when that is over; None without cooldown."""
+        """Return the time from which a trial may pass, even a past one; None without cooldown."""
         state = self._states.get(key)
         return None if state is None else state.cooling_until
 
     def is_tried(self, key: Key, now: float) -> bool:
-        """Whether an attempt is running whose verdict is awaited."""
+        """Return whether an attempt is running whose verdict is awaited."""
         state = self._states.get(key)
         return state is not None and now < state.trial_until
 
     def first_content(self, key: Key, now: float) -> float | None:
-        """Seconds from the request to its first content, as of late; None if not known."""
+        """Return recent seconds from a request to its first content; None if not known."""
         state = self._states.get(key)
         return None if state is None else state.first_content.value(now)
 
     def throughput(self, key: Key, now: float) -> float | None:
-        """Tokens per second, as of late; None if not known."""
+        """Return recent tokens per second; None if not known."""
         state = self._states.get(key)
         return None if state is None else state.throughput.value(now)
 
     def snapshot(self, now: float) -> tuple[EndpointHealth, ...]:
-        """All that is known; what comes first is forgotten first."""
+        """Return the health of all endpoints; the first is the next to be forgotten."""
         return tuple(_describe(key, state, now) for key, state in self._states.items())
 
     def _touch(self, key: Key) -> _State:

@@ -21,9 +21,9 @@ def arrange(
     now: float,
     draw: Callable[[], float],
 ) -> list[Step]:
-    """One candidate's steps: sorted, then those of `order` to the front, cooled ones to the end.
+    """Return the steps of one candidate: sorted, those of `order` first, cooling ones last.
 
-    A cooled endpoint is last even if `order` names it: the client's order still holds among those
+    A cooling endpoint is last even if `order` names it: the client's order still holds among those
     that work. But with `allow_fallbacks` false nothing takes the place of a provider in `order`.
     """
     if sort is None and not wanted.order:
@@ -46,7 +46,10 @@ def arrange(
 
 
 def _plain_steps(offers: list[Offer], health: Health, now: float) -> list[Step] | None:
-    """The config's order, None where weights or a cooldown change it; what most requests get."""
+    """Return steps in the config's order, which most requests get; None if that changes.
+
+    Weights and cooldowns change it.
+    """
     steps = []
     for model, endpoint in offers:
         key = endpoint.key
@@ -76,7 +79,7 @@ def _placed(
 
 
 def _drawn(offers: list[Offer], draw: Callable[[], float]) -> list[Offer]:
-    """A draw without replacement by weight: 1 if not given, and those of 0 only at the end.
+    """Return `offers` as drawn by weight without replacement: 1 if not given, those of 0 last.
 
     The first of exponential variables, each with its weight as rate, falls to each in proportion
     to its weight; and so for the rest.
@@ -107,8 +110,11 @@ def _price(offer: Offer) -> tuple[bool, Decimal]:
 
 
 def _measured(offer: Offer, sort: str, health: Health, now: float) -> tuple[int, float]:
-    """Best first. What was not measured of late comes before, or it never would be; but while one
-    request tries it, it comes after, or all would."""
+    """Return a sort key by speed or latency, the best first.
+
+    An endpoint that was not measured of late comes before the others, or it never would be; but
+    while one request tries it, it comes behind them, or all would.
+    """
     key = offer[1].provider, offer[1].upstream_model
     if sort == "throughput":
         value = health.throughput(key, now)
@@ -120,7 +126,7 @@ def _measured(offer: Offer, sort: str, health: Health, now: float) -> tuple[int,
 
 
 def _balanced(offers: list[Offer], health: Health, now: float) -> list[Offer]:
-    """By the sum of the ranks in price and in latency, the cheaper one first among equals.
+    """Return `offers` by the sum of their ranks in price and latency, then by price.
 
     Equal values share a rank, so what is no worse in both and better in one always comes first.
     Ranks and not values: dollars and seconds have no common measure.

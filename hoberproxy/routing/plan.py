@@ -12,11 +12,11 @@ Offer = tuple[Model, Endpoint]
 """An endpoint that may serve a call, and the model under which it does."""
 
 
-class Step(NamedTuple):  # made for every request, at a third of the cost of a frozen dataclass
-    """One endpoint to try, under the slug the client will see.
+class Step(NamedTuple):  # made for each request, at a third of the cost of a frozen dataclass
+    """One endpoint to try, under the slug that the client will see.
 
-    `reason` for its place: "config", "weight", "order", "price", "latency", "throughput",
-    "balanced" or "cooldown".
+    `reason` says why it has its place: "config", "weight", "order", "price", "latency",
+    "throughput", "balanced" or "cooldown".
     """
 
     slug: str
@@ -26,9 +26,9 @@ class Step(NamedTuple):  # made for every request, at a third of the cost of a f
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """One endpoint that is not in the plan: the filter (a stable code), and why in words.
+    """One endpoint that is not in the plan: which `filter` (a stable code) removed it, and why.
 
-    `context_length` is in tokens, where that was too short.
+    `context_length` is that of the endpoint in tokens, where it was too short.
     """
 
     slug: str
@@ -52,7 +52,7 @@ class Plan:
     unknown: tuple[str, ...] = ()
 
     def after(self, position: int, refused: Container[str] = ()) -> int | None:
-        """The step to try when that at `position` failed, None when there is none left.
+        """Return the position of the step behind the failed one at `position`, None at the end.
 
         `refused` are the slugs whose endpoints would all say the same: the request is wrong for
         that model.

@@ -1,8 +1,8 @@
-"""Which endpoints may serve a call, in which order: one pure function from call to plan.
+"""The router: one pure function from a call to its plan.
 
 routing/filters.py leaves endpoints out, routing/order.py puts the rest in order; each place and
-each removal has its reason. No I/O and no clock; chance only as `draw`. What is then tried, for how
-long and how often, is exchange/attempt.py's.
+each removal has its reason. No I/O and no clock; chance only as `draw`. Which step is tried when is
+decided in exchange/failover.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _VIRTUAL: Final = {
     "hober/auto:fast": "latency",
 }
 
-_NOTHING_LEARNT: Final = Health()  # only read
+_NO_OBSERVATIONS: Final = Health()  # only read
 
 
 def make_plan(
@@ -50,19 +50,31 @@ def make_plan(
     now: float = 0.0,
     draw: Callable[[], float] = random.random,
 ) -> Plan:
-    """The endpoints of `model`, then of each of `models`, filtered and put in order.
+    """Return the plan of `call`: the endpoints of each candidate, filtered and put in order.
 
-    An unknown slug among several is skipped. Raises RouteError 404: `model_not_found` if none is
+    `health` is what is known of endpoints at the time `now`; `draw` returns numbers in [0, 1). An
+    unknown slug among several is skipped. Raises RouteError 404: `model_not_found` if none is
     known, `no_endpoint` if the filters left nothing; and 400 `context_length_exceeded` if a shorter
-    prompt would have left something; and RequestError for a value beyond the contract's that no
-    endpoint of the catalog accepts.
+    prompt would have left something; and RequestError for an extension that no endpoint of the
+    catalog accepts.
     """
     if health is None:
-        health = _NOTHING_LEARNT
+        health = _NO_OBSERVATIONS
     terms = call.terms
     may_stand = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
     if may_stand and (standing := _find_standing(call, catalog)) is not None:
         return standing
+    plan = _work_out(call, catalog, health, now, draw)
+    if may_stand:
+        _keep_standing(terms.candidates[0], plan, catalog)
+    return plan
+
+
+def _work_out(
+    call: Call, catalog: Catalog, health: Health, now: float, draw: Callable[[], float]
+) -> Plan:
+    """Return the plan of `call` as `make_plan` does, whatever is kept of earlier ones."""
+    terms = call.terms
     filters = choose_filters(call)
     steps: list[Step] = []
     removed: list[Removal] = []
@@ -83,16 +95,13 @@ def make_plan(
     if not terms.provider.allow_fallbacks:
         removed += [removed_fallback(step) for step in steps[1:]]
         del steps[1:]
-    plan = Plan(tuple(steps), tuple(removed), tuple(unknown))
-    if may_stand:
-        _keep_standing(terms.candidates[0], plan, catalog)
-    return plan
+    return Plan(tuple(steps), tuple(removed), tuple(unknown))
 
 
-class _Standing:  # no tuple, whose methods are looked up by name
-    """The plan of a model for all calls that it can serve with every endpoint. Tokens.
+class _Standing:  # no tuple: see docs/mypyc.md
+    """The plan of a model, kept for all calls that every one of its endpoints can serve.
 
-    `abilities` are those that no endpoint denies.
+    Lengths are in tokens; `abilities` are those that no endpoint denies.
     """
 
     __slots__ = ("abilities", "context_length", "max_output", "plan")
@@ -106,7 +115,7 @@ class _Standing:  # no tuple, whose methods are looked up by name
         self.abilities = abilities
 
     def serves(self, call: Call) -> bool:
-        """Whether no filter would take an endpoint out."""
+        """Return whether no filter would take an endpoint out for `call`."""
         terms = call.terms
         output = terms.max_output or 0
         return (
@@ -126,7 +135,7 @@ def _find_standing(call: Call, catalog: Catalog) -> Plan | None:
 
 
 def _keep_standing(slug: str, plan: Plan, catalog: Catalog) -> None:
-    """Keep a plan that nothing has had a part in but the config."""
+    """Keep `plan` for later calls if it depends on nothing but the config."""
     model = catalog.find(slug)
     if model is None or plan.removed or any(step.reason != "config" for step in plan.steps):
         return
@@ -154,7 +163,7 @@ def _undenied(abilities: Abilities) -> frozenset[str]:
 
 
 def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, str | None]:
-    """The models a candidate stands for, None if it is unknown, and how it sorts them."""
+    """Return the models that `candidate` stands for, None if unknown, and how to sort them."""
     slug, sort = _without_suffix(candidate)
     if slug in _VIRTUAL:
         return catalog.models(), sort or _VIRTUAL[slug]
@@ -163,7 +172,7 @@ def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, 
 
 
 def _without_suffix(candidate: str) -> tuple[str, str | None]:
-    """A candidate's slug, and how its suffix sorts."""
+    """Return the slug of `candidate`, and how its suffix sorts."""
     sort = _SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
     return (candidate if sort is None else candidate[:-_SUFFIX_LENGTH]), sort
 
@@ -172,7 +181,7 @@ def _is_virtual(candidate: str) -> bool:
     return _without_suffix(candidate)[0] in _VIRTUAL
 
 
-# What the client reads where there is no plan
+# Errors where there is no plan
 
 # By filter: the field at fault, and what to do.
 _INABILITIES: Final = frozenset(("no_tools", "no_json_mode", "no_json_schema", "no_vision"))
@@ -191,7 +200,7 @@ _ADVICE: Final = {
 
 
 def _advice(filter: str) -> tuple[str, str]:
-    """The field at fault where `filter` removed an endpoint, and what to do."""
+    """Return the field at fault where `filter` removed an endpoint, and what to do."""
     known = _ADVICE.get(filter)
     return known or (param_of(filter), f"choose a model that takes {filter}, or send another value")
 
@@ -213,9 +222,9 @@ def _nothing_left(call: Call, removed: list[Removal], unknown: list[str]) -> Rou
 
 
 def _too_short(candidates: tuple[str, ...], removed: list[Removal]) -> int | None:
-    """The longest context of all, in tokens, if nothing but length removed endpoints."""
+    """Return the longest context of all in tokens, if nothing but length removed endpoints."""
     if all(_is_virtual(candidate) for candidate in candidates):
-        # Such a model stands for those alone that can do what is asked for.
+        # A virtual model stands only for models that can do what is asked for.
         removed = [each for each in removed if each.filter not in _INABILITIES]
     lengths = [each.context_length for each in removed]
     known = [length for length in lengths if length is not None]
@@ -223,7 +232,7 @@ def _too_short(candidates: tuple[str, ...], removed: list[Removal]) -> int | Non
 
 
 def _too_long(call: Call, length: int) -> RouteError:
-    """The error by whose code and words clients know that they have to compact their messages."""
+    """Return the error by whose code and words clients know to compact their messages."""
     prompt, completion = prompt_tokens(call), call.terms.max_output or 0
     message = (
         f"This model's maximum context length is {length} tokens. However, you requested about"
@@ -239,6 +248,6 @@ def _unknown_models(candidates: tuple[str, ...]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    told = list(dict.fromkeys(names))
-    more = f" and {len(told) - MAX_NAMED} more" if len(told) > MAX_NAMED else ""
-    return (", ".join(told[:MAX_NAMED]) or "none") + more
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - MAX_NAMED} more" if len(unique) > MAX_NAMED else ""
+    return (", ".join(unique[:MAX_NAMED]) or "none") + more

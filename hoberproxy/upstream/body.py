@@ -1,7 +1,8 @@
-"""The body that goes upstream: the client's bytes, with our few changes.
+"""Makes the body that goes upstream: the client's bytes, with the proxy's few changes.
 
-Spliced, so that every value keeps its digits and escapes. What stands around the messages is made
-once for each frame of a client and kept with its `Terms`: a body costs the copy of its messages.
+It is spliced, so that every value keeps its digits and escapes. What stands around the messages is
+prepared once for each template of the parse cache and kept with its `Terms`; a further body costs a
+copy of its messages.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..routing.catalog import NO_ADAPTATION, Adaptation
 
 _NO_OPTIONS: Final[frozenset[str]] = frozenset()
 _STREAM_OPTIONS: Final = frozenset(("stream_options",))
-_MOST_KEPT: Final = 8  # forms of one frame: as many as endpoints that take turns
+_MOST_KEPT: Final = 8  # bodies prepared of one template: as many as endpoints that take turns
 
 _READ_BYTES: Final = 16 * 1024  # messages that are read one by one without more ado
 _MANY_ROLES: Final = 16
@@ -35,7 +36,7 @@ _Change = tuple[bytes | None, bytes | None] | None
 
 
 class _Prepared:
-    """An upstream body but for its messages: what stands before and behind, and by which rules.
+    """What stands before and behind an upstream body's messages, and the rules it was made by.
 
     `injected` are the names of members that are the proxy's and not the client's.
     """
@@ -77,20 +78,19 @@ def make_upstream_body(
     adaptation: Adaptation = NO_ADAPTATION,
     without: frozenset[str] = _NO_OPTIONS,
 ) -> tuple[Parts, frozenset[str]]:
-    """The client's body with our few changes, and the names of the members we have put in.
-
-    All other members keep their bytes and order.
+    """Return the body of `call` for an endpoint, and the names of the members injected into it.
 
     `stream_options` says whether the endpoint understands that member, `adaptation` how it wants
-    its bodies. A renamed member keeps its place and value; where the client gave the new name a
-    value too, that one stands and the renamed member is taken out. Of the options we would put in,
-    those in `without`, which the endpoint has refused, go up only as the client sent them.
+    its bodies; all other members keep their bytes and order. A renamed member keeps its place and
+    value; where the client gave the new name a value too, that value stands and the renamed member
+    is taken out. Options in `without`, which the endpoint has refused, go up only as the client
+    sent them.
 
     A large body's messages are a view into the client's, unless roles are changed in them.
     """
     prepared: list[_Prepared] = call.terms.prepared
     for known in prepared:
-        # The very same rules, as most of the time: to compare what is in them would cost more.
+        # The very same objects, as most of the time: to compare their contents would cost more.
         if (
             known.model == upstream_model
             and known.stream_options is stream_options
@@ -153,10 +153,10 @@ def _prepare(
 
 
 def _injected(terms: Terms, adaptation: Adaptation, stream_options: bool) -> frozenset[str]:
-    """The members that we put into the body and the client did not send.
+    """Return the names of the members that the proxy puts in and the client did not send.
 
-    A renamed one is not among them: its value is the client's, and an upstream that names it may
-    well complain of that.
+    A renamed member is not among them: its value is the client's, and an upstream that names it may
+    well complain of that value.
     """
     names = _NO_OPTIONS
     if stream_options and terms.stream and "stream_options" not in terms.given:
@@ -167,10 +167,10 @@ def _injected(terms: Terms, adaptation: Adaptation, stream_options: bool) -> fro
 
 
 def named_option(message_text: str, injected: frozenset[str]) -> str | None:
-    """Which of the `injected` options an upstream's refusal names, the first if several.
+    """Return the first of the `injected` options that `message_text` names, None if it names none.
 
-    The text may be a message, a `param` or a whole body. It may also quote the prompt, and so name
-    what was not refused: only a second try that succeeds without the option proves it.
+    The text may be a message, a `param` or a whole error response. It may also quote the prompt,
+    and so name what was not refused: only a second try that succeeds without the option proves it.
     """
     places = {}
     for name in injected:
@@ -226,7 +226,7 @@ def _adapt(
 
 
 def _leave_to_client(changes: dict[str, _Change], call: Call, name: str) -> None:
-    if name not in call.terms.given:  # a null is as good as absent, but not to who forbids the name
+    if name not in call.terms.given:  # a null, which an endpoint that forbids the name refuses too
         changes[name] = None
 
 
@@ -275,7 +275,7 @@ def _replaced(raw: bytes, spans: list[tuple[int, int, str]], roles: dict[str, st
 
 
 def _find_roles(raw: bytes, roles: dict[str, str]) -> list[tuple[int, int, str]]:
-    """All members called role with one of `roles`, at any depth, as far as no escape hides them."""
+    """Return the spans of unescaped members called role with one of `roles`, at any depth."""
     names = "|".join(map(re.escape, roles)).encode()
     match_value = re.compile(_ROLE_VALUE % names).match
     spans: list[tuple[int, int, str]] = []
@@ -296,10 +296,10 @@ def _read_roles(raw: bytes, roles: dict[str, str], wanted: int) -> list[tuple[in
         for member in scan_members(message):
             if member.name == "role":
                 role = orjson.loads(message[member.value_start : member.end])
-                is_ours = type(role) is str and role in roles
+                is_wanted = type(role) is str and role in roles
                 span = start + member.value_start, start + member.end, role
-                last = span if is_ours else None
-                if is_ours:
+                last = span if is_wanted else None
+                if is_wanted:
                     spans.append(span)
         wanted -= last is not None
         if not wanted:

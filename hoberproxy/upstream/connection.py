@@ -1,8 +1,8 @@
-"""One connection to a model server: sends a request, walks the framing of the answer.
+"""One connection to a model server: sends a request, and walks the framing of the answer.
 
-What the bytes mean is the receiver's business (relay/relay.py), who may use the connection next is
-its owner's (upstream/pool.py). A chunk passes socket → `data_received` → receiver with no task
-switch.
+Leaves to others: what the bytes mean, to the receiver (relay/relay.py), and who uses the connection
+next, to its owner (upstream/pool.py). A chunk passes socket → `data_received` → receiver with no
+task switch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class State(Enum):
     CLOSED = "closed"
 
 
-# As globals: on Python 3.11 a look-up on the enum class costs 0.1 µs.
 _IDLE: Final = State.IDLE
 _ACTIVE: Final = State.ACTIVE
 
@@ -59,14 +58,14 @@ class ChunkTaker:
     __slots__ = ()
 
     def take(self, data: bytes) -> bytes:
-        """Pass on whole chunks at the front of `data`; return what is left, b"" if nothing is.
+        """Pass on whole chunks at the front of `data`; return the rest, b"" if there is none.
 
-        What is left goes to the receiver, and then `flush` is called.
+        The rest goes to the receiver, and then `flush` is called.
         """
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Send what was held back to go with what the receiver writes."""
+        """Send chunks that were held back to go together with what the receiver writes."""
         raise NotImplementedError
 
 
@@ -75,33 +74,33 @@ class Receiver:
     """Takes the answer to one request; exactly one of `on_end` and `on_lost` comes last."""
 
     def on_head(self, head: ResponseHead) -> None:
-        """The head of the final answer."""
+        """Take the head of the final answer."""
         raise NotImplementedError
 
     def on_body(self, data: bytes) -> ChunkTaker | None:
-        """Take the next piece of the body; return who takes the chunks that follow, if anybody."""
+        """Take the next piece of the body; return the taker of the chunks that follow, if any."""
         raise NotImplementedError
 
     def on_last(self, data: bytes) -> None:
-        """The last piece of the body; unless it fails the attempt, `on_end` follows at once."""
+        """Take the last piece of the body; `on_end` follows at once, unless the attempt fails."""
         self.on_body(data)
 
     def on_end(self) -> None:
-        """The body is complete as far as its framing goes."""
+        """Note that the framing of the body has ended."""
         raise NotImplementedError
 
     def on_whole(self, data: bytes) -> None:
-        """All of the body, which came with the head."""
+        """Take all of a body, which came with the head."""
         self.on_last(data)
         self.on_end()
 
     def on_lost(self, loss: Loss) -> None:
-        """There will be no more."""
+        """Note that the answer will not be completed, because of `loss`."""
         raise NotImplementedError
 
 
 class ConnectionOwner(Timed):
-    """Lends connections, and is told of what becomes of them."""
+    """Lends connections, which report to it when they open, become idle, or close."""
 
     wheel: Wheel
     heads: ResponseHeads  # of the answers on all its connections
@@ -111,14 +110,14 @@ class ConnectionOwner(Timed):
         raise NotImplementedError
 
     def on_idle(self, connection: UpstreamConnection, keepalive_hint: float | None) -> None:
-        """Take a connection back whose answer ended exactly.
+        """Take back a connection whose answer ended exactly.
 
         `keepalive_hint` is the peer's `Keep-Alive: timeout=…` in seconds.
         """
         raise NotImplementedError
 
     def await_end(self, connection: UpstreamConnection) -> None:
-        """Abort a connection unless its answer, which nobody reads any more, ends soon."""
+        """Abort a connection unless its answer, which has no receiver any more, ends soon."""
         raise NotImplementedError
 
     def on_closed(self, connection: UpstreamConnection) -> None:
@@ -127,12 +126,13 @@ class ConnectionOwner(Timed):
 
 
 class UpstreamConnection:
-    """Reports to `receiver` while ACTIVE; in any other state bytes from the peer close it.
+    """Carries one request at a time, and gives the answer to a `receiver`.
 
-    An asyncio.Protocol by its methods: a class derived from Python's would not be compiled.
+    In any state but ACTIVE bytes from the peer close it. An asyncio.Protocol by its methods
+    (docs/mypyc.md).
     """
 
-    # First what a chunk touches: side by side, in two cache lines at the most.
+    # First what each chunk touches, which lies side by side in two cache lines.
     _wheel: Wheel
     heard_at: float  # loop time of the last bytes, as of the wheel's last turn
     _taker: ChunkTaker | None
@@ -175,8 +175,8 @@ class UpstreamConnection:
             self._transport.write(part)
 
     def pause_upstream(self) -> None:
-        """Stop reading: the client is slower than the model server."""
-        # Not once its answer has ended: it is its owner's, and the next one would never be read.
+        """Read no more for now: the client is slower than the model server."""
+        # Not once the answer has ended: the owner has it, and the next answer would not be read.
         if self.state is not _ACTIVE:
             return
         if self._transport is not None and self._transport.is_reading():
@@ -188,29 +188,29 @@ class UpstreamConnection:
             self._transport.resume_reading()
 
     def drop_taker(self) -> None:
-        """Let no chunk pass the receiver until it says anew that they may."""
+        """Give all chunks to the receiver until it returns a ChunkTaker anew."""
         self._taker = None
 
     def await_end(self) -> None:
-        """Let the answer end, which has said all: soon, or the owner closes the connection."""
+        """Drop the rest of an answer; the owner closes the connection unless it ends soon."""
         if self.state is not _ACTIVE:
             return
         self.receiver = self._taker = None
         self._unwanted_bytes = 0
-        self.resume_upstream()  # the client may be slow: that is of no concern any more
+        self.resume_upstream()  # whether the client is slow does not matter any more
         self._owner.await_end(self)
 
     def abort(self) -> None:
-        """Close at once, without a word to the receiver."""
+        """Close at once, and report nothing to the receiver."""
         self.receiver = self._taker = None
         self._close()
 
     @property
     def is_closed(self) -> bool:
-        """No request can be sent on it.
+        """Whether no request can be sent on it.
 
-        The transport is not asked: what else it knows it tells within this turn of the loop, and a
-        request sent till then is sent anew (Loss.STALE).
+        The transport may know more: it reports that within this turn of the loop, and a request
+        sent until then is sent anew (Loss.STALE).
         """
         return self.state is State.CLOSED or self._transport is None or self._has_ended
 
@@ -230,7 +230,7 @@ class UpstreamConnection:
             taker.flush()
 
     def _receive(self, data: bytes) -> None:
-        """Take any bytes: there is no ChunkTaker, or it has left them."""
+        """Take bytes without a ChunkTaker, or which it has left."""
         body = self._body
         if body is None:
             self._receive_head(data)
@@ -283,14 +283,14 @@ class UpstreamConnection:
         return False  # the transport closes
 
     def pause_writing(self) -> None:
-        """Nobody writes on: a request is sent at once."""
+        """Do nothing: a request is written at once."""
 
     def resume_writing(self) -> None:
-        """Nobody waits for it."""
+        """Do nothing."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._transport is None:
-            return  # never made
+            return  # it was never made
         was_active = self.state is _ACTIVE
         self._leave()
         self._transport = None
@@ -305,7 +305,7 @@ class UpstreamConnection:
                 receiver, self.receiver = self.receiver, None
                 receiver.on_end()
                 return
-        # Later than that it was not closing when the request came: the upstream died over it.
+        # Later, the connection was not closing when the request came: the upstream died over it.
         is_soon = self._wheel.now - self._sent_at < STALE_WITHIN
         is_stale = self.has_served and not self._has_answered and is_soon
         self._report(Loss.STALE if is_stale else Loss.CUT)
@@ -314,7 +314,7 @@ class UpstreamConnection:
 
     def _receive_head(self, data: bytes) -> None:
         if self.state is not _ACTIVE:
-            self._close()  # nobody asked: the peer is out of step, nothing on it can be trusted
+            self._close()  # no request was sent: the peer is out of step
             return
         self._has_answered = True
         heads = self._owner.heads
@@ -346,7 +346,7 @@ class UpstreamConnection:
                 return
 
     def _keep_head(self, part: bytes) -> None:
-        """Wait for the rest of a head, if there can be one."""
+        """Keep `part`, the beginning of a head, unless no rest can make it valid."""
         try:
             check_response_head(part, self._head_searched)
         except HeadError:
@@ -375,7 +375,7 @@ class UpstreamConnection:
             self._end()
 
     def _end(self) -> None:
-        """The answer is complete."""
+        """End a complete answer."""
         assert self._body is not None
         receiver, self.receiver = self.receiver, None
         self._let_go(is_exact=not self._body.leftover)
@@ -383,7 +383,7 @@ class UpstreamConnection:
             receiver.on_end()
 
     def _let_go(self, *, is_exact: bool) -> None:
-        """Go back to the owner if nothing is in doubt: no byte more came than the answer's."""
+        """Go back to the owner if `is_exact`, so that no byte came behind the answer; or close."""
         head, transport = self._response, self._transport
         assert head is not None and transport is not None
         self._body = self._taker = None
@@ -392,7 +392,7 @@ class UpstreamConnection:
             head.keep_alive
             and is_exact
             and not transport.is_closing()
-            # An early answer while the request is still being sent: out of step.
+            # Else an early answer came while the request is still being sent: out of step.
             and not transport.get_write_buffer_size()
         ):
             self.state = _IDLE

@@ -1,6 +1,6 @@
-"""A new connection to a provider: its name looked up, an address reached, the TLS handshake done.
+"""Makes a new connection to a provider: looks up its name, reaches an address, does TLS.
 
-All of it within the connect limit; IPv6 and IPv4 are raced.
+All of this is within the connect limit; IPv6 and IPv4 are raced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AddressInfos = list[tuple[int, int, int, str, tuple[str, int] | tuple[str, int, 
 
 
 class Connector:
-    """Reaches one provider. All methods belong to the loop that made it."""
+    """Connects to one provider. All methods belong to the loop that made it."""
 
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop) -> None:
         self._provider = provider
@@ -79,7 +79,7 @@ class Connector:
         protocol: Any = connection
         tls: Tls | None = None
         try:
-            # A forgotten one shows as 40 ms on every second write (RFC 1122, 4.2.3.2).
+            # Without it every second write may wait 40 ms (RFC 1122, 4.2.3.2).
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNREAD_BYTES)
             if self._tls is not None:
@@ -87,7 +87,7 @@ class Connector:
             await self._loop.create_connection(lambda: protocol, sock=sock)
         except BaseException:
             sock.close()
-            # Cancelled in the turn that made it, uvloop closes it without telling its protocol.
+            # Cancelled in the turn that made it, uvloop closes it and calls no `connection_lost`.
             protocol.connection_lost(None)
             raise
         if tls is not None:
@@ -101,13 +101,13 @@ class Connector:
     # Names
 
     async def _resolve(self) -> AddressInfos:
-        """The provider's addresses, looked up off the loop, one look-up at a time."""
+        """Return the provider's addresses, looked up off the loop, one look-up at a time."""
         if self._loop.time() < self._addresses_until:
             return self._addresses
         if self._lookup is None:
             self._lookup = self._loop.create_task(self._look_up(), name="look up provider")
         lookup = self._lookup
-        # Shielded: whoever gives up must not take the answer from the others.
+        # Shielded: others may wait for the answer when this request gives up.
         return await asyncio.shield(lookup)
 
     async def _look_up(self) -> AddressInfos:
@@ -118,7 +118,7 @@ class Connector:
             self._addresses = infos  # type: ignore[assignment]
             self._addresses_until = self._loop.time() + NAME_TTL
             return self._addresses
-        except UnicodeError as exc:  # an empty or overlong label, which never becomes a question
+        except UnicodeError as exc:  # an empty or overlong label, which is never sent
             raise socket.gaierror(socket.EAI_NONAME, "no possible host name") from exc
         finally:
             self._lookup = None
@@ -136,7 +136,7 @@ class Connector:
 
 
 def describe_os_error(exc: OSError) -> str:
-    """What went wrong in the system's words: no address of ours, no key, no text of the peer."""
+    """Return the system's words for `exc`, without an address, a key or a text of the peer."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         return f"certificate not accepted: {exc.verify_message}"
     return (
@@ -146,14 +146,14 @@ def describe_os_error(exc: OSError) -> str:
 
 @cache
 def _tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """One for all who trust the same authorities: reading the system's takes 20 ms."""
+    """Return the context that trusts `ca_file`; kept, as reading the authorities takes 20 ms."""
     context = ssl.create_default_context(cafile=ca_file)
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
 def _literal_addresses(provider: Provider) -> AddressInfos:
-    """The address itself where the host is one, so that it never waits for a name service."""
+    """Return the provider's host if it is an address, so that no name service is needed."""
     try:
         ipaddress.ip_address(provider.host)
     except ValueError:

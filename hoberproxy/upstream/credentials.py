@@ -1,6 +1,6 @@
-"""Whether an upstream's text speaks of our account with it, or holds a part of our key.
+"""Finds out whether an upstream's text is about the proxy's account, or holds a part of its key.
 
-Such a text is no business of the client: its request was right. Whoever asks decides what follows.
+No client gets such a text, for its request was right. The caller decides what follows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MASK: Final = re.compile(
 _MOST_MASKS: Final = 64  # in a text
 _ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.S)  # of JSON
 _URL_SAFE: Final = str.maketrans("+/", "-_")  # the other alphabet of base64
-_SHOWN_BY_MASK: Final = 4  # characters, of both ends together
+_LEAST_AROUND_MASK: Final = 4  # characters, of both ends together
 
 # Codes, types and reasons, in the spelling of dialects/error_document.py.
 _WORDS: Final = frozenset(
@@ -108,14 +108,14 @@ _SUBJECT: Final = re.compile(
 
 
 def secrets_of(provider: Provider) -> tuple[str, ...]:
-    """The texts by which `provider` knows us: its key, and such headers as may hold one."""
+    """Return the texts that identify the proxy to `provider`: its key, and headers with one."""
     values = [provider.api_key or ""]
     values += [value for name, value in provider.headers if _SECRET_HEADER.search(name)]
     return tuple(value.split()[-1] for value in values if value.strip())  # without its "Bearer"
 
 
 def concerns_account(text: str, words: Iterable[str] = ()) -> bool:
-    """Whether a message, or the `words` of its codes, speak of credentials or of what we pay."""
+    """Return whether `text`, or the `words` of its codes, are about credentials or payment."""
     if not _WORDS.isdisjoint(words):
         return True
     return any(
@@ -125,10 +125,10 @@ def concerns_account(text: str, words: Iterable[str] = ()) -> bool:
 
 
 def may_be_quoted(text: str, sent: bytes) -> bool:
-    """Whether a message that speaks of our account may have it from `sent`, the client's request.
+    """Return whether `text`, about the proxy's account, may quote `sent`, the client's request.
 
-    Such a one says nothing of the endpoint: else a client could have it taken for a broken one, by
-    requests whose error quotes them.
+    Such a message says nothing of the endpoint: else a client could have the endpoint taken for a
+    broken one, by requests that an error quotes.
     """
     matches = [match[0] for reading in _readings(text) for match in _TEXT.finditer(reading)]
     matches += [match[0] for reading in _readings(text) for match in _REFUSED.finditer(reading)]
@@ -138,9 +138,9 @@ def may_be_quoted(text: str, sent: bytes) -> bool:
 
 
 def holds_secret(text: str, secrets: Iterable[str], sent: Callable[[], bytes] = bytes) -> bool:
-    """Whether `text` holds one of `secrets`, a piece that identifies it, or both ends of it.
+    """Return whether `text` holds one of `secrets`, a piece that identifies it, or both its ends.
 
-    Also in base64, in hex, or with letters of another case.
+    It is found in base64, in hex, or with letters of another case, too.
 
     What stands in the client's own request, which `sent` returns, does not count: an upstream may
     quote it, and a client could try out pieces of a key by what becomes of the error.
@@ -155,7 +155,7 @@ def holds_secret(text: str, secrets: Iterable[str], sent: Callable[[], bytes] = 
 
 
 def _plain(sent: bytes) -> str:
-    """A request's JSON as an upstream may quote it: without escapes, in lower case."""
+    """Return a request's JSON as an upstream may quote it: without escapes, in lower case."""
     text = sent.decode("utf-8", "replace")
     return "\n".join((text, *_readings(_ESCAPE.sub(_unescaped, text)))).lower()
 
@@ -166,7 +166,7 @@ def _unescaped(match: re.Match[str]) -> str:
 
 
 def _readings(text: str) -> list[str]:
-    """`text` as it is, and as it reads without the escapes of a URL, HTML or JSON."""
+    """Return `text` as it is, and without the escapes of a URL, HTML or JSON."""
     readings = {text: None}
     if "%" in text:
         readings[unquote(text)] = None
@@ -178,7 +178,7 @@ def _readings(text: str) -> list[str]:
 
 
 def _find(text: str, secret: str) -> Iterator[str]:
-    """The pieces of `text` that identify `secret`."""
+    """Yield the pieces of `text` that identify `secret`."""
     if len(secret) < PIECE:
         if _holds_short(text, secret):
             yield secret
@@ -195,19 +195,19 @@ def _find(text: str, secret: str) -> Iterator[str]:
         elif len(longer) == _LONG_PIECE and longer in text:
             yield longer
     for mask in islice(_MASK.finditer(text), _MOST_MASKS):
-        if (shown := _shown_by_mask(secret, text, *mask.span())) is not None:
-            yield shown
+        if (ends := _find_around_mask(secret, text, *mask.span())) is not None:
+            yield ends
 
 
 def _holds_short(text: str, secret: str) -> bool:
-    """Whether `text` holds a short key as a whole."""
+    """Return whether `text` holds `secret`, a short key, as a whole."""
     if len(secret) < _SHORT_KEY or secret.lower() in _NO_KEYS:
         return False
     return re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", text) is not None
 
 
 def _find_encoded(text: str, secret: str) -> Iterator[str]:
-    """The pieces of `text` that are of `secret` in base64, in hex, or in other cases of letters."""
+    """Yield the pieces of `text` that are of `secret` in base64, in hex, or in other cases."""
     if len(secret) < PIECE:
         return
     for encoded in _encodings(secret.encode("utf-8", "replace")):
@@ -223,7 +223,7 @@ def _find_long(text: str, secret: str) -> Iterator[str]:
 
 
 def _encodings(secret: bytes) -> Iterator[str]:
-    """What of `secret` is the same wherever it stands in a text that is encoded."""
+    """Yield the encodings of `secret` that do not depend on the text around it."""
     yield secret.hex()
     yield secret.hex().upper()
     for before in range(3):  # bytes in front, of the three that become four characters
@@ -238,9 +238,9 @@ def _is_random(piece: str) -> bool:
     return has_digit or (piece != piece.lower() and piece != piece.upper())
 
 
-def _shown_by_mask(secret: str, text: str, start: int, end: int) -> str | None:
-    """A mask in `text` with both ends of `secret` around it, None if they are not its."""
+def _find_around_mask(secret: str, text: str, start: int, end: int) -> str | None:
+    """Return the mask at `start` of `text` with both ends of `secret`, None without them."""
     half = range(len(secret) // 2, 0, -1)
     head = next((n for n in half if text.endswith(secret[:n], max(start - n, 0), start)), 0)
     tail = next((n for n in half if text.startswith(secret[-n:], end)), 0)
-    return text[start - head : end + tail] if head + tail >= _SHOWN_BY_MASK else None
+    return text[start - head : end + tail] if head + tail >= _LEAST_AROUND_MASK else None

@@ -1,8 +1,8 @@
-"""An upstream's error: what it means for falling over, and what the client is told.
+"""Judges an upstream's error response: what it means for failover, and what the client gets.
 
-Only 400, 413, 422 and 429 reach a client as such, and of these all but 429 with their message; all
-else becomes a 502 in our own words, so that no client reads that *our* key is wrong. The same holds
-for an error with its status inside an answer of status 200. What an error says is read by
+Only 400, 413, 422 and 429 reach a client as such, and of these all but 429 with their message; any
+other becomes a 502 in the proxy's words, so that no client reads that the *proxy's* key is wrong.
+The same holds for an error that an answer of status 200 carries. The JSON of an error is read by
 dialects/error_document.py.
 """
 
@@ -23,13 +23,13 @@ MAX_RETRY_AFTER: Final = 24 * 3600.0
 
 # What another endpoint of the same model may do better (api.md, "Routing fields").
 _RETRYABLE_STATUSES: Final = frozenset((401, 402, 403, 404, 408, 429))
-_SHOWN_STATUSES: Final = frozenset((400, 413, 422))
-_SHOWN_CODES: Final = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}
+_PASSED_STATUSES: Final = frozenset((400, 413, 422))
+_PASSED_CODES: Final = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}
 _TOO_LONG: Final = "context_length_exceeded"
 NO_SECRETS: Final[tuple[str, ...]] = ()
 
 
-def parse_refusal(
+def parse_error_response(
     provider: str,
     status: int,
     get_header: Callable[[bytes], bytes | None],
@@ -38,10 +38,10 @@ def parse_refusal(
     secrets: Sequence[str] = NO_SECRETS,
     sent: Callable[[], bytes] = bytes,
 ) -> UpstreamError:
-    """The error for an answer other than 200.
+    """Return the error that a `provider` answered with, by a `status` other than 200.
 
-    `now` is unix time, for dates in retry-after; `secrets` are what no client may read, and `sent`
-    returns the client's request, which an upstream may quote.
+    `now` is unix time, for dates in retry-after; `secrets` are texts that no client may read, and
+    `sent` returns the client's request, which an upstream may quote.
     """
     error = UpstreamError(
         f"provider {provider} answered with status {status}",
@@ -62,15 +62,15 @@ def judge_document(
     secrets: Sequence[str] = NO_SECRETS,
     sent: Callable[[], bytes] = bytes,
 ) -> None:
-    """Give `error` the meaning that `document` has, sent by an upstream within a 200.
+    """Give `error` the meaning of `document`, which an upstream sent within a 200.
 
-    After the first content that is no more than the status for the record.
+    After the first content only the status for the record is taken from it.
     """
     found = read_error(document)
     status = _meant_status(found.status, found)
     error.upstream_status = status or error.upstream_status
     if error.phase is Phase.CONTENT:
-        error.is_refusal = status in _SHOWN_STATUSES  # which is no fault of the endpoint
+        error.is_refusal = status in _PASSED_STATUSES  # which is no fault of the endpoint
     elif status is not None:
         _judge(error, provider, status, found, dump_json(document), secrets, sent)
 
@@ -78,20 +78,20 @@ def judge_document(
 def choose_error(errors: Sequence[UpstreamError]) -> UpstreamError:
     """Return the one of `errors`, those of all attempts in order, that the client is to get.
 
-    The last, as a rule. But that one model refuses the request says more than that others failed:
-    the client gets the first refusal, or a rate limit reached after it, for that passes.
+    That is the last, but for a model that refuses the request, which says more than the failures
+    of others: then the first refusal, or a rate limit reached after it, for a rate limit passes.
     """
     chosen: UpstreamError | None = None
     for error in errors:
         if chosen is None:
-            chosen = error if error.is_refusal and error.status in _SHOWN_STATUSES else None
+            chosen = error if error.is_refusal and error.status in _PASSED_STATUSES else None
         elif error.status == 429:
             chosen = error
     return chosen or errors[-1]
 
 
 def parse_retry_after(get_header: Callable[[bytes], bytes | None], now: float) -> float | None:
-    """Seconds to wait as `retry-after-ms` or `retry-after` has them (RFC 9110, 10.2.3)."""
+    """Return the seconds in `retry-after-ms` or `retry-after` (RFC 9110, 10.2.3)."""
     for name, unit in ((b"retry-after-ms", 0.001), (b"retry-after", 1.0)):
         value = get_header(name)
         if value is None:
@@ -109,7 +109,7 @@ def _bounded(seconds: float) -> float | None:
 
 
 def _meant_status(status: int | None, found: ErrorDocument) -> int | None:
-    """The status to go by; llama.cpp once said 500 of a prompt that was too long."""
+    """Return the status to go by: llama.cpp once sent 500 for a prompt that was too long."""
     if found.is_too_long and (status is None or (status >= 500 and found.names_length)):
         return 400
     return status
@@ -125,8 +125,8 @@ def _judge(
     sent: Callable[[], bytes],
 ) -> None:
     assert status is not None
-    if status in _SHOWN_STATUSES:
-        # What is ours stays as it is: another endpoint may do better, the client did nothing wrong.
+    if status in _PASSED_STATUSES:
+        # An error about the proxy's account stays a 502: another endpoint may do better.
         if concerns_account(found.message, found.words):
             names_it = concerns_account("", found.words)
             error.is_doubtful = not names_it and may_be_quoted(found.message, sent())
@@ -138,20 +138,20 @@ def _judge(
     if status == 429:
         error.status, error.type, error.code = 429, "rate_limit_error", "rate_limit_exceeded"
         error.message = f"provider {provider} has reached its rate limit; try again later"
-    elif status in _SHOWN_STATUSES:
+    elif status in _PASSED_STATUSES:
         error.status, error.type = status, "invalid_request_error"
-        error.code = _SHOWN_CODES[status]
-        _show(error, found)
+        error.code = _PASSED_CODES[status]
+        _pass_on(error, found)
 
 
 def _holds_secret(
     found: ErrorDocument, body: bytes, secrets: Sequence[str], sent: Callable[[], bytes]
 ) -> bool:
-    shown = (found.message, found.param, found.code, body.decode("utf-8", "replace"))
-    return holds_secret("\n".join(shown), secrets, sent)
+    texts = (found.message, found.param, found.code, body.decode("utf-8", "replace"))
+    return holds_secret("\n".join(texts), secrets, sent)
 
 
-def _show(error: UpstreamError, found: ErrorDocument) -> None:
+def _pass_on(error: UpstreamError, found: ErrorDocument) -> None:
     """Give `error` the upstream's own message, param and code."""
     error.message = found.message or error.message
     error.param = found.param or None

@@ -1,8 +1,8 @@
-"""The models behind wildcards, for GET /v1/models: their providers are asked now and then.
+"""Fetches the lists of models of providers behind wildcards, for GET /v1/models.
 
-In the background, one task a process, which begins when the list is wanted for the first time, or
-a while after the start: many a process serves no list in its life. A provider that does not answer,
-or with no list of models, keeps the one that it gave before.
+One task a process does so, from when a list is wanted for the first time, or from a while after the
+start: many a process serves no list in its life. A provider that does not answer, or sends no list
+of models, keeps its last list.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from .provider import Upstream
 logger = logging.getLogger("hoberproxy.upstream")
 
 LIMITS: Final = TimeLimits(connect=5.0, first_content=10.0, idle=10.0, total=10.0)
-BEGIN_AFTER: Final = 15.0  # seconds from the start, if nobody wants a list before
+BEGIN_AFTER: Final = 15.0  # seconds from the start, if no list is wanted before
 FIRST_WAIT: Final = 3.0  # seconds that an answer waits for the providers' first answers
 FIRST_RETRY: Final = 15.0  # seconds, doubled with each failure in a row
 MAX_MODELS: Final = 2000  # of one provider; the longest list known has some 500
-JITTER: Final = 0.2  # part of a wait, more or less: workers do not ask in step
+JITTER: Final = 0.2  # part of a wait, more or less: workers do not fetch in step
 
 
 class ModelLists:
-    """`start` it when clients are served, `stop` it before the end and `aclose` it last.
+    """The last list of each provider, fetched in the background.
 
-    `listed` maps a provider to its models; it is another object after each change.
+    Call `start` when clients are served, `stop` before the end and `aclose` last. `listed` maps a
+    provider to its models; it is another object after each change.
     """
 
     def __init__(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
@@ -43,24 +44,24 @@ class ModelLists:
         self._due: dict[str, float] = {}  # loop time
         self._failures: dict[str, int] = {}  # in a row
         self._is_wanted = asyncio.Event()
-        self._has_asked = asyncio.Event()  # all providers, once
+        self._has_fetched = asyncio.Event()  # all providers, once
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Ask providers for their models from now on."""
+        """Fetch lists from now on."""
         self._task = asyncio.get_running_loop().create_task(self._run(), name="list models")
 
     async def wait(self) -> None:
-        """Wait until all providers were asked once, FIRST_WAIT seconds at most."""
+        """Wait until every list was fetched or failed once, FIRST_WAIT seconds at most."""
         self._is_wanted.set()
-        if not self._has_asked.is_set():
+        if not self._has_fetched.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_WAIT):
-                    await self._has_asked.wait()
+                    await self._has_fetched.wait()
 
     def stop(self) -> None:
-        """Ask no more; the lists stay as they are."""
-        self._has_asked.set()
+        """Fetch no more; the lists stay as they are."""
+        self._has_fetched.set()
         if self._task is not None:
             self._task.cancel()
 
@@ -80,13 +81,13 @@ class ModelLists:
         while self._upstreams:
             now = loop.time()
             due = [each for each in self._upstreams.items() if self._due.get(each[0], now) <= now]
-            await asyncio.gather(*(self._ask(*each) for each in due))
-            self._has_asked.set()
+            await asyncio.gather(*(self._fetch(*each) for each in due))
+            self._has_fetched.set()
             await asyncio.sleep(min(self._due.values()) - loop.time())
-        self._has_asked.set()
+        self._has_fetched.set()
 
-    async def _ask(self, name: str, upstream: Upstream) -> None:
-        """Ask one provider; never raises."""
+    async def _fetch(self, name: str, upstream: Upstream) -> None:
+        """Fetch the list of one provider; never raises."""
         names: list[str] | None = None
         reason = "no list of models in its answer"
         try:

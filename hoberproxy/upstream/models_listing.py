@@ -1,4 +1,4 @@
-"""Ask a provider for the models it has (GET /models), over the connections of real requests."""
+"""Fetches the list of a provider's models (GET /models), over the connections of its pool."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..errors import Phase, UpstreamError
 from ..protocol.http_head import ResponseHead
 from ..routing.catalog import TimeLimits
 from .connection import Loss, Receiver
-from .error_response import parse_refusal
+from .error_response import parse_error_response
 from .provider import Upstream
 
 MAX_BODY_BYTES = 4 * 1024 * 1024  # OpenRouter's has half a megabyte
 
 
 async def list_models(upstream: Upstream, limits: TimeLimits) -> list[str] | None:
-    """The names in GET /models; None if the provider has no such page. Raises UpstreamError."""
+    """Return the names in GET /models, None without such a page. Raises UpstreamError."""
     connection = await upstream.pool.connect(limits.connect)
     listing = _Listing()
     try:
@@ -68,12 +68,12 @@ class _Listing(Receiver):
         if head.status in (404, 405):
             return None
         if head.status != 200:
-            raise parse_refusal(provider, head.status, head.get, b"", time.time())
+            raise parse_error_response(provider, head.status, head.get, b"", time.time())
         return parse_listing(bytes(self._body))
 
 
 def parse_listing(body: bytes) -> list[str] | None:
-    """The models in the body of GET /models, each once; None if it has no list of them.
+    """Return the models in `body`, of GET /models, each once; None if it has no list of them.
 
     OpenAI's form is {"data": [{"id": …}]}. Together sends the array alone, and Cohere (and Ollama's
     own API) have {"models": [{"name": …}]}.

@@ -1,7 +1,7 @@
-"""Connections to one provider: kept alive, lent last-in first-out, or made anew
-(upstream/connector.py).
+"""Keeps connections to one provider alive, and lends the one used last.
 
-Nothing here waits, but for a connection whose answer has said all before its framing has ended.
+New connections are made by upstream/connector.py. Only a connection whose stream has ended, and
+whose framing has not, is waited for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Pool(ConnectionOwner):
         self._ending.pop(connection, None)
         keep = self.provider.keepalive
         if keepalive_hint is not None:
-            # A second early, lest our request and the peer's close cross on the wire.
+            # A second early, lest a request and the peer's close cross on the way.
             keep = min(keep, keepalive_hint - 1.0)
         if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
@@ -89,7 +89,7 @@ class Pool(ConnectionOwner):
         return None
 
     def close_expired(self, now: float) -> None:
-        """Close what has been idle for too long. `now` is loop time."""
+        """Close connections that have been idle for too long at `now` (loop time)."""
         keep = [connection for connection in self._idle if now < connection.idle_until]
         expired = [connection for connection in self._idle if now >= connection.idle_until]
         self._idle = keep
@@ -103,7 +103,7 @@ class Pool(ConnectionOwner):
             connection.abort()
 
     def retire(self) -> None:
-        """Keep nothing from now on; requests that have this pool still go on with it."""
+        """Keep no connection from now on; requests that have this pool go on with it."""
         self._is_retired = True
         self.close_idle()
         self.wheel.cancel(self)
@@ -115,6 +115,6 @@ class Pool(ConnectionOwner):
         return self._connector.connect(limit, lambda: UpstreamConnection(self))
 
     def aclose(self) -> Coroutine[Any, Any, None]:
-        """Close what is idle and end a look-up under way; what is lent is not kept any more."""
+        """Close idle connections, end a look-up under way, and keep lent connections no more."""
         self.retire()
         return self._connector.aclose()

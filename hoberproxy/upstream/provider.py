@@ -1,4 +1,4 @@
-"""A provider that can be sent requests: its pool, and the heads that these begin with."""
+"""A provider as the proxy's upstream: its pool, and the heads of requests to it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ USER_AGENT: Final = f"hoberproxy/{__version__}"
 
 
 class Upstream:
-    """A provider, its pool, and the heads of requests to it."""
+    """One provider, its pool, and the heads of requests to it."""
 
     def __init__(self, provider: Provider, loop: asyncio.AbstractEventLoop, wheel: Wheel) -> None:
         self.provider = provider
@@ -100,7 +100,7 @@ class Upstream:
 
 
 def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes) -> bytes:
-    """Return the constant part of a head: without content-length, without the empty line."""
+    """Return the constant part of a head, without content-length and the empty line."""
     headers = [
         (b"host", provider.authority.encode()),
         (b"content-type", b"application/json"),
@@ -111,8 +111,7 @@ def _request_head(provider: Provider, method: bytes, path: str, *, accept: bytes
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     added = {name.lower().encode(): value.encode() for name, value in provider.headers}
-    # The config may name another user agent; the rest of ours it can't (config/values.py refuses
-    # it).
+    # Of these the config may only replace the user agent (config/values.py).
     headers = [(name, value) for name, value in headers if name not in added]
     headers += added.items()
     return serialize_request_head(method, path.encode(), headers)[:-2]

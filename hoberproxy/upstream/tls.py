@@ -1,8 +1,8 @@
 """TLS between a socket and the connection to a model server.
 
-OpenSSL decrypts, by the standard library's `ssl.SSLObject`; here bytes are only carried to it and
-back. In place of the loop's own TLS, which sets aside 256 KB for each connection and for each read
-of it, and takes an event through three more layers.
+Carries bytes to OpenSSL and back, by the standard library's `ssl.SSLObject`. It replaces the loop's
+own TLS, which allocates 256 KB for each connection and for each read, and takes an event through
+three more layers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WRITE_BYTES: Final = 16 * MAX_RECORD_BYTES
 class Tls:
     """The protocol of a socket's transport, and the transport of `connection`.
 
-    `connection` is told of nothing before the handshake is done: wait for `opened`, and call
-    `abort` if that raises.
+    `connection` gets no call before the handshake is done: wait for `opened`, and call `abort` if
+    that raises.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Tls:
         self._shaken: asyncio.Future[None] = loop.create_future()  # done, or failed
 
     async def opened(self) -> None:
-        """Wait for the end of the handshake; ssl.SSLError or another OSError if it failed."""
+        """Wait for the end of the handshake. Raises OSError, such as ssl.SSLError, if it failed."""
         await self._shaken
         if self._failure is not None:
             raise self._failure
@@ -66,17 +66,17 @@ class Tls:
         return False  # the transport closes
 
     def pause_writing(self) -> None:
-        """As for the connection: nobody writes on."""
+        """Do nothing: a request is written at once."""
 
     def resume_writing(self) -> None:
-        """As for the connection: nobody waits for it."""
+        """Do nothing."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         if self._is_open:
             self._connection.connection_lost(self._failure or exc)
         else:
-            self._tell(exc or ConnectionResetError("closed during the handshake"))
+            self._end_handshake(exc or ConnectionResetError("closed during the handshake"))
 
     def _shake_hands(self) -> None:
         try:
@@ -85,26 +85,26 @@ class Tls:
             self._flush()
             return
         except ssl.SSLError as exc:
-            self._flush()  # tell the peer what is wrong with it
-            self._tell(exc)
+            self._flush()  # the alert that says what is wrong
+            self._end_handshake(exc)
             return
         self._flush()
         self._is_open = True
         self._connection.connection_made(self)
-        self._tell(None)
+        self._end_handshake(None)
         if self._incoming.pending:
             self._read(MAX_RECORD_BYTES)
 
-    def _tell(self, failure: Exception | None) -> None:
-        """Wake who waits for the handshake, unless nobody does any more."""
+    def _end_handshake(self, failure: Exception | None) -> None:
+        """End the wait for the handshake, with its `failure` if there is one."""
         if not self._shaken.done():
             self._failure = failure
             self._shaken.set_result(None)
 
     def _read(self, size: int) -> None:
-        """Hand on what has come, `size` bytes of which are new."""
+        """Decrypt and pass on what has come, `size` bytes of which are new."""
         incoming, read = self._incoming, self._tls.read
-        # A record is shorter once decrypted: one that came whole fits into as much.
+        # A record is shorter once decrypted: a record that came whole fits into `size`.
         if self._has_part:
             self._has_part = False
             size = MAX_RECORD_BYTES
@@ -129,10 +129,10 @@ class Tls:
             self._end()
 
     def _end(self) -> None:
-        """The peer has said that it sends no more (RFC 8446, section 6.1)."""
+        """Close after the peer's alert that it sends no more (RFC 8446, section 6.1)."""
         self._connection.eof_received()
         with suppress(ssl.SSLError):
-            self._tls.unwrap()  # say so, too
+            self._tls.unwrap()  # the same alert in return
         self._flush()
         if self._transport is not None:
             self._transport.close()
@@ -144,12 +144,11 @@ class Tls:
     # What the connection calls
 
     def write(self, data: bytes | memoryview) -> None:
-        """Encrypt and send; nothing if the connection has gone."""
+        """Encrypt and send `data`, unless the connection is lost."""
         if self._transport is None or self._failure is not None:
             return
         try:
             for start in range(0, len(data), WRITE_BYTES):
-                # Into memory that grows: all of it.
                 self._tls.write(data[start : start + WRITE_BYTES])
                 self._flush()
         except ssl.SSLError as exc:
@@ -174,7 +173,7 @@ class Tls:
         return self._transport is not None and self._transport.is_reading()
 
     def pause_reading(self) -> None:
-        """Read no more. What has been read is with the connection already."""
+        """Read no more for now. The connection has all that was read."""
         if self._transport is not None:
             self._transport.pause_reading()
 

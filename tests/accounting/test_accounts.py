@@ -1,4 +1,4 @@
-"""A request's account: what the key may use, what is told to whom, and what it costs."""
+"""A request's account: what the key may use, what the journal gets, and what it costs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hoberproxy.accounting import accounts as accounts_module
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.accounting.record import CLIENT_CLOSED, Record
+from hoberproxy.dialects.outcome import Outcome
 from hoberproxy.dialects.usage import BYTES_PER_TOKEN, Usage
 from hoberproxy.errors import AccessError
 from hoberproxy.request.checks import parse_call
@@ -55,8 +56,18 @@ def record(**values: object) -> Record:
     return Record(**({"id": "req_1", "started": NOW} | values))  # type: ignore[arg-type]
 
 
-def fill(accounts: Accounts, one: Record, usage: Usage | None, *, is_answered: bool = True) -> None:
-    accounts.fill(one, ENDPOINT, usage, prompt_bytes=400, body_bytes=0, is_answered=is_answered)
+def fill(
+    accounts: Accounts,
+    one: Record,
+    usage: Usage | None,
+    endpoint: Endpoint = ENDPOINT,
+    *,
+    body_bytes: int = 0,
+    is_answered: bool = True,
+) -> None:
+    """Fill in what an answer of as many events as the record has says."""
+    outcome = Outcome(usage, content_events=one.events, content_bytes=body_bytes)
+    accounts.fill(one, Step("a/b", endpoint), outcome, prompt_bytes=400, is_answered=is_answered)
 
 
 # From opening to closing
@@ -191,6 +202,15 @@ def test_what_is_counted_later_changes_the_windows_in_which_the_call_began(
 # Usage and cost
 
 
+def test_what_an_answer_says_of_itself_is_recorded_in_bounds(accounts: Accounts) -> None:
+    one = record(status=200)
+    outcome = Outcome(Usage(1, 1), "stop", "m" * 10_000, "chatcmpl-1", content_events=7)
+    accounts.fill(one, Step("a/b", ENDPOINT), outcome, prompt_bytes=4, is_answered=True)
+    assert (one.slug, one.provider, one.finish_reason) == ("a/b", "east", "stop")
+    assert (one.upstream_id, one.events) == ("chatcmpl-1", 7)
+    assert one.upstream_model.startswith("mmm") and len(one.upstream_model) < 1000
+
+
 def test_reported_usage_is_priced(accounts: Accounts) -> None:
     one = record(status=200)
     fill(accounts, one, Usage(1000, 500))
@@ -213,14 +233,7 @@ def test_what_no_upstream_answered_costs_nothing(accounts: Accounts) -> None:
 
 def test_without_a_price_the_cost_is_not_known(accounts: Accounts) -> None:
     one = record(status=200)
-    accounts.fill(
-        one,
-        Endpoint("east", "m"),
-        Usage(1, 1),
-        prompt_bytes=4,
-        body_bytes=0,
-        is_answered=True,
-    )
+    fill(accounts, one, Usage(1, 1), Endpoint("east", "m"))
     assert (one.cost, one.price) == (None, "")
 
 
@@ -280,17 +293,8 @@ def test_of_each_endpoint_that_tells_no_usage_the_log_says_so_once(
     for _ in range(3):
         fill(accounts, record(status=200, events=30), None)
         other = replace(ENDPOINT, upstream_model="other")
-        accounts.fill(
-            record(status=200),
-            other,
-            Usage(0, 0),
-            prompt_bytes=400,
-            body_bytes=0,
-            is_answered=True,
-        )
-        accounts.fill(
-            record(status=200), other, None, prompt_bytes=400, body_bytes=40, is_answered=True
-        )
+        fill(accounts, record(status=200), Usage(0, 0), other)
+        fill(accounts, record(status=200), None, other, body_bytes=40)
     first, second = warnings_of(caplog)
     assert "provider east, model m:" in first
     assert "provider east, model other:" in second
@@ -320,7 +324,7 @@ def test_nothing_is_said_of_tokens_that_are_counted_nor_of_too_many_endpoints(
     endpoints = [replace(ENDPOINT, upstream_model=str(number)) for number in range(20)]
     for endpoint in [replace(ENDPOINT, usage="count"), *endpoints]:
         one = record(status=200, events=3)
-        accounts.fill(one, endpoint, None, prompt_bytes=40, body_bytes=0, is_answered=True)
+        fill(accounts, one, None, endpoint)
     assert [text.split(":")[0] for text in warnings_of(caplog)] == [
         f"provider east, model {number}" for number in range(5)
     ]

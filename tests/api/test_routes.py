@@ -19,13 +19,13 @@ PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
 
 
 @pytest.fixture
-async def gateway(proxy: Proxy) -> ServerContext:
+async def context(proxy: Proxy) -> ServerContext:
     return proxy.gateway
 
 
 @pytest.fixture
-async def client(gateway: ServerContext, aiohttp_client: AiohttpClient) -> Client:
-    return await aiohttp_client(make_app(gateway))
+async def client(context: ServerContext, aiohttp_client: AiohttpClient) -> Client:
+    return await aiohttp_client(make_app(context))
 
 
 @pytest.fixture
@@ -148,9 +148,9 @@ async def test_under_api_v1_the_code_is_the_status(client: Client) -> None:
 
 @pure_only
 async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
-    client: Client, gateway: ServerContext, caplog: pytest.LogCaptureFixture
+    client: Client, context: ServerContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gateway.catalog.describe = None  # type: ignore[assignment, method-assign]
+    context.catalog.describe = None  # type: ignore[assignment, method-assign]
     response = await client.get("/v1/models/test/model")
     error = await error_of(response)
     assert (response.status, error["type"], error["code"]) == (
@@ -167,16 +167,16 @@ async def test_a_fault_of_ours_has_the_form_of_an_error_and_no_details(
 
 @pytest.mark.parametrize("path", ["/healthz", "/health", "/v1/healthz", "/api/v1/health"])
 async def test_the_process_is_healthy_also_while_it_drains(
-    client: Client, gateway: ServerContext, path: str
+    client: Client, context: ServerContext, path: str
 ) -> None:
     assert (await client.get(path)).status == 200
-    gateway.is_draining = gateway.is_stopping = True
+    context.is_draining = context.is_stopping = True
     assert (await client.get(path)).status == 200
 
 
-async def test_a_draining_process_takes_no_traffic(client: Client, gateway: ServerContext) -> None:
+async def test_a_draining_process_takes_no_traffic(client: Client, context: ServerContext) -> None:
     assert (await client.get("/readyz")).status == 200
-    gateway.is_draining = gateway.is_stopping = True
+    context.is_draining = context.is_stopping = True
     response = await client.get("/readyz")
     assert (response.status, (await error_of(response))["code"]) == (503, "draining")
     assert response.headers["Retry-After"] == "1"

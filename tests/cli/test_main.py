@@ -596,7 +596,7 @@ def test_what_a_killed_one_has_answered_is_in_its_records_after_the_next_start(
 def test_it_has_nobody_to_ask_and_says_what_cannot_be_done(quickstart: Running) -> None:
     for command in ("status", "upgrade"):
         done = run([*MODULE, command])
-        assert (done.returncode, "no config: expected ./hoberproxy.toml" in done.stderr) == (
+        assert (done.returncode, "expected ./hoberproxy.toml or --config FILE" in done.stderr) == (
             3,
             True,
         )
@@ -831,7 +831,9 @@ STATUS = {
 def test_status_prints_a_table_of_processes_endpoints_and_keys(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands_service, "ask", lambda path, kind: json.loads(json.dumps(STATUS)))
+    monkeypatch.setattr(
+        commands_service, "ask", lambda path, kind, patience: json.loads(json.dumps(STATUS))
+    )
     monkeypatch.setattr(time, "time", lambda: NOW)
     assert main(["status"]) == 0
     headline, problem, *lines = capsys.readouterr().out.splitlines()

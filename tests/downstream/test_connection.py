@@ -1,6 +1,6 @@
-"""The door on real sockets: where requests begin and end, however their bytes come.
+"""A client's connection on real sockets: where requests begin and end, however their bytes come.
 
-Requests to both doors, chat and aiohttp's, go through the same tests where the same is promised.
+Chat requests and those that aiohttp answers go through the same tests where both must do the same.
 """
 
 from __future__ import annotations
@@ -62,14 +62,16 @@ def chunked_chat(key: str, body: bytes) -> bytes:
     return chat(key, b"", framing="transfer-encoding: chunked") + body
 
 
-def door(request: str, key: str, *headers: str, body: bytes = b"", framing: str = "") -> bytes:
-    """A request for one of the two doors, its framing as the test says."""
+def request_bytes(
+    request: str, key: str, *headers: str, body: bytes = b"", framing: str = ""
+) -> bytes:
+    """A chat request or one that aiohttp answers, its framing as the test says."""
     if request == "chat":
         return chat(key, body, *headers, framing=framing or "x: y")
     return get("/v1/models", *([framing] if framing else []), *headers) + body
 
 
-both_doors = pytest.mark.parametrize("request_to", ["chat", "models"])
+both_handlers = pytest.mark.parametrize("request_to", ["chat", "models"])
 
 
 def connection_of(proxy: Proxy) -> DownstreamConnection:
@@ -218,13 +220,13 @@ async def test_too_long_a_body_is_refused_before_it_is_sent(start_proxy: StartPr
 
 
 @pytest.mark.parametrize("expectation", ["expect: 200-ok", "Expect:"])
-@both_doors
+@both_handlers
 async def test_other_expectations_are_ignored(
     proxy: Proxy, request_to: str, expectation: str
 ) -> None:
     client = await proxy.connect()
     framing = f"content-length: {len(BODY)}"
-    client.send(door(request_to, proxy.key, expectation, body=BODY, framing=framing))
+    client.send(request_bytes(request_to, proxy.key, expectation, body=BODY, framing=framing))
     answer = await client.read_answer()
     assert (answer.status, answer.interim) == (200, 0)
 
@@ -344,7 +346,7 @@ async def test_a_client_that_leaves_after_pipelining_too_much_is_still_seen_to_l
 
 
 @both_loops
-async def test_a_connection_lasts_over_many_requests_to_both_doors(proxy: Proxy) -> None:
+async def test_a_connection_lasts_over_many_requests_to_both_handlers(proxy: Proxy) -> None:
     client = await proxy.connect()
     ids = set()
     for number in range(100):
@@ -362,7 +364,7 @@ async def test_a_connection_lasts_over_many_requests_to_both_doors(proxy: Proxy)
 # Versions, targets, headers
 
 
-@both_doors
+@both_handlers
 @pytest.mark.parametrize(
     ("version", "connection", "stays_open"),
     [
@@ -502,7 +504,7 @@ async def test_a_path_that_does_not_exist_is_named_as_it_came(
     assert await client.is_open()
 
 
-@both_doors
+@both_handlers
 @pytest.mark.parametrize(
     "headers",
     [
@@ -529,7 +531,7 @@ async def test_harmless_fields_make_no_difference(
     assert await client.is_open()
 
 
-@both_doors
+@both_handlers
 async def test_names_of_fields_come_in_any_case(proxy: Proxy, request_to: str) -> None:
     request = chat(proxy.key) if request_to == "chat" else get("/v1/models", "connection: close")
     head, empty_line, body = request.partition(b"\r\n\r\n")
@@ -540,7 +542,7 @@ async def test_names_of_fields_come_in_any_case(proxy: Proxy, request_to: str) -
     assert (await client.read_answer()).status == 200
 
 
-@both_doors
+@both_handlers
 async def test_one_empty_line_before_a_request_is_skipped(proxy: Proxy, request_to: str) -> None:
     request = chat(proxy.key) if request_to == "chat" else get()
     client = await proxy.connect()
@@ -675,7 +677,7 @@ BAD_HEADS = {
 }
 
 
-@both_doors
+@both_handlers
 @pytest.mark.parametrize("fields", BAD_HEADS.values(), ids=BAD_HEADS)
 async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     proxy: Proxy,
@@ -696,10 +698,10 @@ async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     assert proxy.gateway.bad_heads == 1
 
 
-@both_doors
+@both_handlers
 async def test_a_transfer_coding_in_http_1_0_is_refused(proxy: Proxy, request_to: str) -> None:
     framing = "transfer-encoding: chunked"
-    request = door(request_to, proxy.key, body=chunked(BODY), framing=framing)
+    request = request_bytes(request_to, proxy.key, body=chunked(BODY), framing=framing)
     client = await proxy.connect()
     client.send(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert_refused(await client.read_answer())
@@ -772,7 +774,7 @@ BAD_CHUNKS = {
 }
 
 
-@both_doors
+@both_handlers
 @pytest.mark.parametrize("in_pieces", [False, True], ids=["at once", "byte by byte"])
 @pytest.mark.parametrize("body", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
 async def test_a_body_that_breaks_its_framing_ends_the_connection(
@@ -783,7 +785,7 @@ async def test_a_body_that_breaks_its_framing_ends_the_connection(
     body: bytes,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    head = door(request_to, proxy.key, framing="transfer-encoding: chunked")
+    head = request_bytes(request_to, proxy.key, framing="transfer-encoding: chunked")
     body += get("/smuggled")
     client = await proxy.connect()
     if in_pieces and request_to == "chat":
@@ -1034,7 +1036,7 @@ async def test_a_stranger_that_goes_on_sending_reads_its_refusal(proxy: Proxy) -
     assert len(proxy.records) == 1
 
 
-@both_doors
+@both_handlers
 async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
     start_proxy: StartProxy, request_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1042,7 +1044,7 @@ async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
     monkeypatch.setattr(server, "LINGER", 0.1)
     proxy = await start_proxy()
     client = await proxy.connect()
-    client.send(door(request_to, "hb_live_wrong", framing="transfer-encoding: chunked"))
+    client.send(request_bytes(request_to, "hb_live_wrong", framing="transfer-encoding: chunked"))
     answer = await client.read_answer()
     assert (answer.status, answer.headers.get("connection")) == (
         (401, "close") if request_to == "chat" else (200, None)

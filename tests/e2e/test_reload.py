@@ -64,7 +64,7 @@ async def test_sighup_reads_the_config_again_and_a_bad_one_changes_nothing(tmp_p
         assert await is_served(OTHER_SLUG)
         config.unlink()
         running.send(signal.SIGHUP)
-        await running.logged("cannot be read")
+        await running.logged("hoberproxy.toml: expected a readable file")
         assert await is_served(OTHER_SLUG)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hoberproxy.downstream.connection import MAX_PIPELINED_BYTES
-from hoberproxy.exchange import exchange
+from hoberproxy.exchange import attempt
 from hoberproxy.exchange.attempt import Attempt
 from hoberproxy.exchange.exchange import Exchange
 from hoberproxy.routing.catalog import Endpoint, Model
@@ -344,14 +344,14 @@ async def test_a_fault_of_our_own_is_told_and_not_taken_for_a_client_that_left(
     faulty: int,
 ) -> None:
     calls = iter(range(9))
-    real = exchange.make_upstream_body
+    real = attempt.make_upstream_body
 
     def build(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == faulty:
             raise RuntimeError("a fault")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(exchange, "make_upstream_body", build)
+    monkeypatch.setattr(attempt, "make_upstream_body", build)
     async with (
         ScriptedUpstream(json_response(500, {})) as first,
         ScriptedUpstream(json_response(200, {})) as second,

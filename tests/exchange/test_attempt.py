@@ -14,7 +14,7 @@ from hoberproxy.config.reader import parse_config
 from hoberproxy.errors import UpstreamError
 from hoberproxy.exchange.attempt import Attempt, AttemptOwner
 from hoberproxy.protocol.http_head import ResponseHead
-from hoberproxy.request.parse_cache import Frames
+from hoberproxy.request.parse_cache import ParseCache
 from hoberproxy.routing.catalog import TimeLimits
 from hoberproxy.routing.plan import Step
 from hoberproxy.timer_wheel import Wheel
@@ -44,7 +44,7 @@ def delta(**members: Any) -> bytes:
 
 
 class Transport(NullTransport):
-    """One that can be told to wait."""
+    """A transport whose reading can be paused."""
 
     def pause_reading(self) -> None:
         pass
@@ -69,12 +69,12 @@ class Exchange(AttemptOwner):
         self.errors: list[UpstreamError] = []
         self.is_finished = False
         endpoint = replace(config.models[0].endpoints[0], limits=limits)
-        call = Frames().read(REQUEST, "")
+        call = ParseCache().read(REQUEST, "")
         self.attempt = Attempt(self, call, Step(SLUG, endpoint), upstream, self.sent.answer)
         self.attempt.start()
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, the attempt being asked when it wants to be."""
+        """Let time pass, and call `check_limits` whenever it is due."""
         end = self.now + seconds
         while not self.is_over and (due := max(self.attempt.due, self.now)) <= end:
             self.wheel.now = due
@@ -116,7 +116,7 @@ class Exchange(AttemptOwner):
 
 
 def opened(limits: TimeLimits = LIMITS) -> Exchange:
-    """A stream that has had its role and two texts, so that the next one may pass a stencil."""
+    """A stream that has had its role and two texts, so that the next one may be taken."""
     exchange = Exchange(limits)
     exchange.receive(sse_head().data, *map(chunk, EVENTS[:3]))
     return exchange

@@ -6,6 +6,7 @@ The table is that of CONTRIBUTING.md. Imports within functions and under TYPE_CH
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -121,6 +122,16 @@ def test_every_folder_has_a_row_in_the_table() -> None:
     folders = {folder_of(module) for module in MODULES} - {""}
     assert folders == set(MAY_IMPORT)
     assert {module for module in MODULES if not folder_of(module)} == ROOT | set(STARTS)
+
+
+def test_contributing_has_the_table() -> None:
+    text = (TESTS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)/` \|.*\| ([^|]+) \|$", text, re.MULTILINE)
+    written: dict[str, set[str]] = {}
+    for folder, names in rows:
+        above = set(written)
+        written[folder] = above if names == "all above" else set(names.split(", ")) - {"–"}
+    assert written == MAY_IMPORT
 
 
 def test_the_table_has_no_circle() -> None:

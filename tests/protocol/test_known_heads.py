@@ -12,9 +12,10 @@ from hoberproxy.protocol.http_head import (
     MAX_RESPONSE_HEAD_BYTES,
     HeadError,
     ResponseHead,
+    parse_request_head,
     parse_response_head,
 )
-from hoberproxy.protocol.known_heads import ResponseHeads
+from hoberproxy.protocol.known_heads import RepeatedHead, ResponseHeads, repeated_head
 from tests.protocol.test_http_head import response
 
 ANSWER = (
@@ -194,3 +195,52 @@ def test_any_change_of_a_head_is_read_as_by_the_plain_parser(
     lines[min(place, len(lines) - 1)] += values[0]
     lines[-1] = b"A0:" + b"".join(values)
     assert_read_as_plainly(heads, response(*lines))
+
+
+# A request's head on a kept connection
+
+ASKED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n"
+    b"Authorization: Bearer s3\r\n\r\n"
+)
+
+
+def repeated(raw: bytes = ASKED) -> RepeatedHead:
+    known = repeated_head(parse_request_head(raw), raw)
+    assert known is not None
+    return known
+
+
+@pytest.mark.parametrize("length", [b"0", b"5", b"00017", b"123456789"])
+def test_the_same_head_is_found_with_its_length_whatever_follows(length: bytes) -> None:
+    known = repeated()
+    again = ASKED.replace(b": 5", b": " + length)
+    assert known.find(again + b"{}") == len(again)
+    assert known.length == parse_request_head(again).length
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param((b": 5", b": "), id="no length"),
+        pytest.param((b": 5", b": +5"), id="a sign"),
+        pytest.param((b": 5", b": 5, 5"), id="two lengths"),
+        pytest.param((b": 5", b": 1234567890"), id="more digits than any body has"),
+        pytest.param((b"s3", b"s4"), id="another key"),
+        pytest.param((b"POST", b"post"), id="another method"),
+        pytest.param((b"s3\r\n", b"s3\r\nX: y\r\n"), id="a line more"),
+    ],
+)
+def test_another_head_is_not_the_same(change: tuple[bytes, bytes]) -> None:
+    assert repeated().find(ASKED.replace(*change, 1)) == 0
+
+
+def test_a_head_of_which_something_is_missing_is_not_found_yet() -> None:
+    known = repeated()
+    assert {known.find(ASKED[:size]) for size in range(len(ASKED))} == {0}
+
+
+@pytest.mark.parametrize("line", [b"Transfer-Encoding: chunked\r\n", b""])
+def test_a_head_without_a_length_is_not_kept(line: bytes) -> None:
+    raw = ASKED.replace(b"Content-Length: 5\r\n", line)
+    assert repeated_head(parse_request_head(raw), raw) is None

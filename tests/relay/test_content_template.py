@@ -1,4 +1,4 @@
-"""The stencil and the scanner with it: what passes by comparison is what passes by parsing."""
+"""The template and the scanner with it: what passes by comparison is what passes by parsing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hoberproxy.protocol.http_body import ChunkedBody
-from hoberproxy.relay.content_template import FIRST_LESSONS, WORTH_A_LESSON, Stencil
+from hoberproxy.relay.content_template import (
+    FIRST_SPECIMENS,
+    MAX_USAGES,
+    WORTH_A_SPECIMEN,
+    ContentTemplate,
+)
 from hoberproxy.relay.scanner import StreamScanner
 from tests.downstream.test_response import SSE, Sent
 from tests.support.cuts import cut_at
@@ -28,73 +33,81 @@ def event(text: str, *, model: str = UPSTREAM, compact: bool = True, **members: 
     return b"data: %b\n\n" % json.dumps(document, separators=separators).encode()
 
 
-def taught(**options: Any) -> Stencil:
-    stencil = Stencil()
-    stencil.learn(event("Hi", **options), event("Hi", model=SLUG, **options), {"content": "Hi"})
-    assert stencil.is_learnt
-    return stencil
+def learn(template: ContentTemplate, specimen: bytes) -> None:
+    """Have a template learn from an event whose model is renamed."""
+    payload = specimen[6:].rstrip()
+    start = specimen.find(b'"%b"' % UPSTREAM.encode())
+    edits = [(start, start + len(UPSTREAM) + 2, b'"%b"' % SLUG.encode())] if start > 0 else []
+    template.learn_from(specimen, 6, edits, json.loads(payload))
+
+
+def having_learnt(**options: Any) -> ContentTemplate:
+    template = ContentTemplate()
+    learn(template, event("Hi", **options))
+    assert template.is_learnt
+    return template
 
 
 class Passing:
-    """A stencil that is open, and what it has passed on."""
+    """A template that is open, and what it has passed on."""
 
-    def __init__(self, stencil: Stencil) -> None:
-        self.stencil = stencil
+    def __init__(self, template: ContentTemplate) -> None:
+        self.template = template
         self.sent = Sent()
         self.sent.answer.start(200, SSE)
         self.sent.answer.write(b"")
         sink = self.sent.answer.open_sink()
         assert sink is not None
-        self.stencil.open(sink, self.sent.answer)
+        self.template.open(sink, self.sent.answer)
         self.sent.transport.writes.clear()
 
     def take(self, data: bytes) -> tuple[bytes, bytes]:
         """What it passes on of `data`, and what is left."""
-        rest = self.stencil.take(data)
-        self.stencil.flush()
+        rest = self.template.take(data)
+        self.template.flush()
         writes = list(self.sent.transport.writes)
         self.sent.transport.writes.clear()
         assert len(writes) == (rest != data), "one write, if anything passes"
         return b"".join(writes), rest
 
 
-def take(stencil: Stencil, data: bytes) -> tuple[bytes, bytes]:
-    """What a stencil passes on of `data`, and what is left."""
-    return Passing(stencil).take(data)
+def take(template: ContentTemplate, data: bytes) -> tuple[bytes, bytes]:
+    """What a template passes on of `data`, and what is left."""
+    return Passing(template).take(data)
 
 
 def unframed(chunks: bytes) -> bytes:
     return b"".join(ChunkedBody().feed(chunks))
 
 
-TEXTS = ["a", "", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\\new\nline", "\\"]
+TEXTS = ["a", " two words", "\u00e9\u4e16\U0001f600", 'a "quoted" one', "C:\\new\nline", "\\"]
 
 
 @pytest.mark.parametrize("compact", [True, False], ids=["compact", "spaced"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_event_passes_with_the_catalogs_name(text: str, compact: bool) -> None:
-    stencil = taught(compact=compact)
-    passing = Passing(stencil)
+    template = having_learnt(compact=compact)
+    passing = Passing(template)
     passed, rest = passing.take(chunk(event(text, compact=compact)))
     assert passed == chunk(event(text, model=SLUG, compact=compact))
-    assert (stencil.events, rest) == (1, b"")
+    assert (template.events, rest) == (1, b"")
     assert passing.sent.answer.body_bytes == len(unframed(passed))
 
 
 def test_several_chunks_pass_as_one() -> None:
-    stencil = taught()
-    passing = Passing(stencil)
+    template = having_learnt()
+    passing = Passing(template)
     passed, rest = passing.take(b"".join(chunk(event(text)) for text in TEXTS))
     assert unframed(passed) == b"".join(event(text, model=SLUG) for text in TEXTS)
-    assert (stencil.events, rest) == (len(TEXTS), b"")
+    assert (template.events, rest) == (len(TEXTS), b"")
     assert passing.sent.answer.body_bytes == len(unframed(passed))
 
 
 def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
-    passing = Passing(taught())
-    assert passing.stencil.take(chunk(event("a")) + b"rest") == b"rest"
+    passing = Passing(having_learnt())
+    assert passing.template.take(chunk(event("a")) + b"rest") == b"rest"
     passing.sent.answer.write(b"the rest")
-    passing.stencil.flush()
+    passing.template.flush()
     written = chunk(event("a", model=SLUG)) + chunk(b"the rest")
     assert passing.sent.transport.writes == [written]
     assert passing.sent.answer.body_bytes == len(unframed(written))
@@ -113,9 +126,9 @@ def test_what_was_taken_goes_with_what_the_receiver_makes_of_the_rest() -> None:
     ids=["usage", "done", "the last chunk", "cut", "a part", "no size"],
 )
 def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
-    stencil = taught()
-    assert take(stencil, other) == (b"", other)
-    assert take(stencil, chunk(event("a")) + other) == (chunk(event("a", model=SLUG)), other)
+    template = having_learnt()
+    assert take(template, other) == (b"", other)
+    assert take(template, chunk(event("a")) + other) == (chunk(event("a", model=SLUG)), other)
 
 
 @pytest.mark.parametrize(
@@ -133,69 +146,203 @@ def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
 )
 def test_a_text_that_is_no_inside_of_a_string_does_not_pass(text: bytes) -> None:
     odd = event("@").replace(b"@", text)
-    for data in (chunk(odd), chunk(event("a")) + chunk(odd)):
-        assert take(taught(), data) == (b"", data)
-    assert taught().pass_events(odd, 0) is None
-    stencil = taught()
+    assert take(having_learnt(), chunk(odd)) == (b"", chunk(odd))
+    passed = chunk(event("a", model=SLUG))
+    assert take(having_learnt(), chunk(event("a")) + chunk(odd)) == (passed, chunk(odd))
+    assert having_learnt().pass_events(odd, 0) is None
+    template = having_learnt()
     data = event("a") + odd + event("b")
-    passed = stencil.pass_events(data, 0)
-    assert passed is None or data[stencil.end :].startswith(odd)
+    passed = template.pass_events(data, 0)
+    assert passed is None or data[template.end :].startswith(odd)
 
 
 def test_events_of_a_payload_pass_up_to_the_first_other() -> None:
-    stencil = taught()
+    template = having_learnt()
     last = event("x", usage={"prompt_tokens": 1})
     data = last + b"".join(map(event, TEXTS)) + last
-    passed = stencil.pass_events(data, len(last))
+    passed = template.pass_events(data, len(last))
     assert passed == b"".join(event(text, model=SLUG) for text in TEXTS)
-    assert data[stencil.end :] == last
+    assert data[template.end :] == last
 
 
 def test_an_unfinished_event_is_left_over() -> None:
-    whole, stencil = event("a") + event("b"), taught()
+    whole, template = event("a") + event("b"), having_learnt()
     for cut in range(len(event("a")), len(whole)):
-        assert stencil.pass_events(whole[:cut], 0) == event("a", model=SLUG)
-        assert stencil.end == len(event("a"))
+        assert template.pass_events(whole[:cut], 0) == event("a", model=SLUG)
+        assert template.end == len(event("a"))
 
 
-@pytest.mark.parametrize(
-    "delta", [{}, {"content": ""}, {"content": None}, {"tool_calls": [{}]}, {"content": "a\nb"}]
-)
-def test_an_event_without_a_plain_text_teaches_nothing(delta: dict[str, object]) -> None:
-    stencil = Stencil()
-    shown = b'data: {"delta":%b}\n\n' % json.dumps(delta).encode()
-    stencil.learn(shown, shown, delta)
-    assert not stencil.is_learnt
+@pytest.mark.parametrize("delta", [{}, {"content": ""}, {"content": None}, {"tool_calls": [{}]}])
+def test_nothing_is_learnt_from_an_event_without_a_text(delta: dict[str, object]) -> None:
+    template = ContentTemplate()
+    learn(template, event("Hi").replace(b'{"content":"Hi"}', json.dumps(delta).encode()))
+    assert not template.is_learnt
 
 
 def test_who_changes_all_the_time_is_asked_a_few_times_only() -> None:
-    stencil = Stencil()
-    for _ in range(FIRST_LESSONS):
-        assert stencil.wants_lesson
-        stencil.learn(b"data: {}\n\n", b"data: {}\n\n", {})
-    assert not stencil.wants_lesson
+    template = ContentTemplate()
+    for _ in range(FIRST_SPECIMENS):
+        assert template.wants_specimen
+        learn(template, b"data: {}\n\n")
+    assert not template.wants_specimen
 
 
-def test_after_many_passed_another_lesson_is_worth_it() -> None:
-    stencil = taught()
-    taught_again = taught()
-    for _ in range(FIRST_LESSONS):
-        stencil.learn(event("Hi"), event("Hi", model=SLUG), {"content": "Hi"})
-    assert not stencil.wants_lesson
-    for _ in range(WORTH_A_LESSON):
-        assert take(stencil, chunk(event("x")))[1] == b""
-    assert stencil.wants_lesson
-    assert taught_again.wants_lesson
+def test_after_many_passed_another_specimen_is_worth_it() -> None:
+    template = having_learnt()
+    another = having_learnt()
+    for _ in range(FIRST_SPECIMENS):
+        learn(template, event("Hi"))
+    assert not template.wants_specimen
+    for _ in range(WORTH_A_SPECIMEN):
+        assert take(template, chunk(event("x")))[1] == b""
+    assert template.wants_specimen
+    assert another.wants_specimen
+
+
+# Values beside the text
+
+
+def openai(number: int, text: str, **members: Any) -> bytes:
+    """An event as OpenAI writes it: its padding differs each time."""
+    padding = "aZ09"[number % 4] * (number % 13 + 1)
+    return event(text, **{"usage": None, "obfuscation": padding} | members)
+
+
+VARYING = {
+    "padding": openai,
+    "an escaped padding": lambda number, text: openai(number, text, obfuscation='"\\' * number),
+    "a time": lambda number, text: event(text, created=1_700_000_000 + number),
+    "a time now and then": lambda number, text: event(text, created=1_700_000_000 + number // 4),
+    "an identifier": lambda number, text: event(text, id=f"c-{number}"),
+    "a usage": lambda number, text: event(
+        text, usage={"prompt_tokens": 7, "completion_tokens": 1 + 9 * number}
+    ),
+    "timings": lambda number, text: event(
+        text, timings={"prompt_n": 3, "predicted_n": 1 + number, "predicted_ms": number * 1.75}
+    ),
+    "padding, time and usage": lambda number, text: openai(
+        number, text, created=number, usage={"completion_tokens": number + 1}
+    ),
+}
+
+
+def logprobs(number: int, text: str) -> bytes:
+    best = [{"token": str(number), "logprob": -number / 7, "bytes": None}]
+    token = {"token": text, "logprob": -number, "bytes": list(text.encode()), "top_logprobs": best}
+    raw = event(text)
+    return raw.replace(
+        b'"finish_reason"', b'"logprobs":%b,"finish_reason"' % json.dumps([token]).encode()
+    )
+
+
+def with_delta(text: str, delta: dict[str, Any]) -> bytes:
+    raw = event("@").replace(b'{"content":"@"}', json.dumps(delta, separators=(",", ":")).encode())
+    assert b"@" not in raw
+    return raw
+
+
+VARYING |= {
+    "logprobs": logprobs,
+    "two texts": lambda number, text: with_delta(
+        text, {"reasoning": text, "reasoning_details": [{"type": "text", "text": text * 2}]}
+    ),
+    "arguments": lambda number, text: with_delta(
+        text, {"tool_calls": [{"index": number // 5, "function": {"arguments": text}}]}
+    ),
+}
+
+
+@pytest.mark.parametrize("together", [1, 7], ids=["alone", "together"])
+@pytest.mark.parametrize("varying", VARYING.values(), ids=VARYING.keys())
+def test_events_that_differ_in_values_pass(varying: Any, together: int) -> None:
+    events = [varying(number, TEXTS[number % len(TEXTS)]) for number in range(1, 30)]
+    template = ContentTemplate()
+    learn(template, varying(0, "Hi"))
+    passing = Passing(template)
+    for place in range(0, len(events), together):
+        some = events[place : place + together]
+        passed, rest = passing.take(b"".join(map(chunk, some)))
+        assert rest == b""
+        expected = b"".join(some).replace(b'"%b"' % UPSTREAM.encode(), b'"%b"' % SLUG.encode())
+        assert unframed(passed) == expected
+    assert template.events == len(events)
+    again = ContentTemplate()
+    learn(again, varying(0, "Hi"))
+    assert again.pass_events(b"".join(events), 0) is not None
+    assert again.end == len(b"".join(events))
+
+
+@pytest.mark.parametrize(
+    "member",
+    ["model", "object", "type", "error", "base_resp", "x_groq"],
+)
+def test_a_member_that_is_read_may_not_differ(member: str) -> None:
+    template = ContentTemplate()
+    learn(template, event("Hi", **{member: "a"}))
+    other = chunk(event("x", **{member: "b"}))
+    assert take(template, chunk(event("x", **{member: "a"}))) != (b"", chunk(event("x")))
+    assert take(template, other) == (b"", other)
+
+
+def test_an_event_without_a_text_does_not_pass() -> None:
+    empty = chunk(event(""))
+    assert take(having_learnt(), empty) == (b"", empty)
+
+
+def usage(completion: int, **details: int) -> dict[str, Any]:
+    return {"completion_tokens": completion, "prompt_tokens": 7, "details": details}
+
+
+def test_of_a_usage_that_grows_the_last_one_is_kept() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(1)))
+    events = [event("a", usage=usage(count)) for count in (2, 9, 10, 100)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == events[-1:]
+    assert template.take_usages() == []
+
+
+def test_a_usage_that_falls_does_not_take_the_place_of_the_one_before() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(1, cached=5)))
+    events = [event("a", usage=usage(count, cached=9)) for count in (2, 20, 3, 4)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == [events[1], events[3]]
+
+
+def test_usages_that_wait_are_bounded() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(90)))
+    events = [event("a", usage=usage(count)) for count in range(80, 60, -1)]
+    assert template.pass_events(b"".join(events), 0) is not None
+    assert template.take_usages() == events[:MAX_USAGES]
+    assert template.end == len(b"".join(events[:MAX_USAGES]))
+
+
+def test_a_usage_without_tokens_of_a_completion_may_not_differ() -> None:
+    template = ContentTemplate()
+    learn(template, event("a", usage=usage(0)))
+    assert take(template, chunk(event("b", usage=usage(0))))[1] == b""
+    other = chunk(event("b", usage=usage(1)))
+    assert take(template, other) == (b"", other)
+
+
+def test_lines_may_end_in_cr_lf() -> None:
+    template = ContentTemplate()
+    learn(template, event("a").replace(b"\n", b"\r\n"))
+    other = event("b").replace(b"\n", b"\r\n")
+    passed, rest = take(template, chunk(other))
+    assert unframed(passed) == other.replace(UPSTREAM.encode(), SLUG.encode())
+    assert rest == b""
 
 
 # The scanner with and without it
 
 
-def scan(pieces: list[bytes], *, wants_usage: bool, with_stencil: bool) -> tuple[bytes, Any]:
+def scan(pieces: list[bytes], *, wants_usage: bool, with_template: bool) -> tuple[bytes, Any]:
     scanner = StreamScanner(SLUG, wants_usage=wants_usage)
-    if not with_stencil:
-        scanner.stencil._lessons = 1 << 30
-        scanner.stencil._passed_before = 1 << 30
+    if not with_template:
+        scanner.template._specimens = scanner.template._events_before = 1 << 30
     out = b""
     for piece in pieces:
         if scanner.failure is None:
@@ -233,10 +380,10 @@ EVENTS = st.one_of(
     wants_usage=st.booleans(),
 )
 @example([event("a"), event("b"), event('"'), event("c")], [], False)
-def test_the_scanner_says_the_same_with_a_stencil(
+def test_the_scanner_says_the_same_with_a_template(
     events: list[bytes], cuts: list[int], wants_usage: bool
 ) -> None:
     whole = event("first") + b"".join(events)
     pieces = cut_at(whole, cuts)
-    given_pieces = scan(pieces, wants_usage=wants_usage, with_stencil=True)
-    assert given_pieces == scan(pieces, wants_usage=wants_usage, with_stencil=False)
+    given_pieces = scan(pieces, wants_usage=wants_usage, with_template=True)
+    assert given_pieces == scan(pieces, wants_usage=wants_usage, with_template=False)

@@ -10,12 +10,18 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from hoberproxy.relay.opening_template import Opening
+from hoberproxy.protocol.http_body import ChunkedBody
+from hoberproxy.relay.edge_templates import EdgeTemplates
 from hoberproxy.relay.scanner import StreamScanner
+from hoberproxy.upstream.connection import ChunkTaker
 from tests.relay.test_scanner import SLUG, Seen, scan
 from tests.support.cuts import cut_at
 from tests.support.patience import TEST_LIMIT, examples, patient
-from tests.support.plain_reader import HELD_EVENT, HELD_OPENING, Reading, read_plainly
+from tests.support.plain_reader import HELD_EVENT, HELD_OPENING, Reading, read_plainly, split_events
+from tests.support.scripted import chunk
+
+from .test_relay import SLUG as RELAYED_AS
+from .test_relay import Relayed
 
 EXAMPLES = examples(150)
 many = settings(
@@ -242,6 +248,115 @@ class Maker:
         return cut_at(data, [max(0, cut) for cut in cuts])
 
 
+class Server(Maker):
+    """Makes streams as model servers write them: event after event the same but for some values."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.like, self.big, self.errs = True, False, self.chance(0.1)
+        self.style |= {"escape": False, "dress": "", "indent": None}
+        some = [name for name in _FEATURES if self.chance(0.25)]
+        self.features = frozenset(some)
+        self.total = self.random.choice([0, 0, 1, 90])
+        self.created = 1_700_000_000
+        self.number = 0  # of the stream
+        self.names = ["content"]
+        if self.chance(0.3):
+            self.names = [self.random.choice(["reasoning", "reasoning_content"]), "content"]
+        if self.chance(0.2):
+            self.names.append("tool_calls")
+
+    def stream(self) -> bytes:
+        self.number += 1
+        events = [self.event(self.chunk({"role": "assistant", "content": ""}) | self.values())]
+        for name in self.names:
+            for _ in range(self.random.randrange(1, 24)):
+                document = self.content(name)
+                if self.chance(0.04):
+                    document = self.document(1)
+                events.append(self.event(document))
+        events.append(self.event(self.chunk({}, finish_reason="stop") | self.values()))
+        if self.chance(0.5):
+            events.append(self.event(self.usage_event()))
+        return b"".join([*events, self.dress(b"[DONE]", self.style)])
+
+    def text(self) -> str:
+        words = [" the", " a", "ing", ".", "", " so"] if self.chance(0.8) else WORDS
+        return self.random.choice(words)
+
+    def content(self, name: str) -> dict[str, Any]:
+        text = self.text()
+        delta: dict[str, Any] = {name: text}
+        if name == "tool_calls":
+            delta = {name: [{"index": 0, "function": {"arguments": text}}]}
+        if "role" in self.features:
+            delta = {"role": "assistant", "content": None} | delta
+        if name == "reasoning" and "details" in self.features:
+            delta["reasoning_details"] = [{"type": "reasoning.text", "text": text, "index": 0}]
+        document = self.chunk(delta)
+        if "logprobs" in self.features:
+            document["choices"][0]["logprobs"] = {"content": [self.logprob(text)]}
+        if "choice" in self.features:
+            document["choices"][0]["index"] = self.random.randrange(2)
+        return document | self.values()
+
+    def values(self) -> dict[str, Any]:
+        """Members that change from event to event, or at times."""
+        values: dict[str, Any] = {}
+        if "stream" in self.features:
+            values["id"] = f"stream-{self.number}"
+        if "obfuscation" in self.features:
+            letters = self.random.choices("abcXYZ019", k=self.random.randrange(14))
+            values["obfuscation"] = self.text() if self.chance(0.05) else "".join(letters)
+        if "created" in self.features:
+            self.created += self.random.choice([0, 0, 0, 1, -1])
+            values["created"] = self.created
+        if "id" in self.features:
+            values["id"] = f"id-{self.random.randrange(10**6)}"
+        if "usage" in self.features:
+            self.total += self.random.choice([0, 1, 1, 9, 100, 100, -1])
+            values["usage"] = self.usage()
+        return values
+
+    def usage(self) -> dict[str, Any] | None:
+        if self.chance(0.02):
+            return None
+        completion = max(0, self.total)
+        details = {"cached_tokens": self.random.choice([0, 0, 0, 5]), "audio_tokens": None}
+        return {
+            "prompt_tokens": 7,
+            "completion_tokens": completion,
+            "total_tokens": 7 + completion,
+            "prompt_tokens_details": details,
+            "cost": completion * 0.25,
+        }
+
+    def logprob(self, token: str) -> dict[str, Any]:
+        number = self.random.choice([0, -0.0, -1.25e-07, -12.5, -9999.0, 1e21])
+        best = [{"token": self.text(), "logprob": number, "bytes": None} for _ in range(2)]
+        raw = list(token.encode()) if self.chance(0.95) else None
+        return {"token": token, "logprob": number, "bytes": raw, "top_logprobs": best}
+
+
+_FEATURES = "role details logprobs choice stream obfuscation created id usage".split()
+
+
+def relay_chunks(pieces: list[bytes], *, wants_usage: bool) -> Relayed:
+    """Relay a stream that comes in these pieces, of whole chunks each, as its connection does."""
+    relayed = Relayed(wants_usage=wants_usage)
+    taker: ChunkTaker | None = None
+    for piece in pieces:
+        rest = taker.take(piece) if taker is not None else piece
+        if rest:
+            before, taker = taker, relayed.relay.on_body(b"".join(ChunkedBody().feed(rest)))
+            if before is not None:
+                before.flush()
+        if relayed.is_over:
+            return relayed
+    relayed.relay.on_end()
+    return relayed
+
+
 def agree(seen: Seen, reading: Reading) -> None:
     """What the scanner says is what the plain reader says."""
     if reading.failure is not None and len(reading.failed_event) > HELD_EVENT // 2:
@@ -283,7 +398,8 @@ def test_a_stream_is_what_a_plain_reader_says(seed: int, wants_usage: bool) -> N
 def test_what_is_known_of_earlier_streams_changes_nothing(
     seed: int, wants_usage: bool, asked_before: bool
 ) -> None:
-    opening, maker = Opening(), Maker(seed)
+    edges = EdgeTemplates()
+    maker = Server(seed) if seed % 2 else Maker(seed)
     maker.like, maker.big = True, maker.big and maker.chance(0.2)
     streams = [maker.stream() for _ in range(2)]
     for number, data in enumerate([*streams, streams[0], streams[0], streams[1], *streams]):
@@ -291,11 +407,47 @@ def test_what_is_known_of_earlier_streams_changes_nothing(
         reading = read_plainly(data, slug=SLUG, wants_usage=wants)
         events = [each + b"\n\n" for each in data.split(b"\n\n") if each]
         for pieces in ([data], maker.cuts(data), events if data.endswith(b"\n\n") else [data]):
-            known = StreamScanner(SLUG, wants_usage=wants, opening=opening)
+            known = StreamScanner(SLUG, wants_usage=wants, edges=edges)
             seen = scan(pieces, scanner=known)
             agree(seen, reading)
             alone = scan(pieces, wants_usage=wants)
             assert without_output(seen) == without_output(alone)
+
+
+@many
+@given(seed=st.integers(0, 2**63), wants_usage=st.booleans())
+def test_a_servers_stream_is_what_a_plain_reader_says(seed: int, wants_usage: bool) -> None:
+    server = Server(seed)
+    data = server.stream()
+    reading = read_plainly(data, slug=SLUG, wants_usage=wants_usage)
+    whole = scan([data], wants_usage=wants_usage)
+    agree(whole, reading)
+    events = [event.raw for event in split_events(data)]
+    for pieces in (events, server.cuts(data), server.cuts(data)):
+        seen = scan(pieces, wants_usage=wants_usage)
+        agree(seen, reading)
+        assert without_output(seen) == without_output(whole)
+
+
+@many
+@given(seed=st.integers(0, 2**63), wants_usage=st.booleans())
+def test_a_servers_chunks_are_what_a_plain_reader_says(seed: int, wants_usage: bool) -> None:
+    server = Server(seed)
+    data = server.stream()
+    reading = read_plainly(data, slug=RELAYED_AS, wants_usage=wants_usage)
+    events = [event.raw for event in split_events(data)]
+    cut = server.cuts(data) if server.chance(0.2) else events
+    chunks = [chunk(each) for each in cut if each]
+    while len(chunks) > 1 and server.chance(0.8):  # some are read at once
+        place = server.random.randrange(len(chunks) - 1)
+        chunks[place : place + 2] = [chunks[place] + chunks[place + 1]]
+    relayed = relay_chunks(chunks, wants_usage=wants_usage)
+    assert relayed.payload == reading.output
+    assert relayed.sent.answer.body_bytes == len(relayed.payload)
+    outcome = relayed.relay.outcome()
+    assert (outcome.usage, outcome.finish_reason) == (reading.usage, reading.finish_reason)
+    assert outcome.upstream_id == reading.upstream_id
+    assert reading.fewest <= outcome.content_events <= reading.most
 
 
 def test_the_limits_are_those_of_the_scanner() -> None:

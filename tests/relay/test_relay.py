@@ -18,9 +18,10 @@ from hoberproxy.upstream.connection import Receiver, UpstreamConnection
 from hoberproxy.upstream.pool import Pool
 from hoberproxy.upstream.provider import make_upstreams
 from tests.downstream.test_response import SSE, FakeTransport, Sent
-from tests.relay.test_content_template import unframed
 from tests.support.cuts import cut_at
 from tests.support.scripted import DONE, LAST_CHUNK, chunk, event, sse_head, stream_events
+
+from .test_content_template import unframed
 
 SLUG = "vendor/a-model"
 CONFIG = """
@@ -81,11 +82,16 @@ class Attempt(Reporter):
 class Relayed:
     """A relay, and both of its ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, wants_usage: bool = False) -> None:
         self.sent = Sent()
         self.attempt = Attempt(self.sent)
-        scanner = StreamScanner(SLUG, wants_usage=False)
+        scanner = StreamScanner(SLUG, wants_usage=wants_usage)
         self.relay = StreamRelay(self.attempt, self.sent.answer, scanner)
+
+    @property
+    def is_over(self) -> bool:
+        """The relay has told how it ended."""
+        return bool(self.attempt.told) and self.attempt.told[-1][0].startswith(("finish", "fail"))
 
     @property
     def transport(self) -> FakeTransport:

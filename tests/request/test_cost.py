@@ -17,7 +17,7 @@ from hoberproxy.accounting.record import CLIENT_CLOSED
 from hoberproxy.errors import RequestError
 from hoberproxy.request.body_scan import MAX_VALUES
 from hoberproxy.request.call import Call
-from hoberproxy.request.parse_cache import STEPPED_BYTES, Frames
+from hoberproxy.request.parse_cache import STEPPED_BYTES, ParseCache
 from hoberproxy.routing.catalog import Adaptation
 from hoberproxy.upstream.body import make_upstream_body
 from tests.conftest import QUESTION, Proxy, chat, pure_only, wait_until
@@ -173,21 +173,21 @@ def loads(body: bytes) -> None:
         pass
 
 
-def serve(frames: Frames, body: bytes) -> None:
+def serve(cache: ParseCache, body: bytes) -> None:
     """All that is done to a body on its way, but for copying it to the socket."""
     try:
-        call = frames.read(body, "key")
+        call = cache.read(body, "key")
         make_upstream_body(call, "up", stream_options=True, adaptation=DEVELOPER)
     except RequestError:
         pass
 
 
 def assert_cheap(body: bytes, most: float = MOST) -> None:
-    known = Frames()
+    known = ParseCache()
     known.read(b'{"model":"a/b","messages":[%b],"stream":true}' % USER, "key")
     for _ in range(4):  # a neighbour on the same core, once in a while
         by_orjson, unknown, framed = measured(
-            lambda: loads(body), lambda: serve(Frames(), body), lambda: serve(known, body)
+            lambda: loads(body), lambda: serve(ParseCache(), body), lambda: serve(known, body)
         )
         limit = most * by_orjson + FIXED + EACH_MEMBER * min(body.count(b',"k'), 256)
         if unknown <= limit and framed <= limit + MISTAKEN * by_orjson:
@@ -253,7 +253,7 @@ def test_text_with_escapes_and_many_commas_costs_at_most_six_times() -> None:
 
 def steps(body: bytes) -> Iterator[float]:
     """The seconds of each step in which a large body is read."""
-    reading, call = Frames().read_in_steps(body, "key"), None
+    reading, call = ParseCache().read_in_steps(body, "key"), None
     while True:
         started = time.thread_time()
         try:
@@ -297,7 +297,7 @@ def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
         return call.terms.candidates, call.members, call.roles, bytes(call.raw_messages)
 
     def in_steps() -> Call:
-        reading = Frames().read_in_steps(body, "key")
+        reading = ParseCache().read_in_steps(body, "key")
         while True:
             try:
                 next(reading)
@@ -305,7 +305,7 @@ def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
                 call: Call = end.value
                 return call
 
-    assert told(in_steps) == told(lambda: Frames().read(body, "key"))
+    assert told(in_steps) == told(lambda: ParseCache().read(body, "key"))
 
 
 async def test_a_large_body_arrives_as_it_was_sent(
@@ -340,7 +340,7 @@ async def test_others_are_served_between_steps_and_none_is_taken_for_who_has_lef
             taken += 1
             yield
 
-    monkeypatch.setattr(proxy.gateway.frames, "read_in_steps", endless)
+    monkeypatch.setattr(proxy.gateway.parse_cache, "read_in_steps", endless)
     client, other = await proxy.connect(), await proxy.connect()
     client.send(chat(proxy.key, {**QUESTION, "x": "a" * STEPPED_BYTES}))
     await asyncio.wait_for(begun.wait(), WAIT)

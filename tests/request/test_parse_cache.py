@@ -1,4 +1,4 @@
-"""Frames: a body that is known by what stands around its messages says what it said when parsed."""
+"""The parse cache: a body that is known by its template says what it says when parsed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hoberproxy.errors import RequestError
-from hoberproxy.request import parse_cache as frames_module
+from hoberproxy.request import parse_cache
 from hoberproxy.request.call import Call
 from hoberproxy.request.checks import parse_call
-from hoberproxy.request.parse_cache import KEPT, MAX_FRAME_BYTES, Frames
+from hoberproxy.request.parse_cache import KEPT, MAX_TEMPLATE_BYTES, ParseCache
 from hoberproxy.routing.catalog import Adaptation
 from hoberproxy.upstream.body import make_upstream_body
 from tests.conftest import StartProxy, chat, pure_only, wait_until
@@ -47,16 +47,16 @@ def said(read: Any, *args: Any) -> Any:
     return terms, call.body, bytes(call.raw_messages), call.roles, call.needs_images, bodies
 
 
-def taught(*bodies: bytes) -> Frames:
-    frames = Frames()
+def taught(*bodies: bytes) -> ParseCache:
+    cache = ParseCache()
     for body in bodies:
-        said(frames.read, body, KEY)
-    return frames
+        said(cache.read, body, KEY)
+    return cache
 
 
-def is_known(frames: Frames, body: bytes, key: str = KEY) -> bool:
-    """Whether it would be read by its frame."""
-    return any(each.fits(body) for each in frames._frames.get(key, []))
+def is_known(cache: ParseCache, body: bytes, key: str = KEY) -> bool:
+    """Whether it would be read by its template."""
+    return any(each.fits(body) for each in cache._templates.get(key, []))
 
 
 FORMS = {
@@ -81,18 +81,18 @@ MESSAGES = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("messages", MESSAGES.values(), ids=MESSAGES.keys())
 def test_the_next_body_of_an_app_says_the_same_by_its_frame(form: bytes, messages: bytes) -> None:
-    frames = taught(form % MESSAGES["one"])
+    cache = taught(form % MESSAGES["one"])
     body = form % messages
-    assert is_known(frames, body)
-    assert said(frames.read, body, KEY) == said(parse_call, body)
+    assert is_known(cache, body)
+    assert said(cache.read, body, KEY) == said(parse_call, body)
 
 
 @pure_only
 def test_only_the_messages_of_a_known_body_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     body = FORMS["with tools"] % MESSAGES["one"]
-    frames = taught(body)
-    monkeypatch.setattr(frames_module, "parse_call", None)
-    assert frames.read(body, KEY).terms.needs_tools
+    cache = taught(body)
+    monkeypatch.setattr(parse_cache, "parse_call", None)
+    assert cache.read(body, KEY).terms.needs_tools
 
 
 WRONG = {
@@ -121,8 +121,8 @@ WRONG = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 @pytest.mark.parametrize("messages", WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_told_as_of_any_body(form: bytes, messages: bytes) -> None:
-    frames = taught(form % MESSAGES["one"])
-    assert said(frames.read, form % messages, KEY) == said(parse_call, form % messages)
+    cache = taught(form % MESSAGES["one"])
+    assert said(cache.read, form % messages, KEY) == said(parse_call, form % messages)
 
 
 JSON = st.recursive(
@@ -171,18 +171,18 @@ def edited(draw: st.DrawFn, body: bytes) -> bytes:
 def test_whatever_comes_is_read_as_if_nothing_were_known(
     data: st.DataObject, known: list[bytes]
 ) -> None:
-    frames = taught(*known)
+    cache = taught(*known)
     for body in known:
         later = data.draw(edited(body))
-        assert said(frames.read, later, KEY) == said(parse_call, later)
+        assert said(cache.read, later, KEY) == said(parse_call, later)
 
 
 @given(first=st.lists(MESSAGE, min_size=1), second=st.lists(MESSAGE, min_size=1))
 @example([USER], [USER, USER])
-def test_calls_of_one_frame_share_what_they_say(first: list[Any], second: list[Any]) -> None:
-    frames = Frames()
+def test_calls_of_one_template_share_what_they_say(first: list[Any], second: list[Any]) -> None:
+    cache = ParseCache()
     calls = [
-        frames.read(orjson.dumps({"model": "a/b", "messages": messages, "seed": 1}), KEY)
+        cache.read(orjson.dumps({"model": "a/b", "messages": messages, "seed": 1}), KEY)
         for messages in (first, second)
     ]
     assert calls[0].terms is calls[1].terms
@@ -197,88 +197,88 @@ def numbered(number: int, size: int = 0) -> bytes:
     return orjson.dumps({"model": "a/b", "messages": [USER], "user": user})
 
 
-def test_the_newest_frames_of_a_key_are_kept() -> None:
-    frames = taught(*map(numbered, range(KEPT + 3)))
-    known = [is_known(frames, numbered(number)) for number in range(KEPT + 3)]
+def test_the_newest_templates_of_a_key_are_kept() -> None:
+    cache = taught(*map(numbered, range(KEPT + 3)))
+    known = [is_known(cache, numbered(number)) for number in range(KEPT + 3)]
     assert known == [False] * 3 + [True] * KEPT
 
 
-def test_a_frame_in_use_outlives_those_that_are_not() -> None:
-    frames = taught(numbered(0))
+def test_a_template_in_use_outlives_those_that_are_not() -> None:
+    cache = taught(numbered(0))
     for number in range(1, 3 * KEPT):
-        frames.read(numbered(0), KEY)
-        frames.read(numbered(number), KEY)
-    assert is_known(frames, numbered(0))
-    assert not is_known(frames, numbered(1))
+        cache.read(numbered(0), KEY)
+        cache.read(numbered(number), KEY)
+    assert is_known(cache, numbered(0))
+    assert not is_known(cache, numbered(1))
 
 
-def test_of_two_frames_that_fit_the_one_that_says_more_is_meant() -> None:
+def test_of_two_templates_that_fit_the_one_that_says_more_is_meant() -> None:
     plain, tools = FORMS["messages last"], FORMS["messages last"][:-1] + b',"tools":[{"x":[]}]}'
-    frames = taught(tools % MESSAGES["one"], plain % MESSAGES["one"])
+    cache = taught(tools % MESSAGES["one"], plain % MESSAGES["one"])
     for form in (plain, tools):
         body = form % MESSAGES["two, with brackets and quotes"]
-        assert said(frames.read, body, KEY) == said(parse_call, body)
-    assert len(frames._frames[KEY]) == 2, "neither was learnt again"
+        assert said(cache.read, body, KEY) == said(parse_call, body)
+    assert len(cache._templates[KEY]) == 2, "neither was learnt again"
 
 
 def test_what_is_not_asked_for_again_is_forgotten() -> None:
-    frames = taught(numbered(1), numbered(2))
-    frames.read(numbered(1), KEY)
-    frames.forget_unused()
-    assert is_known(frames, numbered(1))
-    assert not is_known(frames, numbered(2))
-    frames.forget_unused()
-    assert not frames._frames
-    assert not frames._bytes
+    cache = taught(numbered(1), numbered(2))
+    cache.read(numbered(1), KEY)
+    cache.forget_unused()
+    assert is_known(cache, numbered(1))
+    assert not is_known(cache, numbered(2))
+    cache.forget_unused()
+    assert not cache._templates
+    assert not cache._bytes
 
 
 async def test_a_proxy_forgets_what_is_not_asked_for_again(
     start_proxy: StartProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hoberproxy.process.server.POOL_SWEEP", 0.02)
-    monkeypatch.setattr("hoberproxy.process.server.FRAMES_SWEEP", 2)
+    monkeypatch.setattr("hoberproxy.process.server.PARSE_CACHE_SWEEP", 2)
     proxy = await start_proxy()
-    frames = proxy.gateway.frames
+    cache = proxy.gateway.parse_cache
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    assert frames._learnt == 1
-    await wait_until(lambda: not frames._frames)
+    assert cache._learnt == 1
+    await wait_until(lambda: not cache._templates)
 
 
 def test_no_text_is_kept_but_in_what_describes_a_tool() -> None:
     said_before = {"prediction": {"type": "content", "content": "the answer"}}
-    frames = taught(orjson.dumps({"model": "a/b", "messages": [USER], **said_before}))
-    assert not frames._frames
+    cache = taught(orjson.dumps({"model": "a/b", "messages": [USER], **said_before}))
+    assert not cache._templates
 
 
 def test_a_long_list_of_models_is_not_kept() -> None:
     models = [f"m{number}" for number in range(17)]
-    frames = taught(orjson.dumps({"models": models, "messages": [USER]}))
-    assert not frames._frames
+    cache = taught(orjson.dumps({"models": models, "messages": [USER]}))
+    assert not cache._templates
 
 
-def test_no_key_knows_another_ones_frames() -> None:
-    frames = taught(numbered(1))
-    assert is_known(frames, numbered(1))
-    frames.read(numbered(2), "")
-    assert is_known(frames, numbered(2), "")
-    assert not is_known(frames, numbered(1), "")
-    assert not is_known(frames, numbered(2))
+def test_no_key_knows_another_ones_templates() -> None:
+    cache = taught(numbered(1))
+    assert is_known(cache, numbered(1))
+    cache.read(numbered(2), "")
+    assert is_known(cache, numbered(2), "")
+    assert not is_known(cache, numbered(1), "")
+    assert not is_known(cache, numbered(2))
 
 
-def test_a_large_frame_is_not_kept() -> None:
-    frames = taught(numbered(1, MAX_FRAME_BYTES))
-    assert not frames._frames.get(KEY)
-    assert said(frames.read, numbered(2, MAX_FRAME_BYTES), KEY)
+def test_a_large_template_is_not_kept() -> None:
+    cache = taught(numbered(1, MAX_TEMPLATE_BYTES))
+    assert not cache._templates.get(KEY)
+    assert said(cache.read, numbered(2, MAX_TEMPLATE_BYTES), KEY)
 
 
-def test_frames_of_all_keys_have_a_bound_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    frames, size = Frames(), 60_000
+def test_templates_of_all_keys_have_a_bound_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, size = ParseCache(), 60_000
     for number in range(400):
-        frames.read(numbered(number, size), f"key_{number}")
-    kept = [each.size for each_key in frames._frames.values() for each in each_key]
-    assert sum(kept) == frames._bytes <= frames_module.MAX_BYTES
+        cache.read(numbered(number, size), f"key_{number}")
+    kept = [each.size for each_key in cache._templates.values() for each in each_key]
+    assert sum(kept) == cache._bytes <= parse_cache.MAX_BYTES
     assert len(kept) > 100
-    assert is_known(frames, numbered(399, size), "key_399"), "the newest stay"
-    assert not is_known(frames, numbered(0, size), "key_0")
+    assert is_known(cache, numbered(399, size), "key_399"), "the newest stay"
+    assert not is_known(cache, numbered(0, size), "key_0")

@@ -16,7 +16,7 @@ from hoberproxy.errors import Phase, UpstreamError, serialize_error
 from hoberproxy.upstream.error_response import (
     choose_error,
     judge_document,
-    parse_refusal,
+    parse_error_response,
     parse_retry_after,
 )
 
@@ -28,7 +28,7 @@ def headers(**values: bytes) -> Callable[[bytes], bytes | None]:
 
 
 def refuse(status: int, body: bytes = b"", **values: bytes) -> UpstreamError:
-    return parse_refusal("east", status, headers(**values), body, NOW)
+    return parse_error_response("east", status, headers(**values), body, NOW)
 
 
 # What reaches the client
@@ -223,7 +223,7 @@ def test_what_speaks_of_our_key_goes_to_another_endpoint_and_stays_here(
         judge_document(error, "east", with_status(document, status), (KEY,))
     else:
         body = json.dumps(document).encode()
-        error = parse_refusal("east", status, headers(), body, NOW, (KEY,))
+        error = parse_error_response("east", status, headers(), body, NOW, (KEY,))
     assert (error.is_retryable, error.is_refusal) == (True, False)
     assert (error.status, error.type, error.code) == (502, "upstream_error", "upstream_error")
     assert error.upstream_status == status
@@ -388,7 +388,7 @@ def test_which_of_several_errors_is_told(statuses: list[int], told: int) -> None
 
 
 def test_our_own_troubles_with_a_400_are_told_last() -> None:
-    ours = parse_refusal("east", 400, headers(), json.dumps(GEMINI).encode(), NOW, (KEY,))
+    ours = parse_error_response("east", 400, headers(), json.dumps(GEMINI).encode(), NOW, (KEY,))
     theirs, down = of_status(400), of_status(503)
     assert choose_error([ours, theirs, down]) is theirs
     assert choose_error([ours, down]) is down

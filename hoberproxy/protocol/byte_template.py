@@ -1,0 +1,257 @@
+"""Bytes seen before but for a few values: what is like them is known without being parsed.
+
+A specimen was parsed, and it is known where in it values stand that may differ from one of its kind
+to the next. Bytes that are the same around other values of these kinds say the same but for them:
+nothing else can have changed, for a value ends where its kind ends it. Of the values only those are
+holes that have been seen to differ; the others are compared together with what is around them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+# Kinds of values
+TEXT: Final = 0  # the inside of a JSON string, on one line
+NUMBER: Final = 1  # of JSON
+COUNT: Final = 2  # a whole number of JSON without a sign, in at most 15 digits
+NUMBERS: Final = 3  # the inside of a JSON array of numbers
+FIELD: Final = 4  # the value of a header, printable ASCII
+STRING: Final = 5  # as TEXT, but for what is nobody's text
+OBJECT: Final = 6  # a JSON object on one line; whether it is one, its reader finds out
+
+Value = tuple[int, int, int, bool]
+"""Where a value begins and ends in a specimen, its kind, and whether it is a hole already."""
+Edit = tuple[int, int, bytes]
+"""What is replaced in a specimen, from where to where, and by what."""
+
+_ALWAYS: Final = (TEXT, COUNT)
+MAX_DIGITS: Final = 15
+_BY_HAND: Final = 64  # bytes of a text; a longer one is left to an expression's engine
+_QUOTE: Final = 0x22
+_BACKSLASH: Final = 0x5C
+_OPENING: Final = 0x7B
+_CLOSING: Final = 0x7D
+_SPACE: Final = 0x20
+_TILDE: Final = 0x7E
+_ZERO: Final = 0x30
+_NINE: Final = 0x39
+_BEHIND_NUMBER: Final = frozenset(b",]} ")
+_PLAIN: Final = rb'[^"\\\x00-\x1f]*+'
+_ESCAPE: Final = rb'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+_text: Final = re.compile(rb"%b(?>(?:%b%b)*)" % (_PLAIN, _ESCAPE, _PLAIN))
+_NUMBER: Final = rb"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?(?:[eE][+-]?[0-9]++)?"
+_number: Final = re.compile(_NUMBER)
+_numbers: Final = re.compile(rb" *+(?:%b(?>(?: *+, *+%b)*) *+)?" % (_NUMBER, _NUMBER))
+
+
+def is_text(value: bytes) -> bool:
+    """Whether `value` may stand inside a JSON string as it is: a TEXT."""
+    return _text.fullmatch(value) is not None
+
+
+class ByteTemplate:
+    """What a specimen and others like it have in common.
+
+    Of what `match` and `learn_from` took last, the values of the holes are in `values`. `kinds` are
+    those of the holes, `literals` stand around them, and `new_literals` have the specimen's edits.
+    """
+
+    __slots__ = (
+        "_are_holes",
+        "_kinds",
+        "_known",
+        "_literals",
+        "_new_literals",
+        "kinds",
+        "literals",
+        "new_literals",
+        "values",
+    )
+
+    def __init__(
+        self, specimen: bytes, values: Sequence[Value], edits: Sequence[Edit] = ()
+    ) -> None:
+        """`values` and `edits` are in order; an edit that is not between two values is left out."""
+        self._literals: list[bytes] = []  # around all values
+        self._new_literals: list[bytes] = []
+        self._kinds = bytes([kind for _, _, kind, _ in values])
+        self._known = [specimen[start:end] for start, end, _, _ in values]  # that came last
+        self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
+        at = 0
+        for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
+            literal = specimen[at:start]
+            self._literals.append(literal)
+            self._new_literals.append(_edited(literal, at, edits))
+            at = end
+        self.values: list[bytes] = []
+        self.literals: list[bytes] = []
+        self.new_literals: list[bytes] = []
+        self._join()
+
+    def match(self, data: bytes, at: int) -> int:
+        """Return where that ends which begins at `at` and matches; 0 if nothing does."""
+        return self._walk(data, at, self.literals, self.kinds)
+
+    def learn_from(self, data: bytes, at: int, *, widen: bool = True) -> int:
+        """Match what may differ in any of its values; what matches later has these values.
+
+        With `widen`, those that differ are holes from now on. A TEXT or COUNT is one in any case.
+        """
+        self.values = [b""] * len(self._kinds)
+        matches = self._walk(data, at, self._literals, self._kinds) > 0
+        if matches:
+            for slot, value in enumerate(self.values):
+                if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
+                    self._are_holes[slot] = True
+            self._known = self.values
+            self._join()
+        self.values = [b""] * len(self.kinds)
+        return self.match(data, at) if matches else 0
+
+    def copy_for(self, data: bytes) -> ByteTemplate | None:
+        """Return a template with the values of `data`, which it has to match as a whole.
+
+        What is a hole of one is a hole of the other, as soon as it learns again.
+        """
+        copy = ByteTemplate(b"", ())
+        copy._literals, copy._new_literals = self._literals, self._new_literals
+        copy._kinds, copy._are_holes = self._kinds, self._are_holes
+        copy.values = [b""] * len(self._kinds)
+        if copy._walk(data, 0, copy._literals, copy._kinds) != len(data):
+            return None
+        copy._known = copy.values
+        copy._join()
+        return copy
+
+    def forget_values(self) -> None:
+        """Let go of the values of specimens. Unless all are holes, only copies are of use then."""
+        self._known = [b""] * len(self._kinds)
+        if len(self.kinds) < len(self._kinds):
+            self.literals = []
+            self.new_literals = []
+        self.values = [b""] * len(self.kinds)
+
+    def put_together(self, out: list[bytes]) -> None:
+        """Append to `out` what was matched last, edited."""
+        news = self.new_literals
+        out.append(news[0])
+        slot = 0
+        for value in self.values:
+            slot += 1
+            out.append(value)
+            out.append(news[slot])
+
+    def _walk(self, data: bytes, at: int, literals: list[bytes], kinds: bytes) -> int:
+        values, slot, holes = self.values, 0, len(kinds)
+        for literal in literals:
+            start = at + len(literal)
+            # Slices are compared: compiled, one costs a third of `startswith` at an offset.
+            if data[at:start] != literal:
+                return 0
+            if slot == holes:
+                return start
+            at = value_end(data, start, kinds[slot])
+            if at < 0:
+                return 0
+            values[slot] = data[start:at]
+            slot += 1
+        return 0
+
+    def _join(self) -> None:
+        """Make a part of the literals what is no hole."""
+        self.literals = []
+        self.new_literals = []
+        old, new = [self._literals[0]], [self._new_literals[0]]
+        for slot, is_hole in enumerate(self._are_holes):
+            if is_hole:
+                self._end_literal(old, new)
+                old, new = [], []
+            else:
+                old.append(self._known[slot])
+                new.append(self._known[slot])
+            old.append(self._literals[slot + 1])
+            new.append(self._new_literals[slot + 1])
+        self._end_literal(old, new)
+        holes = zip(self._kinds, self._are_holes, strict=True)
+        self.kinds = bytes([kind for kind, is_hole in holes if is_hole])
+        self.values = [b""] * len(self.kinds)
+
+    def _end_literal(self, old: list[bytes], new: list[bytes]) -> None:
+        literal = b"".join(old)
+        self.literals.append(literal)
+        self.new_literals.append(literal if new == old else b"".join(new))
+
+
+def value_end(data: bytes, start: int, kind: int) -> int:
+    """Return where a value of this kind ends that begins at `start`; -1 if none does."""
+    # By hand where it is short: compiled, that costs less than a call of the engine's.
+    if kind == TEXT or kind == STRING:
+        return _text_end(data, start)
+    if kind == FIELD:
+        return _field_end(data, start)
+    if kind == OBJECT:
+        return _object_end(data, start)
+    if kind == NUMBERS:
+        found = _numbers.match(data, start)
+        return -1 if found is None else found.end()
+    at, last = start, min(len(data), start + MAX_DIGITS + 1)
+    while at < last and _ZERO <= data[at] <= _NINE:
+        at += 1
+    digits = at - start
+    if 0 < digits <= MAX_DIGITS and (digits == 1 or data[start] != _ZERO):
+        if kind == COUNT or (at < len(data) and data[at] in _BEHIND_NUMBER):
+            return at
+    if kind == COUNT:
+        return -1
+    found = _number.match(data, start)
+    return -1 if found is None else found.end()
+
+
+def _text_end(data: bytes, start: int) -> int:
+    at, last = start, min(len(data), start + _BY_HAND)
+    while at < last:
+        byte = data[at]
+        if byte == _QUOTE:
+            return at
+        if byte < _SPACE or byte == _BACKSLASH:
+            break
+        at += 1
+    found = _text.match(data, at)
+    return -1 if found is None else found.end()
+
+
+def _object_end(data: bytes, start: int) -> int:
+    at, size, depth = start, len(data), 0
+    while at < size and (byte := data[at]) >= _SPACE:
+        at += 1
+        if byte == _OPENING:
+            depth += 1
+        elif byte == _QUOTE:
+            at = _text_end(data, at) + 1
+        elif byte == _CLOSING:
+            depth -= 1
+        if not depth:
+            return at if byte == _CLOSING else -1
+    return -1
+
+
+def _field_end(data: bytes, start: int) -> int:
+    at, size = start, len(data)
+    while at < size and _SPACE <= data[at] <= _TILDE:
+        at += 1
+    if at == start or at == size or data[start] == _SPACE or data[at - 1] == _SPACE:
+        return -1
+    return at
+
+
+def _edited(literal: bytes, at: int, edits: Sequence[Edit]) -> bytes:
+    """What becomes of the literal that stands at `at` in its specimen."""
+    parts: list[bytes] = []
+    done, size = 0, len(literal)
+    for start, end, new in edits:
+        if at <= start and end <= at + size:
+            parts += (literal[done : start - at], new)
+            done = end - at
+    return b"".join([*parts, literal[done:]]) if parts else literal

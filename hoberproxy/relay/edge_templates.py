@@ -1,0 +1,199 @@
+"""How the streams of a model server begin and end: as earlier ones, but for a few values.
+
+What a server writes before and with the first text, and behind the last one, differs from stream to
+stream in identifiers, times, texts and the numbers of a usage. An event that was parsed is kept
+without these, and what it says beside them. Another one that matches it (byte_template.py) says the
+same, and need not be parsed but for its usage.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from ..dialects.chat import content_of, is_usage_event
+from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate
+from ..protocol.json_bytes import load_json
+from .content_template import TOP, Found, find_values, has_text
+from .event_edits import Edit, apply_edits
+
+MAX_EVENTS: Final = 8  # of a server's streams under one slug: for who asks for usage, and who not
+MAX_SERVERS: Final = 256  # and slugs: models behind wildcards are named by clients
+MAX_EVENT_BYTES: Final = 4096
+MAX_VALUES: Final = 32
+_FIRST_SPECIMENS: Final = 8
+_WORTH_A_SPECIMEN: Final = 64  # events that had to be parsed since the last one
+_BACKSLASH: Final = 0x5C
+_USAGES: Final = (b"usage", b"timings", b"x_groq")  # members in which one may be told
+
+
+class KnownEvent:
+    """An event but for its values. What it says is that of the one which matched last.
+
+    `content` is for the ContentTemplate of a stream whose first text stands in such an event.
+    """
+
+    __slots__ = (
+        "_id_slot",
+        "_usages",
+        "content",
+        "finish_reason",
+        "has_content",
+        "is_opening",
+        "is_usage",
+        "model",
+        "raw_id",
+        "template",
+        "usage_document",
+        "wants_usage",
+    )
+
+    def __init__(
+        self,
+        template: ByteTemplate,
+        found: list[Found],
+        document: dict[str, Any],
+        model: str,
+        wants_usage: bool,
+    ) -> None:
+        self.template = template
+        self.wants_usage = wants_usage  # what the client gets depends on it
+        self.model = model  # the upstream's name for it; "" if it tells none
+        self.content: ByteTemplate | None = None
+        self.is_opening = False  # behind content it would be taken for some, unread
+        self.finish_reason, self.has_content = content_of(document)
+        self.is_usage = is_usage_event(document)
+        self.raw_id = b""
+        self.usage_document: dict[str, Any] = {}  # empty if it tells no usage
+        self._id_slot = -1
+        self._usages: list[tuple[int, str]] = []  # slots of members that tell a usage
+        for slot, (_, _, kind, where, name) in enumerate(found):
+            if kind == OBJECT:
+                self._usages.append((slot, name.decode()))
+            elif where == TOP and name == b"id":
+                self._id_slot = slot
+
+    def match(self, data: bytes, at: int) -> int:
+        """Return where that ends which begins at `at` and says the same; 0 if nothing does."""
+        template = self.template
+        end = template.match(data, at)
+        if not end or end - at > 2 * MAX_EVENT_BYTES:
+            return 0
+        if TEXT in template.kinds and not has_text(template):
+            return 0
+        event = data[at:end]
+        if not event.isascii() and not _is_utf8(event):
+            return 0
+        values = template.values
+        if self._id_slot >= 0:
+            self.raw_id = values[self._id_slot]
+            if _BACKSLASH in self.raw_id:
+                return 0
+        if self._usages:
+            self.usage_document = {}
+            for slot, name in self._usages:
+                try:
+                    self.usage_document[name] = load_json(values[slot])
+                except ValueError:
+                    return 0
+        return end
+
+    def put_together(self, out: list[bytes]) -> None:
+        """Append to `out` what the client gets of the event that matched last, and forget it."""
+        self.template.put_together(out)
+        self.template.values = [b""] * len(self.template.kinds)
+
+
+class EdgeTemplates:
+    """The first and last events of one model server's streams under one slug."""
+
+    __slots__ = ("_events", "_unmatched")
+
+    def __init__(self) -> None:
+        self._events: list[KnownEvent] = []  # the oldest first
+        self._unmatched = 0  # events in a row that had to be parsed
+
+    def find(
+        self, data: bytes, at: int, *, wants_usage: bool, is_opening: bool
+    ) -> tuple[KnownEvent | None, int]:
+        """Return the known event that begins at `at`, and where it ends.
+
+        With `is_opening` there was no content before it.
+        """
+        for known in self._events:
+            if known.wants_usage is wants_usage and (is_opening or not known.is_opening):
+                end = known.match(data, at)
+                if end:
+                    self._unmatched = 0
+                    return known, end
+        return None, 0
+
+    def learn_from(
+        self,
+        event: bytes,
+        payload_at: int,
+        edits: list[Edit],
+        document: dict[str, Any],
+        *,
+        wants_usage: bool,
+    ) -> KnownEvent | None:
+        """Know events like this one from now on; returns what is known, None if nothing is.
+
+        Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
+        empty one; `document` is what that says, and `edits` is what the client sees otherwise.
+        """
+        self._unmatched += 1
+        if self._unmatched > _FIRST_SPECIMENS and self._unmatched % _WORTH_A_SPECIMEN:
+            return None
+        known = _make_known(event, payload_at, edits, document, wants_usage=wants_usage)
+        if known is not None:
+            self._events = [*self._events[1 - MAX_EVENTS :], known]
+        return known
+
+
+def _make_known(
+    event: bytes,
+    payload_at: int,
+    edits: list[Edit],
+    document: dict[str, Any],
+    *,
+    wants_usage: bool,
+) -> KnownEvent | None:
+    if len(event) > MAX_EVENT_BYTES or event.count(b'"model"') > 1 or not _is_sure(document):
+        return None
+    found = find_values(event, payload_at, usages=_USAGES)
+    if found is None:
+        return None
+    # What is empty must stay so: a text more would be content.
+    found = [each for each in found if each[2] != TEXT or each[1] > each[0]]
+    if len(found) > MAX_VALUES:
+        return None
+    values = [(start, end, kind, True) for start, end, kind, _, _ in found]
+    template = ByteTemplate(event, values, edits)
+    model = document.get("model")
+    known = KnownEvent(
+        template, found, document, model if isinstance(model, str) else "", wants_usage
+    )
+    # Nothing is taken for granted.
+    if known.match(event, 0) != len(event):
+        return None
+    passed: list[bytes] = []
+    template.put_together(passed)
+    template.forget_values()
+    return known if b"".join(passed) == apply_edits(event, edits) else None
+
+
+def _is_sure(document: dict[str, Any]) -> bool:
+    """Whether an event has no usage of a choice's own, and no whole message."""
+    choices = document.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if not isinstance(choice, dict) or choice.get("usage") or choice.get("message"):
+            return False
+    return True
+
+
+def _is_utf8(event: bytes) -> bool:
+    try:
+        event.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
