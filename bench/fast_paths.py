@@ -93,19 +93,14 @@ class Switch:
 
 SWITCHES = {
     "content": Switch(
-        "content template",
+        "template of a stream's events with content",
         ("burst", "paced"),
-        {"Stencil.take": "return data", "Stencil.pass_events": "return None"},
+        {"ContentTemplate.take": "return data", "ContentTemplate.pass_events": "return None"},
     ),
-    "openings": Switch(
-        "templates of a stream's first events",
+    "edges": Switch(
+        "templates of a stream's first and last events",
         ("burst", "paced"),
-        {"Opening.find": "return None", "Opening.learn": "return None"},
-    ),
-    "endings": Switch(
-        "templates of a stream's last events",
-        ("burst", "paced"),
-        {"StreamScanner._pass_ending": "return at", "Ending.learn": "return None"},
+        {"EdgeTemplates.find": "return None, 0", "EdgeTemplates.learn_from": "return None"},
     ),
     "sink": Switch(
         "socket writer past the transport", ("burst", "json", "paced"), {"Sink.__init__": "fd = -1"}

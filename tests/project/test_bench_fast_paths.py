@@ -122,7 +122,7 @@ def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
 @pytest.mark.skipif(find_wrk() is None, reason="needs wrk (Debian: wrk)")
 def test_variants_run_side_by_side(tmp_path: Path) -> None:
-    options = "--pure --only admitted,endings --load json,burst --turns 1 --seconds 1".split()
+    options = "--pure --only admitted,edges --load json,burst --turns 1 --seconds 1".split()
     paths = ["--folder", str(tmp_path / "copy"), "--json", str(tmp_path / "run.json")]
     done = subprocess.run(
         [sys.executable, "-m", "bench.fast_paths", *options, *paths],
@@ -135,7 +135,7 @@ def test_variants_run_side_by_side(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "run.json").read_bytes())
     assert {load: set(variants) for load, variants in told["turns"].items()} == {
         "json": {FULL, AGAIN, "admitted"},
-        "burst": {FULL, AGAIN, "endings"},
+        "burst": {FULL, AGAIN, "edges"},
     }
     assert all(us > 0 for each in told["turns"].values() for turns in each.values() for us in turns)
-    assert "endings" in done.stdout
+    assert "edges" in done.stdout
