@@ -93,19 +93,14 @@ class Switch:
 
 SWITCHES = {
     "content": Switch(
-        "content template",
+        "template of a stream's events with content",
         ("burst", "paced"),
-        {"Stencil.take": "return data", "Stencil.pass_events": "return None"},
+        {"ContentTemplate.take": "return data", "ContentTemplate.pass_events": "return None"},
     ),
-    "openings": Switch(
-        "templates of a stream's first events",
+    "edges": Switch(
+        "templates of a stream's first and last events",
         ("burst", "paced"),
-        {"Opening.find": "return None", "Opening.learn": "return None"},
-    ),
-    "endings": Switch(
-        "templates of a stream's last events",
-        ("burst", "paced"),
-        {"StreamScanner._pass_ending": "return at", "Ending.learn": "return None"},
+        {"EdgeTemplates.find": "return None, 0", "EdgeTemplates.learn_from": "return None"},
     ),
     "sink": Switch(
         "socket writer past the transport", ("burst", "json", "paced"), {"Sink.__init__": "fd = -1"}
@@ -446,6 +441,16 @@ def render(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def describe_command(argv: Sequence[str]) -> str:
+    """The command line without the folders of this machine: a report is for others to read."""
+    arguments = [
+        f"{before}{equals}{Path(after).name}" if "/" in each else each
+        for each in argv
+        for before, equals, after in [each.rpartition("=")]
+    ]
+    return shlex.join(["python", "-m", "bench.fast_paths", *arguments])
+
+
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.fast_paths", description=(__doc__ or "").partition("\n")[0]
@@ -500,7 +505,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render(rows))
     if options.json is not None:
         told = {
-            "command": shlex.join(["python", "-m", "bench.fast_paths", *(argv or sys.argv[1:])]),
+            "command": describe_command(sys.argv[1:] if argv is None else argv),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "is_compiled": program.is_compiled,
             "machine": machine,

@@ -21,6 +21,7 @@ from bench.fast_paths import (
     Program,
     Switch,
     add_switches,
+    describe_command,
     make_copy,
     parse_options,
     summarize,
@@ -105,6 +106,11 @@ def test_a_ratio_is_of_the_same_turn_and_its_median_is_told() -> None:
     assert again["ratio_high"] == pytest.approx(1.005)
 
 
+def test_the_command_that_is_told_has_no_folder_of_this_machine() -> None:
+    told = describe_command(["--folder", "/a/copy", "--beside", "old=/b/other", "--turns", "3"])
+    assert told == "python -m bench.fast_paths --folder copy --beside old=other --turns 3"
+
+
 def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
     options = parse_options(["--folder", "x", "--only", "", "--beside", f"old={tmp_path}"])
     assert options.only == []
@@ -116,7 +122,7 @@ def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_compiler() is None, reason="needs a C compiler")
 @pytest.mark.skipif(find_wrk() is None, reason="needs wrk (Debian: wrk)")
 def test_variants_run_side_by_side(tmp_path: Path) -> None:
-    options = "--pure --only admitted,endings --load json,burst --turns 1 --seconds 1".split()
+    options = "--pure --only admitted,edges --load json,burst --turns 1 --seconds 1".split()
     paths = ["--folder", str(tmp_path / "copy"), "--json", str(tmp_path / "run.json")]
     done = subprocess.run(
         [sys.executable, "-m", "bench.fast_paths", *options, *paths],
@@ -129,7 +135,7 @@ def test_variants_run_side_by_side(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "run.json").read_bytes())
     assert {load: set(variants) for load, variants in told["turns"].items()} == {
         "json": {FULL, AGAIN, "admitted"},
-        "burst": {FULL, AGAIN, "endings"},
+        "burst": {FULL, AGAIN, "edges"},
     }
     assert all(us > 0 for each in told["turns"].values() for turns in each.values() for us in turns)
-    assert "endings" in done.stdout
+    assert "edges" in done.stdout
