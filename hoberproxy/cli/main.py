@@ -175,7 +175,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             )
         return _serve_embedded(arguments.listen)
     # A reload or an upgrade that is asked for during the start waits until there are handlers.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR2))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR2))
     from ..process.listeners import StartError
     from ..process.supervisor import serve
 
@@ -183,6 +183,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         serve(path, arguments.listen, 1 if arguments.workers is None else arguments.workers)
     except StartError as error:
         return _cannot_start(*error.problems)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return EXIT_OK
 
 
