@@ -469,6 +469,8 @@ def find_values(event: bytes, at: int, *, usages: tuple[bytes, ...] = ()) -> lis
                 found.append((start, at - 1, kind, where, name))
         elif byte == _OPENING_BRACE and where == TOP and name in usages:
             at = value_end(event, start, OBJECT)
+            if at < 0:
+                return None
             found.append((start, at, OBJECT, where, name))
         elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
             outer.append(where)
