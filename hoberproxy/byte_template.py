@@ -114,6 +114,10 @@ class ByteTemplate:
         self.values = [b""] * len(self.kinds)
         return self.match(data, at) if matches else 0
 
+    def without_values(self) -> bytes:
+        """Return what no value of a specimen is part of."""
+        return b"".join(self._literals)
+
     def hole_of(self, slot: int) -> int:
         """Return the number among the holes of the value that has this number among all."""
         return sum(self._are_holes[:slot])

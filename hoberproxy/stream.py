@@ -491,7 +491,8 @@ class StreamScanner:
                 event, payload_at, edits, document, wants_usage=self._wants_usage
             )
         if known is not None:
-            known.is_opening = not _says_more(event) and not known.has_content
+            says_more = _says_more(known.template.without_values())
+            known.is_opening = not says_more and not known.has_content
         if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)
