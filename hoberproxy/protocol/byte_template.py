@@ -33,6 +33,8 @@ _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 _OPENING: Final = 0x7B
 _CLOSING: Final = 0x7D
+_LF: Final = 0x0A
+_CR: Final = 0x0D
 _SPACE: Final = 0x20
 _TILDE: Final = 0x7E
 _ZERO: Final = 0x30
@@ -77,7 +79,8 @@ class ByteTemplate:
         self._literals: list[bytes] = []  # around all values
         self._new_literals: list[bytes] = []
         self._kinds = bytes([kind for _, _, kind, _ in values])
-        self._known = [specimen[start:end] for start, end, _, _ in values]  # that came last
+        # What came last in place of those that are no holes.
+        self._known = [b"" if is_hole else specimen[start:end] for start, end, _, is_hole in values]
         self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
         at = 0
         for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
@@ -105,10 +108,19 @@ class ByteTemplate:
             for slot, value in enumerate(self.values):
                 if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
                     self._are_holes[slot] = True
-            self._known = self.values
+            holes = self._are_holes
+            self._known = [b"" if holes[slot] else each for slot, each in enumerate(self.values)]
             self._join()
         self.values = [b""] * len(self.kinds)
         return self.match(data, at) if matches else 0
+
+    def without_values(self) -> bytes:
+        """Return what no value of a specimen is part of."""
+        return b"".join(self._literals)
+
+    def hole_of(self, slot: int) -> int:
+        """Return the number among the holes of the value that has this number among all."""
+        return sum(self._are_holes[:slot])
 
     def copy_for(self, data: bytes) -> ByteTemplate | None:
         """Return a template with the values of `data`, which it has to match as a whole.
@@ -126,12 +138,11 @@ class ByteTemplate:
         return copy
 
     def forget_values(self) -> None:
-        """Let go of the values of specimens. Unless all are holes, only copies are of use then."""
+        """Let go of the values of specimens: only copies are of use then."""
         self._known = [b""] * len(self._kinds)
-        if len(self.kinds) < len(self._kinds):
-            self.literals = []
-            self.new_literals = []
-        self.values = [b""] * len(self.kinds)
+        self.literals = []
+        self.new_literals = []
+        self.values = []
 
     def put_together(self, out: list[bytes]) -> None:
         """Append to `out` what was matched last, edited."""
@@ -224,7 +235,7 @@ def _text_end(data: bytes, start: int) -> int:
 
 def _object_end(data: bytes, start: int) -> int:
     at, size, depth = start, len(data), 0
-    while at < size and (byte := data[at]) >= _SPACE:
+    while at < size and (byte := data[at]) != _LF and byte != _CR:
         at += 1
         if byte == _OPENING:
             depth += 1

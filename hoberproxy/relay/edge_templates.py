@@ -23,6 +23,7 @@ MAX_VALUES: Final = 32
 _FIRST_SPECIMENS: Final = 8
 _WORTH_A_SPECIMEN: Final = 64  # events that had to be parsed since the last one
 _BACKSLASH: Final = 0x5C
+_OWN: Final = (b"id", b"created")  # of each stream
 _USAGES: Final = (b"usage", b"timings", b"x_groq")  # members in which one may be told
 
 
@@ -33,7 +34,8 @@ class KnownEvent:
     """
 
     __slots__ = (
-        "_id_slot",
+        "_found",
+        "_id_hole",
         "_usages",
         "content",
         "finish_reason",
@@ -64,13 +66,25 @@ class KnownEvent:
         self.is_usage = is_usage_event(document)
         self.raw_id = b""
         self.usage_document: dict[str, Any] = {}  # empty if it tells no usage
-        self._id_slot = -1
-        self._usages: list[tuple[int, str]] = []  # slots of members that tell a usage
-        for slot, (_, _, kind, where, name) in enumerate(found):
+        self._found = [(kind, where, name) for _, _, kind, where, name in found]
+        self._note_holes()
+
+    def _note_holes(self) -> None:
+        """Note which holes have the identifier, and members that tell a usage."""
+        self._id_hole = -1
+        self._usages: list[tuple[int, str]] = []
+        for slot, (kind, where, name) in enumerate(self._found):
             if kind == OBJECT:
-                self._usages.append((slot, name.decode()))
+                self._usages.append((self.template.hole_of(slot), name.decode()))
             elif where == TOP and name == b"id":
-                self._id_slot = slot
+                self._id_hole = self.template.hole_of(slot)
+
+    def learn_from(self, event: bytes) -> bool:
+        """Make holes of what differs in an event that says the same; False if it does not."""
+        if self.template.learn_from(event, 0) != len(event):
+            return False
+        self._note_holes()
+        return self.match(event, 0) > 0
 
     def match(self, data: bytes, at: int) -> int:
         """Return where that ends which begins at `at` and says the same; 0 if nothing does."""
@@ -84,15 +98,15 @@ class KnownEvent:
         if not event.isascii() and not _is_utf8(event):
             return 0
         values = template.values
-        if self._id_slot >= 0:
-            self.raw_id = values[self._id_slot]
+        if self._id_hole >= 0:
+            self.raw_id = values[self._id_hole]
             if _BACKSLASH in self.raw_id:
                 return 0
         if self._usages:
             self.usage_document = {}
-            for slot, name in self._usages:
+            for hole, name in self._usages:
                 try:
-                    self.usage_document[name] = load_json(values[slot])
+                    self.usage_document[name] = load_json(values[hole])
                 except ValueError:
                     return 0
         return end
@@ -106,24 +120,29 @@ class KnownEvent:
 class EdgeTemplates:
     """The first and last events of one model server's streams under one slug."""
 
-    __slots__ = ("_events", "_unmatched")
+    __slots__ = ("_events", "_unmatched", "following")
 
     def __init__(self) -> None:
         self._events: list[KnownEvent] = []  # the oldest first
+        self.following = 0
         self._unmatched = 0  # events in a row that had to be parsed
 
     def find(
-        self, data: bytes, at: int, *, wants_usage: bool, is_opening: bool
+        self, data: bytes, at: int, *, wants_usage: bool, is_opening: bool, first: int = 0
     ) -> tuple[KnownEvent | None, int]:
         """Return the known event that begins at `at`, and where it ends.
 
-        With `is_opening` there was no content before it.
+        With `is_opening` there was no content before it. The event with the number `first` is tried
+        first; afterwards `following` is the number of the one behind it.
         """
-        for known in self._events:
+        count = len(self._events)
+        for place in range(first, first + count):
+            known = self._events[place % count]
             if known.wants_usage is wants_usage and (is_opening or not known.is_opening):
                 end = known.match(data, at)
                 if end:
                     self._unmatched = 0
+                    self.following = (place + 1) % count
                     return known, end
         return None, 0
 
@@ -144,6 +163,20 @@ class EdgeTemplates:
         self._unmatched += 1
         if self._unmatched > _FIRST_SPECIMENS and self._unmatched % _WORTH_A_SPECIMEN:
             return None
+        for known in self._events:
+            if known.wants_usage is wants_usage and known.learn_from(event):
+                return known
+        return self._add(event, payload_at, edits, document, wants_usage=wants_usage)
+
+    def _add(
+        self,
+        event: bytes,
+        payload_at: int,
+        edits: list[Edit],
+        document: dict[str, Any],
+        *,
+        wants_usage: bool,
+    ) -> KnownEvent | None:
         known = _make_known(event, payload_at, edits, document, wants_usage=wants_usage)
         if known is not None:
             self._events = [*self._events[1 - MAX_EVENTS :], known]
@@ -167,7 +200,10 @@ def _make_known(
     found = [each for each in found if each[2] != TEXT or each[1] > each[0]]
     if len(found) > MAX_VALUES:
         return None
-    values = [(start, end, kind, True) for start, end, kind, _, _ in found]
+    values = [
+        (start, end, kind, where != TOP or kind == OBJECT or name in _OWN)
+        for start, end, kind, where, name in found
+    ]
     template = ByteTemplate(event, values, edits)
     model = document.get("model")
     known = KnownEvent(
@@ -177,8 +213,7 @@ def _make_known(
     if known.match(event, 0) != len(event):
         return None
     passed: list[bytes] = []
-    template.put_together(passed)
-    template.forget_values()
+    known.put_together(passed)
     return known if b"".join(passed) == apply_edits(event, edits) else None
 
 

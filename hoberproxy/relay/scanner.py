@@ -56,6 +56,7 @@ class StreamScanner:
         self._editor = Editor(slug, wants_usage=wants_usage)
         self._wants_usage = wants_usage
         self._edges = edges
+        self._next_edge = 0  # what follows in other streams what came last
         self._is_flowing = False  # there was content, and nothing but a tail is held
         self._tail = b""  # an event not yet finished
         self._held: list[bytes] = []  # whole events before the first content
@@ -267,10 +268,15 @@ class StreamScanner:
         if self._edges is None:
             return at
         known, end = self._edges.find(
-            data, at, wants_usage=self._wants_usage, is_opening=not self.has_content
+            data,
+            at,
+            wants_usage=self._wants_usage,
+            is_opening=not self.has_content,
+            first=self._next_edge,
         )
         if known is None:
             return at
+        self._next_edge = self._edges.following
         if not self._raw_id:
             self._raw_id = known.raw_id
         self._editor.model = self._editor.model or known.model
@@ -492,7 +498,8 @@ class StreamScanner:
                 event, payload_at, edits, document, wants_usage=self._wants_usage
             )
         if known is not None:
-            known.is_opening = not _says_more(event) and not known.has_content
+            says_more = _says_more(known.template.without_values())
+            known.is_opening = not says_more and not known.has_content
         if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)
