@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from hoberproxy.byte_template import Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from hoberproxy.protocol.byte_template import (
     STRING,
     TEXT,
     ByteTemplate,
+    Value,
     value_end,
 )
 
