@@ -92,7 +92,9 @@ class Connected:
     def __init__(self, **options: Any) -> None:
         loop = asyncio.get_running_loop()
         self.wheel = Wheel(1000.0)
-        self.context = ConnectionContext(SETTINGS, loop, self.wheel, Admission(SETTINGS))
+        self.context = ConnectionContext(
+            SETTINGS, loop, self.wheel, Admission(SETTINGS.max_streams)
+        )
         self.handlers: list[FakeHandler] = []
         self.options = options
         self.connection = DownstreamConnection(

@@ -77,7 +77,7 @@ class Service:
     def workers(self) -> list[int]:
         """Processes that serve: the supervisor's children but for the writer of records."""
         parent = str(self.main_pid)
-        found = self.machine.attempt("pgrep", "--full", "--parent", parent, r"hoberproxy\.worker")
+        found = self.machine.attempt("pgrep", "--full", "--parent", parent, "hoberproxy worker")
         return [int(pid) for pid in found.stdout.split()]
 
     def show(self, name: str) -> str:
