@@ -17,6 +17,7 @@ from hoberproxy.config.reader import parse_config
 from hoberproxy.config.settings import ServerSettings
 from hoberproxy.config.source import read_example
 from hoberproxy.process.listeners import BACKLOG
+from tests.conftest import pure_only
 from tests.support.patience import WAIT
 from tests.support.tools import need_tool
 
@@ -153,6 +154,7 @@ def run_dry(**environ: str) -> str:
     return said
 
 
+@pure_only  # it installs a checkout, and the compiled package is tested without one
 def test_a_dry_run_needs_no_root_and_says_every_command() -> None:
     said = run_dry()
     for path in ("/etc/systemd/system", "/etc/sysusers.d", "/etc/tmpfiles.d", "/etc/hoberproxy"):
@@ -160,6 +162,7 @@ def test_a_dry_run_needs_no_root_and_says_every_command() -> None:
         assert f" {path}/hoberproxy." in said
 
 
+@pure_only  # it installs a checkout, and the compiled package is tested without one
 def test_it_says_whether_it_compiles_and_if_not_what_to_do() -> None:
     assert "from the checkout, compiled: that takes about two minutes" in run_dry(CC="/bin/true")
     said = run_dry(CC="gcc-of-nowhere")
@@ -167,6 +170,7 @@ def test_it_says_whether_it_compiles_and_if_not_what_to_do() -> None:
     assert "install gcc and Python's headers" in said
 
 
+@pure_only  # it installs a checkout, and the compiled package is tested without one
 def test_another_build_is_another_release_and_the_same_the_same() -> None:
     compiled, again, pure = (
         re.findall(r"installing (\S+)", run_dry(CC=compiler))
