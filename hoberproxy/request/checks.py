@@ -397,10 +397,11 @@ def _check_parts(index: int, parts: list[Any]) -> tuple[bool, int]:
 def _media_excess(media: object) -> int:
     """Return by how many bytes the longest text of an image or a sound is over MEDIA_BYTES."""
     # In base64 a character is a byte of the body; other texts (a URL) are short.
-    if type(media) is str:
-        return max(0, len(media) - MEDIA_BYTES)
     longest = MEDIA_BYTES
-    if type(media) is dict:
+    if type(media) is str:
+        if len(media) > longest:
+            longest = len(media)
+    elif type(media) is dict:
         for text in media.values():  # no generator: there may be as many images as values
             if type(text) is str and len(text) > longest:
                 longest = len(text)
