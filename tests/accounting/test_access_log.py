@@ -6,7 +6,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hoberproxy.accounting.access_log import AccessLog, format_human, format_json
 from hoberproxy.accounting.record import Record
 from hoberproxy.errors import FailedAttempt
-from tests.support.patience import WAIT
+from tests.support.patience import WAIT, wait_until
 
 PATIENCE = WAIT
 PIPE_BYTES = 1 << 20  # more than a pipe holds
@@ -59,13 +59,6 @@ FAILED = record(
         FailedAttempt("east", None, "upstream_timeout", "connect", 5000),
     ),
 )
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.002)
 
 
 # Lines

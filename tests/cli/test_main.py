@@ -15,7 +15,7 @@ import textwrap
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from hoberproxy.cli.usage import GROUPS
 from hoberproxy.config.presets import PRESETS
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from tests.conftest import IS_COMPILED
-from tests.support.patience import WAIT
+from tests.support.patience import WAIT, wait_until
 from tests.support.processes import all_below
 from tests.support.stores import write_records
 
@@ -438,13 +438,6 @@ def serving(folder: Path, *options: str, command: list[str] = MODULE) -> Iterato
             for pid in (process.pid, *all_below(process.pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.02)
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hoberproxy.access.keys import Keyring
-from hoberproxy.accounting.record import Record, Row
+from hoberproxy.accounting.record import Row
 from hoberproxy.errors import AccessError
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from hoberproxy.storage.store import StoreError
-from tests.support.patience import WAIT
-from tests.support.recording import Process
+from tests.support.patience import wait_until
+from tests.support.recording import Process, record
 from tests.support.stores import write_records
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def make(path: Path) -> Iterator[Callable[..., Process]]:
-    made: list[Process] = []
-
-    def make(keyring: Keyring | None = None, **options: Any) -> Process:
-        options = {"tick": 0.005, "reload_interval": 0.005} | options
-        process = Process(path, keyring, **options)
-        made.append(process)
-        return process
-
-    yield make
-    for process in made:
-        process.close()
-
-
-def record(number: int) -> Record:
-    return Record(id=f"req_{number}", started=float(number), status=200)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.002)
 
 
 def authenticates(keyring: Keyring, key: str) -> bool:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,41 +15,16 @@ from typing import Any
 import orjson
 import pytest
 
-from hoberproxy.access.keys import Keyring
 from hoberproxy.accounting.record import Record, Row
 from hoberproxy.routing.catalog import Endpoint, Prices
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from hoberproxy.storage.store import StoreError
 from hoberproxy.storage.writer import BUSY_TIMEOUT, Writer
-from tests.support.patience import WAIT
-from tests.support.recording import Process
+from tests.support.patience import WAIT, wait_until
+from tests.support.recording import Process, record
 from tests.support.stores import write_records
 
 PATIENCE = WAIT
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def make(path: Path) -> Iterator[Callable[..., Process]]:
-    made: list[Process] = []
-
-    def make(keyring: Keyring | None = None, **options: Any) -> Process:
-        options = {"tick": 0.005, "reload_interval": 0.005} | options
-        process = Process(path, keyring, **options)
-        made.append(process)
-        return process
-
-    yield make
-    for process in made:
-        process.close()
-
-
-def record(number: int) -> Record:
-    return Record(id=f"req_{number}", started=float(number), status=200)
 
 
 def stored(path: Path) -> int:
@@ -57,13 +32,6 @@ def stored(path: Path) -> int:
     count: int = db.execute("SELECT COUNT(*) FROM records").fetchone()[0]
     db.close()
     return count
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        time.sleep(0.002)
 
 
 class Lock:

@@ -13,6 +13,11 @@ from hoberproxy.storage.key_loader import KeyLoader
 from hoberproxy.storage.writer import FINISH_LIMIT, TICK, Writer
 
 
+def record(number: int) -> Record:
+    """Make the record of a request that was served, with an identifier of this `number`."""
+    return Record(id=f"req_{number}", started=float(number), status=200)
+
+
 class Process:
     """Starts and ends these three in the order of server.py.
 
