@@ -20,6 +20,7 @@ from ..downstream.response import Answer, Client
 from ..downstream.socket_writer import Sink
 from ..errors import UpstreamError
 from ..exchange.attempt import Attempt, AttemptOwner
+from ..exchange.observations import SHORTEST_MEASURED
 from ..protocol.http_head import ResponseHead
 from ..request.checks import parse_call
 from ..routing.catalog import Endpoint, Model, TimeLimits
@@ -28,8 +29,6 @@ from ..timer_wheel import Ticker, Wheel
 from ..upstream.models_listing import list_models
 from ..upstream.provider import Upstream, make_upstreams
 from .live_check_report import Report
-
-SHORTEST_MEASURED = 0.05  # seconds of a stream; in less, tokens per second are noise
 
 Body = dict[str, Any]
 

@@ -75,7 +75,6 @@ class Exchange(AttemptOwner):
     _failover: Failover | None = None  # with the plan
     _attempt: Attempt | None = None
     _is_closed = False
-    _upstreams: dict[str, Upstream]  # as of the plan: a reload replaces them
     _upstream: Upstream  # of the attempt
 
     def __init__(
@@ -215,7 +214,6 @@ class Exchange(AttemptOwner):
         plan = make_plan(call, context.catalog, health, now, context.draw)
         if self._caller.models:
             plan = keep_permitted(plan, self._caller.may_use, self._caller.models)
-        self._upstreams = context.upstreams
         self._failover = Failover(plan, context.config.routing)
         return plan
 
@@ -250,15 +248,13 @@ class Exchange(AttemptOwner):
             return
         # From here on the model server is at work: what is done now delays nothing.
         self._context.health.begin(attempt.step.endpoint.key, self.now)
-        # A plan may be older than the config: only the first try is surely within its limits.
-        wait = self._context.shortest_wait if is_first else self._longest_wait(attempt)
-        self._client.hasten(self.now + wait)
+        self._client.hasten(self.now + self._context.shortest_wait)
 
     def _make_attempt(self) -> Attempt:
         call, failover = self._call, self._failover
         assert call is not None and failover is not None, "nothing is tried after the first content"
         step = failover.step
-        self._upstream = upstream = self._upstreams[step.endpoint.provider]
+        self._upstream = upstream = self._context.upstreams[step.endpoint.provider]
         answer: ResponseBody = self._answer
         self._kept = None
         if step.endpoint.usage == "count":
