@@ -277,7 +277,7 @@ class Server:
 def started(
     name: str, program: Program, wiring: Wiring, core: int, serve_args: Sequence[str]
 ) -> Iterator[Server]:
-    """Start a variant with records and keys of its own on `core`."""
+    """Start a variant on `core`, with separate records and keys."""
     folder = wiring.folder
     folder.mkdir()
     log = folder / "server.log"
@@ -356,7 +356,7 @@ Values = dict[str, dict[str, list[float]]]  # µs of each turn, by load and vari
 
 
 def measure(program: Program, options: argparse.Namespace) -> Values:
-    """Measure all loads that are asked for."""
+    """Measure each load that the command line names."""
     cores = choose_cores(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores.load})
     options.core = cores.server
@@ -413,7 +413,7 @@ def run_turns(
                     values.setdefault(load, {}).setdefault(name, []).append(us)
 
 
-# What is told
+# The report
 
 
 def summarize(values: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:

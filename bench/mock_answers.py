@@ -45,7 +45,7 @@ class Fault(Enum):
     STALL = "stall"  # silence until the client leaves
     CUT = "cut"  # the connection ends in good order, the answer does not
     RESET = "reset"  # the connection is reset
-    ERROR = "error"  # an event that tells of an error, and a good end
+    ERROR = "error"  # an event with an error, and a regular end
     SLOW_HEAD = "slow-head"  # seconds before the answer's head, e.g. slow-head:1.5
 
 
@@ -270,14 +270,14 @@ class Events:
         return self._choice(b'"role":"assistant","content":"","refusal":null')
 
     def content(self, number: int) -> bytes:
-        """A content event with its number and the place of its stamp, in the size asked for."""
+        """Return a content event of the wanted size, with its number and the place of its stamp."""
         text = b"~%06d@%b~" % (number, STAMP)
         self._pad()
         bare = self._text(text)
         return self._text(text + _filler(self._settings.event_bytes - len(bare)))
 
     def ending(self) -> Iterator[bytes]:
-        """Finish, usage if it was asked for, and [DONE]."""
+        """Return the finish, the usage if the request wants it, and [DONE]."""
         self._pad()
         yield self._choice(b"", finish=b'"stop"')
         if self._include_usage:

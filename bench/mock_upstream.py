@@ -4,8 +4,8 @@
 
 A request's `bench` object says how it is answered (mock_answers.py's `Settings`). The text of each
 content event carries its number and CLOCK_MONOTONIC in ns, read just before the write, so that it
-comes through gateways that write events anew: `~000012@0000004766123456789~`. One timer drives all
-streams; how late their writes were is told by GET /bench/stats, with ?reset=1 to begin anew.
+survives gateways that rewrite events: `~000012@0000004766123456789~`. One timer drives all
+streams; GET /bench/stats returns how late their writes were, and ?reset=1 clears that.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class ProcessTree:
     def cpu_by_role(self) -> dict[str, float]:
         """The same by what a process does, as its command line says, processes that ended too."""
         for pid in self.pids():
-            self._roles[pid] = _role(pid)  # anew: a child is its parent's copy until it executes
+            self._roles[pid] = _role(pid)  # a child copies its parent until it executes
         self.cpu_seconds()
         roles: dict[str, float] = {}
         for pid, seconds in self._cpu.items():

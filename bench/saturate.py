@@ -3,7 +3,7 @@
     python -m bench.saturate --url http://127.0.0.1:8080 --key K --server-pid 4711 --seconds 5
 
 A few requests go first by bench.load, which looks at the answers; of the others wrk looks at
-framing and status. The report has the form of bench.load's, as far as wrk tells it; CPU is of the
+framing and status. The report has the form of bench.load's, as far as wrk reports it; CPU is of the
 processes of `--server-pid`, in all and by what each does. Exit code 1: a request failed.
 """
 
@@ -108,7 +108,7 @@ def start_wrk(
 ) -> Iterator[subprocess.Popen[str]]:
     """Start wrk, which sends requests for `seconds`; `counted_by` waits for its end.
 
-    `is_closing`: each request has a connection of its own.
+    `is_closing`: each request has a separate connection.
     """
     program = find_wrk()
     if program is None:
@@ -243,14 +243,14 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--url", required=True, help="of the server, e.g. http://127.0.0.1:8080")
-    add("--model", default="bench/model", help="asked for (bench/model)")
+    add("--model", default="bench/model", help="the model of each request (bench/model)")
     add("--key", default=os.environ.get("BENCH_KEY", "bench"), help="(BENCH_KEY, or bench)")
     add("--connections", type=int, default=32, help="requests at a time (32)")
     add("--seconds", type=int, default=5, help="in which requests are sent (5)")
     add("--stream", action="store_true", help="ask for a stream")
     add("--events", type=int, default=64, help="content events of the upstream's streams (64)")
     add("--prompt-bytes", type=int, default=1000, help="size of the message (1000)")
-    add("--server-pid", type=int, action="append", default=[], help="whose CPU is told")
+    add("--server-pid", type=int, action="append", default=[], help="reports its CPU")
     add("--cpu", type=int, metavar="N", help="run on this core only")
     add("--json", type=Path, metavar="FILE", help="write the report there")
     return parser.parse_args(argv)

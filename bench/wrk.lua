@@ -1,6 +1,6 @@
 -- A request from a file, and what wrk counted as one line of JSON.
 --     wrk -s wrk.lua URL -- BODY_FILE
--- The key is in BENCH_KEY; with BENCH_CLOSE each request has a connection of its own.
+-- The key is in BENCH_KEY; with BENCH_CLOSE each request has a separate connection.
 function init(arguments)
   local file = assert(io.open(arguments[1], "rb"))
   wrk.method, wrk.body = "POST", file:read("*a")

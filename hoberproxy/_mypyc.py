@@ -1,4 +1,4 @@
-"""What the compiler has to be told, without a runtime dependency for it; whether it was at work.
+"""The decorator that mypyc reads, without needing mypyc, and whether this build is compiled.
 
 A call on a class costs a third of one on a Protocol, for the compiler knows where its methods are.
 Uncompiled classes, such as those of tests, can derive from such a class only if it says so.

@@ -54,7 +54,7 @@ class Wheel:
     def hasten(self, item: Timed, when: float) -> None:
         """Call `item` at the first tick not before `when`, or at an earlier time set before.
 
-        An item that is called too early returns when it is due: so an item that waits anew with
+        An item that is called too early returns when it is due: so an item that waits again with
         each request is moved only now and then.
         """
         slot = item.wheel_slot

@@ -1,7 +1,7 @@
 """Keys: their form and checksum, and the keyring that finds a caller by the digest of a key.
 
 A key is `hb_live_` or `hb_test_`, 33 base62 characters with 192 random bits, and 6 more with the
-CRC-32 of all before them, which tells a mistyped key from an unknown one without a look-up. Storing
+CRC-32 of all before them, by which a mistyped key is recognised without a look-up. Storing
 keys is left to the store, randomness and the clock to the caller, counting to access/limits.py.
 """
 

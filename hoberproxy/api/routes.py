@@ -32,7 +32,7 @@ logger = logging.getLogger("hoberproxy.server")
 
 
 class ModelsPage:
-    """The body of GET /v1/models, made anew only when a list of models has changed."""
+    """The body of GET /v1/models, kept until a list of models changes."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context

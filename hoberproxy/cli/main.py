@@ -174,7 +174,7 @@ def _serve(arguments: argparse.Namespace) -> int:
                 f"--workers needs a config: expected ./{DEFAULT_CONFIG} or --config FILE"
             )
         return _serve_embedded(arguments.listen)
-    # A reload or an upgrade that is asked for during the start waits until there are handlers.
+    # A signal for a reload or an upgrade that comes during the start waits for its handler.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR2))
     from ..process.listeners import StartError
     from ..process.supervisor import serve

@@ -376,7 +376,7 @@ def _add_up(by_index: dict[int, Usage]) -> Usage:
 
 
 def _parse_timings(timings: dict[str, Any]) -> Usage | None:
-    """Return the usage in llama.cpp's `timings`, which its last event has without being asked.
+    """Return the usage in llama.cpp's `timings`, which its last event has in any case.
 
     `prompt_n` is without what came from its cache: in versions without `cache_n` the prompt is not
     known.

@@ -1,6 +1,6 @@
 """Has aiohttp answer one request on a connection that downstream/connection.py keeps.
 
-aiohttp sees a transport of its own, the checked head, and the body as it comes.
+aiohttp gets a separate transport, the checked head, and the body as it comes.
 """
 
 from __future__ import annotations

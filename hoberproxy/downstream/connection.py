@@ -47,7 +47,7 @@ LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # An empty line, but not one that ends a head.
 _find_bare_end: Final = re.compile(rb"\n\r?\n").search
-# aiohttp's parser refuses other methods in a form of its own.
+# aiohttp's parser would answer other methods with an error in another form.
 METHODS: Final = (b"DELETE", b"GET", b"HEAD", b"OPTIONS", b"PATCH", b"POST", b"PUT", b"TRACE")
 
 

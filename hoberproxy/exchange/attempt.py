@@ -288,7 +288,7 @@ class Attempt(Reporter):
         self.fail(self.broken(f"expected {expected}, got {got}", is_invalid=True))
 
     def on_lost(self, loss: Loss) -> None:
-        """Connect anew, or fail: no byte of a body has come."""
+        """Connect once more, or fail: no byte of a body has come."""
         self._connection = None
         if loss is Loss.STALE:
             # It was closed while idle and nothing of an answer came: no failure of the endpoint. A
@@ -465,7 +465,7 @@ class Attempt(Reporter):
     def _look(self, now: float) -> None:
         """Begin to watch a stream when it is due: it may send nothing but comments.
 
-        Watching begins anew if no byte has come, for silence has a limit of its own.
+        Watching begins again if no byte has come, for silence has a separate limit.
         """
         relay = self._relay
         if self.phase is not _CONTENT or self._is_paused or now < self._look_due:

@@ -1,4 +1,4 @@
-"""A worker, or the writer of records, as its supervisor has it: started, asked, ended, reaped."""
+"""A worker or the writer of records, for its supervisor: start, message, end, reap the process."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def open_stream_counts(number: int) -> tuple[int, StreamCounts]:
 def installed_python() -> str:
     """Return the Python of what is installed by now, as the script of this program names it.
 
-    Each version may have an environment of its own, and the script be a link to the latest.
+    Each version may have a separate environment, and the script may be a link to the latest.
     """
     with contextlib.suppress(OSError), open(sys.argv[0], "rb") as script:
         mark, python = script.read(2), os.fsdecode(script.readline(1024)).strip()

@@ -1,6 +1,6 @@
 """Framing of HTTP/1.1 bodies: where a body ends, in the bytes as the socket cuts them (RFC 9112).
 
-Each body has a reader of its own, without I/O; the same readers serve both legs. Leaves to others:
+Each body has a separate reader, without I/O; the same readers serve both legs. Leaves to others:
 heads (protocol/http_head.py), how long a body may be, time limits.
 """
 

@@ -21,7 +21,7 @@ MAX_REQUEST_HEAD_BYTES: Final = 32 * 1024
 MAX_RESPONSE_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 100
 MAX_LENGTH: Final = 2**53  # what every JSON reader and log store still holds exactly
-MAX_KEPT_LINE_BYTES: Final = 128  # a longer line is read anew each time
+MAX_KEPT_LINE_BYTES: Final = 128  # a longer line is parsed each time
 MAX_KEPT_LINES: Final = 1024
 MAX_KEPT_VALUES: Final = 64  # of one header's name
 

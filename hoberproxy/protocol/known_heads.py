@@ -1,4 +1,4 @@
-"""Heads that come again but for some values, found by their bytes and not read anew."""
+"""Heads equal to an earlier one but for some values, recognised by their bytes and not parsed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LENGTH: Final = FramingKind.LENGTH  # as a global: see docs/mypyc.md
 class RepeatedHead:
     """A request's head that comes again with another length, as SDKs send it on a kept connection.
 
-    It is compared as bytes and not read anew: 0.5 µs instead of 6.
+    It is compared as bytes and not parsed: 0.5 µs instead of 6.
     """
 
     __slots__ = ("_after", "_before", "head", "length")
@@ -147,7 +147,7 @@ class _Pattern:
 class ResponseHeads:
     """The heads that one model server sends: each repeats an earlier one but for some values.
 
-    They are compared as bytes and not read anew: 0.2 µs instead of 1.
+    They are compared as bytes and not parsed: 0.2 µs instead of 1.
     """
 
     __slots__ = ("_patterns", "head")

@@ -199,10 +199,10 @@ class ContentTemplate(ChunkTaker):
         self._body.flush()
 
     def take(self, data: bytes) -> bytes:
-        """Pass on whole chunks of one event each, framed anew, as far as they match.
+        """Pass on whole chunks of one event each, framed again, as far as they match.
 
         `data` begins with a chunk's size line. The path of nearly every event of a stream: one
-        function for framing, scan and framing anew, since each call more is felt (bench/micro).
+        function reads the framing, scans and frames again: each call more is felt (bench/micro).
         Compares slices: compiled, a slice costs a third of `find` or `startswith` at an offset.
         """
         end = len(data) - 2
@@ -364,7 +364,7 @@ class ContentTemplate(ChunkTaker):
 
 
 def _are_less(counts: list[bytes], known: list[bytes]) -> bool:
-    """Whether any of the counts is less than it was; or others were told."""
+    """Return whether any of `counts` is less than in `known`, or the two differ in number."""
     if len(counts) != len(known):
         return True
     for slot in range(len(counts)):
@@ -417,7 +417,7 @@ def _is_content(document: dict[str, Any]) -> bool:
 def _has_counts(document: dict[str, Any]) -> bool:
     """Whether the usage of an event is that of all before it, as long as none of its counts falls.
 
-    It is if it tells the tokens of a completion (`newest_usage`). Any other usage has to stay as it
+    It is if it has the tokens of a completion (`newest_usage`). Any other usage has to stay as it
     is in like events: then it says nothing new.
     """
     usage, timings = document.get("usage"), document.get("timings")

@@ -24,7 +24,7 @@ _FIRST_SPECIMENS: Final = 8
 _WORTH_A_SPECIMEN: Final = 64  # events that had to be parsed since the last one
 _BACKSLASH: Final = 0x5C
 _OWN: Final = (b"id", b"created")  # of each stream
-_USAGES: Final = (b"usage", b"timings", b"x_groq")  # members in which one may be told
+_USAGES: Final = (b"usage", b"timings", b"x_groq")  # members that may have one
 
 
 class KnownEvent:
@@ -59,18 +59,18 @@ class KnownEvent:
     ) -> None:
         self.template = template
         self.wants_usage = wants_usage  # what the client gets depends on it
-        self.model = model  # the upstream's name for it; "" if it tells none
+        self.model = model  # the upstream's name for it; "" if it has none
         self.content: ByteTemplate | None = None
         self.is_opening = False  # behind content it would be taken for some, unread
         self.finish_reason, self.has_content = content_of(document)
         self.is_usage = is_usage_event(document)
         self.raw_id = b""
-        self.usage_document: dict[str, Any] = {}  # empty if it tells no usage
+        self.usage_document: dict[str, Any] = {}  # empty if it has no usage
         self._found = [(kind, where, name) for _, _, kind, where, name in found]
         self._note_holes()
 
     def _note_holes(self) -> None:
-        """Note which holes have the identifier, and members that tell a usage."""
+        """Note which holes have the identifier, and members that have a usage."""
         self._id_hole = -1
         self._usages: list[tuple[int, str]] = []
         for slot, (kind, where, name) in enumerate(self._found):

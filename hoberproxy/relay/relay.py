@@ -1,7 +1,7 @@
 """The answer of a model server on its way to the client: as a stream, or as a body.
 
 A relay takes the payload of one response (`Receiver` in upstream/connection.py), feeds the core
-(relay/scanner.py, relay/completion.py), writes downstream, and tells its attempt how it ended.
+(relay/scanner.py, relay/completion.py), writes downstream, and reports to its attempt how it ended.
 Framing is the connection's, time limits are the attempt's. Nothing here waits.
 """
 

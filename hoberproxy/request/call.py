@@ -63,7 +63,7 @@ class Terms:
     needs_tools = False
     json_format: str | None = None  # the type of `response_format`, if it is one of JSON
     max_output: int | None = None  # tokens of one answer: the larger, where two members say it
-    choices = 1  # answers that are asked for
+    choices = 1  # answers that the client wants
     sizes: tuple[tuple[str, int], ...] = ()  # MAXIMA and CHOICES as they were given
     extensions = NO_EXTENSIONS  # beside those in the messages
 

@@ -49,7 +49,7 @@ MAX_MESSAGES: Final = 50_000
 MAX_TOOLS: Final = 4096
 MAX_PROVIDERS: Final = 256  # in each list of the `provider` object
 MAX_OPTIONS_BYTES: Final = 64 * 1024  # of `stream_options`
-MAX_CHOICES: Final = 128  # what OpenAI takes: each is an answer of its own, and paid for
+MAX_CHOICES: Final = 128  # what OpenAI takes: each is a separate answer, and paid for
 # What an image or a sound weighs in a prompt, in bytes of text (some 2,000 tokens), unless its own
 # text is shorter: the size of its base64 says nothing of its tokens.
 MEDIA_BYTES: Final = 8000

@@ -7,7 +7,7 @@ else, since where a value begins and ends does not depend on what stands around 
 only the messages need be parsed and checked. A name given twice, or a member more, would not make
 one value.
 
-Each key has templates of its own: nobody learns by the time of an answer what another one sends.
+Each key has separate templates: the time of an answer shows no client what another one sends.
 A template that is not used again is dropped within minutes, and members that are texts are not kept
 at all.
 """

@@ -57,7 +57,7 @@ class _Estimate:
 
     def observe(self, value: float, now: float) -> None:
         if now - self._seen > ESTIMATE_LIFE:
-            self._weight = 0.0  # begin anew: old observations would slow the mean down
+            self._weight = 0.0  # begin again: old observations would slow the mean down
         self._weight = self._weight * ESTIMATE_DECAY + 1.0
         self._mean += (value - self._mean) / self._weight
         self._seen = now

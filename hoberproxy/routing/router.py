@@ -73,7 +73,7 @@ def make_plan(
 def _work_out(
     call: Call, catalog: Catalog, health: Health, now: float, draw: Callable[[], float]
 ) -> Plan:
-    """Return the plan of `call` as `make_plan` does, whatever is kept of earlier ones."""
+    """Return the plan of `call` as `make_plan` does, without the plans that are kept."""
     terms = call.terms
     filters = choose_filters(call)
     steps: list[Step] = []
@@ -224,7 +224,7 @@ def _nothing_left(call: Call, removed: list[Removal], unknown: list[str]) -> Rou
 def _too_short(candidates: tuple[str, ...], removed: list[Removal]) -> int | None:
     """Return the longest context of all in tokens, if nothing but length removed endpoints."""
     if all(_is_virtual(candidate) for candidate in candidates):
-        # A virtual model stands only for models that can do what is asked for.
+        # A virtual model stands only for models that can do what the call wants.
         removed = [each for each in removed if each.filter not in _INABILITIES]
     lengths = [each.context_length for each in removed]
     known = [length for length in lengths if length is not None]

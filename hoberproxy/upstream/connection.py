@@ -188,7 +188,7 @@ class UpstreamConnection:
             self._transport.resume_reading()
 
     def drop_taker(self) -> None:
-        """Give all chunks to the receiver until it returns a ChunkTaker anew."""
+        """Give all chunks to the receiver until it returns a ChunkTaker again."""
         self._taker = None
 
     def await_end(self) -> None:
@@ -210,7 +210,7 @@ class UpstreamConnection:
         """Whether no request can be sent on it.
 
         The transport may know more: it reports that within this turn of the loop, and a request
-        sent until then is sent anew (Loss.STALE).
+        sent until then is sent again (Loss.STALE).
         """
         return self.state is State.CLOSED or self._transport is None or self._has_ended
 

@@ -37,7 +37,7 @@ class ModelLists:
     """
 
     def __init__(self, upstreams: Mapping[str, Upstream], interval: float) -> None:
-        """Each of `upstreams` is asked every `interval` seconds."""
+        """Fetch the list of each of `upstreams` every `interval` seconds."""
         self.listed: dict[str, tuple[str, ...]] = {}
         self._upstreams = upstreams
         self._interval = interval

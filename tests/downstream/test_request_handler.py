@@ -44,7 +44,7 @@ class Transport(FakeTransport):
 
 
 class FakeHandler(RequestHandler):
-    """Notes what is called; refuses heads, entries and bodies if it is told to."""
+    """Notes each call; refuses heads, entries and bodies if its fields say so."""
 
     def __init__(self, client: Client, head: RequestHead, answer: Answer) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""`serve`: one writer brings all records into the store, whoever is killed meanwhile."""
+"""`serve`: one writer brings all records into the store, though processes are killed meanwhile."""
 
 from __future__ import annotations
 

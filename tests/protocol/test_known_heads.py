@@ -1,4 +1,4 @@
-"""Heads that come again: whatever is known of earlier ones, each is read as the parser reads it."""
+"""Heads recognised by their bytes say what the parser reads in them, after any earlier heads."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def read(name: str) -> bytes:
 
 
 def pieces_at_random(data: bytes, name: str) -> list[list[bytes]]:
-    """The stream cut anew each time: in a few long pieces, or in very many short ones."""
+    """Cut the stream at new places each time, into a few long pieces or very many short ones."""
     choose = random.Random(name)
     sizes = [1, 7, 300, 1400, 16_384]
     cuttings = [cut_at(data, range(size, len(data), size)) for size in sizes]

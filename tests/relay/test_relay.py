@@ -90,7 +90,7 @@ class Relayed:
 
     @property
     def is_over(self) -> bool:
-        """The relay has told how it ended."""
+        """Return whether the relay has reported how it ended."""
         return bool(self.attempt.told) and self.attempt.told[-1][0].startswith(("finish", "fail"))
 
     @property
