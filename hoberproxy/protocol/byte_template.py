@@ -71,16 +71,18 @@ class ByteTemplate:
         "new_literals",
         "values",
     )
+    literals: list[bytes]
+    new_literals: list[bytes]
+    values: list[bytes]
+    kinds: bytes
 
     def __init__(
         self, specimen: bytes, values: Sequence[Value], edits: Sequence[Edit] = ()
     ) -> None:
         """`values` and `edits` are in order; an edit that is not between two values is left out."""
         self._literals: list[bytes] = []  # around all values
-        self._new_literals: list[bytes] = []
+        self._new_literals: list[bytes] = []  # the same object where nothing is edited
         self._kinds = bytes([kind for _, _, kind, _ in values])
-        # What came last in place of those that are no holes.
-        self._known = [b"" if is_hole else specimen[start:end] for start, end, _, is_hole in values]
         self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
         at = 0
         for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
@@ -88,10 +90,7 @@ class ByteTemplate:
             self._literals.append(literal)
             self._new_literals.append(_edited(literal, at, edits))
             at = end
-        self.values: list[bytes] = []
-        self.literals: list[bytes] = []
-        self.new_literals: list[bytes] = []
-        self._join()
+        self._join(specimen, 0, [specimen[start:end] for start, end, _, _ in values])
 
     def match(self, data: bytes, at: int) -> int:
         """Return where that ends which begins at `at` and matches; 0 if nothing does."""
@@ -102,15 +101,13 @@ class ByteTemplate:
 
         With `widen`, those that differ are holes from now on. A TEXT or COUNT is one in any case.
         """
-        self.values = [b""] * len(self._kinds)
+        self.values = values = [b""] * len(self._kinds)
         matches = self._walk(data, at, self._literals, self._kinds) > 0
         if matches:
-            for slot, value in enumerate(self.values):
+            for slot, value in enumerate(values):
                 if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
                     self._are_holes[slot] = True
-            holes = self._are_holes
-            self._known = [b"" if holes[slot] else each for slot, each in enumerate(self.values)]
-            self._join()
+            self._join(data, at, values)
         self.values = [b""] * len(self.kinds)
         return self.match(data, at) if matches else 0
 
@@ -133,8 +130,7 @@ class ByteTemplate:
         copy.values = [b""] * len(self._kinds)
         if copy._walk(data, 0, copy._literals, copy._kinds) != len(data):
             return None
-        copy._known = copy.values
-        copy._join()
+        copy._join(data, 0, copy.values)
         return copy
 
     def forget_values(self) -> None:
@@ -170,29 +166,41 @@ class ByteTemplate:
             slot += 1
         return 0
 
-    def _join(self) -> None:
-        """Make a part of the literals what is no hole."""
-        self.literals = []
-        self.new_literals = []
-        old, new = [self._literals[0]], [self._new_literals[0]]
-        for slot, is_hole in enumerate(self._are_holes):
-            if is_hole:
-                self._end_literal(old, new)
-                old, new = [], []
+    def _join(self, data: bytes, at: int, values: list[bytes]) -> None:
+        """Make a part of the literals what is no hole: as in `data`, which has these `values`."""
+        known: list[bytes] = []  # what came last in place of those that are no holes
+        literals: list[bytes] = []
+        news: list[bytes] = []
+        kinds: list[bytes] = []
+        new: list[bytes] = []  # parts of the next one of `news`
+        is_edited = False
+        start, count = at, len(values)
+        for slot, literal in enumerate(self._literals):
+            at += len(literal)
+            edited = self._new_literals[slot]
+            is_edited = is_edited or edited is not literal
+            new.append(edited)
+            is_last = slot == count
+            if is_last or self._are_holes[slot]:
+                whole = data[start:at]
+                literals.append(whole)
+                news.append(b"".join(new) if is_edited else whole)
+                if is_last:
+                    break
+                new = []
+                is_edited = False
+                kinds.append(self._kinds[slot : slot + 1])
+                at += len(values[slot])
+                start = at
+                known.append(b"")
             else:
-                old.append(self._known[slot])
-                new.append(self._known[slot])
-            old.append(self._literals[slot + 1])
-            new.append(self._new_literals[slot + 1])
-        self._end_literal(old, new)
-        holes = zip(self._kinds, self._are_holes, strict=True)
-        self.kinds = bytes([kind for kind, is_hole in holes if is_hole])
-        self.values = [b""] * len(self.kinds)
-
-    def _end_literal(self, old: list[bytes], new: list[bytes]) -> None:
-        literal = b"".join(old)
-        self.literals.append(literal)
-        self.new_literals.append(literal if new == old else b"".join(new))
+                new.append(values[slot])
+                at += len(values[slot])
+                known.append(values[slot])
+        self._known = known
+        self.literals, self.new_literals = literals, news
+        self.kinds = b"".join(kinds)
+        self.values = [b""] * len(kinds)
 
 
 def value_end(data: bytes, start: int, kind: int) -> int:

@@ -33,6 +33,7 @@ from .event_edits import Edit, apply_edits
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
+_CR: Final = 0x0D
 _QUOTE: Final = 0x22
 _MINUS: Final = 0x2D
 _ZERO: Final = 0x30
@@ -251,12 +252,7 @@ class ContentTemplate(ChunkTaker):
     def _take_many(self, data: bytes) -> bytes:
         """Pass on as many chunks as match: one chunk for all of them."""
         parts: list[bytes] = []
-        at = 0
-        while True:
-            start, end = whole_chunk(data, at)
-            if not end or not self._pass(data, start, end, parts):
-                break
-            at = end + 2
+        at = self._pass_all(data, 0, parts, is_framed=True)
         if not at:
             return data
         passed, rest = b"".join(parts), data[at:]
@@ -273,69 +269,113 @@ class ContentTemplate(ChunkTaker):
         if not self.is_learnt:
             return None
         parts: list[bytes] = []
-        self.end = at
-        while self._pass(data, self.end, 0, parts):
-            pass
+        self.end = self._pass_all(data, at, parts, is_framed=False)
         return b"".join(parts) if parts else None
 
-    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+    def _pass_all(self, data: bytes, at: int, parts: list[bytes], *, is_framed: bool) -> int:
+        """Add to `parts` what the client gets of the events from `at` on, as far as they match.
+
+        With `is_framed` each event is a chunk. Return where the last one ends.
+        """
+        are_texts = True
+        while at < len(data):
+            if are_texts:
+                end = self._pass_texts(data, at, parts, is_framed=is_framed)
+                are_texts = end >= at
+                if end == len(data):
+                    return end
+                at = max(at, end)
+            start, stop = whole_chunk(data, at) if is_framed else (at, 0)
+            if is_framed and not stop:
+                break
+            end = self._pass(data, start, stop, parts)
+            if not end:
+                break
+            at = end + 2 if is_framed else end
+        return at
+
+    def _pass_texts(self, data: bytes, at: int, parts: list[bytes], *, is_framed: bool) -> int:
+        """Do as `_pass_all` for events that have one or two texts, as `take` does for one of them.
+
+        Return -1, and pass nothing, if there may be other things than texts in between.
+        """
+        prefix, prefix_size, tail = self._prefix, self._prefix_size, self._bare_tail
+        between, between_size = self._between, self._between_size
+        texts: list[bytes] = []
+        others: list[bytes] = []
+        while True:
+            if is_framed:
+                start, end = whole_chunk(data, at)
+            else:
+                start, end = at, data.find(b"\n\n", at + prefix_size) + 2
+            first, last = start + prefix_size, end - self._tail_size
+            if first >= last or data[start:first] != prefix or data[last:end] != tail:
+                break
+            text = data[first:last]
+            if between:
+                text, _, other = text.partition(b'"')
+                if not text or other[:between_size] != between:
+                    break
+                others.append(other[between_size:])
+            texts.append(text)
+            at = end + 2 if is_framed else end
+        if texts:
+            if not _are_texts(texts) or (others and not _are_values(others)):
+                return -1
+            self.events += len(texts)
+            self._put_together(texts, others, parts)
+        return at
+
+    def _put_together(self, texts: list[bytes], others: list[bytes], parts: list[bytes]) -> None:
+        """Add to `parts` what the client gets of events with these texts."""
+        new_prefix, new_tail = self._new_prefix, self._new_bare_tail
+        inner = new_tail + new_prefix
+        parts.append(new_prefix)
+        if not others:
+            parts.append(inner.join(texts))
+        else:
+            new_between = self._new_between
+            for number in range(len(texts)):
+                if number:
+                    parts.append(inner)
+                parts.append(texts[number])
+                parts.append(new_between)
+                parts.append(others[number])
+        parts.append(new_tail)
+
+    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> int:
         """Add to `parts` what the client gets of the event at `start`, if it matches.
 
-        It has to end at `end`, unless that is 0.
+        It has to end at `end`, unless that is 0. Return where it ends, 0 if it does not match.
         """
-        if self._prefix_size < _NEVER:
-            stop = end or data.find(b"\n\n", start + self._prefix_size) + 2
-            if self._pass_usual(data, start, stop, parts):
-                return True
         template = self._template
         if template is None:
-            return False
+            return 0
         matched = template.match(data, start)
-        if not matched:
-            # What differs from one event to the next will go on to; else it may stay for a while.
-            widen = self.events == self._events_when_new
-            matched = template.learn_from(data, start, widen=widen)
-            if not matched:
-                return False
-            self._events_when_new = self.events + 1
-            self._note_usual(template)
-        if end and matched != end:
-            return False
+        if not matched or (end and matched != end):
+            return 0
         if not has_text(template):  # some may count as content, others not
-            return False
+            return 0
         if self._has_counts and not self._keep_usage(data[start:matched], template):
-            return False
+            return 0
         template.put_together(parts)
         self.events += 1
-        self.end = matched
-        return True
+        return matched
 
-    def _pass_usual(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
-        """Do as `_pass` for an event with one or two texts, as `take` does for a single one."""
-        at, stop = start + self._prefix_size, end - self._tail_size
-        if at >= stop or data[start:at] != self._prefix or data[stop:end] != self._bare_tail:
-            return False
-        text, other, between = data[at:stop], b"", self._between
-        if between:
-            text, _, other = text.partition(b'"')
-            size = self._between_size
-            if other[:size] != between:
-                return False
-            other = other[size:]
-            if not (other.isalnum() or is_text(other)):
-                return False
-        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
-            if not text or not is_text(text):
-                return False
-        parts.append(self._new_prefix)
-        parts.append(text)
-        if between:
-            parts.append(self._new_between)
-            parts.append(other)
-        parts.append(self._new_bare_tail)
-        self.events += 1
-        self.end = end
-        return True
+    def learn_like(self, event: bytes) -> bytes | None:
+        """Return what the client gets of a whole event that differs from all before in more values.
+
+        Events that differ in these pass from now on. None if it differs in anything else.
+        """
+        template = self._template
+        # What differs from one event to the next will go on to; else it may stay for a while.
+        widen = self.events == self._events_when_new
+        if template is None or template.learn_from(event, 0, widen=widen) != len(event):
+            return None
+        self._events_when_new = self.events + 1
+        self._note_usual(template)
+        parts: list[bytes] = []
+        return b"".join(parts) if self._pass(event, 0, len(event), parts) else None
 
     # Usage
 
@@ -361,6 +401,21 @@ class ContentTemplate(ChunkTaker):
         """
         usages, self._usages = self._usages, _NOTHING
         return usages
+
+
+def _are_texts(texts: list[bytes]) -> bool:
+    """Return whether each may stand inside a JSON string: looked at together, as most are plain."""
+    joined = b"\n".join(texts)
+    if _QUOTE not in joined and _CR not in joined and joined[-1] != _BACKSLASH:
+        if joined.count(b"\n") == len(texts) - 1 and joined.find(b"\\\n") < 0:
+            return True
+    return all(map(is_text, texts))
+
+
+def _are_values(values: list[bytes]) -> bool:
+    """Return whether each, which may be empty, may stand inside a JSON string."""
+    joined = b"".join(values)
+    return not joined or joined.isalnum() or all(map(is_text, values))
 
 
 def _are_less(counts: list[bytes], known: list[bytes]) -> bool:

@@ -61,7 +61,7 @@ class KnownEvent:
         self.wants_usage = wants_usage  # what the client gets depends on it
         self.model = model  # the upstream's name for it; "" if it has none
         self.content: ByteTemplate | None = None
-        self.is_opening = False  # behind content it would be taken for some, unread
+        self.is_opening = False  # behind content it is left to the template of that
         self.finish_reason, self.has_content = content_of(document)
         self.is_usage = is_usage_event(document)
         self.raw_id = b""

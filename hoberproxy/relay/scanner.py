@@ -318,25 +318,32 @@ class StreamScanner:
         has_cr = _CR in data
         may_pass_whole = not has_cr  # tried once: it looks at all that is left
         while at < size:
-            end = at
             if at != tried:
                 passed = template.pass_events(data, at)
                 if passed is not None:
                     out.append(passed)
-                    end = at = template.end
+                    at = template.end
                 at = self._pass_known(data, at, out)
                 if self._is_over():
                     return
-                end = tried = at
+                tried = at
                 if at == size:
                     break
+            end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
+            if end < 0:
+                break
+            passed = template.learn_like(data[at:end])
+            if passed is not None:
+                out.append(passed)
+                at = end
+                continue
+            whole_end = at
             if may_pass_whole and not template.wants_specimen:
                 may_pass_whole = False
-                end = self._pass_whole(data, at, out)
-            if end == at:
-                end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
-                if end < 0:
-                    break
+                whole_end = self._pass_whole(data, at, out)
+            if whole_end > at:
+                end = whole_end
+            else:
                 self._take_any(data, at, end, out)
                 if self._is_over():
                     self._end_in_done(data[end - 1 : end], out)
@@ -498,8 +505,7 @@ class StreamScanner:
                 event, payload_at, edits, document, wants_usage=self._wants_usage
             )
         if known is not None:
-            says_more = _says_more(known.template.without_values())
-            known.is_opening = not says_more and not known.has_content
+            known.is_opening = not _says_more(known.template.without_values())
         if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)
