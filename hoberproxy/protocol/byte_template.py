@@ -58,14 +58,15 @@ class ByteTemplate:
 
     Of what `match` and `learn_from` took last, the values of the holes are in `values`. `kinds` are
     those of the holes, `literals` stand around them, and `new_literals` have the specimen's edits.
+    `are_holes` says of all values which are holes.
     """
 
     __slots__ = (
-        "_are_holes",
         "_kinds",
         "_known",
         "_literals",
         "_new_literals",
+        "are_holes",
         "kinds",
         "literals",
         "new_literals",
@@ -81,7 +82,7 @@ class ByteTemplate:
         self._kinds = bytes([kind for _, _, kind, _ in values])
         # What came last in place of those that are no holes.
         self._known = [b"" if is_hole else specimen[start:end] for start, end, _, is_hole in values]
-        self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
+        self.are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
         at = 0
         for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
             literal = specimen[at:start]
@@ -107,8 +108,8 @@ class ByteTemplate:
         if matches:
             for slot, value in enumerate(self.values):
                 if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
-                    self._are_holes[slot] = True
-            holes = self._are_holes
+                    self.are_holes[slot] = True
+            holes = self.are_holes
             self._known = [b"" if holes[slot] else each for slot, each in enumerate(self.values)]
             self._join()
         self.values = [b""] * len(self.kinds)
@@ -120,7 +121,7 @@ class ByteTemplate:
 
     def hole_of(self, slot: int) -> int:
         """Return the number among the holes of the value that has this number among all."""
-        return sum(self._are_holes[:slot])
+        return sum(self.are_holes[:slot])
 
     def copy_for(self, data: bytes) -> ByteTemplate | None:
         """Return a template with the values of `data`, which it has to match as a whole.
@@ -129,7 +130,7 @@ class ByteTemplate:
         """
         copy = ByteTemplate(b"", ())
         copy._literals, copy._new_literals = self._literals, self._new_literals
-        copy._kinds, copy._are_holes = self._kinds, self._are_holes
+        copy._kinds, copy.are_holes = self._kinds, self.are_holes
         copy.values = [b""] * len(self._kinds)
         if copy._walk(data, 0, copy._literals, copy._kinds) != len(data):
             return None
@@ -174,20 +175,21 @@ class ByteTemplate:
         """Make a part of the literals what is no hole."""
         self.literals = []
         self.new_literals = []
+        kinds: list[int] = []
         old, new = [self._literals[0]], [self._new_literals[0]]
-        for slot, is_hole in enumerate(self._are_holes):
+        for slot, is_hole in enumerate(self.are_holes):
             if is_hole:
                 self._end_literal(old, new)
                 old, new = [], []
+                kinds.append(self._kinds[slot])
             else:
                 old.append(self._known[slot])
                 new.append(self._known[slot])
             old.append(self._literals[slot + 1])
             new.append(self._new_literals[slot + 1])
         self._end_literal(old, new)
-        holes = zip(self._kinds, self._are_holes, strict=True)
-        self.kinds = bytes([kind for kind, is_hole in holes if is_hole])
-        self.values = [b""] * len(self.kinds)
+        self.kinds = bytes(kinds)
+        self.values = [b""] * len(kinds)
 
     def _end_literal(self, old: list[bytes], new: list[bytes]) -> None:
         literal = b"".join(old)
