@@ -106,7 +106,7 @@ SWITCHES = {
         "socket writer past the transport", ("burst", "json", "paced"), {"Sink.__init__": "fd = -1"}
     ),
     "response-heads": Switch(
-        "patterns of response heads",
+        "templates of response heads",
         ("json", "burst"),
         {"ResponseHeads.find": "return 0", "ResponseHeads._learn": "return None"},
     ),

@@ -1,7 +1,7 @@
 """Events that say the same but for their text and a few values, passed on by comparing bytes.
 
 A model server writes thousands of events a stream that differ in one text, or in a handful of
-values beside it. The scanner (stream.py) has one learnt from that it has parsed and found to be
+values beside it. The scanner (relay/scanner.py) has one learnt from that it has parsed and found to be
 plain content. A later event that matches it (byte_template.py) can say nothing else: it passes with
 the same edits. Whatever differs in any other way is left to the scanner.
 
@@ -25,6 +25,7 @@ from ..protocol.byte_template import (
     TEXT,
     ByteTemplate,
     is_text,
+    make_template,
     value_end,
 )
 from ..protocol.http_body import SIZE_LINES, size_line, whole_chunk
@@ -73,6 +74,7 @@ class ContentTemplate(ChunkTaker):
         "_counts",
         "_events_before",
         "_events_when_new",
+        "_grows",
         "_growth",
         "_has_counts",
         "_new_bare_tail",
@@ -121,6 +123,7 @@ class ContentTemplate(ChunkTaker):
         self._template: ByteTemplate | None = None
         self._usages = _NOTHING  # events with a usage, the newest last
         self._counts = _NOTHING  # of the newest
+        self._grows = False  # the last two of these are the ends of some whose counts grow
         self._events_when_new = 0  # passed when the template last changed
         self._specimens = 0  # that were learnt from
         self._events_before = 0  # passed before the last one
@@ -146,7 +149,7 @@ class ContentTemplate(ChunkTaker):
         """
         self._specimens += 1
         self._events_before = self.events
-        template = _make_template(event, payload_at, edits, document)
+        template = _template_of(event, payload_at, edits, document)
         if template is not None:
             self._template, self.is_learnt = template, True
             self._events_when_new = self.events
@@ -160,7 +163,9 @@ class ContentTemplate(ChunkTaker):
         holes, literals, news = len(template.kinds), template.literals, template.new_literals
         if template.kinds not in _USUAL:
             return
-        growth = sum(map(len, news)) - sum(map(len, literals))
+        growth = 0
+        for slot in range(len(news)):
+            growth += len(news[slot]) - len(literals[slot])
         if growth >= _LARGEST:
             return
         self._growth = growth
@@ -385,9 +390,11 @@ class ContentTemplate(ChunkTaker):
             return False
         kinds, values = template.kinds, template.values
         counts = [values[slot] for slot in range(len(kinds)) if kinds[slot] == COUNT]
-        if self._usages and not _are_less(counts, self._counts):
+        if self._grows and not _are_less(counts, self._counts):
             self._usages[-1] = event
         elif len(self._usages) < MAX_USAGES:
+            # The first of some whose counts grow stays: a later one may look like one before it.
+            self._grows = bool(self._usages) and not _are_less(counts, self._counts)
             self._usages = [*self._usages, event]
         else:
             return False
@@ -397,9 +404,10 @@ class ContentTemplate(ChunkTaker):
     def take_usages(self) -> list[bytes]:
         """Return the events, in order, whose usages make up that of all that was passed.
 
-        Of events whose counts only grow that is the last one.
+        Of events whose counts only grow these are the first and the last one.
         """
         usages, self._usages = self._usages, _NOTHING
+        self._grows = False
         return usages
 
 
@@ -437,7 +445,7 @@ def has_text(template: ByteTemplate) -> bool:
     return False
 
 
-def _make_template(
+def _template_of(
     event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
 ) -> ByteTemplate | None:
     """Return what others like an event have in common; None if it says more than its text."""
@@ -448,11 +456,11 @@ def _make_template(
         return None
     has_counts = _has_counts(document)
     values = [
-        (start, end, kind, kind == TEXT and end > start)
+        (start, end, kind, kind == COUNT or (kind == TEXT and end > start))
         for start, end, kind, where, _ in found
         if has_counts or (where != USAGE and where != TIMINGS)
     ]
-    template = ByteTemplate(event, values, edits)
+    template = make_template(event, values, edits)
     passed: list[bytes] = []
     # Nothing is taken for granted.
     if template.learn_from(event, 0) != len(event) or TEXT not in template.kinds:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ..dialects.chat import content_of, is_usage_event
-from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate
+from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate, make_template
 from ..protocol.json_bytes import load_json
 from .content_template import TOP, Found, find_values, has_text
 from .event_edits import Edit, apply_edits
@@ -204,7 +204,7 @@ def _make_known(
         (start, end, kind, where != TOP or kind == OBJECT or name in _OWN)
         for start, end, kind, where, name in found
     ]
-    template = ByteTemplate(event, values, edits)
+    template = make_template(event, values, edits)
     model = document.get("model")
     known = KnownEvent(
         template, found, document, model if isinstance(model, str) else "", wants_usage

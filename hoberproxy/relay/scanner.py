@@ -32,7 +32,7 @@ from ..dialects.stream_errors import (
 from ..dialects.usage import Usage, newest_usage
 from ..protocol.sse import DONE, Data, blank_line_end, parse_event
 from .content_template import ContentTemplate
-from .edge_templates import EdgeTemplates, KnownEvent
+from .edge_templates import MAX_EVENT_BYTES, EdgeTemplates, KnownEvent
 from .edit_finder import Editor, parse_json
 from .event_edits import Edit, apply_edits, may_escape_names, place_edits
 from .long_json import LongEvent
@@ -248,13 +248,18 @@ class StreamScanner:
     def _open(self, data: bytes, at: int, search_from: int, out: list[bytes]) -> int:
         """Take whole events up to the first content, or to the limit; returns where it came to."""
         has_cr = _CR in data
-        while (end := blank_line_end(data, max(at, search_from), has_cr=has_cr)) > 0:
-            if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
-                self.has_content = True  # it can't be held: from here on it counts as content
-                return at
-            before, event = len(out), data[at:end]
-            if self._take_known(event, 0, out) != len(event):
-                self._take_event(event, out)
+        while at < len(data):
+            before, end = len(out), at
+            if self._held_bytes + 2 * MAX_EVENT_BYTES <= OPENING_LIMIT_BYTES:
+                end = self._take_known(data, at, out)
+            if end == at:
+                end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
+                if end < 0:
+                    break
+                if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
+                    self.has_content = True  # it can't be held: it counts as content from here on
+                    return at
+                self._take_event(data[at:end], out)
             self._held_bytes += sum(map(len, out[before:]))
             at = end
             if self.has_content or self.is_done or self.failure is not None:
@@ -505,7 +510,8 @@ class StreamScanner:
                 event, payload_at, edits, document, wants_usage=self._wants_usage
             )
         if known is not None:
-            known.is_opening = not _says_more(known.template.without_values())
+            is_content = known.has_content and not known.finish_reason
+            known.is_opening = is_content or not _says_more(known.template.without_values())
         if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hoberproxy.dialects.usage import Usage
 from hoberproxy.protocol.http_body import ChunkedBody
 from hoberproxy.relay.content_template import (
     FIRST_SPECIMENS,
@@ -319,12 +320,12 @@ def usage(completion: int, **details: int) -> dict[str, Any]:
     return {"completion_tokens": completion, "prompt_tokens": 7, "details": details}
 
 
-def test_of_a_usage_that_grows_the_last_one_is_kept() -> None:
+def test_of_a_usage_that_grows_the_first_and_last_are_kept() -> None:
     template = ContentTemplate()
     learn(template, event("a", usage=usage(1)))
     events = [event("a", usage=usage(count)) for count in (2, 9, 10, 100)]
     assert pass_events(template, events)
-    assert template.take_usages() == events[-1:]
+    assert template.take_usages() == [events[0], events[-1]]
     assert template.take_usages() == []
 
 
@@ -333,7 +334,7 @@ def test_a_usage_that_falls_does_not_take_the_place_of_the_one_before() -> None:
     learn(template, event("a", usage=usage(1, cached=5)))
     events = [event("a", usage=usage(count, cached=9)) for count in (2, 20, 3, 4)]
     assert pass_events(template, events)
-    assert template.take_usages() == [events[1], events[3]]
+    assert template.take_usages() == events
 
 
 def test_usages_that_wait_are_bounded() -> None:
@@ -367,6 +368,14 @@ def test_lines_may_end_in_cr_lf() -> None:
 # The scanner with and without it
 
 
+def usage_of(completion: int, cached: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": 7,
+        "completion_tokens": completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
 def scan(pieces: list[bytes], *, wants_usage: bool, with_template: bool) -> tuple[bytes, Any]:
     scanner = StreamScanner(SLUG, wants_usage=wants_usage)
     if not with_template:
@@ -381,8 +390,22 @@ def scan(pieces: list[bytes], *, wants_usage: bool, with_template: bool) -> tupl
     return out, (*learnt, scanner.content_events, str(scanner.failure))
 
 
+def test_counts_that_fall_and_rise_again_are_those_of_the_last_event() -> None:
+    # The third looks like the first without its parts, but there was another one between.
+    counts = [usage_of(716, 5), usage_of(715, 0), usage_of(716, 0)]
+    events = [event("a", usage=each) for each in (*counts[:1], *counts)]
+    _, said = scan([b"".join(events)], wants_usage=False, with_template=True)
+    assert said[0] == Usage(7, 716)
+    assert said == scan([b"".join(events)], wants_usage=False, with_template=False)[1]
+
+
 EVENTS = st.one_of(
     st.text(max_size=8).map(event),
+    st.builds(
+        lambda completion, cached: event("x", usage=usage_of(completion, cached)),
+        st.integers(1, 4),
+        st.sampled_from([0, 5]),
+    ),
     st.text(max_size=8).map(lambda text: event(text, usage=None)),
     st.sampled_from(
         [
