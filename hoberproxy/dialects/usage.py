@@ -1,4 +1,4 @@
-"""Token usage as model servers report it; where they do not, accounting/estimates.py guesses.
+"""Reads token usage as model servers report it; without a report accounting/estimates.py helps.
 
 One reader serves every dialect seen on the wire; `tests/support/usage_forms.py` holds an example of
 each, with its source. Which events of a stream have usage is for relay/scanner.py to find, where
@@ -390,7 +390,7 @@ def _parse_timings(timings: dict[str, Any]) -> Usage | None:
 
 
 def _has_text(document: dict[str, Any]) -> bool:
-    """Return whether a message of a body says anything; of events the scanner knows."""
+    """Return whether any `message` of a body has more than its role."""
     choices = document.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         message = choice.get("message") if isinstance(choice, dict) else None

@@ -246,7 +246,7 @@ class Exchange(AttemptOwner):
         except Exception as error:  # as a body that the endpoint's rules cannot be applied to
             self._fail_by(error)
             return
-        # From here on the model server is at work: what is done now delays nothing.
+        # The request has been sent, so this delays nothing.
         self._context.health.begin(attempt.step.endpoint.key, self.now)
         self._client.hasten(self.now + self._context.shortest_wait)
 

@@ -72,7 +72,7 @@ class RepeatedName(Exception):
 
 
 class TangledMembers(Exception):
-    """Names of top-level members stand below the top level so often that it hides their ends."""
+    """Names of top-level members occur below the top level too often to find where these end."""
 
 
 # Values
