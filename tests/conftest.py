@@ -242,7 +242,7 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: ServerContext
+    context: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended
@@ -308,11 +308,11 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         store.close()
         server = Server(config, await listen(config))
         await server.start()
-        gateway = server._context
-        assert gateway is not None
+        context = server._context
+        assert context is not None
         records: list[Record] = []
-        gateway.on_closed = records.append
-        proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
+        context.on_closed = records.append
+        proxy = Proxy(server, context, server.addresses[0].port, key, records)
         started.append(proxy)
         return proxy
 

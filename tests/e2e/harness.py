@@ -244,13 +244,13 @@ class Proxy:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        gateway = server._context
-        assert gateway is not None
-        self.gateway = gateway
+        context = server._context
+        assert context is not None
+        self.context = context
         self.port = server.addresses[0].port
         self.url = f"http://127.0.0.1:{self.port}"
         self.records: list[Record] = []
-        gateway.on_closed = self.records.append
+        context.on_closed = self.records.append
 
     async def wait_for_record(self, count: int = 1) -> Record:
         """Wait until `count` requests have ended; returns the last of their records."""
@@ -268,7 +268,7 @@ class Proxy:
             return await client.read_reply()
 
     def pool_of(self, provider: str) -> Any:
-        return self.gateway.upstreams[provider].pool
+        return self.context.upstreams[provider].pool
 
 
 async def eventually(holds: Callable[[], Any]) -> Any:
@@ -328,10 +328,10 @@ async def running(config: Config) -> AsyncIterator[Proxy]:
         server.stop()  # a second time: now
         async with asyncio.timeout(WAIT):
             await server.wait_closed()
-    assert not proxy.gateway.exchanges, "no request may outlive its connection"
-    pools = [upstream.pool for upstream in proxy.gateway.upstreams.values()]
+    assert not proxy.context.exchanges, "no request may outlive its connection"
+    pools = [upstream.pool for upstream in proxy.context.upstreams.values()]
     await eventually(lambda: sum(pool.open for pool in pools) == 0)
-    assert len(proxy.gateway.wheel) <= 1, "only the pools' sweep may still wait"
+    assert len(proxy.context.wheel) <= 1, "only the pools' sweep may still wait"
 
 
 # The program, as an operator starts it

@@ -41,7 +41,7 @@ async def providers_of(proxy: Proxy, count: int) -> str:
 
 
 def health_of(proxy: Proxy, provider: str = "a") -> EndpointHealth:
-    states = proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+    states = proxy.context.health.snapshot(proxy.context.loop.time())
     return next(state for state in states if state.provider == provider)
 
 
@@ -200,13 +200,13 @@ async def test_a_failed_trial_is_unseen_and_cools_for_longer(proxy_to: ProxyTo) 
         ScriptedUpstream(default=GOOD) as second,
         proxy_to(first, second) as proxy,
     ):
-        proxy.gateway.draw = lambda: 0.5  # no jitter
+        proxy.context.draw = lambda: 0.5  # no jitter
         assert await providers_of(proxy, 3) == "bbb"
         await until_cooled(proxy)
         assert await providers_of(proxy, 2) == "bb"
         assert len(first.requests) == 4
-        ends = proxy.gateway.health.cooldown_ends(A)
-        assert ends is not None and ends - proxy.gateway.loop.time() > 0.15
+        ends = proxy.context.health.cooldown_ends(A)
+        assert ends is not None and ends - proxy.context.loop.time() > 0.15
 
 
 @pytest.mark.usefixtures("short_cooldown")

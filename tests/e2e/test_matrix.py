@@ -313,7 +313,7 @@ async def test_with_nothing_else_to_try_the_client_is_told_and_the_sdk_raises(
         reply = await proxy.post(chat(stream=stream))
         record = await proxy.wait_for_record()
         assert len(seen) == (row.script is not None)
-        proxy.gateway.health = Health()  # what it has learnt is test_health.py's
+        proxy.context.health = Health()  # what it has learnt is test_health.py's
         with pytest.raises(openai.APIError) as caught:
             await ask_by_sdk(proxy, stream=stream)
         await proxy.wait_for_record(2)

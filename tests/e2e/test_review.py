@@ -325,7 +325,7 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
     ):
         reply = await proxy.post(chat(models=models))
         record = await proxy.wait_for_record()
-        metrics = proxy.gateway.metrics
+        metrics = proxy.context.metrics
     assert THEIRS not in repr(record)
     assert THEIRS not in repr(vars(metrics) if hasattr(metrics, "__dict__") else metrics)
     assert record.failures[0].code == "invalid_value"

@@ -242,7 +242,7 @@ async def test_weights_share_the_requests_and_zero_is_for_falling_over_only(
     weights = {"a": 1.0, "b": 3.0, "c": 0.0}
     endpoints = tuple(replace(each, weight=weights[each.provider]) for each in MODELS[0].endpoints)
     async with market(models=[Model(SLUG, endpoints)]) as there:
-        there.proxy.gateway.draw = iter([*draws, *[0.5] * 9]).__next__
+        there.proxy.context.draw = iter([*draws, *[0.5] * 9]).__next__
         assert await there.order() == order
 
 
@@ -257,15 +257,15 @@ async def test_a_preference_stands_over_weights(market: Any) -> None:
 
 async def test_no_more_attempts_are_made_than_the_config_allows(market: Any) -> None:
     async with market() as there:
-        config = there.proxy.gateway.config
-        there.proxy.gateway.config = replace(config, routing=RoutingSettings(max_attempts=2))
+        config = there.proxy.context.config
+        there.proxy.context.config = replace(config, routing=RoutingSettings(max_attempts=2))
         assert await there.order(models=[OTHER_SLUG]) == "ab"
 
 
 async def test_no_attempt_begins_after_the_time_for_all_of_them(market: Any) -> None:
     async with market(slow_then(FAILING, 0.15)) as there:
-        config = there.proxy.gateway.config
-        there.proxy.gateway.config = replace(config, routing=RoutingSettings(attempts_timeout=0.1))
+        config = there.proxy.context.config
+        there.proxy.context.config = replace(config, routing=RoutingSettings(attempts_timeout=0.1))
         assert await there.order() == "a"
 
 

@@ -340,7 +340,7 @@ async def test_others_are_served_between_steps_and_none_is_taken_for_who_has_lef
             taken += 1
             yield
 
-    monkeypatch.setattr(proxy.gateway.parse_cache, "read_in_steps", endless)
+    monkeypatch.setattr(proxy.context.parse_cache, "read_in_steps", endless)
     client, other = await proxy.connect(), await proxy.connect()
     client.send(chat(proxy.key, {**QUESTION, "x": "a" * STEPPED_BYTES}))
     await asyncio.wait_for(begun.wait(), WAIT)
