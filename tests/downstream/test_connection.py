@@ -1070,7 +1070,7 @@ async def test_connections_that_wait_longest_make_room_for_new_ones(
         if number == 1:
             clients[1].send(b"GET /v1/mo")  # a part of a head is no request either
         await wait_until(lambda number=number: len(proxy.server._connections) == number + 2)  # type: ignore[misc]
-        await asyncio.sleep(2 * proxy.context.wheel.tick)  # by which the waits are told apart
+        await asyncio.sleep(2 * proxy.context.wheel.tick)  # by which the waits are distinguished
     new = await proxy.connect()
     assert await clients[0].read_rest() == b""
     assert await new.is_open()
@@ -1226,7 +1226,7 @@ async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_le
     unsent = downstream.get_extra_info("socket")
     unread = kept._transport.get_extra_info("socket")
     assert unsent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
-    # Linux doubles what it is told, and keeps to its own maximum.
+    # Linux doubles the size it is given, and keeps to its own maximum.
     assert unread.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 2 * UNREAD_BYTES
 
 

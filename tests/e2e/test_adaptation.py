@@ -51,11 +51,11 @@ async def test_the_rules_are_seen_on_the_wire_and_nothing_else_has_changed(
         set=(("top_k", b"40"), ("temperature", b"1.0")),
         roles=(("developer", "system"),),
     )
-    told = b'{"role": "developer", "content":"\\u00e9 developer"}'
+    message = b'{"role": "developer", "content":"\\u00e9 developer"}'
     body = (
         b'{ "model":"%b", "max_tokens":5 ,"logit_bias":{"1":2},"temperature":0.10,'
         b'"messages": [%b,{"role":"user","content":"developer"}], "seed" : 1.0e3,"n":null}'
-    ) % (SLUG.encode(), told)
+    ) % (SLUG.encode(), message)
     async with ScriptedUpstream(BODY) as upstream, proxy_to(upstream, models=models) as proxy:
         assert (await proxy.post(body)).status == 200
     assert upstream.requests[0].json() == {

@@ -1,4 +1,4 @@
-"""Who failed of late is asked last, and never not at all; what is no failure does not count."""
+"""An endpoint that has failed is tried last, but still tried; what is no failure does not count."""
 
 from __future__ import annotations
 
@@ -273,9 +273,9 @@ async def test_many_failures_at_once_are_one_outage(proxy_to: ProxyTo) -> None:
         ScriptedUpstream(default=GOOD) as second,
         proxy_to(first, second) as proxy,
     ):
-        asked = [asyncio.ensure_future(proxy.post(chat())) for _ in range(20)]
+        requests = [asyncio.ensure_future(proxy.post(chat())) for _ in range(20)]
         await first.wait_for_requests(20)
         first.release("fail")
-        replies = await asyncio.gather(*asked)
+        replies = await asyncio.gather(*requests)
         assert health_of(proxy).cooldown <= health.FIRST_COOLDOWN * (1 + health.JITTER)
     assert {reply.status for reply in replies} == {200}

@@ -138,7 +138,7 @@ BODIES: dict[str, Callable[[int], bytes]] = {
     "stream options": lambda size: member(b'0,"stream_options":{"x":%b}' % array(b'""')(size)),
     "no end": lambda size: member(array(b"[]")(size))[:-1],
 }
-# Costs as much again: the role is written anew.
+# Costs as much again: the role is written again.
 ROLES: dict[str, Callable[[int], bytes]] = {
     "developers": lambda size: (
         b'{"model":"a/b","messages":[%b]}'
@@ -289,7 +289,7 @@ def test_a_large_body_is_read_in_steps_none_longer_than_a_parse(name: str) -> No
 def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
     body = BODIES[name](size)
 
-    def told(read: Callable[[], Call]) -> object:
+    def result_of(read: Callable[[], Call]) -> object:
         try:
             call = read()
         except RequestError as error:
@@ -305,7 +305,7 @@ def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
                 call: Call = end.value
                 return call
 
-    assert told(in_steps) == told(lambda: ParseCache().read(body, "key"))
+    assert result_of(in_steps) == result_of(lambda: ParseCache().read(body, "key"))
 
 
 async def test_a_large_body_arrives_as_it_was_sent(
