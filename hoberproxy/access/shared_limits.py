@@ -201,7 +201,7 @@ class SharedLimits(Limiter):
     """The limits file, as one process uses it, on one thread. `close` frees what it holds."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises OSError if the file cannot be made, mapped or locked."""
+        """Open or make the file at `path`. Raises OSError if that, or its locks, cannot be had."""
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # Allocated now: a disk that is full later would end the process at a store to memory.
@@ -222,7 +222,7 @@ class SharedLimits(Limiter):
             raise
 
     def close(self) -> None:
-        """Leave: the locks of this process go with its descriptor."""
+        """Close the file, and with it free the locks of this process."""
         self._slots.clear()  # and with them their parts of the map
         self._view.release()
         with suppress(BufferError):  # a traceback has a slot, and closes the map with it

@@ -111,7 +111,7 @@ def read_usage(document: dict[str, Any]) -> Usage | None:
 def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     """Return the usage of a stream with one event more; `known` is that of the events before it.
 
-    The last one counts; but zeros, which some servers send before the first text or behind the
+    The last one counts; but zeros, which some servers send before the first text or after the
     last, do not take the place of numbers, nor do the same numbers without their parts.
     """
     usage = read_usage(document)

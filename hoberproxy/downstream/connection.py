@@ -326,7 +326,7 @@ class DownstreamConnection(Client):
     def _refuse_at_head(self, head: RequestHead, length: int | None, rest: bytes) -> None:
         """Refuse a request by its head alone, without waiting for a stranger's body.
 
-        Where the whole body came along, the next request is found behind it, and the connection
+        Where the whole body came along, the next request is found after it, and the connection
         goes on.
         """
         handler = self._handler

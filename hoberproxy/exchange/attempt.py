@@ -240,7 +240,7 @@ class Attempt(Reporter):
     def _choose_relay(self, data: bytes) -> tuple[Relay | None, bytes]:
         """Return the relay for a body that begins with `data`, None if not yet, and its bytes.
 
-        White space and a byte order mark in front are dropped: within a stream, behind a comment
+        White space and a byte order mark in front are dropped: within a stream, after a comment
         line of the proxy's, a mark would be a part of the first event's first name.
         """
         data = (self._begun + data).lstrip(_WHITE)

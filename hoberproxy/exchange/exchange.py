@@ -46,7 +46,7 @@ from .response_fields import attempts_fields, cors_fields, error_fields
 
 logger = logging.getLogger("hoberproxy.server")
 
-# No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
+# No empty line after it: at one, openai-go before 3.43 dispatches an event without data, and so
 # does openai-python once an upstream has sent an `id:`.
 COMMENT: Final = b": HOBER PROCESSING\n"
 REST: Final = 0.002  # seconds for other requests between two steps of reading a large body

@@ -38,7 +38,7 @@ class State(Enum):
 
 
 class Child:
-    """One process. `settled` and `ended` are set when it is ready, and when it has ended."""
+    """A child process. `settled` is set when it is ready or has ended, `ended` if it has ended."""
 
     def __init__(
         self, pid: int, *, generation: int, slot: int, state: State, started: float

@@ -59,7 +59,7 @@ Load = Callable[[], tuple[ConfigSource, Config]]
 
 
 class Supervisor:
-    """One per service. `run` returns when all has ended."""
+    """Supervises one service. `run` returns when all its processes have ended."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the st
 
 @dataclass(slots=True)
 class Handover:
-    """What the next program goes on with. `ends`: of each child's channel, with unread bytes."""
+    """The state that the next program goes on with. `ends`: of channels, with unread bytes."""
 
     source: ConfigSource
     generation: int

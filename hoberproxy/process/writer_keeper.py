@@ -29,7 +29,7 @@ END_LIMIT = 10.0  # seconds after the last worker for the last records to be wri
 
 
 class Writers:
-    """One per supervisor. `on_ended` gets the last counts of each that is gone."""
+    """Keeps the writers of one supervisor. `on_ended` gets the last counts of each that is gone."""
 
     def __init__(self, on_ended: Callable[[Snapshot], None]) -> None:
         self._on_ended = on_ended

@@ -51,7 +51,7 @@ NO_PREFERENCES: Final = ProviderPreferences()
 
 
 class Terms:
-    """The checked content of a body beside its messages. Calls may share it: see parse_cache.py."""
+    """The checked content of a body without its messages; calls may share it (parse_cache.py)."""
 
     candidates: tuple[str, ...]  # slugs, `model` first, then `models`; suffixes included
     requested: tuple[str, ...]  # the first of these, fit for a record

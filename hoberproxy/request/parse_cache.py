@@ -1,6 +1,6 @@
 """The parse cache: keeps the checked bytes around the messages of a body for later bodies.
 
-In most requests of an app model, parameters and tools are the same bytes, before and behind the
+In most requests of an app model, parameters and tools are the same bytes, before and after the
 messages. A template keeps these bytes, and the terms that were read from them. A body that begins
 and ends with them has something else in place of the messages; if that is one JSON value, it is the
 messages and nothing else, since where a value begins and ends does not depend on what stands around
@@ -40,7 +40,7 @@ _loads: Final = orjson.loads
 
 
 class _Template:
-    """The bytes before and behind the messages of a body, and the terms read from them."""
+    """The bytes before and after the messages of a body, and the terms read from them."""
 
     __slots__ = ("after", "before", "number", "size", "terms", "was_used")
 

@@ -160,8 +160,8 @@ class Health:
     """The state of all endpoints, each under (provider, upstream_model).
 
     Call `begin` when an attempt starts, then one of `observe_success`, `observe_failure` or
-    `abandon`. Endpoints that were not tried of late are forgotten: clients choose names behind a
-    wildcard, and could fill memory.
+    `abandon`. Endpoints that were not tried lately are forgotten: under a wildcard clients choose
+    the names, and could fill memory.
     """
 
     SIZE: ClassVar[int] = 4096

@@ -113,7 +113,7 @@ def _measured(offer: Offer, sort: str, health: Health, now: float) -> tuple[int,
     """Return a sort key by speed or latency, the best first.
 
     An endpoint that was not measured of late comes before the others, or it never would be; but
-    while one request tries it, it comes behind them, or all would.
+    while one request tries it, it comes after them, or all would.
     """
     key = offer[1].provider, offer[1].upstream_model
     if sort == "throughput":

@@ -36,7 +36,7 @@ _Change = tuple[bytes | None, bytes | None] | None
 
 
 class _Prepared:
-    """The bytes before and behind the messages of an upstream body, and the rules they follow.
+    """The bytes before and after the messages of an upstream body, and the rules they follow.
 
     `injected` are the names of members that are the proxy's and not the client's.
     """
