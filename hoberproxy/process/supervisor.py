@@ -1,7 +1,7 @@
 """The supervisor: owns the listening sockets, keeps workers on them, replaces them and itself.
 
     SIGHUP   read and check the config; start workers with it; when they serve, the old ones leave
-    SIGUSR2  the same, after this process has become what is installed by now (process/upgrade.py)
+    SIGUSR2  the same, after this process has become the installed program (process/upgrade.py)
     SIGTERM  let all workers drain; a second one ends them at once
 
 A listening socket is never closed while the service runs, so no connection is refused or reset:
@@ -51,7 +51,7 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
-SAMPLE = 1.0  # seconds over which rates are told
+SAMPLE = 1.0  # seconds between two reports of which rates are computed
 POLL_INTERVAL = 5.0  # seconds between snapshots: what a crash may take of the counts
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -59,7 +59,7 @@ Load = Callable[[], tuple[ConfigSource, Config]]
 
 
 class Supervisor:
-    """One per service. `run` returns when all has ended."""
+    """Supervises one service. `run` returns when all its processes have ended."""
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class Supervisor:
         return not self._is_stopping and count_living(self._config.records.file) > 0
 
     def _announce(self) -> None:
-        self._tell_ready(self._serving)
+        self._send_ready(self._serving)
         for address in self._listeners.addresses:
             print(f"{describe_build()} listens on http://{address}", flush=True)
 
@@ -258,7 +258,7 @@ class Supervisor:
         for child in list(children):
             await child.ended.wait()
 
-    def _tell_ready(self, children: list[Child]) -> None:
+    def _send_ready(self, children: list[Child]) -> None:
         plural = "worker" if len(children) == 1 else "workers"
         self._notifier.ready(f"{len(children)} {plural}, {__version__}")
 
@@ -323,7 +323,7 @@ class Supervisor:
         self._change("reload")
 
     def upgrade(self) -> None:
-        """Become what is installed by now, and do as `reload`."""
+        """Become the program that is now installed, and do as `reload`."""
         self._change("upgrade")
 
     def _change(self, what: str) -> None:
@@ -347,7 +347,7 @@ class Supervisor:
                     else:
                         await self._reload()
             finally:
-                self._tell_ready(self._serving)
+                self._send_ready(self._serving)
 
     @property
     def _serving(self) -> list[Child]:

@@ -1,4 +1,4 @@
-"""A worker: one Server on the supervisor's sockets, told what to do over a channel.
+"""A worker: runs one Server on the supervisor's sockets, by messages over a channel.
 
     supervisor ── start (config, sockets), snapshot, leave, stop ──► worker
                ◄── ready or failed, alive, snapshot, bye ──
@@ -59,7 +59,7 @@ class Worker:
         self._loop.add_signal_handler(signal.SIGTERM, self._server.stop)
         await self._loop.create_connection(lambda: self._channel, sock=self._end)
         self._channel.send("ready")
-        self._server.on_beat = self._tell_alive
+        self._server.on_beat = self._send_alive
         await self._server.wait_closed()
         self._channel.send("bye", snapshot=self._server.snapshot())
         self._channel.close()
@@ -84,7 +84,7 @@ class Worker:
             logger.error("the supervisor is gone: draining")
         self._server.stop()
 
-    def _tell_alive(self) -> None:
+    def _send_alive(self) -> None:
         self._channel.send("alive")
 
 

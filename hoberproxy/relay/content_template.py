@@ -1,9 +1,9 @@
 """Events that say the same but for their text and a few values, passed on by comparing bytes.
 
 A model server writes thousands of events a stream that differ in one text, or in a handful of
-values beside it. The scanner (relay/scanner.py) has one learnt from that it has parsed and found to be
-plain content. A later event that matches it (byte_template.py) can say nothing else: it passes with
-the same edits. Whatever differs in any other way is left to the scanner.
+values beside it. From an event that the scanner (relay/scanner.py) has parsed and found to be plain
+content, a ContentTemplate is made. A later event that matches it (protocol/byte_template.py) can say
+nothing else: it passes with the same edits. Any other event is left to the scanner.
 
 Which values may differ is settled here: only those of which the scanner learns nothing, and the
 numbers of a usage, which stay here until the scanner takes them.

@@ -1,7 +1,7 @@
-"""One stream's edits: where in its events they are, found faster from event to event.
+"""Finds the edits of a stream's events, most of them by what earlier events had in common.
 
-Keeps how the upstream writes the model's name, and how its events begin up to there: what begins
-with the same bytes has it in the same place.
+An upstream writes the member `model` alike in all events of a stream, and often all bytes before
+it. An event that begins with the same bytes has its model's name in the same place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from .event_edits import (
 _DATA: Final = b"data: "
 _LF_LF: Final = b"\n\n"
 _HEAD_BYTES: Final = 1024  # a longer one is not kept
-# A `usage` of null behind which nothing opens: a member of the object itself.
+# A `usage` of null with no bracket after it but the last: a member of the object itself.
 _LAST_NULL: Final = re.compile(rb', ?"usage": ?null(?=[^{}\[\]\\\r\n]*+\}\n\n)')
 
 
 class Editor:
-    """`slug` is the name the client sees; once there was an event, `model` is the upstream's."""
+    """Finds the edits of one stream's events.
+
+    `slug` is the model's name for the client, as JSON; `model` is the upstream's name for it, ""
+    until an event has had one.
+    """
 
     __slots__ = ("_head", "_head_at", "_wants_usage", "model", "pattern", "slug", "value_at")
 
@@ -37,20 +41,21 @@ class Editor:
         self.slug = model_member(slug)[MODEL_VALUE_AT:]  # orjson's own keeps 4 KB, however short
         self.model = ""
         self.pattern = b""  # the member `"model":"…"` as this upstream writes it
-        self.value_at = 0  # where in it the name stands
-        self._head = b""  # how the JSON of an event begins, up to the end of this member
-        self._head_at = 0  # where in that the name stands; the pattern may be a newer one
+        self.value_at = 0  # place of the value in `pattern`
+        self._head = b""  # the bytes of an event's JSON up to the end of this member
+        self._head_at = 0  # place of the value in `_head`; `pattern` may be of a later event
         self._wants_usage = wants_usage
 
     def note_model(self, raw: bytes) -> None:
-        """Keep the upstream's first name for the model, told as JSON."""
+        """Keep the upstream's first name for the model, `raw` as JSON."""
         if not self.model:
             self.model = decode_string(raw)
 
-    def edit_like(self, data: bytes) -> bytes | None:
-        """Whole events of one `data: ` line each as the client sees them; None if not sure.
+    def edit_alike(self, data: bytes) -> bytes | None:
+        """Return whole events as the client gets them; None if the edits have to be searched for.
 
-        They begin with the same bytes up to the model's name, which so is in the same place.
+        They need not be where each event is one `data: ` line that begins with the bytes of an
+        earlier event, up to the end of its `model`.
         """
         head = _DATA + self._head
         if not self._head or not data.startswith(head):
@@ -74,7 +79,7 @@ class Editor:
         return passed
 
     def find_edits(self, payload: bytes, document: Any) -> list[Edit]:
-        """The edits of an event's JSON; `document` is what it says if it was parsed, else None."""
+        """Return the edits of an event's JSON; `document` is its value, None if not parsed."""
         is_read = isinstance(document, dict)
         if is_read and may_escape_names(payload):
             return self._scan_edits(payload, document)
@@ -97,7 +102,7 @@ class Editor:
         return edits
 
     def _find_model(self, payload: bytes, document: Any) -> tuple[int, int]:
-        """Where the name stands in JSON with one `"model"`; (0, 0) if that takes a scan."""
+        """Return the span of the name in JSON with one `"model"`; (0, 0) if a scan is needed."""
         head, pattern = self._head, self.pattern
         if head and payload.startswith(head):
             return self._head_at, len(head)
@@ -110,12 +115,12 @@ class Editor:
                 return 0, 0
             value_start = start + self.value_at
         if end:
-            self._learn_model(payload, start, value_start, end)
+            self._note_pattern(payload, start, value_start, end)
         return value_start, end
 
     def _scan_edits(self, payload: bytes, document: Any) -> list[Edit]:
         if document is None:
-            # Spans mean nothing in bytes that are no JSON, and perhaps nobody has looked yet.
+            # The scan needs JSON, and this payload may not have been parsed.
             document = parse_json(payload)
         if not isinstance(document, dict):
             return []
@@ -124,13 +129,13 @@ class Editor:
             if new:
                 start = payload.rfind(b'"model"', 0, value_start)
                 if start >= 0 and payload[start + 7 : value_start].strip() == b":":
-                    self._learn_model(payload, start, value_start, end)
+                    self._note_pattern(payload, start, value_start, end)
                 else:
                     self.note_model(payload[value_start:end])
         return edits
 
-    def _learn_model(self, payload: bytes, start: int, value_start: int, end: int) -> None:
-        """Keep how this upstream writes the member, and what it begins its events with."""
+    def _note_pattern(self, payload: bytes, start: int, value_start: int, end: int) -> None:
+        """Keep the member as this upstream writes it, and the bytes before it in an event."""
         self.note_model(payload[value_start:end])
         self.pattern, self.value_at = payload[start:end], value_start - start
         is_head = end <= _HEAD_BYTES and not payload.count(b"[", 0, end)
@@ -138,7 +143,7 @@ class Editor:
 
 
 def parse_json(payload: bytes) -> Any:
-    """The JSON of an event; None if it is none."""
+    """Return the value of an event's JSON; None if `payload` is no JSON."""
     try:
         return load_json(payload)
     except ValueError:
@@ -146,6 +151,6 @@ def parse_json(payload: bytes) -> Any:
 
 
 def decode_string(raw: bytes) -> str:
-    """The text of a JSON string; empty if it is none."""
+    """Return the text of a JSON string; "" if `raw` is no JSON string."""
     value = parse_json(raw)
     return value if isinstance(value, str) else ""

@@ -20,7 +20,7 @@ PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
 
 @pytest.fixture
 async def context(proxy: Proxy) -> ServerContext:
-    return proxy.gateway
+    return proxy.context
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def client_with_origins(
 ) -> Callable[..., Awaitable[Client]]:
     async def make(*origins: str) -> Client:
         proxy = await start_proxy(cors_origins=origins)
-        return await aiohttp_client(make_app(proxy.gateway))
+        return await aiohttp_client(make_app(proxy.context))
 
     return make
 
