@@ -2,7 +2,7 @@
 
 A model server writes thousands of events a stream that differ in one text, or in a handful of
 values beside it. From an event that the scanner (relay/scanner.py) has parsed and found to be plain
-content, a ContentTemplate is made. A later event that matches it (protocol/byte_template.py) can say
+content, a ContentTemplate is made. A later event that matches (protocol/byte_template.py) can say
 nothing else: it passes with the same edits. Any other event is left to the scanner.
 
 Which values may differ is settled here: only those of which the scanner learns nothing, and the
