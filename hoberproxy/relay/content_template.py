@@ -5,47 +5,35 @@ values beside it. From an event that the scanner (relay/scanner.py) has parsed a
 content, a ContentTemplate is made. A later event that matches (protocol/byte_template.py) can say
 nothing else: it passes with the same edits. Any other event is left to the scanner.
 
-Which values may differ is settled here: only those of which the scanner learns nothing, and the
-numbers of a usage, which stay here until the scanner takes them.
+Which values may differ is settled in relay/varying_values.py. The numbers of a usage stay here
+until the scanner takes them.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from ..dialects.chat import NO_CONTENT, content_of
+from ..dialects.chat import content_of
 from ..downstream.response import ResponseBody
 from ..downstream.socket_writer import Sink
 from ..protocol.byte_template import (
     COUNT,
-    NUMBER,
-    NUMBERS,
-    OBJECT,
     STRING,
     TEXT,
     ByteTemplate,
     is_text,
     make_template,
-    value_end,
 )
 from ..protocol.http_body import SIZE_LINES, size_line, whole_chunk
 from ..upstream.connection import ChunkTaker
 from .event_edits import Edit, apply_edits
+from .varying_values import TIMINGS, USAGE, find_values
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
 _CR: Final = 0x0D
 _QUOTE: Final = 0x22
-_MINUS: Final = 0x2D
-_ZERO: Final = 0x30
-_NINE: Final = 0x39
-_COLON: Final = 0x3A
-_OPENING_BRACKET: Final = 0x5B
 _BACKSLASH: Final = 0x5C
-_CLOSING_BRACKET: Final = 0x5D
-_OPENING_BRACE: Final = 0x7B
-_CLOSING_BRACE: Final = 0x7D
-_SPACE: Final = 0x20
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
 _NEVER: Final = 1 << 40  # bytes that no event has
@@ -239,7 +227,7 @@ class ContentTemplate(ChunkTaker):
             other = other[at:]
             if not (other.isalnum() or is_text(other)):
                 return self._take_many(data)
-        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+        if not text or _QUOTE in text or _LF in text or _CR in text or text[-1] == _BACKSLASH:
             if not text or not is_text(text):
                 return self._take_many(data)
         size += self._growth
@@ -491,114 +479,3 @@ def _has_counts(document: dict[str, Any]) -> bool:
     else:
         return False
     return type(count) is int and count > 0
-
-
-# Where in an event a value stands. Of what is in OTHER none may differ.
-_OUTSIDE: Final = 0
-TOP: Final = 1
-_CHOICES: Final = 2
-_CHOICE: Final = 3
-_DELTA: Final = 4
-_LOGPROBS: Final = 5
-USAGE: Final = 6
-TIMINGS: Final = 7  # llama.cpp's, in place of a usage
-_OTHER: Final = 8
-_INSIDE: Final = {
-    (TOP, b"choices"): _CHOICES,
-    (TOP, b"usage"): USAGE,
-    (TOP, b"timings"): TIMINGS,
-    (_CHOICE, b"delta"): _DELTA,
-    (_CHOICE, b"logprobs"): _LOGPROBS,
-}
-# Members of the event from which the scanner learns something.
-_READ: Final = frozenset(
-    (b"model", b"object", b"type", b"error", b"base_resp", b"x_groq", b"timings")
-)
-_NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
-
-
-Found = tuple[int, int, int, int, bytes]
-"""Where a value begins and ends, its kind, in what it stands, and under which name."""
-
-
-def find_values(event: bytes, at: int, *, usages: tuple[bytes, ...] = ()) -> list[Found] | None:
-    """Where in an event values stand that may differ; None if its names may be others than seem.
-
-    The event has been parsed, from `at` on. Of its members those in `usages` are one value each.
-    """
-    found: list[Found] = []
-    outer: list[int] = []
-    where, name, size = _OUTSIDE, b"", len(event)
-    # By hand: it is compiled, and a stream's first events have to be cheap, too.
-    while at < size:
-        byte, start = event[at], at
-        at += 1
-        if byte == _QUOTE:
-            start += 1
-            at = value_end(event, start, TEXT) + 1
-            if _is_colon_next(event, at):
-                name = event[start : at - 1]
-                if _BACKSLASH in name:
-                    return None
-            elif (kind := _string_kind(where, name)) >= 0:
-                found.append((start, at - 1, kind, where, name))
-        elif byte == _OPENING_BRACE and where == TOP and name in usages:
-            at = value_end(event, start, OBJECT)
-            if at < 0:
-                return None
-            found.append((start, at, OBJECT, where, name))
-        elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
-            outer.append(where)
-            where = _inside(where, name, byte)
-            if byte == _OPENING_BRACKET and where == _LOGPROBS:
-                end = value_end(event, at, NUMBERS)
-                if at < end and event[end] == _CLOSING_BRACKET:
-                    found.append((at, end, NUMBERS, where, name))
-                    at = end
-        elif byte == _CLOSING_BRACE or byte == _CLOSING_BRACKET:
-            where = outer.pop()
-        elif byte == _MINUS or _ZERO <= byte <= _NINE:
-            at = value_end(event, start, NUMBER)
-            if at < 0:
-                return None
-            kind = _number_kind(where, name)
-            if kind >= 0 and (kind == NUMBER or value_end(event, start, COUNT) == at):
-                found.append((start, at, kind, where, name))
-    return found
-
-
-def _is_colon_next(event: bytes, at: int) -> bool:
-    while event[at] == _SPACE:
-        at += 1
-    return event[at] == _COLON
-
-
-def _inside(where: int, name: bytes, bracket: int) -> int:
-    """Where the values stand that are within an object or array of this name."""
-    if where == _OUTSIDE:
-        return TOP
-    if where == _CHOICES:
-        return _CHOICE if bracket == _OPENING_BRACE else _OTHER
-    return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
-
-
-def _string_kind(where: int, name: bytes) -> int:
-    """The kind of a string that may differ; -1 if it may not."""
-    if where == _DELTA:
-        return -1 if name in _NO_CONTENT else TEXT
-    if where == _CHOICE and name == b"text":
-        return TEXT
-    return STRING if where == _LOGPROBS or (where == TOP and name not in _READ) else -1
-
-
-def _number_kind(where: int, name: bytes) -> int:
-    """The kind of a number that may differ; -1 if it may not."""
-    if where == USAGE:
-        return NUMBER if b"cost" in name else COUNT
-    if where == TIMINGS:
-        return COUNT if name[-2:] == b"_n" else NUMBER
-    if where == TOP:
-        return -1 if name in _READ else NUMBER
-    if where == _DELTA:
-        return -1 if name == b"error" else NUMBER
-    return NUMBER if where == _LOGPROBS or (where == _CHOICE and name == b"index") else -1

@@ -13,8 +13,9 @@ from typing import Any, Final
 from ..dialects.chat import content_of, is_usage_event
 from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate, make_template
 from ..protocol.json_bytes import load_json
-from .content_template import TOP, Found, find_values, has_text
+from .content_template import has_text
 from .event_edits import Edit, apply_edits
+from .varying_values import TOP, Found, find_values
 
 MAX_EVENTS: Final = 8  # of a server's streams under one slug: for who asks for usage, and who not
 MAX_SERVERS: Final = 256  # and slugs: models behind wildcards are named by clients

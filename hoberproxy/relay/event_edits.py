@@ -1,8 +1,8 @@
-"""Makes the edits of an event: the catalog's slug for `model`, and no `usage` of null.
+"""Finds and makes the edits of an event: the catalog's slug for `model`, and no `usage` of null.
 
 An edit is a span of bytes and the bytes to put in its place. Only members of the event's own object
-are edited, never those of an object within it. Counted names, the brackets around a span, or a scan
-of all members prove which it is; without a proof nothing is edited.
+are edited, never those of an object within it. Counted names or a scan of all members prove which
+it is; without a proof nothing is edited.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from ..protocol.json_bytes import scan_members
+from ..protocol.json_bytes import load_json, model_member, scan_members
 from ..protocol.sse import Data
 
 Edit = tuple[int, int, bytes]  # the span's beginning and end, and the new bytes
@@ -25,6 +25,56 @@ _QUOTE: Final = 0x22
 _COMMA: Final = 0x2C
 _BRACE: Final = 0x7B
 _BACKSLASH: Final = 0x5C
+
+
+class Editor:
+    """Finds the edits of one stream's events.
+
+    `slug` is the model's name for the client, as JSON; `model` is the upstream's name for it, ""
+    until an event has had one.
+    """
+
+    __slots__ = ("_wants_usage", "model", "slug")
+
+    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+        self.slug = model_member(slug)[MODEL_VALUE_AT:]  # orjson's own keeps 4 KB, however short
+        self.model = ""
+        self._wants_usage = wants_usage
+
+    def note_model(self, raw: bytes) -> None:
+        """Keep the upstream's first name for the model, `raw` as JSON."""
+        if not self.model:
+            self.model = decode_string(raw)
+
+    def find_edits(self, payload: bytes, document: dict[str, Any]) -> list[Edit]:
+        """Return the edits of an event's JSON, whose value is `document`."""
+        if may_escape_names(payload):
+            return self._scan_edits(payload)
+        edits: list[Edit] = []
+        names = payload.count(b'"model"')
+        if names:
+            start, end = find_model(payload, document) if names == 1 else (0, 0)
+            if not end:
+                return self._scan_edits(payload)
+            self.note_model(payload[start:end])
+            edits.append((start, end, self.slug))
+        usages = payload.count(b'"usage"') if not self._wants_usage else 0
+        if usages == 1 and document.get("usage", True) is not None:
+            usages = 0  # it is an object, or not the object's own
+        if usages:
+            start, end = find_null_usage(payload)
+            if not end:
+                return self._scan_edits(payload)
+            edits += cut_member(payload, start, end)
+            edits.sort()
+        return edits
+
+    def _scan_edits(self, payload: bytes) -> list[Edit]:
+        edits = scan_edits(payload, self.slug, wants_usage=self._wants_usage)
+        for start, end, new in edits:
+            if new:
+                self.note_model(payload[start:end])
+        return edits
 
 
 def apply_edits(event: bytes, edits: list[Edit]) -> bytes:
@@ -56,42 +106,21 @@ def may_escape_names(payload: bytes) -> bool:
     )
 
 
-def is_in_object_itself(payload: bytes, start: int, end: int) -> bool:
-    """Return whether the member at `start` to `end` is surely of the outermost object.
-
-    It is if no other bracket opens before it, or none but that object's closes after it. Brackets
-    and backslashes in strings can hide this, but never make it seem so: a quote without a backslash
-    before it cannot be inside a string.
-    """
-    count = payload.count
-    if start and payload[start - 1] == _BACKSLASH:
-        return False
-    if not count(b"[", 0, start) and count(b"{", 0, start) == 1 and not count(b"\\", 0, start):
-        return True
-    return (
-        count(b"}", end) == 1
-        and not count(b"]", end)
-        and not count(b"{", end)
-        and not count(b"[", end)
-    )
-
-
-def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int, int]:
-    """Return the places of member `model`, of its value, and of its end; zeros if not sure.
+def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int]:
+    """Return the span of the value of member `model`; (0, 0) if not sure.
 
     This is a search, faster than a scan, for JSON with the value `document` and no escaped names.
     """
     model = document.get("model")
     if isinstance(model, str) and model.isascii() and payload.count(_MODEL) == 1:
         value = orjson.dumps(model)
-        start = payload.find(_MODEL)
-        value_start = start + MODEL_VALUE_AT
-        if payload[value_start : value_start + 1] == b" ":  # the two usual writers of JSON
-            value_start += 1
-        end = value_start + len(value)
-        if payload[value_start:end] == value:
-            return start, value_start, end
-    return 0, 0, 0
+        start = payload.find(_MODEL) + MODEL_VALUE_AT
+        if payload[start : start + 1] == b" ":  # the two usual writers of JSON
+            start += 1
+        end = start + len(value)
+        if payload[start:end] == value:
+            return start, end
+    return 0, 0
 
 
 def find_null_usage(payload: bytes) -> tuple[int, int]:
@@ -166,3 +195,17 @@ def place_edits(data: Data, edits: list[Edit]) -> list[Edit]:
                 placed.append((first, first + stop - at, new))
             at = stop + 1
     return placed
+
+
+def parse_json(payload: bytes) -> Any:
+    """Return the value of an event's JSON; None if `payload` is no JSON."""
+    try:
+        return load_json(payload)
+    except ValueError:
+        return None
+
+
+def decode_string(raw: bytes) -> str:
+    """Return the text of a JSON string; "" if `raw` is no JSON string."""
+    value = parse_json(raw)
+    return value if isinstance(value, str) else ""

@@ -26,7 +26,7 @@ from .completion import (
     read_completion,
     serialize_as_stream,
 )
-from .edit_finder import decode_string
+from .event_edits import decode_string
 from .long_json import LongObject
 from .progress import has_progress
 from .scanner import StreamScanner

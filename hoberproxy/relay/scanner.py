@@ -12,8 +12,7 @@ From the first content on, an event takes the first of these ways that is open t
 - it differs from an earlier event in its text and a few values: it is compared, not parsed
   (relay/content_template.py, mostly before its framing is walked)
 - an earlier stream ended alike: the same (relay/edge_templates.py)
-- nothing in it is unusual: it passes with others like it, in a few C calls (`_pass_whole`)
-- it is whole: it is taken alone, and parsed if need be (`_pass_event`)
+- it is whole: it is parsed (`_pass_event`)
 - it is longer than HOLD_LIMIT_BYTES: it is edited and read while it passes (relay/long_json.py)
 
 Only an unfinished event is held. All ways give the same bytes and the same facts: where the bytes
@@ -36,8 +35,7 @@ from ..dialects.usage import Usage, newest_usage
 from ..protocol.sse import DONE, Data, blank_line_end, parse_event
 from .content_template import ContentTemplate
 from .edge_templates import MAX_EVENT_BYTES, EdgeTemplates, KnownEvent
-from .edit_finder import Editor, parse_json
-from .event_edits import Edit, apply_edits, may_escape_names, place_edits
+from .event_edits import Edit, Editor, apply_edits, parse_json, place_edits
 from .long_json import LongEvent
 
 HOLD_LIMIT_BYTES = 16 * 1024
@@ -324,7 +322,6 @@ class StreamScanner:
         """
         template, size = self.template, len(data)
         has_cr = _CR in data
-        may_pass_whole = not has_cr  # tried once: it looks at all that is left
         while at < size:
             if at != tried:
                 passed = template.pass_events(data, at)
@@ -345,34 +342,14 @@ class StreamScanner:
                 out.append(passed)
                 at = end
                 continue
-            whole_end = at
-            if may_pass_whole and not template.wants_specimen:
-                may_pass_whole = False
-                whole_end = self._pass_whole(data, at, out)
-            if whole_end > at:
-                end = whole_end
-            else:
-                self._take_any(data, at, end, out)
-                if self._is_over():
-                    self._end_in_done(data[end - 1 : end], out)
-                    return
+            self._take_any(data, at, end, out)
+            if self._is_over():
+                self._end_in_done(data[end - 1 : end], out)
+                return
             at = end
         self._keep(data, at)
         if len(self._tail) > HOLD_LIMIT_BYTES:
             self._start_long(out)
-
-    def _pass_whole(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """Pass all further whole events if they are plain content; return their end, else `at`."""
-        end = data.rfind(_LF_LF) + 2
-        if end < at + 2:
-            return at
-        whole = data[at:end]
-        if _says_more(whole) or (passed := self._editor.edit_alike(whole)) is None:
-            return at
-        self._content_events += whole.count(_LF_LF)
-        self._was_dropped = False
-        out.append(passed)
-        return end
 
     def _take_any(self, data: bytes, at: int, end: int, out: list[bytes]) -> None:
         if _size(data, at, end) > HOLD_LIMIT_BYTES:
@@ -469,33 +446,20 @@ class StreamScanner:
         if payload == DONE:
             self.is_done = True
             return event
-        document: Any = None
-        is_parsed = (
-            is_opening
-            or _says_more(payload)
-            or not payload.count(b'"choices"')
-            or may_escape_names(payload)
-        )
-        if is_parsed:
-            document = parse_json(payload)
-            if not isinstance(document, dict):
-                self._has_other_data = True
-                _check_other_data(document, payload, is_opening=is_opening)
-                return event
-            self._read_document(document)
-        else:
-            self._content_events += 1
-            if self.template.wants_specimen:
-                document = parse_json(payload)
+        document = parse_json(payload)
+        if not isinstance(document, dict):
+            self._has_other_data = True
+            _check_other_data(document, payload, is_opening=is_opening)
+            return event
+        self._read_document(document)
         edits = self._editor.find_edits(payload, document)
         if edits:
             edits = place_edits(data, edits)
-        passed = apply_edits(event, edits)
-        if isinstance(document, dict) and _is_plain(event, data):
+        if _is_plain(event, data):
             self._teach_templates(event, data.starts[0], edits, document, is_opening=is_opening)
-        if is_parsed and not self._wants_usage and is_usage_event(document):
+        if not self._wants_usage and is_usage_event(document):
             return None
-        return passed
+        return apply_edits(event, edits)
 
     def _teach_templates(
         self,

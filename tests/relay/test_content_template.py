@@ -158,6 +158,7 @@ def test_what_is_different_is_left_for_the_long_way(other: bytes) -> None:
         b"\\",
         b'\\\\"',
         b"\n",
+        b"a\r\rdata: [DONE]\r\rb",
         b"\n\ndata: [DONE]\n\ndata: x",
         b"\\\n",
         event("y") * 2,
