@@ -1,9 +1,9 @@
-"""Bytes seen before but for a few values: what is like them is known without being parsed.
+"""Recognises bytes that are equal to earlier ones but for some values, without parsing them.
 
-A specimen was parsed, and it is known where in it values stand that may differ from one of its kind
-to the next. Bytes that are the same around other values of these kinds say the same but for them:
-nothing else can have changed, for a value ends where its kind ends it. Of the values only those are
-holes that have been seen to differ; the others are compared together with what is around them.
+A specimen was parsed, and the places of the values in it that may differ are known. Other bytes
+that are the same around values of the same kinds mean the same but for these values: nothing else
+can have changed, since the kind of a value settles where it ends. Only values that have differed
+are holes; the others are compared together with the bytes around them.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def is_text(value: bytes) -> bool:
 
 
 class ByteTemplate:
-    """What a specimen and others like it have in common.
+    """The bytes that a specimen and others like it have in common, and the holes between them.
 
-    Of what `match` and `learn_from` took last, the values of the holes are in `values`. `kinds` are
-    those of the holes, `literals` stand around them, and `new_literals` have the specimen's edits.
-    `are_holes` says of all values which are holes.
+    `values` are those of the holes in the bytes that `match` or `learn_from` has had last. `kinds`
+    are those of the holes, `literals` the bytes around them, and `new_literals` the same with the
+    specimen's edits. `are_holes` has True for each of all values that is a hole.
     """
 
     __slots__ = (
@@ -87,13 +87,13 @@ class ByteTemplate:
         self.are_holes = are_holes  # shared with copies
 
     def match(self, data: bytes, at: int) -> int:
-        """Return where that ends which begins at `at` and matches; 0 if nothing does."""
+        """Return where the bytes end that begin at `at` and match; 0 if they do not."""
         return self._walk(data, at, self.literals, self.kinds)
 
     def learn_from(self, data: bytes, at: int, *, widen: bool = True) -> int:
-        """Match what may differ in any of its values; what matches later has these values.
+        """Do as `match`, whichever values differ; later bytes match if they have the same ones.
 
-        With `widen`, those that differ are holes from now on. A TEXT or COUNT is one in any case.
+        With `widen`, values that differ are holes from now on; a TEXT or COUNT is one in any case.
         """
         self.values = values = [b""] * len(self._kinds)
         matches = self._walk(data, at, self._literals, self._kinds) > 0
@@ -106,17 +106,17 @@ class ByteTemplate:
         return self.match(data, at) if matches else 0
 
     def without_values(self) -> bytes:
-        """Return what no value of a specimen is part of."""
+        """Return the specimen without its values."""
         return b"".join(self._literals)
 
     def hole_of(self, slot: int) -> int:
-        """Return the number among the holes of the value that has this number among all."""
+        """Return which hole it is, counted from 0, that value number `slot` has."""
         return sum(self.are_holes[:slot])
 
     def copy_for(self, data: bytes) -> ByteTemplate | None:
-        """Return a template with the values of `data`, which it has to match as a whole.
+        """Return a template for bytes like `data`; None if these do not match as a whole.
 
-        What is a hole of one is a hole of the other, as soon as it learns again.
+        It shares the holes: what becomes one here becomes one there when it next learns.
         """
         copy = ByteTemplate(self._literals, self._new_literals, self._kinds, self.are_holes)
         copy.values = values = [b""] * len(self._kinds)
@@ -126,14 +126,14 @@ class ByteTemplate:
         return copy
 
     def forget_values(self) -> None:
-        """Let go of the values of specimens: only copies are of use then."""
+        """Drop the values of specimens; from now on only `copy_for` is of use."""
         self._known = [b""] * len(self._kinds)
         self.literals = []
         self.new_literals = []
         self.values = []
 
     def put_together(self, out: list[bytes]) -> None:
-        """Append to `out` what was matched last, edited."""
+        """Append to `out` the bytes that have matched last, edited."""
         news = self.new_literals
         out.append(news[0])
         slot = 0

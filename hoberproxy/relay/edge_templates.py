@@ -1,9 +1,9 @@
-"""How the streams of a model server begin and end: as earlier ones, but for a few values.
+"""Recognises the first and the last events of a stream by those of earlier streams.
 
 What a server writes before and with the first text, and behind the last one, differs from stream to
 stream in identifiers, times, texts and the numbers of a usage. An event that was parsed is kept
-without these, and what it says beside them. Another one that matches it (byte_template.py) says the
-same, and need not be parsed but for its usage.
+without these values, together with what the scanner has read in it. Of a later event that matches
+(protocol/byte_template.py) only these values are read.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _USAGES: Final = (b"usage", b"timings", b"x_groq")  # members that may have one
 
 
 class KnownEvent:
-    """An event but for its values. What it says is that of the one which matched last.
+    """An event without its values, and what the scanner reads in it.
 
-    `content` is for the ContentTemplate of a stream whose first text stands in such an event.
+    `raw_id` and `usage_document` are those of the event that has matched last. `content` is for the
+    ContentTemplate of a stream whose first text is in such an event.
     """
 
     __slots__ = (
@@ -71,7 +72,7 @@ class KnownEvent:
         self._note_holes()
 
     def _note_holes(self) -> None:
-        """Note which holes have the identifier, and members that have a usage."""
+        """Note which holes are the identifier, and members that may have a usage."""
         self._id_hole = -1
         self._usages: list[tuple[int, str]] = []
         for slot, (kind, where, name) in enumerate(self._found):
@@ -81,14 +82,14 @@ class KnownEvent:
                 self._id_hole = self.template.hole_of(slot)
 
     def learn_from(self, event: bytes) -> bool:
-        """Make holes of what differs in an event that says the same; False if it does not."""
+        """Make holes of the values that differ in `event`; return False if anything else does."""
         if self.template.learn_from(event, 0) != len(event):
             return False
         self._note_holes()
         return self.match(event, 0) > 0
 
     def match(self, data: bytes, at: int) -> int:
-        """Return where that ends which begins at `at` and says the same; 0 if nothing does."""
+        """Return where the event ends that begins at `at` and matches; 0 if none does."""
         template = self.template
         end = template.match(data, at)
         if not end or end - at > 2 * MAX_EVENT_BYTES:
@@ -113,7 +114,7 @@ class KnownEvent:
         return end
 
     def put_together(self, out: list[bytes]) -> None:
-        """Append to `out` what the client gets of the event that matched last, and forget it."""
+        """Append to `out` the event that has matched last, edited, and drop its values."""
         self.template.put_together(out)
         self.template.values = [b""] * len(self.template.kinds)
 
@@ -156,10 +157,10 @@ class EdgeTemplates:
         *,
         wants_usage: bool,
     ) -> KnownEvent | None:
-        """Know events like this one from now on; returns what is known, None if nothing is.
+        """Recognise events like `event` from now on; return what is kept, None if nothing is.
 
-        Duty of the caller: the event is one `data:` line, with its payload at `payload_at`, and an
-        empty one; `document` is what that says, and `edits` is what the client sees otherwise.
+        Duty of the caller: `event` is one `data:` line, with its payload at `payload_at`, and an
+        empty line; `document` is the value of the payload, and `edits` are made for the client.
         """
         self._unmatched += 1
         if self._unmatched > _FIRST_SPECIMENS and self._unmatched % _WORTH_A_SPECIMEN:
@@ -219,7 +220,7 @@ def _make_known(
 
 
 def _is_sure(document: dict[str, Any]) -> bool:
-    """Whether an event has no usage of a choice's own, and no whole message."""
+    """Return whether no choice of an event has a usage or a whole message."""
     choices = document.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         if not isinstance(choice, dict) or choice.get("usage") or choice.get("message"):
