@@ -22,7 +22,7 @@ from .c_upstream import c_upstream, find_compiler
 from .certificates import Certificates
 from .machine import Cores
 from .mock_answers import Settings
-from .peers import MODEL, PROXIES, Peer, Wiring, create_key
+from .peers import MODEL, Peer, Wiring, create_key
 from .processes import (
     StartError,
     dead_port,
@@ -35,7 +35,7 @@ from .processes import (
 )
 from .procfs import ProcessTree, core_seconds
 from .saturate import find_wrk, wrk_options
-from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, ROLES, Scenario, Variant
+from .scenarios import DIRECT, MEASURES, PROXY_WITH_LOG, ROLES, Scenario, Variant
 
 PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
 STEADY_PATIENCE = 60.0
@@ -156,7 +156,7 @@ class Runner:
         self._certificates = certificates
         self._most_connections = most_connections
         self._stack = ExitStack()
-        self._key = self._limited_key = "bench"
+        self._keys: dict[str, tuple[str, str]] = {}  # of each Python: without limits, with all
         self._dead_port: int | None = None
 
     def __enter__(self) -> Runner:
@@ -164,7 +164,6 @@ class Runner:
             self._upstream = stack.enter_context(self._make_upstream())
             if self._scenario.dead_first:
                 self._dead_port = stack.enter_context(dead_port())
-            self._make_key()
             self._stack = stack.pop_all()
         return self
 
@@ -174,14 +173,16 @@ class Runner:
     def run(self, number: int, target: Target, variant: Variant) -> Run:
         """Start the server, send the load, read the values. Problems are in the run, not raised."""
         result = Run(number, variant.name, target.name)
+        is_ours = target.peer is not None and target.peer.is_ours
         try:
             with self._started(target) as server:
-                key = self._limited_key if target.name == PROXY_WITH_LOG else self._key
-                self._measure(result, server, variant, key)
+                keys = self._keys.get(target.program, ("bench", "bench"))
+                key = keys[target.name == PROXY_WITH_LOG]
+                self._measure(result, server, variant, key, is_ours=is_ours)
         except (StartError, OSError, ValueError, HTTPException) as exc:
             result.problem = f"{type(exc).__name__}: {exc}"
         if not result.problem:
-            result.values = _read_values(self._scenario, variant, result)
+            result.values = _read_values(self._scenario, variant, result, is_ours=is_ours)
             result.warnings = list(_doubts(result))
         return result
 
@@ -192,14 +193,18 @@ class Runner:
 
     # One run
 
-    def _make_key(self) -> None:
-        """The proxy's key, in a database that every start of the proxy gets a copy of."""
-        proxy = PROXIES[0]
-        proxy.command(proxy.program, self._wiring(free_port()))
+    def _make_keys(self, python: str) -> None:
+        """Make a version's keys, in a database that each of its starts gets a copy of."""
+        self._remove_database()
         config = self._folder / "hoberproxy.toml"
-        self._key = create_key(config, has_limits=False)
-        self._limited_key = create_key(config, has_limits=True)
-        shutil.move(self._folder / "hoberproxy.db", self._folder / "empty.db")
+        self._keys[python] = (
+            create_key(config, has_limits=False, python=python),
+            create_key(config, has_limits=True, python=python),
+        )
+        shutil.move(self._folder / "hoberproxy.db", self._empty_database(python))
+
+    def _empty_database(self, python: str) -> Path:
+        return self._folder / f"empty-{list(self._keys).index(python)}.db"
 
     def _wiring(self, port: int) -> Wiring:
         return Wiring(
@@ -218,20 +223,30 @@ class Runner:
             return
         port, log = free_port(), self._folder / "server.log"
         command = target.peer.command(target.program, self._wiring(port))
-        if target.peer in PROXIES:
-            self._renew_database()
+        if target.peer.is_ours:
+            self._renew_database(target.program)
         with running(command, log, self._cores.server) as process:
             wait_listening(process, port, log)
             tree = ProcessTree([process.pid])
             wait_quiet(tree)
             yield Started(port, process.pid, tree)
 
-    def _renew_database(self) -> None:
-        for ending in ("-wal", "-shm"):
-            (self._folder / f"hoberproxy.db{ending}").unlink(missing_ok=True)
-        shutil.copy(self._folder / "empty.db", self._folder / "hoberproxy.db")
+    def _renew_database(self, python: str) -> None:
+        if python not in self._keys:
+            self._make_keys(python)
+        self._remove_database()
+        shutil.copy(self._empty_database(python), self._folder / "hoberproxy.db")
 
-    def _measure(self, run: Run, server: Started, variant: Variant, key: str) -> None:
+    def _remove_database(self) -> None:
+        for path in self._folder.glob("hoberproxy.db*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _measure(
+        self, run: Run, server: Started, variant: Variant, key: str, *, is_ours: bool
+    ) -> None:
         output, log = self._folder / "load.json", self._folder / "load.log"
         output.unlink(missing_ok=True)
         meter = Meter(server.tree, self._cores.server)
@@ -241,7 +256,7 @@ class Runner:
                 run.steady = self._sample(load, server.tree, variant, meter.idle_bytes)
             _wait(load, variant.traffic.seconds * 2 + PATIENCE)
         run.around = meter.read()
-        if is_ours(run.target) and server.tree is not None:
+        if is_ours and server.tree is not None:
             run.around["is_compiled"] = float(bool(server.tree.compiled_modules()))
         if not output.exists():
             raise StartError(f"no report of the generator: {log.read_text()[-1000:]}")
@@ -318,11 +333,6 @@ class Meter:
         return figures
 
 
-def is_ours(target: str) -> bool:
-    """Whether a target is the proxy in one form or the other."""
-    return target in (PROXY, PROXY_WITH_LOG)
-
-
 def _failures(run: Run, variant: Variant) -> str:
     """Why the run does not count; empty if it does."""
     requests = run.load["requests"]
@@ -335,10 +345,12 @@ def _failures(run: Run, variant: Variant) -> str:
     return ""
 
 
-def _read_values(scenario: Scenario, variant: Variant, run: Run) -> dict[str, float]:
+def _read_values(
+    scenario: Scenario, variant: Variant, run: Run, *, is_ours: bool
+) -> dict[str, float]:
     """The scenario's measures, as far as this target has them."""
     values = {name: MEASURES[name].read(run.load) for name in scenario.measures}
-    if not is_ours(run.target):  # of whose processes we do not ask which is which
+    if not is_ours:  # of whose processes we do not ask which is which
         values = {name: value for name, value in values.items() if name not in ROLES}
     if run.target == DIRECT:
         values = {name: value for name, value in values.items() if not name.startswith("cpu")}

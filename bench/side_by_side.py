@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,7 +28,7 @@ import orjson
 
 from .certificates import make_certificates
 from .machine import Cores, choose_cores, describe_machine, most_streams, raise_open_files
-from .peers import PEERS, PROXIES, Peer
+from .peers import PEERS, PROXIES, Peer, installed_beside
 from .processes import StartError
 from .ratios import Table, judge, summarize
 from .report import print_report
@@ -35,10 +36,12 @@ from .runner import Run, Runner, Target, lacking
 from .scenarios import DIRECT, SCENARIOS, Scenario, Variant, limited, shortened
 
 
-def find_targets(names: Sequence[str] | None) -> tuple[list[Target], list[Peer]]:
+def find_targets(
+    names: Sequence[str] | None, beside: Sequence[Peer] = ()
+) -> tuple[list[Target], list[Peer]]:
     """All to be measured, and the peers that are not on this machine. Names None: all."""
     targets, missing = [Target(DIRECT)], []
-    for peer in (*PEERS, *PROXIES):
+    for peer in (*PEERS, *PROXIES, *beside):
         if peer in PEERS and names is not None and peer.name not in names:
             continue
         program = peer.find()
@@ -135,7 +138,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """What one needs to repeat it. No paths: a report is for others to read."""
     return {
-        "command": f"python -m bench.side_by_side {shlex.join(options.argv)}".rstrip(),
+        "command": f"python -m bench.side_by_side {shlex.join(_shown(options.argv))}".rstrip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rounds": options.rounds,
         "is_quick": options.quick,
@@ -143,6 +146,11 @@ def describe_run(
         "cores": asdict(cores),
         "missing": {peer.name: peer.package for peer in missing},
     }
+
+
+def _shown(argv: Sequence[str]) -> list[str]:
+    """The options without the path of another version."""
+    return [re.sub(r"(?<==)/.*", "PYTHON", each) if "=" in each else each for each in argv]
 
 
 def warn(machine: dict[str, Any], cores: Cores, is_quick: bool) -> list[str]:
@@ -159,7 +167,7 @@ def warn(machine: dict[str, Any], cores: Cores, is_quick: bool) -> list[str]:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """All chosen scenarios; returns the report."""
-    targets, missing = find_targets(options.peers)
+    targets, missing = find_targets(options.peers, options.beside)
     for peer in missing:
         print(f"{peer.name} is not installed: it is in {peer.package}", file=sys.stderr)
     cores, most = choose_cores(os.sched_getaffinity(0)), most_streams(raise_open_files())
@@ -222,12 +230,27 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         type=_names(peers),
         help=f"some of {', '.join(peers)} (all that are found)",
     )
+    add(
+        "--beside",
+        metavar="NAME=PYTHON",
+        type=_beside,
+        action="append",
+        default=[],
+        help="another installed version of the proxy, by the Python that it is installed for",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything there")
     options = parser.parse_args(argv)
     if not 1 <= options.rounds <= 100:
         parser.error(f"expected 1 to 100 rounds, got {options.rounds}")
     options.argv = list(argv)
     return options
+
+
+def _beside(text: str) -> Peer:
+    name, _, python = text.partition("=")
+    if not name or not os.access(python, os.X_OK):
+        raise argparse.ArgumentTypeError("expected NAME=PYTHON, a name and a program")
+    return installed_beside(name, python)
 
 
 def _names(known: Sequence[str]) -> Callable[[str], list[str]]:

@@ -48,7 +48,8 @@ Command = list[str]
 class Peer:
     """A server to compare. `package` is what brings `program`; `can_fail_over`: over two endpoints.
 
-    `command` writes the config and returns what starts it, given the program's path.
+    Of a version of the proxy `program` is its Python. `command` writes the config and returns what
+    starts it, given the program's path.
     """
 
     name: str
@@ -57,10 +58,11 @@ class Peer:
     command: Callable[[str, Wiring], Command]
     can_fail_over: bool = True
     can_tls: bool = True
+    is_ours: bool = False  # a version of the proxy
 
     def find(self) -> str | None:
         """The program: on the path, beside this Python, or in sbin, which few have on theirs."""
-        if self.program == sys.executable:
+        if self.is_ours:
             return self.program
         beside = str(Path(sys.executable).parent)
         return shutil.which(self.program) or shutil.which(
@@ -71,7 +73,7 @@ class Peer:
         """As it tells it itself, or "unknown"."""
         option = {"nginx": "-v", "haproxy": "-v"}.get(self.program, "--version")
         command = [program, option]
-        if program == sys.executable:
+        if self.is_ours:
             command = [*_module(program), "version"]
         try:
             finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -179,9 +181,9 @@ def _hoberproxy(log: str) -> Callable[[str, Wiring], Command]:
 LIMITS = {"rpm": "900000000", "tpm": "900000000", "rpd": "900000000", "concurrency": "20000"}
 
 
-def create_key(config: Path, *, has_limits: bool) -> str:
+def create_key(config: Path, *, has_limits: bool, python: str = sys.executable) -> str:
     """A key of the proxy that `config` describes, with every limit or none."""
-    command = [*_module(sys.executable), "keys", "create", "--config", str(config)]
+    command = [*_module(python), "keys", "create", "--config", str(config)]
     command += ["--label", "limited" if has_limits else "bench"]
     if has_limits:
         command += [f"--{name}={value}" for name, value in (LIMITS | {"budget": "1000000"}).items()]
@@ -190,9 +192,16 @@ def create_key(config: Path, *, has_limits: bool) -> str:
 
 
 PROXIES = (
-    Peer(PROXY, sys.executable, "hoberproxy", _hoberproxy("false")),
-    Peer(PROXY_WITH_LOG, sys.executable, "hoberproxy", _hoberproxy("true")),
+    Peer(PROXY, sys.executable, "hoberproxy", _hoberproxy("false"), is_ours=True),
+    Peer(PROXY_WITH_LOG, sys.executable, "hoberproxy", _hoberproxy("true"), is_ours=True),
 )
+
+
+def installed_beside(name: str, python: str) -> Peer:
+    """Another version of the proxy, installed for `python`."""
+    return Peer(name, python, "hoberproxy", _hoberproxy("false"), is_ours=True)
+
+
 # In the order of the report. Package names: Debian's, then PyPI's.
 PEERS = (
     Peer(REFERENCE, "nginx", "nginx-light (Debian)", _nginx),

@@ -48,7 +48,7 @@ from tests.support.processes import all_below, is_alive
 ROOT = Path(__file__).parents[2]
 PATIENCE = 2 * WAIT
 HAS_NGINX = next(each for each in PEERS if each.name == REFERENCE).find() is not None
-TARGETS = [DIRECT, *([REFERENCE] if HAS_NGINX else []), PROXY, PROXY_WITH_LOG]
+TARGETS = [DIRECT, *([REFERENCE] if HAS_NGINX else []), PROXY, PROXY_WITH_LOG, "before"]
 
 
 def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,7 +64,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Path]:
     """The table, the result file's values and the file, of a short run of three scenarios."""
     path = tmp_path_factory.mktemp("bench") / "report.json"
     options = "--quick --rounds 1 --peers nginx --scenario json,many-tls,failover".split()
-    done = run_module("side_by_side", *options, "--json", str(path))
+    options += ["--beside", f"before={sys.executable}", "--json", str(path)]
+    done = run_module("side_by_side", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(path.read_bytes()), path
 
@@ -106,6 +107,7 @@ def test_cpu_and_memory_are_of_the_server_while_all_streams_are_open(quick: Any)
 def test_the_report_holds_all_that_is_needed_to_repeat_the_run(quick: Any) -> None:
     result = quick[1]
     assert result["command"].startswith("python -m bench.side_by_side --quick --rounds 1")
+    assert "--beside before=PYTHON" in result["command"], "no path of this machine"
     assert result["machine"].keys() >= {"cpu", "cores", "kernel", "versions", "load_average"}
     assert result["machine"]["versions"].keys() >= {"python", "hoberproxy", "uvloop"}
     assert report.form_of_proxy(result) == ("compiled" if IS_COMPILED else "pure Python")
