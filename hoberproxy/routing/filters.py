@@ -42,11 +42,13 @@ def choose_filters(call: Call) -> list[tuple[str, Filter]]:
         filters.append(("price", _price_limit(wanted)))
     filters += [(extension, _without_extension(extension)) for extension in used_extensions(call)]
     if terms.needs_tools:
-        filters.append(("no_tools", _without_tools))
-    if terms.json_format is not None:
-        filters.append(_json_filter(call))
+        filters.append(("no_tools", _without("tools", "it takes no tools")))
+    if terms.json_format == "json_schema":
+        filters.append(("no_json_schema", _without("json_schema", "it takes no JSON schema")))
+    elif terms.json_format is not None:
+        filters.append(("no_json_mode", _without("json_mode", "it has no JSON mode")))
     if call.needs_images:
-        filters.append(("no_vision", _without_vision))
+        filters.append(("no_vision", _without("vision", "it takes no images")))
     else:  # the bytes of an image are no tokens
         filters.append(("context_length", _context_limit(call)))
     if terms.max_output is not None:
@@ -135,26 +137,11 @@ def _without_extension(extension: str) -> Filter:
     return why_not
 
 
-def _without_tools(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no tools" if endpoint.abilities.tools is False else None
+def _without(ability: str, words: str) -> Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        return words if getattr(endpoint.abilities, ability) is False else None
 
-
-def _without_vision(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no images" if endpoint.abilities.vision is False else None
-
-
-def _json_filter(call: Call) -> tuple[str, Filter]:
-    if call.terms.json_format == "json_schema":
-        return "no_json_schema", _without_json_schema
-    return "no_json_mode", _without_json_mode
-
-
-def _without_json_mode(model: Model, endpoint: Endpoint) -> str | None:
-    return "it has no JSON mode" if endpoint.abilities.json_mode is False else None
-
-
-def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no JSON schema" if endpoint.abilities.json_schema is False else None
+    return why_not
 
 
 def _context_limit(call: Call) -> Filter:
