@@ -33,8 +33,18 @@ from ..config.source import ConfigSource, read_source
 from ..config.values import ConfigError
 from .admin_socket import AdminSocket, admin_path, combine
 from .channel import LOG_FORMAT, Message
-from .child import STEADY, Child, State, back_off, pids_of, problems_of, reports_of, start_child
-from .listeners import Listeners, StartError, flat, listen_for_metrics, name_of
+from .child import (
+    STEADY,
+    Child,
+    State,
+    back_off,
+    kill,
+    pids_of,
+    problems_of,
+    reports_of,
+    start_child,
+)
+from .listeners import Listeners, StartError, bind_when_free, flat, name_of
 from .metrics_listener import MetricsListener
 from .systemd import Notifier, passed_by_systemd
 from .upgrade import (
@@ -169,8 +179,7 @@ class Supervisor:
                 raise
 
     async def _give_up(self) -> None:
-        await self._kill(self._children)
-        await self._writers.kill()
+        await kill(self._everyone)
         self._listeners.close()
 
     def _has_predecessor(self) -> bool:
@@ -186,7 +195,11 @@ class Supervisor:
         address = config.server.metrics_listen
         if address is None or self._listeners.metrics:
             return
-        self._listeners.metrics = await listen_for_metrics(address, self._has_predecessor)
+        self._listeners.metrics = await bind_when_free(
+            address,
+            self._has_predecessor,
+            'metrics: {}; choose another, or "off", as server.metrics_listen',
+        )
 
     async def _start_workers(self) -> list[Child]:
         """Start a new generation; end all of it and raise StartError if one worker cannot start."""
@@ -205,7 +218,7 @@ class Supervisor:
                 break
             is_late = time.monotonic() >= deadline
             if is_late or self._is_stopping or not all(child.was_killed for child in failed):
-                await self._kill(children)
+                await kill(children)
                 raise StartError(problems_of(failed))
             logger.error(
                 "killed while it started, another one starts: worker %s, by %s",
@@ -249,14 +262,6 @@ class Supervisor:
             workers=self._count,
         )
         return child
-
-    async def _kill(self, children: Iterable[Child]) -> None:
-        """Kill `children`, which serve nobody yet, and wait for their ends."""
-        for child in children:
-            child.state = State.DRAINING
-            child.signal(signal.SIGKILL)
-        for child in list(children):
-            await child.ended.wait()
 
     def _tell_ready(self, children: list[Child]) -> None:
         plural = "worker" if len(children) == 1 else "workers"
@@ -311,7 +316,7 @@ class Supervisor:
                 if child.state is State.SERVING:
                     logger.info("worker %d serves", child.pid)
                     return
-                await self._kill([child])
+                await kill([child])
             self._failures += 1
             delay = back_off(self._failures + 1)
             logger.error("no new worker: %s; again in %.1f s", problems_of([child]), delay)
@@ -550,7 +555,7 @@ class Supervisor:
                     await child.ended.wait()
         except TimeoutError:
             logger.error("workers that did not end are killed: %s", pids_of(self._children))
-            await self._kill(self._children)
+            await kill(self._children)
         await self._writers.end()
         for task in list(self._tasks):
             task.cancel()
