@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,7 @@ def save_handover(handover: Handover) -> int:
     """Write the state and let its descriptors outlive an exec; return the state's own."""
     listeners = handover.listeners
     state = {
-        "source": {
-            "text": handover.source.text,
-            "files": handover.source.files,
-            "listen": handover.source.listen,
-        },
+        "source": asdict(handover.source),
         "generation": handover.generation,
         "upgrades": handover.upgrades,
         "started": handover.started,
