@@ -19,6 +19,7 @@ import socket
 import sys
 
 from ..access.admission import STREAM_COUNTS_BYTES, StreamCounts
+from ..config.settings import Config
 from ..config.source import ConfigSource
 from ..config.values import ConfigError
 from ..storage.store import StoreError
@@ -114,14 +115,7 @@ def main(channel: str) -> int:
         os.close(start["stream_counts"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
-        server = Server(
-            config,
-            listeners,
-            counts=counts,
-            has_writer=False,
-            workers=start["workers"],
-        )
-        run(lambda: _serve(server, end))
+        run(lambda: _serve(config, listeners, counts, start["workers"], end))
     except (StartError, StoreError) as error:
         return send_failed(end, [str(error)])
     except ConfigError as error:
@@ -140,5 +134,8 @@ def _listeners(numbers: list[int]) -> Listeners:
     return listeners
 
 
-async def _serve(server: Server, end: socket.socket) -> None:
+async def _serve(
+    config: Config, listeners: Listeners, counts: StreamCounts, workers: int, end: socket.socket
+) -> None:
+    server = Server(config, listeners, counts=counts, has_writer=False, workers=workers)
     await Worker(server, end).serve()
