@@ -18,8 +18,6 @@ from ..errors import FailedAttempt
 from .exposition import FIRST_CONTENT_BUCKETS, GAP_BUCKETS, LAG_BUCKETS, REQUEST_BUCKETS
 from .record import CLIENT_CLOSED, Record
 
-__all__: Final = ["FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
-
 TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
 _place: Final = bisect_left
