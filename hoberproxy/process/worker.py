@@ -60,7 +60,7 @@ class Worker:
         self._loop.add_signal_handler(signal.SIGTERM, self._server.stop)
         await self._loop.create_connection(lambda: self._channel, sock=self._end)
         self._channel.send("ready")
-        self._server.on_beat = self._tell_alive
+        self._server.on_beat = lambda: self._channel.send("alive")
         await self._server.wait_closed()
         self._channel.send("bye", snapshot=self._server.snapshot())
         self._channel.close()
@@ -84,9 +84,6 @@ class Worker:
         if not self._server.is_leaving:
             logger.error("the supervisor is gone: draining")
         self._server.stop()
-
-    def _tell_alive(self) -> None:
-        self._channel.send("alive")
 
 
 def check(source: bytes) -> int:
