@@ -1,7 +1,7 @@
 """The whole proxy in this process, and a client that sees every byte of what it answers.
 
-The upstream is tests/scripted.py's. The client's reading of HTTP is its own, so that a fault of the
-package's framing cannot hide itself.
+The upstream is tests/support/scripted.py's. The client's reading of HTTP is its own, so that a
+fault of the package's framing cannot hide itself.
 """
 
 from __future__ import annotations
