@@ -33,10 +33,10 @@ from ..access.keys import Keyring
 from ..access.shared_limits import SharedLimits
 from ..accounting.access_log import AccessLog
 from ..accounting.accounts import Accounts
-from ..accounting.exposition import resident_bytes
+from ..accounting.exposition import resident_bytes, unlabelled
 from ..accounting.journal import Journal
 from ..accounting.journal_directory import journal_directory
-from ..accounting.metrics import Gauges, Metrics
+from ..accounting.metrics import Metrics
 from ..api.routes import make_app
 from ..config.settings import Address, Config
 from ..config.values import ConfigError
@@ -175,29 +175,30 @@ class Server(Timed):
 
     def snapshot(self) -> dict[str, Any]:
         """Return the counts since the start and the gauges of now, as exposition.py merges them."""
-        return self._context.metrics.snapshot(self._gauges())
-
-    def _gauges(self) -> Gauges:
-        context, journal = self._context, self._journal
-        log = context.access_log
+        context, journal, log = self._context, self._journal, self._context.access_log
         writer = self._writer.writer if self._writer is not None else None
-        return Gauges(
-            streams_open=len(context.exchanges),
-            connections_open=len(self._connections),
-            upstream_connections={
-                name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-                for name, upstream in context.upstreams.items()
-            },
-            records_queued=journal.depth,
-            records_lost=journal.records_lost + (writer.lost if writer is not None else 0),
-            journal_lost=journal.lost,
-            journals_unreadable=writer.unreadable if writer is not None else 0,
-            log_lines_lost=log.lost if log is not None else 0,
-            resident_bytes=resident_bytes(),
-            body_bytes=context.bodies.held,
-            bad_heads=context.bad_heads,
-            refused_connections=context.refused_connections,
-        )
+        values = {
+            "requests_open": len(context.exchanges),
+            "connections_open": len(self._connections),
+            "records_queued": journal.depth,
+            "records_lost": journal.records_lost + (writer.lost if writer is not None else 0),
+            "journal_entries_lost": journal.lost,
+            "journals_unreadable": writer.unreadable if writer is not None else 0,
+            "log_lines_lost": log.lost if log is not None else 0,
+            "resident_bytes": resident_bytes(),
+            "body_bytes": context.bodies.held,
+            "bad_heads": context.bad_heads,
+            "refused_connections": context.refused_connections,
+        }
+        connections = []
+        for name, upstream in context.upstreams.items():
+            idle, known = upstream.pool.idle, upstream.pool.open
+            connections += [[[name, "idle"], idle], [[name, "busy"], known - idle]]
+        return {
+            **context.metrics.snapshot(),
+            **unlabelled(values),
+            "upstream_connections": connections,
+        }
 
     def report(self) -> dict[str, Any]:
         """Return what `hoberproxy status` says of this process."""

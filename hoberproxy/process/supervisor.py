@@ -26,7 +26,7 @@ from typing import Any
 from .. import __version__
 from .._mypyc import describe_build
 from ..access.admission import MAX_PROCESSES, MAX_WORKERS
-from ..accounting.exposition import Snapshot, merge, render, resident_bytes
+from ..accounting.exposition import Snapshot, merge, render, resident_bytes, unlabelled
 from ..accounting.journal_directory import count_living
 from ..config.settings import Config
 from ..config.source import ConfigSource, read_source
@@ -503,10 +503,9 @@ class Supervisor:
             "workers": [
                 [[state.value], states[state.value]] for state in State if state is not State.ENDED
             ],
-            "worker_restarts": [[[], self.restarts]],
             "reloads": [[[result], count] for result, count in self._reloads.items()],
             "build_info": [[[__version__], 1]],
-            "resident_bytes": [[[], resident_bytes()]],
+            **unlabelled({"worker_restarts": self.restarts, "resident_bytes": resident_bytes()}),
         }
         return merge([self._ended, *(child.snapshot for child in self._everyone), own])
 
