@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -210,18 +211,7 @@ class Server(Timed):
             "events": context.metrics.events
             + sum(exchange.content_events for exchange in context.exchanges),
             "keys": Counter(exchange.key_label for exchange in context.exchanges),
-            "health": [
-                {
-                    "provider": each.provider,
-                    "model": each.upstream_model,
-                    "is_cooling": each.is_cooling,
-                    "cooldown": each.cooldown,
-                    "failure_rate": each.failure_rate,
-                    "first_content": each.first_content,
-                    "throughput": each.throughput,
-                }
-                for each in context.health.snapshot(context.loop.time())
-            ],
+            "health": [asdict(each) for each in context.health.snapshot(context.loop.time())],
         }
 
     def _beat(self, due: float) -> None:
