@@ -169,13 +169,9 @@ class Accounts:
                 self._estimates.learn(
                     key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
                 )
-        elif usage is not None:
-            usage = self._estimates.fill_gaps(
-                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
-            )
-        elif is_answered:
+        elif usage is not None or is_answered:
             usage = self._estimates.usage(
-                key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
             record.cost = 0  # no upstream answered, so none charges
