@@ -133,7 +133,9 @@ class Supervisor:
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
         if self._left is None:
-            self._announce()
+            self._tell_ready()
+            for address in self._listeners.addresses:
+                print(f"{describe_build()} listens on http://{address}", flush=True)
         self._start_task(self._poll(), "poll")
         if self._notifier.watchdog is not None:
             self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog")
@@ -167,32 +169,22 @@ class Supervisor:
         async with self._starting:  # a reload that is asked for meanwhile follows
             try:
                 await self._listeners.listen(self._config.server.listen, self._has_predecessor)
-                await self._bind_metrics(self._config)
+                await self._bind_metrics()
                 await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
-            except StartError:
-                await self._give_up()
-                if not self._is_stopping:  # else it is no failure that it has not begun
+            except BaseException as error:
+                await kill(self._everyone)
+                self._listeners.close()
+                # If it is to stop, it is no failure that it has not begun.
+                if not (self._is_stopping and isinstance(error, StartError)):
                     raise
-            except BaseException:
-                await self._give_up()
-                raise
-
-    async def _give_up(self) -> None:
-        await kill(self._everyone)
-        self._listeners.close()
 
     def _has_predecessor(self) -> bool:
         """Return whether processes of an earlier run still serve, as after a kill."""
         return not self._is_stopping and count_living(self._config.records.file) > 0
 
-    def _announce(self) -> None:
-        self._tell_ready(self._serving)
-        for address in self._listeners.addresses:
-            print(f"{describe_build()} listens on http://{address}", flush=True)
-
-    async def _bind_metrics(self, config: Config) -> None:
-        address = config.server.metrics_listen
+    async def _bind_metrics(self) -> None:
+        address = self._config.server.metrics_listen
         if address is None or self._listeners.metrics:
             return
         self._listeners.metrics = await bind_when_free(
@@ -263,9 +255,9 @@ class Supervisor:
         )
         return child
 
-    def _tell_ready(self, children: list[Child]) -> None:
-        plural = "worker" if len(children) == 1 else "workers"
-        self._notifier.ready(f"{len(children)} {plural}, {__version__}")
+    def _tell_ready(self) -> None:
+        number = len(self._serving)
+        self._notifier.ready(f"{number} {'worker' if number == 1 else 'workers'}, {__version__}")
 
     # Workers that end
 
@@ -352,7 +344,7 @@ class Supervisor:
                     else:
                         await self._reload()
             finally:
-                self._tell_ready(self._serving)
+                self._tell_ready()
 
     @property
     def _serving(self) -> list[Child]:
