@@ -16,6 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -372,19 +373,12 @@ class WriterThread:
             self._thread.join(limit + 1.0)
 
     def _run(self, opened: Future[None]) -> None:
-        try:
-            self.writer.open()
-        except BaseException as exc:
-            self.writer.close()
-            opened.set_exception(exc)
-            return
-        opened.set_result(None)
-        try:
-            while not self._wake.wait(self.writer.turn()):
+        with closing(self.writer) as writer:
+            writer.open()
+            opened.set_result(None)
+            while not self._wake.wait(writer.turn()):
                 pass
-            self.writer.finish(self._limit)
-        finally:
-            self.writer.close()
+            writer.finish(self._limit)
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:
