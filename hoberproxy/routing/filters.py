@@ -15,7 +15,7 @@ from ..request.call import Call, ProviderPreferences
 from ..request.extensions import NO_CONTENT
 from .catalog import Endpoint, Model
 from .health import Key
-from .plan import Offer, Plan, Removal, Step
+from .plan import Offer, Plan, Removal
 
 # Prose has 4 to 5 bytes per token, code and other scripts fewer; none is known to have 6. So only
 # what is clearly too long is held back: the upstream counts better than we do.
@@ -85,12 +85,6 @@ def apply_filters(
                     taken.add(key)
                     offers.append((model, endpoint))
     return offers
-
-
-def removed_fallback(step: Step) -> Removal:
-    endpoint = step.endpoint
-    words = "provider.allow_fallbacks is false"
-    return Removal(step.slug, endpoint.provider, endpoint.upstream_model, "fallbacks_off", words)
 
 
 def _only(providers: frozenset[str]) -> Filter:

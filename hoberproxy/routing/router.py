@@ -22,7 +22,6 @@ from .filters import (
     apply_filters,
     choose_filters,
     prompt_tokens,
-    removed_fallback,
     used_extensions,
 )
 from .health import Health, Key
@@ -91,7 +90,10 @@ def _work_out(
         check_accepted(used_extensions(call), call.place_without_content, catalog.accepts, removing)
         raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
-        removed += [removed_fallback(step) for step in steps[1:]]
+        words = "provider.allow_fallbacks is false"
+        removed += [
+            Removal(step.slug, *step.endpoint.key, "fallbacks_off", words) for step in steps[1:]
+        ]
         del steps[1:]
     return Plan(tuple(steps), tuple(removed), tuple(unknown))
 
