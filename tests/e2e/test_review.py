@@ -101,8 +101,9 @@ async def test_answers_that_are_not_read_do_not_pile_up(proxy_to: ProxyTo) -> No
             while proxy.server._connections:  # who sends on and on is closed
                 client.writer.write(requests)
                 await asyncio.sleep(0.001)
-                if connection.transport is not None and not connection.transport.is_closing():
-                    most = max(most, connection.transport.get_write_buffer_size())
+                transport = connection._transport
+                if transport is not None and not transport.is_closing():
+                    most = max(most, transport.get_write_buffer_size())
                     assert most < 4 * MAX_PIPELINED_BYTES
                 if connection._is_overrun:
                     break
