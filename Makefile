@@ -1,4 +1,4 @@
-# `make run` starts the proxy, `make test` runs the tests; both need nothing but Python 3.11+.
+# `make run` starts the proxy, `make test` runs the tests; both need Python 3.11+ and packages of PyPI.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -79,7 +79,7 @@ install: $(VENV)/.core $(VENV)/.dev ## set up the virtual environment with all t
 
 compiled: $(COMPILED)/.stamp ## a second environment, with the path of a request compiled (needs gcc)
 
-run: $(VENV)/.core ## start the proxy on 127.0.0.1:8080 with an embedded default
+run: $(VENV)/.core ## start the proxy by ./hoberproxy.toml, without one on 127.0.0.1:8080 with a demo model
 	@echo "starting from the sources, for speed of set-up: pip install . compiles them, for half the CPU"
 	@exec $(BIN)/hoberproxy serve $(RUN_ARGS)
 
@@ -113,7 +113,7 @@ test-real: $(VENV)/.real ## drive a real model server through the proxy with the
 test-systemd: $(VENV)/.dev tools ## install, run, reload and remove the service in a booted container
 	$(BIN)/python -m pytest -m systemd tests/systemd $(TEST_ARGS)
 
-wheel: dist/.stamp ## an sdist, a pure and a compiled wheel in dist/, to be uploaded
+wheel: dist/.stamp ## an sdist, a pure and a compiled wheel in dist/, to upload
 
 test-wheel: $(VENV)/.dev dist/.stamp ## install each wheel into an environment of its own and start it
 	$(BIN)/python -m pytest -m wheel tests/wheel $(TEST_ARGS)
@@ -136,7 +136,7 @@ lint: $(VENV)/.dev ## ruff and hadolint, as CI runs them
 types: $(VENV)/.dev ## mypy, strict
 	$(BIN)/mypy
 
-check: lint types test ## all that CI checks but the real model
+check: lint types test ## ruff, hadolint, mypy and the tests
 
 bench: $(COMPILED)/.stamp ## the compiled proxy beside a plain relay, under the same load
 	$(COMPILED)/bin/hoberproxy bench compare $(BENCH_ARGS)

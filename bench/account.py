@@ -2,11 +2,11 @@
 
     python -m bench.account --rounds 6
 
-Three proxies with so many workers each stand before the same mock upstream: one asks for no key,
+Three proxies with the same number of workers are in front of one mock upstream: one needs no key,
 one gets a key without limits, one a key with every limit and a budget; endpoints have prices. All
-are loaded in every round, in turn. What is told is CPU of the whole process tree per request, the
-least of the rounds, and what the limited one has more. A journal cannot be switched off: its share
-is added from `bench.micro`. Exit code 1: a request failed.
+are loaded in every round, in turn. The report has the CPU per request of the whole process tree,
+the least of the rounds, and how much more the limited one takes. The journal cannot be switched
+off: its share is added from `bench.micro`. Exit code 1: a request failed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Rounds = Mapping[str, Sequence[float]]  # µs of CPU per request, by target
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A proxy that runs, and how it is asked."""
+    """A proxy that runs, and how requests reach it."""
 
     name: str
     port: int
@@ -129,7 +129,7 @@ def journal_ns(repeats: int) -> float:
     return time_case(next(case for case in CASES if case.name == "no limits"), repeats)
 
 
-# What is told
+# Reports
 
 
 def summarize(values: Rounds, journal: float) -> dict[str, Any]:
@@ -152,20 +152,20 @@ def summarize(values: Rounds, journal: float) -> dict[str, Any]:
     }
 
 
-def render(told: Mapping[str, Any], options: argparse.Namespace) -> str:
+def render(result: Mapping[str, Any], options: argparse.Namespace) -> str:
     """A table for a terminal."""
     rows = [f"{'CPU per request, µs':<28}{'least':>9}{'most':>9}"]
     rows += [
         f"{name:<28}{each['least']:>9.1f}{each['most']:>9.1f}"
-        for name, each in told["targets"].items()
+        for name, each in result["targets"].items()
     ]
-    limits, together = told["keys_and_limits"], told["together"]
+    limits, together = result["keys_and_limits"], result["together"]
     rows += [
         "",
         f"keys and limits: {limits['of_leasts']:.1f} µs, least to least of {options.rounds} rounds "
         f"with {options.workers} workers; within a round {limits['least']:.1f} to "
         f"{limits['most']:.1f}",
-        f"account and journal without limits, by bench.micro: {told['journal_by_micro']:.1f} µs",
+        f"account and journal without limits, by bench.micro: {result['journal_by_micro']:.1f} µs",
         f"together {together:.1f} µs; the bar is {BAR:.0f}",
     ]
     if options.quick:
@@ -205,14 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as exc:
         print(f"failed: {exc}", file=sys.stderr)
         return 1
-    told = summarize(values, journal_ns(1 if options.quick else 7) / 1000)
-    print(render(told, options))
+    result = summarize(values, journal_ns(1 if options.quick else 7) / 1000)
+    print(render(result, options))
     if options.json is not None:
         settings = {k: v for k, v in vars(options).items() if k != "json"}
         command = shlex.join(["python", "-m", "bench.account", *(argv or sys.argv[1:])])
-        told |= {"machine": describe_machine(), "settings": settings, "peers": {}}
-        told |= {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-        options.json.write_bytes(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+        result |= {"machine": describe_machine(), "settings": settings, "peers": {}}
+        result |= {"command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        options.json.write_bytes(orjson.dumps(result, option=orjson.OPT_APPEND_NEWLINE))
     return 0
 
 

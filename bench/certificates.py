@@ -16,7 +16,7 @@ class Certificates:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Make them anew. Raises ModuleNotFoundError without the package trustme."""
+    """Make new certificates. Raises ModuleNotFoundError without the package trustme."""
     import trustme
 
     made = Certificates(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")

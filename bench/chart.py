@@ -83,24 +83,24 @@ def _groups_of(scenario: Report) -> Iterator[Group]:
 
 def svg(reports: Sequence[Report]) -> str:
     """The picture; bars beyond its right edge are cut and say their number."""
-    shown = groups(reports)
-    known = [bar.ratio for group in shown for bar in group.bars]
-    known += [bar.limit for group in shown for bar in group.bars if bar.limit is not None]
+    drawn = groups(reports)
+    known = [bar.ratio for group in drawn for bar in group.bars]
+    known += [bar.limit for group in drawn for bar in group.bars if bar.limit is not None]
     most = min(ceil(max(known, default=1.0) * 2) / 2, 8.0)
     scale = (WIDTH - LEFT - RIGHT) / most
-    rows = sum(len(group.bars) for group in shown)
-    height = TOP + rows * (BAR + GAP) + len(shown) * GROUP_GAP + 40
+    rows = sum(len(group.bars) for group in drawn)
+    height = TOP + rows * (BAR + GAP) + len(drawn) * GROUP_GAP + 40
     lines = [
         f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height}' "
         f"width='{WIDTH}' height='{height}' role='img'>",
         f"<title>CPU of the hop as a multiple of {REFERENCE}'s</title>",
         f"<rect width='{WIDTH}' height='{height}' fill='#ffffff'/>",
         _text(16, 26, f"CPU of the hop, {REFERENCE} = 1", size=16, weight="600"),
-        *_legend(shown),
+        *_legend(drawn),
         *_grid(most, scale, height),
     ]
     y = float(TOP)
-    for group in shown:
+    for group in drawn:
         middle = y + len(group.bars) * (BAR + GAP) / 2 + 2
         lines.append(_text(LEFT - 10, middle, group.name, anchor="end"))
         for bar in group.bars:
@@ -110,8 +110,8 @@ def svg(reports: Sequence[Report]) -> str:
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def _legend(shown: Iterable[Group]) -> Iterator[str]:
-    names = dict.fromkeys(bar.target for group in shown for bar in group.bars)
+def _legend(drawn: Iterable[Group]) -> Iterator[str]:
+    names = dict.fromkeys(bar.target for group in drawn for bar in group.bars)
     x = 16.0
     for name in names:
         colour = COLOURS.get(name, OTHER_COLOUR)

@@ -153,7 +153,7 @@ class Answer:
         self.status = 0
         self.events = 0
         self.sent: list[int] = []
-        self.completion_tokens: int | None = None  # as told by another server than the mock
+        self.completion_tokens: int | None = None  # as reported by another server than the mock
         self.is_complete = False
 
     @property

@@ -4,9 +4,9 @@
 
 A copy of this checkout gets a switch at the start of each function in SWITCHES and is built once,
 so that the variants are the same program in other environments. All run at the same time on one
-core and are loaded at the same time by wrk: what disturbs one disturbs the others. Told is CPU per
-request as a multiple of that of the proxy with everything on, the median of the turns and its
-quartiles; "again" is that proxy a second time and shows the noise. Exit code 1: a load failed.
+core and are loaded at the same time by wrk: what disturbs one disturbs the others. The report has
+CPU per request as a multiple of that of the proxy with everything on, the median of the turns and
+its quartiles; "again" is that proxy a second time and shows the noise. Exit code 1: a load failed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ SWITCHES = {
         "socket writer past the transport", ("burst", "json", "paced"), {"Sink.__init__": "fd = -1"}
     ),
     "response-heads": Switch(
-        "patterns of response heads",
+        "templates of response heads",
         ("json", "burst"),
         {"ResponseHeads.find": "return 0", "ResponseHeads._learn": "return None"},
     ),
@@ -504,7 +504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = summarize(values)
     print(render(rows))
     if options.json is not None:
-        told = {
+        report = {
             "command": describe_command(sys.argv[1:] if argv is None else argv),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "is_compiled": program.is_compiled,
@@ -513,7 +513,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rows": rows,
             "turns": values,
         }
-        options.json.write_bytes(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
+        options.json.write_bytes(orjson.dumps(report, option=orjson.OPT_APPEND_NEWLINE))
     return 0
 
 

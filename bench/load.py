@@ -602,7 +602,13 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--plain-events", action="store_true", help="mock: without what OpenAI adds to events")
     add("--upstream-fault", default="", help="mock: status:N stall cut reset error slow-head:S")
     add("--mock-url", help="of the mock, to tell how late it was")
-    add("--server-pid", type=int, action="append", default=[], help="whose CPU is told; repeatable")
+    add(
+        "--server-pid",
+        type=int,
+        action="append",
+        default=[],
+        help="whose CPU is reported; repeatable",
+    )
     add("--cpu", type=int, metavar="N", help="run on this core only")
     add("--json", type=Path, metavar="FILE", help="write the report there")
     add("--allow-remote", action="store_true", help="the server may be another machine's")

@@ -59,7 +59,7 @@ MAX_HEAD_BYTES = 65_536
 BLOCKED_NS = 5 * TICK_NS  # until a reader that did not keep up is looked at again
 
 
-# The shell: one timer, and connections that are asked when something is due
+# The shell: one timer, and connections that it calls when they are due
 
 
 class Wheel:
@@ -90,7 +90,7 @@ class Wheel:
         self._slots.setdefault(slot, []).append(connection)
 
     def close(self) -> None:
-        """Stop; whoever waits is not asked any more."""
+        """Stop; connections that wait are not called any more."""
         self._loop.remove_reader(self._timer)
         os.close(self._timer)
 
@@ -285,7 +285,7 @@ class Connection(asyncio.Protocol):
         self._finish(script.ending)
 
     def _is_blocked(self) -> bool:
-        """Whether an earlier write waits for the reader; then we are not late, but asked again."""
+        """Return whether an earlier write waits for the reader; then try again later."""
         if self._transport is not None and self._transport.get_write_buffer_size() == 0:
             return False
         self._stats.blocked += 1

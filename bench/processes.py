@@ -77,7 +77,7 @@ def running(
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End it: asked first, so that a master can end its workers, then all that is left of it."""
+    """Terminate `process`, so that it can end its workers, then kill what is left of it."""
     if process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):

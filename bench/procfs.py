@@ -59,7 +59,7 @@ class ProcessTree:
         return found
 
     def reset_peak(self) -> None:
-        """Start the peak anew where the kernel lets us (proc(5), clear_refs)."""
+        """Reset the peak where the kernel permits it (proc(5), clear_refs)."""
         for pid in self.pids():
             with suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -76,7 +76,7 @@ class ProcessTree:
 
 
 def core_seconds(core: int) -> tuple[float, float] | None:
-    """Busy and whole seconds of a core since boot, in clock ticks; None where it is not told."""
+    """Return busy and all seconds of a core since boot; None where the system does not say."""
     with suppress(OSError):
         for line in Path("/proc/stat").read_text().splitlines():
             name, *values = line.split()

@@ -116,16 +116,16 @@ def describe_machine(report: Report) -> str:
     versions = machine["versions"] | {
         name: version for name, version in report["peers"].items() if "hoberproxy" not in name
     }
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     cores = f"{machine['cores']} cores"
-    return f"{machine['cpu']}, {cores}, Linux {machine['kernel']}; {told}; {report['date'][:10]}"
+    return f"{machine['cpu']}, {cores}, Linux {machine['kernel']}; {listed}; {report['date'][:10]}"
 
 
 def form_of_proxy(report: Report) -> str | None:
     """Whether the proxy that was measured is compiled; None where the report does not say."""
     runs = [run for scenario in report["scenarios"] for run in scenario["runs"]]
-    told = [run["around"].get("is_compiled") for run in runs if "around" in run]
-    forms = [bool(each) for each in told if each is not None]
+    found = [run["around"].get("is_compiled") for run in runs if "around" in run]
+    forms = [bool(each) for each in found if each is not None]
     if not forms:
         return None
     return "compiled" if all(forms) else "pure Python"
@@ -201,12 +201,12 @@ def _others(found: dict[str, Report], measure: str) -> str:
 
 
 def _bar_cell(bars: Iterable[Report], key: tuple[str, str]) -> str:
-    """What each form of the proxy may cost, told once where it is the same."""
+    """What each form of the proxy may cost, given once where it is the same."""
     own = [bar for bar in bars if (bar["variant"], bar["measure"]) == key]
     texts = dict.fromkeys(bar["text"] for bar in own)
     verdicts = list({True: "met", False: "not met", None: "open"}[b["is_met"]] for b in own)
-    told = verdicts if len(set(verdicts)) > 1 else verdicts[:1]
-    return f"{', with log and limits '.join(texts)}: {' / '.join(told)}"
+    distinct = verdicts if len(set(verdicts)) > 1 else verdicts[:1]
+    return f"{', with log and limits '.join(texts)}: {' / '.join(distinct)}"
 
 
 def update_readme(reports: Sequence[Report], root: Path) -> None:

@@ -1,6 +1,6 @@
 """One run: a server between the generator and the mock upstream, measured and ended.
 
-A server is started anew for every run, so that no run meets the memory or the connections of the
+A server is started again for every run, so that no run has the memory or the connections of the
 one before, and nothing but the server under test is awake on its core.
 """
 
@@ -40,7 +40,7 @@ from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, ROLES, Scenario,
 PATIENCE = 60.0  # seconds that a run may take over what its pace asks for
 STEADY_PATIENCE = 60.0
 POLL = 0.2
-BUSY_SHARE = 0.1  # of the server's core that others may have before it is told
+BUSY_SHARE = 0.1  # of the server's core that others may have before the report says so
 LATE_US = 5_000
 
 

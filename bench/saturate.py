@@ -134,11 +134,11 @@ def start_wrk(
 
 def counted_by(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Wait for the end of wrk; return what it counted, times in µs. Raises LoadError."""
-    told, _ = process.communicate()
+    output, _ = process.communicate()
     try:
-        counted: dict[str, Any] = json.loads(told.strip().rpartition("\n")[2])
+        counted: dict[str, Any] = json.loads(output.strip().rpartition("\n")[2])
     except ValueError:
-        raise LoadError(f"expected a report of wrk, got:\n{told[-300:]}") from None
+        raise LoadError(f"expected a report of wrk, got:\n{output[-300:]}") from None
     return counted
 
 

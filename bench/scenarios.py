@@ -1,8 +1,8 @@
 """What is measured, as data: the traffic of each scenario, what is read off it, and the bars.
 
 A variant is one load under which every target is measured; a bar compares the proxy's least value
-with nginx's in the same run, or with its own in another variant. How a run is made is
-side_by_side.py's, how it is shown report.py's.
+with nginx's in the same run, or with its own in another variant. side_by_side.py makes the runs,
+report.py the tables of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REFERENCE = "nginx"  # ratios are to this one
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What the load generator is asked for; None leaves an option out. Times in seconds."""
+    """Options of the load generator; None leaves one out. Times in seconds."""
 
     connections: int
     requests: int = 0  # in all, after the warm-up

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def mypyc_attr(**_: Any) -> Any:
-        """Leaves a class as it is."""
+        """Return a decorator that leaves a class as it is."""
         return lambda decorated: decorated
 
 

@@ -68,12 +68,12 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
 def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """The program's loop for every test; others for those whose mark names them."""
+    """Give every test the program's loop, and those whose mark names loops both."""
     named = any("loop_factories" in mark.kwargs for mark in item.iter_markers("asyncio"))
     return LOOPS if named else {"uvloop": LOOPS["uvloop"]}
 
 
-# No test hangs for good
+# Time limits of tests
 
 # Markers of what installs, boots or loads for minutes.
 LONG = ("real", "load", "systemd", "wheel", "docker")
@@ -128,7 +128,7 @@ class ClientAnswer:
     interim: int = 0  # how many 1xx came before
 
     def json(self) -> Any:
-        """The body, parsed."""
+        """Return the parsed body."""
         return json.loads(self.body)
 
 
@@ -145,40 +145,40 @@ class RawClient:
             self._writer.write(piece)
 
     async def send_each(self, pieces: list[bytes]) -> None:
-        """Each piece a segment of its own, as far as loopback lets a test see to it."""
+        """Write each piece as a separate segment, as far as a test can bring that about."""
         for piece in pieces:
             self._writer.write(piece)
             await self._writer.drain()
             await asyncio.sleep(0)
 
     async def flood(self, size_bytes: int) -> None:
-        """Send that much rubbish, for as long as it is taken."""
+        """Send `size_bytes` that are no request, as fast as the proxy reads them."""
         await self.drain(b"x" * 65536, size_bytes // 65536)
 
     async def drain(self, data: bytes, times: int = 1) -> None:
-        """Send `data` at the speed at which it is taken; ConnectionError when it is not."""
+        """Send `data` as fast as the proxy reads it; ConnectionError when it does not."""
         for _ in range(times):
             self._writer.write(data)
             await asyncio.wait_for(self._writer.drain(), WAIT)
 
     def send_eof(self) -> None:
-        """Half-close."""
+        """Close the sending side."""
         self._writer.write_eof()
 
     async def read_answer(self, method: str = "POST") -> ClientAnswer:
-        """The next answer; 1xx before it are counted."""
+        """Read the next answer, and count the 1xx before it."""
         return await asyncio.wait_for(self._read_answer(method), WAIT)
 
     async def read_line(self) -> bytes:
-        """The next line, with its end."""
+        """Read the next line, with its end."""
         return await asyncio.wait_for(self._reader.readline(), WAIT)
 
     async def read_rest(self) -> bytes:
-        """Everything up to the end of the connection; a reset is an end too."""
+        """Read everything up to the end of the connection; a reset is an end too."""
         return await asyncio.wait_for(self._read_rest(), WAIT)
 
     async def is_open(self) -> bool:
-        """Whether the connection serves another request."""
+        """Return whether the connection serves another request."""
         self.send(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
         try:
             return (await self.read_answer()).status == 200
@@ -191,7 +191,7 @@ class RawClient:
         return self._writer.get_extra_info("socket")  # type: ignore[no-any-return]
 
     async def aclose(self) -> None:
-        """Leave at once."""
+        """Cut the connection."""
         self._writer.transport.abort()
 
     async def _read_answer(self, method: str, interim: int = 0) -> ClientAnswer:
@@ -242,14 +242,14 @@ class Proxy:
     """A proxy that listens in this process, and a key for it."""
 
     server: Server
-    gateway: ServerContext
+    context: ServerContext
     port: int
     key: str
     records: list[Record]  # of all requests that have ended
     _clients: list[RawClient] = field(default_factory=list)
 
     async def connect(self, **options: Any) -> RawClient:
-        """A new connection of a client; `options` are those of `asyncio.open_connection`."""
+        """Open a client's connection; `options` are those of `asyncio.open_connection`."""
         client = RawClient(*await asyncio.open_connection("127.0.0.1", self.port, **options))
         self._clients.append(client)
         return client
@@ -260,7 +260,7 @@ class Proxy:
         return self.records
 
     async def aclose(self) -> None:
-        """Clients leave, then the proxy ends."""
+        """Close all clients, then the proxy."""
         for client in self._clients:
             await client.aclose()
         await self.server.aclose()
@@ -279,7 +279,7 @@ StartProxy = Callable[..., Awaitable[Proxy]]
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[ScriptedUpstream]:
-    """A model server that answers everything with a short completion."""
+    """Start a model server that answers everything with a short completion."""
     async with ScriptedUpstream(default=json_response(200, completion())) as running:
         yield running
 
@@ -308,11 +308,11 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
         store.close()
         server = Server(config, await listen(config))
         await server.start()
-        gateway = server._context
-        assert gateway is not None
+        context = server._context
+        assert context is not None
         records: list[Record] = []
-        gateway.on_closed = records.append
-        proxy = Proxy(server, gateway, server.addresses[0].port, key, records)
+        context.on_closed = records.append
+        proxy = Proxy(server, context, server.addresses[0].port, key, records)
         started.append(proxy)
         return proxy
 
@@ -323,12 +323,12 @@ async def start_proxy(tmp_path: Path, upstream: ScriptedUpstream) -> AsyncIterat
 
 @pytest.fixture
 async def proxy(start_proxy: StartProxy) -> Proxy:
-    """One with the usual settings."""
+    """Start a proxy with the usual settings."""
     return await start_proxy()
 
 
 async def listen(config: Config) -> Listeners:
-    """Sockets where the config says."""
+    """Open the listening sockets of `config`."""
     listeners = Listeners()
     await listeners.listen(config.server.listen, lambda: False)
     return listeners
@@ -341,7 +341,7 @@ def make_config(
     keys_required: bool = True,
     **settings: Any,
 ) -> Config:
-    """One provider on loopback, one model, nothing on fixed ports."""
+    """Return a config with one provider on loopback, one model, and no fixed ports."""
     provider = Provider("scripted", "http", "127.0.0.1", upstream_port, "/v1")
     endpoint = Endpoint(provider.name, "upstream-model")
     wildcard = Endpoint(provider.name, "*")
@@ -376,7 +376,7 @@ def chat(
     version: str = "1.1",
     framing: str | None = None,
 ) -> bytes:
-    """A chat request. `framing` replaces the content-length line; `body` may be bytes."""
+    """Return a chat request. `framing` replaces the content-length line; `body` may be bytes."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
         f"POST {path} HTTP/{version}",
@@ -392,6 +392,6 @@ def chat(
 def get(
     path: str = "/v1/models", *headers: str, method: str = "GET", version: str = "1.1"
 ) -> bytes:
-    """A request without a body."""
+    """Return a request without a body."""
     lines = [f"{method} {path} HTTP/{version}", "host: localhost", *headers]
     return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")

@@ -120,9 +120,9 @@ def _count_lines(named: str, calls: int) -> tuple[int, int] | None:
     caches = ["--I1=1024,2,64", "--D1=1024,2,64", f"--LL={CACHE_BYTES},16,64"]
     options = ["--tool=cachegrind", "--cache-sim=yes", *caches, "--cachegrind-out-file=/dev/null"]
     command = [sys.executable, "-m", str(__package__), "--cold", "--repeat-one", named, str(calls)]
-    told = _run(["valgrind", *options, *command])
-    code = re.search(r"LLi misses: +([0-9,]+)", told)
-    data = re.search(r"LLd misses: +([0-9,]+)", told)
+    output = _run(["valgrind", *options, *command])
+    code = re.search(r"LLi misses: +([0-9,]+)", output)
+    data = re.search(r"LLd misses: +([0-9,]+)", output)
     if code is None or data is None:
         return None
     return int(code[1].replace(",", "")), int(data[1].replace(",", ""))
@@ -159,7 +159,7 @@ def repeat_one(named: str, calls: int, *, is_cold: bool = False) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, object]:
     """Time and count all; prints a line as each is done."""
-    told, counter = find_counter() if options.instructions else ("not asked for", None)
+    counted_by, counter = find_counter() if options.instructions else ("not asked for", None)
     cold = f"{'code lines':>12}{'data lines':>12}" if options.cold else ""
     print(f"{'':<46}{'ns':>10}{'instructions':>16}{cold}  per")
     results = []
@@ -171,13 +171,13 @@ def run(options: argparse.Namespace) -> dict[str, object]:
             {"module": module, "case": case.name, "unit": case.unit, "ns": nanoseconds}
             | {"instructions": instructions, "cold_lines": lines}
         )
-        shown = f"{'-' if instructions is None else f'{instructions:,.0f}':>16}"
+        columns = f"{'-' if instructions is None else f'{instructions:,.0f}':>16}"
         if options.cold:
-            shown += "".join(f"{each:>12,.0f}" for each in lines) if lines else f"{'-':>12}" * 2
+            columns += "".join(f"{each:>12,.0f}" for each in lines) if lines else f"{'-':>12}" * 2
         name = f"{module}: {case.name}"
-        print(f"{name:<46}{nanoseconds:>10,.0f}{shown}  {case.unit}", flush=True)
-    print(f"instructions: {told}")
-    return {"instructions_by": told, "machine": describe_machine(), "results": results}
+        print(f"{name:<46}{nanoseconds:>10,.0f}{columns}  {case.unit}", flush=True)
+    print(f"instructions: {counted_by}")
+    return {"instructions_by": counted_by, "machine": describe_machine(), "results": results}
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -112,7 +112,7 @@ class _Path:
         catalog = Catalog([Model(SLUG, (Endpoint("upstream", MODEL.decode()),))])
         accounts, self.drain = accounts_in(temporary_folder())
         wheel = Wheel(loop.time())
-        self._gateway = gateway = ServerContext(
+        self._context = context = ServerContext(
             config=config,
             loop=loop,
             wheel=wheel,
@@ -126,7 +126,7 @@ class _Path:
         )
         self.client = self.connect()
         transport: Any = NullTransport()
-        pool = gateway.upstreams["upstream"].pool
+        pool = context.upstreams["upstream"].pool
         self.upstream = UpstreamConnection(pool)
         self.upstream.connection_made(transport)
         pool.on_idle(self.upstream, None)
@@ -134,8 +134,8 @@ class _Path:
     def connect(self) -> DownstreamConnection:
         """Another client."""
         handlers: Any = None
-        make_exchange = partial(Exchange, self._gateway)
-        client = DownstreamConnection(self._gateway, make_exchange, handlers, set())
+        make_exchange = partial(Exchange, self._context)
+        client = DownstreamConnection(self._context, make_exchange, handlers, set())
         transport: Any = NullTransport()
         client.connection_made(transport)
         return client

@@ -74,10 +74,10 @@ class Peer:
         if program == sys.executable:
             command = [*_module(program), "version"]
         try:
-            told = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return "unknown"
-        found = _VERSION.search(told.stdout + told.stderr)
+        found = _VERSION.search(finished.stdout + finished.stderr)
         return found[0] if found else "unknown"
 
 
@@ -193,7 +193,7 @@ PROXIES = (
     Peer(PROXY, sys.executable, "hoberproxy", _hoberproxy("false")),
     Peer(PROXY_WITH_LOG, sys.executable, "hoberproxy", _hoberproxy("true")),
 )
-# In the order in which they are shown. Package names: Debian's, then PyPI's.
+# In the order of the report. Package names: Debian's, then PyPI's.
 PEERS = (
     Peer(REFERENCE, "nginx", "nginx-light (Debian)", _nginx),
     Peer("haproxy", "haproxy", "haproxy (Debian)", _haproxy),

@@ -14,7 +14,7 @@ from ..errors import UnavailableError
 logger = logging.getLogger("hoberproxy.server")
 
 RETRY_AFTER: Final = 1.0  # seconds; a stream ends somewhere every moment on a proxy this busy
-# All connections are searched once for every 64th part of them that is new.
+# All n connections are searched for waiting ones only after n/64 new ones have come.
 LOOK_SHARE: Final = 64
 WARN_INTERVAL: Final = 10.0  # seconds
 ROOM_SHARE: Final = 8  # an eighth of the waiting connections is closed at a time
@@ -51,7 +51,7 @@ class BodyMemory:
 
 
 class Connection(Protocol):
-    """A client's connection, which waits for a request, or for the rest of a head, or does not."""
+    """A client's connection, which may be waiting for a request or for the rest of a head."""
 
     @property
     def is_waiting(self) -> bool: ...
@@ -78,7 +78,8 @@ class ConnectionRoom:
     def make(self, connections: set[Any], newcomer: Connection, now: float) -> None:
         """Close those of `connections` that have waited longest, and remove them from the set.
 
-        Raises UnavailableError if none but the `newcomer` waits. `now` is loop time.
+        Raises UnavailableError if none but the `newcomer` waits, or if the last search was too few
+        new connections ago. `now` is loop time.
         """
         waiting: list[Connection] = []
         self._newcomers += 1

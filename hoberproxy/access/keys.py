@@ -79,7 +79,7 @@ def display_hint(key: str) -> str:
     """
     if not is_well_formed(key):
         raise ValueError("expected a well-formed key to make a hint of, got something else")
-    return f"{key[:8]}...{key[-4:]}"  # ASCII, for it is typed again to revoke a key
+    return f"{key[:8]}...{key[-4:]}"  # ASCII, since an operator may type it to revoke the key
 
 
 # Callers

@@ -27,7 +27,7 @@ PICO: Final = 10**12  # picodollars in a dollar
 PERIODS: Final = ("day", "month", "total")
 MINUTE_MS: Final = 60_000
 DAY_MS: Final = 86_400_000
-BUSY_WAIT: Final = 1.0  # seconds: nobody knows when one of the calls in flight ends
+BUSY_WAIT: Final = 1.0  # seconds; when a call in flight will end is not known
 
 # The places of a key's cells. Final: else compiled code looks each up by its name.
 MINUTE_START: Final = 0  # unix ms; 0: none has begun
@@ -184,10 +184,10 @@ def month_start(month: int) -> float:
 
 
 def roll(cells: Cells, now_ms: int) -> None:
-    """Begin each window that is over again.
+    """Begin a new window in place of each that is over.
 
-    Processes wait for each other's lock: a time shortly before a window's start belongs to it. Only
-    a clock that is set back by more than a window begins it again.
+    `now_ms` may be shortly before a window's start, since processes wait for each other's lock: it
+    belongs to that window. Only a clock set back by more than a window begins a new one.
     """
     start = cells[MINUTE_START]
     if not start - MINUTE_MS < now_ms < start + MINUTE_MS:
@@ -215,7 +215,7 @@ def restore(cells: Cells, history: History, now_ms: int) -> None:
 
 
 def catch_up(cells: Cells, history: History, now_ms: int) -> None:
-    """Raise counters to the usage in the records: without a limit they are not kept."""
+    """Raise counters to the usage in the records: while a key has no limit they are not kept."""
     roll(cells, now_ms)
     if cells[DAY] == history.day:
         cells[DAY_REQUESTS] = max(cells[DAY_REQUESTS], history.day_requests)

@@ -158,7 +158,7 @@ class SharedLimits:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises OSError if the file cannot be made, mapped or locked."""
+        """Open or make the file at `path`. Raises OSError if that, or its locks, cannot be had."""
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             # Allocated now: a disk that is full later would end the process at a store to memory.
@@ -179,7 +179,7 @@ class SharedLimits:
             raise
 
     def close(self) -> None:
-        """Leave: the locks of this process go with its descriptor."""
+        """Close the file, and with it free the locks of this process."""
         self._slots.clear()  # and with them their parts of the map
         self._view.release()
         with suppress(BufferError):  # a traceback has a slot, and closes the map with it
@@ -221,7 +221,7 @@ class SharedLimits:
         return number == self._number or self._process_lock(number).is_held_elsewhere()
 
     def _forget_processes(self) -> None:
-        """Have every key's history read again: no process lives, and the records know better."""
+        """Have every key's history read from the records again, since no other process lives."""
         for base in self._used_slots():
             self._view[base + _HAS_HISTORY] = 0
         for number in range(self._view[_PROCESSES_USED]):
@@ -239,12 +239,12 @@ class SharedLimits:
     # Slots
 
     def _lock(self, lock: FileLock) -> None:
-        """Lock, and wait for a holder that is being scheduled away."""
+        """Lock; while another process holds the lock, wait for it, but not for long."""
         if lock.try_lock():
             return
         is_locked = lock.wait(LOCK_PATIENCE)
         if not is_locked and not self._is_late:
-            # A process stopped by a debugger must not stop all others: go on without it.
+            # A process stopped by a debugger must not stop all others: go on without the lock.
             logger.error("limits: another process holds a lock and does not run; counting goes on")
         self._is_late = not is_locked
 
@@ -281,7 +281,7 @@ class SharedLimits:
         return slot
 
     def _find(self, key_id: str) -> _Slot:
-        """Return the slot of a key, which may be a free one until now."""
+        """Return the slot of a key, a free one if the key had none."""
         digest = hashlib.sha256(key_id.encode()).digest()
         number = int.from_bytes(digest[:7], "big") + 1  # 0 is a free slot
         view = self._view

@@ -1,8 +1,8 @@
 """The access log: one line a request, at its end, for people or for programs.
 
-A thread makes and writes the lines: a blocked stream loses lines, never time. It makes a few at a
-time, since the loop cannot run meanwhile, but not each when its request ends: its code and data
-would be in no cache then. No control character gets from a record into the log.
+A thread makes and writes the lines: if the stream blocks, lines are lost and no request waits. The
+thread makes a few lines at a time, since the loop cannot run meanwhile; one at a time would cost
+more, for code and data would be in no CPU cache. No control character of a record gets into a line.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ place, and how many closed requests, the store has of this generation; then the 
 again. The owner holds a lock on each of its segments, which the kernel frees with the process.
 
 Each entry begins with its segment's *generation*, eight bytes that no payload can contain, so a
-reader finds the next whole entry behind a damaged one. The place where it was written is in it too:
+reader finds the next whole entry after a damaged one. The place where it was written is in it too:
 bytes that were moved or copied are recognised. The checksum is Adler-32, begun with the
 generation's own sum, for it needs no table: that of CRC-32 is 6 KB, which at a low load are in no
 cache when a request comes.
@@ -53,7 +53,7 @@ MAGIC = b"hbjrnl04"  # another form of entries gets another
 HEAD_BYTES = 64
 HEAD = struct.Struct("<8sQ")  # generation, whether the owner has ended
 HEAD_PLACE = len(MAGIC)
-# What is stored: generation, place behind it, number of closed requests, CRC-32 of these.
+# What is stored: generation, place after it, number of closed requests, CRC-32 of these.
 MARK = struct.Struct("<8sIII")
 MARK_PLACE = 32
 ENTRY = struct.Struct("<8sIII")  # generation, length of the payload, place, checksum
@@ -62,7 +62,7 @@ ENTRY_BYTES: Final = 20
 GENERATION_BEGINS = b"\xff"
 _dumps: Final = orjson.dumps
 _adler32: Final = zlib.adler32
-_END: Final = bytes(ENTRY_BYTES)  # behind the last entry: what is left of an earlier use follows it
+_END: Final = bytes(ENTRY_BYTES)  # after the last entry: what is left of an earlier use follows it
 # The values of an entry *opened*; those of *closed* are the row's.
 OPENED = (
     *("id", "started", "key_id", "key_label", "path", "requested", "streamed"),
@@ -160,7 +160,7 @@ class _Segment:
         self.append(_NAMES)
 
     def has_room(self, length: int) -> bool:
-        """Whether a payload of `length` bytes fits, and the zeros behind it."""
+        """Whether a payload of `length` bytes fits, and the zeros after it."""
         return self.end + length <= SEGMENT_BYTES - 2 * ENTRY_BYTES
 
     def append(self, payload: bytes) -> None:

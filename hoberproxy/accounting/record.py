@@ -1,8 +1,8 @@
-"""The record of one request, in which every request ends, and its row in the store's table.
+"""The record of one request, and its row in the store's table.
 
-A record holds numbers, names and our own words, never a prompt, an answer or a key. Its row is made
-once, when the request ends, and goes into the journal and into the store. What goes into a record
-is decided by the modules of the path.
+Every request has one, however it ends. A record holds numbers, names and the proxy's own words,
+never a prompt, an answer or a key. Its row is made once, when the request ends, and goes into the
+journal and into the store. What goes into a record is decided by the modules of the path.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def _upgrade(arguments: argparse.Namespace) -> int:
 
 
 def _program() -> str:
-    """How to call this program from where its user is."""
+    """Return the words by which a user in this directory can call this program."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
         return f"{_from_here(sys.executable)} -m hoberproxy"

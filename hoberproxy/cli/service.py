@@ -19,7 +19,7 @@ UPGRADE_LIMIT = 120.0  # seconds
 EXEC_LIMIT = 20.0  # seconds of it in which the service may be silent: it becomes another program
 DAY = 86400.0
 
-Document = dict[str, Any]  # the service's report, see process/admin_socket.py
+Document = dict[str, Any]  # the service's report, see `combine` of process/admin_socket.py
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 

@@ -66,7 +66,7 @@ class RecordSettings:
     """The file of keys and records, and how long records are kept."""
 
     file: str = "hoberproxy.db"
-    keep_days: int = 0  # of single records; 0: for good. Sums of days are always kept
+    keep_days: int = 0  # of single records; 0: for ever. Sums of days are always kept
 
 
 @dataclass(frozen=True, slots=True)

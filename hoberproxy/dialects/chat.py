@@ -1,10 +1,10 @@
-"""The JSON of completion chunks: content, a finish reason, or nothing but usage."""
+"""Reads the JSON of completion chunks: content, a finish reason, or nothing but usage."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-# Members of a delta that say of what it is a part, and no more. All others hold content.
+# Members of a delta that only identify or label it. All others hold content.
 NO_CONTENT: Final = frozenset(("role", "name", "id", "index", "type", "object", "error"))
 _LEVELS: Final = 6  # of a value that are looked through for one that isn't empty
 

@@ -1,4 +1,4 @@
-"""Errors of upstreams in any form: their status, message, field and code.
+"""Reads upstreams' errors of any form: their status, message, field and code.
 
 Servers and the gateways before them put errors into each other: a list, a string of JSON in a
 message, an object under `metadata.raw`. So an error is read as its layers, the outermost first,
@@ -235,7 +235,7 @@ def _load_lines(text: bytes) -> Any:
 
 
 def _load_cut(text: str) -> Any:
-    """Return the message of JSON that was cut behind it, or None."""
+    """Return the message of JSON that was cut after it, or None."""
     whole = _WHOLE_TEXT.search(text)
     try:
         return json.loads(whole[1], strict=False) if whole else None

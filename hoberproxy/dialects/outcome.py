@@ -1,4 +1,4 @@
-"""What an answer says of itself: usage, identifiers, how it ended, how much there was of it."""
+"""The outcome of an answer: its usage, identifiers, finish reason and size."""
 
 from __future__ import annotations
 

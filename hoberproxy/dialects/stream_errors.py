@@ -1,4 +1,4 @@
-"""Errors of an upstream within a stream, in all the forms seen in the wild.
+"""Finds the errors that an upstream reports within a stream, in all forms that servers send.
 
 Whatever the form, the document is kept for the client; no text of it is in a message.
 """
@@ -22,7 +22,7 @@ _BROKEN_ERROR: Final = re.compile(rb'\s*\{\s*"error"\s*:\s*[^n\s]')
 
 
 class StreamFailure(Exception):
-    """A stream says itself that it failed, or is no stream of completion chunks.
+    """A stream reports that it failed, or is no stream of completion chunks.
 
     `is_error_event` says that it is the upstream's own error, and not bytes out of shape.
     `document` is what the upstream sent: the object with the error in it, or a text, or None if it
@@ -51,7 +51,7 @@ def error_event(document: object) -> StreamFailure:
 
 
 def find_error(document: Any) -> StreamFailure | None:
-    """Return the failure that a chunk's JSON says; None if it is a chunk without an error.
+    """Return the failure that a chunk's JSON reports; None if it is a chunk without an error.
 
     `{"error": …}`, also in an array as Gemini has it; `{"object": "error", …}` of vLLM and
     `{"type": "error", …}`; an error within a choice, or a finish reason that is one; MiniMax'

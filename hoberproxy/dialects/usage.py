@@ -1,4 +1,4 @@
-"""Token usage as model servers report it; where they do not, accounting/estimates.py guesses.
+"""Reads token usage as model servers report it; without a report accounting/estimates.py helps.
 
 One reader serves every dialect seen on the wire; `tests/support/usage_forms.py` holds an example of
 each, with its source. Which events of a stream have usage is for relay/scanner.py to find, where
@@ -111,7 +111,7 @@ def read_usage(document: dict[str, Any]) -> Usage | None:
 def newest_usage(known: Usage | None, document: dict[str, Any]) -> Usage | None:
     """Return the usage of a stream with one event more; `known` is that of the events before it.
 
-    The last one counts; but zeros, which some servers send before the first text or behind the
+    The last one counts; but zeros, which some servers send before the first text or after the
     last, do not take the place of numbers, nor do the same numbers without their parts.
     """
     usage = read_usage(document)
@@ -390,7 +390,7 @@ def _parse_timings(timings: dict[str, Any]) -> Usage | None:
 
 
 def _has_text(document: dict[str, Any]) -> bool:
-    """Return whether a message of a body says anything; of events the scanner knows."""
+    """Return whether any `message` of a body has more than its role."""
     choices = document.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         message = choice.get("message") if isinstance(choice, dict) else None

@@ -43,7 +43,7 @@ CHAT_PATHS: Final = frozenset(
 # client's leaving would go unseen; whoever sends more is closed after the answer.
 MAX_PIPELINED_BYTES: Final = 64 * 1024
 SMALL_PIECE_BYTES: Final = 4096  # of a body; smaller ones are joined, or objects outweigh bytes
-LINGER = 5.0  # seconds to read on after an early answer, lest a reset overtakes it
+LINGER = 5.0  # seconds to read on after an early answer, so that no reset overtakes it
 LINGER_MAX_BYTES = 64 * 1024 * 1024
 # An empty line, but not one that ends a head.
 _find_bare_end: Final = re.compile(rb"\n\r?\n").search
@@ -97,7 +97,7 @@ class DownstreamConnection(Client):
         self._buffer = b""  # bytes that belong to a request not yet begun
         self._searched = 0
         self._repeated: RepeatedHead | None = None  # the last chat request's
-        self._admitted: Admitted | None = None  # … and who sent it
+        self._admitted: Admitted | None = None  # the sender of the last chat request
         self._body: BodyReader | None = None
         self._pieces: list[bytes] = []
         self._body_bytes = 0
@@ -207,7 +207,7 @@ class DownstreamConnection(Client):
             context.wheel.hasten(self, now + context.settings.keepalive_timeout)
 
     def _wait(self) -> None:
-        """Give the client from now on the time limit of the connection's state."""
+        """Begin the time limit of the connection's state."""
         wheel = self._context.wheel
         self._waiting_since = wheel.now
         wheel.hasten(self, self._due())
@@ -326,7 +326,7 @@ class DownstreamConnection(Client):
     def _refuse_at_head(self, head: RequestHead, length: int | None, rest: bytes) -> None:
         """Refuse a request by its head alone, without waiting for a stranger's body.
 
-        Where the whole body came along, the next request is found behind it, and the connection
+        Where the whole body came along, the next request is found after it, and the connection
         goes on.
         """
         handler = self._handler
@@ -499,7 +499,7 @@ class DownstreamConnection(Client):
             self._sink.abort()
 
     def _shut(self) -> None:
-        """Write nothing past the transport any more, which drops what comes after its end."""
+        """Write by the transport alone from now on: it discards what comes after its close."""
         if self._sink is not None:
             self._sink.shut()
 
@@ -512,7 +512,7 @@ class DownstreamConnection(Client):
             self._wait()
 
     def _linger(self) -> None:
-        """End the sending side and read on: to close over unread bytes would reset the answer."""
+        """End the sending side and read on: a close with bytes unread would reset the answer."""
         self._state = _LINGERING
         self._buffer = b""
         self._discarded_bytes = 0

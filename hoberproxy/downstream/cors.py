@@ -43,7 +43,7 @@ def cors_headers(allowed: Sequence[str], origin: bytes | None) -> Headers:
 
 
 def check_local_request(head: RequestHead) -> None:
-    """Refuse what any web page could send to a proxy without keys on the reader's own machine.
+    """Refuse what any web page could send to a proxy without keys on its reader's machine.
 
     A page may post text/plain anywhere without a preflight, and anything under a name of its own
     that resolves to 127.0.0.1 (DNS rebinding): so JSON is required, and a Host of this machine.

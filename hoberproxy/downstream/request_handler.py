@@ -1,6 +1,6 @@
 """The interface between a client's connection and the handler of a chat request.
 
-A connection makes handlers by the `BeginHandler` that it was made with, and knows none by name.
+A connection gets a function that makes handlers (`BeginHandler`), so that it imports no handler.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Sink:
         self.framed_bytes = 0
 
     def write(self, data: bytes) -> None:
-        """Send `data` behind all that was written before."""
+        """Send `data` after all that was written before."""
         if self._is_clear:
             try:
                 sent = _write(self._fd, data)

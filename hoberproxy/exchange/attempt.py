@@ -1,4 +1,4 @@
-"""Tries one endpoint: connects, sends, judges the head, has the answer relayed, in time.
+"""Tries one endpoint: connects, sends, checks the head, has the answer relayed, within limits.
 
 Leaves to its owner, the exchange, what is tried next and how the client is answered.
 """
@@ -59,7 +59,7 @@ _BEFORE_CONTENT: Final = frozenset((_CONNECT, _HEAD, _OPENING))
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class AttemptOwner(RequestHandler):
-    """What an attempt reports to; `attempt_finished` or `attempt_failed` comes last.
+    """Owns an attempt, which reports to it; `attempt_finished` or `attempt_failed` comes last.
 
     It is a request handler, since a compiled class derives from one class only.
     """
@@ -70,7 +70,7 @@ class AttemptOwner(RequestHandler):
         raise NotImplementedError
 
     def open_answer(self, head: ResponseHead, *, is_stream: bool) -> None:
-        """Start the answer, whose first content has come, behind the upstream's `head`."""
+        """Start the answer, whose first content has come; `head` is the upstream's."""
         raise NotImplementedError
 
     def note_opened(self, *, is_stream: bool) -> None:
@@ -240,7 +240,7 @@ class Attempt(Reporter):
     def _choose_relay(self, data: bytes) -> tuple[Relay | None, bytes]:
         """Return the relay for a body that begins with `data`, None if not yet, and its bytes.
 
-        White space and a byte order mark in front are dropped: within a stream, behind a comment
+        White space and a byte order mark in front are dropped: within a stream, after a comment
         line of the proxy's, a mark would be a part of the first event's first name.
         """
         data = (self._begun + data).lstrip(_WHITE)

@@ -1,6 +1,6 @@
-"""When a client that reads nothing is cut, and when a client that waits gets a comment line.
+"""Decides when a client that reads nothing is cut, and when one that waits gets a comment line.
 
-Values and `now` in, decisions out: the exchange writes and cuts. Times are of the loop.
+Takes values and `now`; the exchange does the writing and cutting. Times are those of the loop.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from .response_fields import attempts_fields, cors_fields, error_fields
 
 logger = logging.getLogger("hoberproxy.server")
 
-# No empty line behind it: at one, openai-go before 3.43 dispatches an event without data, and so
+# No empty line after it: at one, openai-go before 3.43 dispatches an event without data, and so
 # does openai-python once an upstream has sent an `id:`.
 COMMENT: Final = b": HOBER PROCESSING\n"
 REST: Final = 0.002  # seconds for other requests between two steps of reading a large body
@@ -246,7 +246,7 @@ class Exchange(AttemptOwner):
         except Exception as error:  # as a body that the endpoint's rules cannot be applied to
             self._fail_by(error)
             return
-        # From here on the model server is at work: what is done now delays nothing.
+        # The request has been sent, so this delays nothing.
         self._context.health.begin(attempt.step.endpoint.key, self.now)
         self._client.hasten(self.now + self._context.shortest_wait)
 

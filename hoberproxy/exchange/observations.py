@@ -1,6 +1,6 @@
-"""What an attempt says of the health of its endpoint.
+"""Notes how attempts went in the health of their endpoints.
 
-Values and `now` in: the exchange knows when something has happened.
+The exchange calls these functions, with the time as `now`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHORTEST_MEASURED: Final = 0.05
 def observe_success(
     health: Health, endpoint: Key, record: Record, now: float, started: float, *, is_stream: bool
 ) -> None:
-    """Note the first content of an attempt that was `started` then, and how long it took."""
+    """Note that an attempt, begun at `started`, has had its first content, and how soon."""
     waited = None
     # A body's first content comes with its last: better than nothing to sort by, no more.
     if is_stream or health.first_content(endpoint, now) is None:

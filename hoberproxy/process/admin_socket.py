@@ -1,8 +1,8 @@
-"""Questions to a running service over a Unix socket: one JSON line there, one back.
+"""Answers questions to a running service over a Unix socket, with a line of JSON each way.
 
 The socket is a file that its owner alone can use; there is no network port. A service goes on
-without it where it cannot be made. A report is what one worker says of itself at a moment; two of
-each worker give the rates between.
+without it where it cannot be made. A report has the state and the counts of one worker at a moment;
+two reports of each worker give the rates between them.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _endpoints(reports: Iterable[Report]) -> list[dict[str, Any]]:
     """Return for each endpoint the means over the workers, and in how many of them it cools."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for report in reports:
-        if report.get("state") != "draining":  # what it knows is old
+        if report.get("state") != "draining":  # whose measurements are old
             for health in report.get("health", ()):
                 key = health["provider"], health["upstream_model"]
                 groups.setdefault(key, []).append(health)

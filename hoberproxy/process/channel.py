@@ -24,7 +24,7 @@ Message = dict[str, Any]
 
 
 class Channel(asyncio.Protocol):
-    """One end. `on_message` gets each message, `on_lost` is called once when the peer is gone."""
+    """One end of a channel. `on_message` gets each message, `on_lost` is called at the end."""
 
     def __init__(self, on_message: Callable[[Message], None], on_lost: Callable[[], None]) -> None:
         self._on_message = on_message

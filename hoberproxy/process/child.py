@@ -38,7 +38,7 @@ class State(Enum):
 
 
 class Child:
-    """One process. `settled` and `ended` are set when it is ready, and when it has ended."""
+    """A child process. `settled` is set when it is ready or has ended, `ended` if it has ended."""
 
     def __init__(
         self, pid: int, *, generation: int, slot: int, state: State, started: float
@@ -95,7 +95,7 @@ class Child:
         self._asked.clear()
 
     async def refresh(self, what: str = "snapshot", limit: float = 2.0) -> None:
-        """Ask for a new snapshot or report; after `limit` seconds the last one has to do."""
+        """Request a new snapshot or report; without an answer in `limit` seconds the last stays."""
         if self.state is State.STARTING or self.ended.is_set():
             return
         self._last_ask += 1
@@ -120,7 +120,7 @@ class Child:
     def stop(self, *, at_once: bool = False) -> None:
         """Let the child end its answers and itself: the whole service ends."""
         if self.state is State.STARTING or not self.channel.is_open:
-            self.signal(signal.SIGTERM)  # it does not hear what is said on its channel
+            self.signal(signal.SIGTERM)  # it does not read its channel
         self.state = State.DRAINING
         self.channel.send("stop", at_once=at_once)
 

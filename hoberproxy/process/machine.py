@@ -87,7 +87,7 @@ def malloc_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def collect_rarely() -> None:
-    """Exclude all objects of today from garbage collection, and make full collections rare.
+    """Exclude all objects that exist now from garbage collection, and make full ones rare.
 
     A request's objects are freed without the collector, so a full collection finds next to nothing,
     and meanwhile no stream moves: 200 ms with 10,000 of them open, of which as many would be opened

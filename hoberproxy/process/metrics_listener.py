@@ -1,6 +1,6 @@
-"""GET /metrics in the supervisor: as much HTTP as a scraper needs, and no server's library.
+"""Serves GET /metrics in the supervisor, with as much HTTP as a scraper needs and no library.
 
-Every answer closes its connection. What is shown is collected for each request.
+Every answer closes its connection. The metrics are collected for each request.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Collect = Callable[[], Awaitable[bytes]]
 
 
 class MetricsListener:
-    """Answers on one listening socket, of which it has a copy."""
+    """Serves on a copy of one listening socket."""
 
     def __init__(self, collect: Collect) -> None:
         self._collect = collect

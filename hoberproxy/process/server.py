@@ -59,7 +59,7 @@ logger = logging.getLogger("hoberproxy.server")
 
 # Seconds in which an idle connection may still bring a request that was on its way.
 IDLE_GRACE = 0.5
-# Seconds for a connection that was accepted in the last turn to be told of.
+# Seconds in which the loop calls `connection_made` for a connection that it has just accepted.
 ACCEPTED_GRACE = 0.1
 HEARTBEAT = 0.5  # seconds between signs of life of the loop
 POOL_SWEEP = 1.0  # seconds between looks for idle upstream connections past their time
@@ -81,8 +81,9 @@ class Server(Timed):
         has_writer: bool = True,
         workers: int = 1,
     ) -> None:
-        """`has_writer`: of records, on a thread; else another process has to be the writer.
+        """Serve by `config` on the sockets in `listeners`.
 
+        With `has_writer` a thread of this process writes the records; else another process must.
         `workers` is how many processes share the machine's memory, this one among them. Raises
         StartError or ConfigError.
         """
@@ -412,7 +413,7 @@ def _open_shared_limits(records_file: str) -> SharedLimits:
 
 
 def run(main: Callable[[], object]) -> None:
-    """Run a coroutine function on uvloop, in a process of its own."""
+    """Run a coroutine function on uvloop, as all that this process does."""
     raise_file_limit()
     collect_rarely()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,7 +1,7 @@
 """The supervisor: owns the listening sockets, keeps workers on them, replaces them and itself.
 
     SIGHUP   read and check the config; start workers with it; when they serve, the old ones leave
-    SIGUSR2  the same, after this process has become what is installed by now (process/upgrade.py)
+    SIGUSR2  the same, after this process has become the installed program (process/upgrade.py)
     SIGTERM  let all workers drain; a second one ends them at once
 
 A listening socket is never closed while the service runs, so no connection is refused or reset:
@@ -61,7 +61,7 @@ logger = logging.getLogger("hoberproxy.supervisor")
 
 START_LIMIT = 30.0  # seconds for a worker to be ready
 STOP_MARGIN = 15.0  # seconds over the drain limit before a worker is killed
-SAMPLE = 1.0  # seconds over which rates are told
+SAMPLE = 1.0  # seconds between two reports of which rates are computed
 POLL_INTERVAL = 5.0  # seconds between snapshots: what a crash may take of the counts
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGCHLD)
 
@@ -69,7 +69,7 @@ Load = Callable[[], tuple[ConfigSource, Config]]
 
 
 class Supervisor:
-    """One per service. `run` returns when all has ended."""
+    """Supervises one service. `run` returns when all its processes have ended."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Supervisor:
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
         if self._left is None:
-            self._tell_ready()
+            self._send_ready()
             for address in self._listeners.addresses:
                 print(f"{describe_build()} listens on http://{address}", flush=True)
         self._start_task(self._poll(), "poll")
@@ -255,7 +255,7 @@ class Supervisor:
         )
         return child
 
-    def _tell_ready(self) -> None:
+    def _send_ready(self) -> None:
         number = len(self._serving)
         self._notifier.ready(f"{number} {'worker' if number == 1 else 'workers'}, {__version__}")
 
@@ -320,7 +320,7 @@ class Supervisor:
         self._change("reload")
 
     def upgrade(self) -> None:
-        """Become what is installed by now, and do as `reload`."""
+        """Become the program that is now installed, and do as `reload`."""
         self._change("upgrade")
 
     def _change(self, what: str) -> None:
@@ -344,7 +344,7 @@ class Supervisor:
                     else:
                         await self._reload()
             finally:
-                self._tell_ready()
+                self._send_ready()
 
     @property
     def _serving(self) -> list[Child]:

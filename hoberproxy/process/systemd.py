@@ -1,4 +1,4 @@
-"""What systemd hands over and hears: listening sockets, and states (sd_notify(3))."""
+"""Takes listening sockets from systemd, and sends it the states of the service (sd_notify(3))."""
 
 from __future__ import annotations
 

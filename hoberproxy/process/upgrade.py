@@ -32,7 +32,7 @@ STATE_VARIABLE = "HOBERPROXY_SUCCESSION"  # number of the descriptor that the st
 
 @dataclass(slots=True)
 class Handover:
-    """What the next program goes on with. `ends`: of each child's channel, with unread bytes."""
+    """The state that the next program goes on with. `ends`: of channels, with unread bytes."""
 
     source: ConfigSource
     generation: int
@@ -162,7 +162,7 @@ def open_stream_counts(number: int) -> tuple[int, StreamCounts]:
 
 
 def installed_python() -> str:
-    """Return the Python of what is installed by now, as the script of this program names it.
+    """Return the Python of the program that is now installed, which this program's script names.
 
     Each version may have a separate environment, and the script may be a link to the latest.
     """

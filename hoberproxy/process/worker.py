@@ -1,4 +1,4 @@
-"""A worker: one Server on the supervisor's sockets, told what to do over a channel.
+"""A worker: runs one Server on the supervisor's sockets, by messages over a channel.
 
     supervisor ── start (config, sockets), snapshot, leave, stop ──► worker
                ◄── ready or failed, alive, snapshot, bye ──

@@ -28,7 +28,7 @@ END_LIMIT = 10.0  # seconds after the last worker for the last records to be wri
 
 
 class Writers:
-    """One per supervisor. `on_ended` gets the last counts of each that is gone."""
+    """Keeps the writers of one supervisor. `on_ended` gets the last counts of each that is gone."""
 
     def __init__(self, on_ended: Callable[[Snapshot], None]) -> None:
         self._on_ended = on_ended
@@ -140,7 +140,7 @@ class Writers:
     async def end(self) -> None:
         """End all writers once the store has all records; the workers have ended before."""
         self._is_ending = True
-        async with self._starting:  # one that starts has to be told, too
+        async with self._starting:  # one that is starting has to end, too
             with contextlib.suppress(StartError):
                 if not self._is_serving and self._config is not None:  # it had died
                     await self._start(self._config)
@@ -162,6 +162,6 @@ class Writers:
         """Return what `hoberproxy status` says of each writer."""
         serving = State.SERVING.value
         return [
-            told | ({"state": "writer"} if told["state"] == serving else {})
-            for told in await reports_of(self.all)
+            report | ({"state": "writer"} if report["state"] == serving else {})
+            for report in await reports_of(self.all)
         ]

@@ -1,4 +1,4 @@
-"""The writer of records as a process of its own, beside the workers of one supervisor.
+"""The writer of records as a separate process, beside the workers of one supervisor.
 
     supervisor ── start (records file, days to keep), snapshot, report, leave, stop ──► writer
                ◄── ready or failed, snapshot, report, bye ──

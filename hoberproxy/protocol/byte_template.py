@@ -58,40 +58,33 @@ class ByteTemplate:
 
     Of what `match` and `learn_from` took last, the values of the holes are in `values`. `kinds` are
     those of the holes, `literals` stand around them, and `new_literals` have the specimen's edits.
+    `are_holes` says of all values which are holes.
     """
 
     __slots__ = (
-        "_are_holes",
         "_kinds",
         "_known",
         "_literals",
         "_new_literals",
+        "are_holes",
         "kinds",
         "literals",
         "new_literals",
         "values",
     )
+    literals: list[bytes]
+    new_literals: list[bytes]
+    values: list[bytes]
+    kinds: bytes
 
     def __init__(
-        self, specimen: bytes, values: Sequence[Value], edits: Sequence[Edit] = ()
+        self, literals: list[bytes], new_literals: list[bytes], kinds: bytes, are_holes: list[bool]
     ) -> None:
-        """`values` and `edits` are in order; an edit that is not between two values is left out."""
-        self._literals: list[bytes] = []  # around all values
-        self._new_literals: list[bytes] = []
-        self._kinds = bytes([kind for _, _, kind, _ in values])
-        # What came last in place of those that are no holes.
-        self._known = [b"" if is_hole else specimen[start:end] for start, end, _, is_hole in values]
-        self._are_holes = [is_hole for _, _, _, is_hole in values]  # shared with copies
-        at = 0
-        for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
-            literal = specimen[at:start]
-            self._literals.append(literal)
-            self._new_literals.append(_edited(literal, at, edits))
-            at = end
-        self.values: list[bytes] = []
-        self.literals: list[bytes] = []
-        self.new_literals: list[bytes] = []
-        self._join()
+        """For `make_template` and `copy_for`, which go on with `_join`."""
+        self._literals = literals  # around all values
+        self._new_literals = new_literals  # the same object where nothing is edited
+        self._kinds = kinds
+        self.are_holes = are_holes  # shared with copies
 
     def match(self, data: bytes, at: int) -> int:
         """Return where that ends which begins at `at` and matches; 0 if nothing does."""
@@ -102,15 +95,13 @@ class ByteTemplate:
 
         With `widen`, those that differ are holes from now on. A TEXT or COUNT is one in any case.
         """
-        self.values = [b""] * len(self._kinds)
+        self.values = values = [b""] * len(self._kinds)
         matches = self._walk(data, at, self._literals, self._kinds) > 0
         if matches:
-            for slot, value in enumerate(self.values):
+            for slot, value in enumerate(values):
                 if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
-                    self._are_holes[slot] = True
-            holes = self._are_holes
-            self._known = [b"" if holes[slot] else each for slot, each in enumerate(self.values)]
-            self._join()
+                    self.are_holes[slot] = True
+            self._join(data, at, values)
         self.values = [b""] * len(self.kinds)
         return self.match(data, at) if matches else 0
 
@@ -120,21 +111,18 @@ class ByteTemplate:
 
     def hole_of(self, slot: int) -> int:
         """Return the number among the holes of the value that has this number among all."""
-        return sum(self._are_holes[:slot])
+        return sum(self.are_holes[:slot])
 
     def copy_for(self, data: bytes) -> ByteTemplate | None:
         """Return a template with the values of `data`, which it has to match as a whole.
 
         What is a hole of one is a hole of the other, as soon as it learns again.
         """
-        copy = ByteTemplate(b"", ())
-        copy._literals, copy._new_literals = self._literals, self._new_literals
-        copy._kinds, copy._are_holes = self._kinds, self._are_holes
-        copy.values = [b""] * len(self._kinds)
-        if copy._walk(data, 0, copy._literals, copy._kinds) != len(data):
+        copy = ByteTemplate(self._literals, self._new_literals, self._kinds, self.are_holes)
+        copy.values = values = [b""] * len(self._kinds)
+        if copy._walk(data, 0, self._literals, self._kinds) != len(data):
             return None
-        copy._known = copy.values
-        copy._join()
+        copy._join(data, 0, values)
         return copy
 
     def forget_values(self) -> None:
@@ -170,29 +158,62 @@ class ByteTemplate:
             slot += 1
         return 0
 
-    def _join(self) -> None:
-        """Make a part of the literals what is no hole."""
-        self.literals = []
-        self.new_literals = []
-        old, new = [self._literals[0]], [self._new_literals[0]]
-        for slot, is_hole in enumerate(self._are_holes):
-            if is_hole:
-                self._end_literal(old, new)
-                old, new = [], []
+    def _join(self, data: bytes, at: int, values: list[bytes]) -> None:
+        """Make a part of the literals what is no hole: as in `data`, which has these `values`."""
+        known: list[bytes] = []  # what came last in place of those that are no holes
+        literals: list[bytes] = []
+        news: list[bytes] = []
+        kinds: list[bytes] = []
+        new: list[bytes] = []  # parts of the next one of `news`
+        is_edited = False
+        start, count = at, len(values)
+        for slot, literal in enumerate(self._literals):
+            at += len(literal)
+            edited = self._new_literals[slot]
+            is_edited = is_edited or edited is not literal
+            new.append(edited)
+            is_last = slot == count
+            if is_last or self.are_holes[slot]:
+                whole = data[start:at]
+                literals.append(whole)
+                news.append(b"".join(new) if is_edited else whole)
+                if is_last:
+                    break
+                new = []
+                is_edited = False
+                kinds.append(self._kinds[slot : slot + 1])
+                at += len(values[slot])
+                start = at
+                known.append(b"")
             else:
-                old.append(self._known[slot])
-                new.append(self._known[slot])
-            old.append(self._literals[slot + 1])
-            new.append(self._new_literals[slot + 1])
-        self._end_literal(old, new)
-        holes = zip(self._kinds, self._are_holes, strict=True)
-        self.kinds = bytes([kind for kind, is_hole in holes if is_hole])
-        self.values = [b""] * len(self.kinds)
+                new.append(values[slot])
+                at += len(values[slot])
+                known.append(values[slot])
+        self._known = known
+        self.literals, self.new_literals = literals, news
+        self.kinds = b"".join(kinds)
+        self.values = [b""] * len(kinds)
 
-    def _end_literal(self, old: list[bytes], new: list[bytes]) -> None:
-        literal = b"".join(old)
-        self.literals.append(literal)
-        self.new_literals.append(literal if new == old else b"".join(new))
+
+def make_template(
+    specimen: bytes, values: Sequence[Value], edits: Sequence[Edit] = ()
+) -> ByteTemplate:
+    """Make the template of a specimen with `values`, of which others get what `edits` make of it.
+
+    Both are in order; an edit that is not between two values is left out.
+    """
+    literals: list[bytes] = []
+    new_literals: list[bytes] = []
+    at = 0
+    for start, end, _, _ in [*values, (len(specimen), 0, 0, False)]:
+        literal = specimen[at:start]
+        literals.append(literal)
+        new_literals.append(_edited(literal, at, edits))
+        at = end
+    kinds = bytes([kind for _, _, kind, _ in values])
+    template = ByteTemplate(literals, new_literals, kinds, [is_hole for _, _, _, is_hole in values])
+    template._join(specimen, 0, [specimen[start:end] for start, end, _, _ in values])
+    return template
 
 
 def value_end(data: bytes, start: int, kind: int) -> int:

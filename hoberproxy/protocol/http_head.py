@@ -247,7 +247,7 @@ def parse_request_head(raw: bytes) -> RequestHead:
     """Return the request's head in `raw`, which ends with its empty line. Raises HeadError."""
     if len(raw) > MAX_REQUEST_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_REQUEST_HEAD_BYTES), 431)
-    lines = split_lines(raw)
+    lines = _split_lines(raw)
     method, target, path, query, version_minor = _parse_request_line(lines.pop(0))
     headers = _parse_fields(lines)
     first = _index(headers)
@@ -285,7 +285,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _parse_response_head(raw: bytes) -> ResponseHead:
     if len(raw) > MAX_RESPONSE_HEAD_BYTES:
         raise HeadError(_too_large(len(raw), MAX_RESPONSE_HEAD_BYTES))
-    lines = split_lines(raw)
+    lines = _split_lines(raw)
     status, version_minor = _parse_status_line(lines.pop(0))
     headers = _parse_fields(lines)
     first = _index(headers)
@@ -346,7 +346,7 @@ class _FieldLines(dict[bytes, tuple[bytes, bytes]]):
 _field_lines: Final = _FieldLines()
 
 
-def split_lines(raw: bytes) -> list[bytes]:
+def _split_lines(raw: bytes) -> list[bytes]:
     # A bare CR or LF stays inside a line, where no pattern lets it pass (RFC 9112 2.2).
     if not raw.endswith(_END):
         raise HeadError("expected a head that ends with an empty line")

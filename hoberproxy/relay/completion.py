@@ -1,6 +1,6 @@
-"""A whole chat completion as one JSON body: is it complete, what does it say, how is it passed on.
+"""Checks, reads and edits a chat completion that is one JSON body.
 
-Also turns one into the events of a stream, for upstreams that answer `stream: true` with a body.
+It also turns one into the events of a stream, for upstreams that answer `stream: true` with a body.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _BACKSLASH: Final = 0x5C  # `in` takes a number at a tenth of the cost of bytes
 
 
 class CompletionError(Exception):
-    """A 200 whose body is no completion.
+    """The body of an answer with status 200 is no completion.
 
-    `is_error_body` says that it is an upstream's error, `document` what it says of it.
+    `is_error_body` says that it is an upstream's error; `document` is the value that describes it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class CompletionError(Exception):
 
 
 class Completion:
-    """A checked completion: `body` names the catalog's slug, the rest is what it said."""
+    """A checked completion: `body` is as the client gets it, the rest as the upstream sent it."""
 
     __slots__ = ("body", "document", "finish_reason", "upstream_id", "upstream_model", "usage")
 
@@ -57,10 +57,10 @@ class Completion:
 
 
 def parse_completion(body: bytes, slug: str) -> Completion:
-    """Check a non-streaming answer and give it the catalog's name for its model.
+    """Check the `body` of an answer that is no stream; its model gets the name `slug`.
 
     Raises CompletionError for anything but a JSON object with an answer in its `choices` array: a
-    message that says something, or a finish reason.
+    message with content, or a finish reason.
     """
     try:
         document = load_json(body)
@@ -70,7 +70,7 @@ def parse_completion(body: bytes, slug: str) -> Completion:
     if not isinstance(document, dict):
         raise _no_completion(document, "expected a JSON object as the body")
     get = document.get
-    if (error := get("error")) and _says_something(error):
+    if (error := get("error")) and _is_error(error):
         raise _error_body(document)
     choices = get("choices")
     if not isinstance(choices, list) or not choices:
@@ -94,23 +94,23 @@ def _check_choices(document: dict[str, Any], choices: list[Any]) -> None:
     for choice in choices:
         if isinstance(choice, dict):
             error = choice.get("error")
-            if (error and _says_something(error)) or choice.get("finish_reason") == "error":
+            if (error and _is_error(error)) or choice.get("finish_reason") == "error":
                 raise _error_body(choice)
             has_answer = has_answer or _is_answer(choice)
     if not has_answer:
         raise _no_completion(document, "expected an answer in `choices`, got none")
-    base = document.get("base_resp")  # MiniMax', beside choices where its filter struck
+    base = document.get("base_resp")  # MiniMax', beside choices if its filter has blocked them
     if isinstance(base, dict) and base.get("status_code"):
         raise _error_body(document)
 
 
-def _says_something(error: object) -> bool:
-    """Whether an error is one: some servers have an object of nulls where there is none."""
+def _is_error(error: object) -> bool:
+    """Return whether member `error` is one: some servers have an object of nulls for none."""
     return any(error.values()) if isinstance(error, dict) else bool(error)
 
 
 def _is_answer(choice: dict[str, Any]) -> bool:
-    """As of a stream: any finish reason, or anything of a message but its role."""
+    """Return whether a choice has a finish reason, or a message with more than its role."""
     if choice.get("finish_reason") or choice.get("text"):
         return True
     for name, value in _message_of(choice).items():
@@ -120,7 +120,7 @@ def _is_answer(choice: dict[str, Any]) -> bool:
 
 
 def _message_of(choice: dict[str, Any]) -> dict[str, Any]:
-    """The message of a choice; a few servers call it as in a stream."""
+    """Return the message of a choice, which a few servers call `delta`; {} without one."""
     for name in ("message", "delta"):
         message = choice.get(name)
         if isinstance(message, dict):
@@ -134,12 +134,12 @@ def _error_body(document: object) -> CompletionError:
 
 
 def _no_completion(document: object, expected: str) -> CompletionError:
-    """The error for a body without choices: the upstream's own, if it describes one."""
+    """Return the error for a body without an answer: the upstream's own, if it describes one."""
     return _error_body(document) if describes_error(document) else CompletionError(expected)
 
 
 def _without_done(body: bytes) -> bytes:
-    """The body without the last event of a stream, which some gateways put behind a completion."""
+    """Return `body` without a [DONE] event at its end, which some gateways send; else b""."""
     found = _DONE_BEHIND.search(body, max(0, len(body) - _DONE_ROOM))
     return body[: found.start()] if found is not None else b""
 
@@ -160,7 +160,7 @@ def read_completion(document: dict[str, Any]) -> tuple[Usage | None, str, str]:
 
 
 def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool) -> bytes:
-    """The same answer as a stream of one chunk, and the usage event if it was asked for."""
+    """Return `completion` as a stream of one chunk, with a usage event if the client wants it."""
     chunk = {
         name: value
         for name, value in completion.document.items()
@@ -178,7 +178,7 @@ def serialize_as_stream(completion: Completion, slug: str, *, wants_usage: bool)
 
 
 def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
-    """The choices of a chunk for those of a completion, numbered where the server's do not tell."""
+    """Return a chunk's choices for a completion's, numbered if not each has its own index."""
     objects: list[dict[str, Any]] = list(filter(_is_object, choices))
     indexes = [choice.get("index") for choice in objects]
     numbers = {index for index in indexes if type(index) is int}
@@ -201,7 +201,7 @@ def _delta_choices(choices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _delta(choice: dict[str, Any]) -> dict[str, Any]:
-    """The message of a choice as a delta: clients put a stream's answer together by indexes."""
+    """Return the message of a choice as a delta, in which each tool call needs an index."""
     message = _message_of(choice)
     if not message:
         return {}

@@ -1,49 +1,39 @@
 """Events that say the same but for their text and a few values, passed on by comparing bytes.
 
 A model server writes thousands of events a stream that differ in one text, or in a handful of
-values beside it. The scanner (stream.py) has one learnt from that it has parsed and found to be
-plain content. A later event that matches it (byte_template.py) can say nothing else: it passes with
-the same edits. Whatever differs in any other way is left to the scanner.
+values beside it. From an event that the scanner (relay/scanner.py) has parsed and found to be plain
+content, a ContentTemplate is made. A later event that matches (protocol/byte_template.py) can say
+nothing else: it passes with the same edits. Any other event is left to the scanner.
 
-Which values may differ is settled here: only those of which the scanner learns nothing, and the
-numbers of a usage, which stay here until the scanner takes them.
+Which values may differ is settled in relay/varying_values.py. The numbers of a usage stay here
+until the scanner takes them.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from ..dialects.chat import NO_CONTENT, content_of
+from ..dialects.chat import content_of
 from ..downstream.response import ResponseBody
 from ..downstream.socket_writer import Sink
 from ..protocol.byte_template import (
     COUNT,
-    NUMBER,
-    NUMBERS,
-    OBJECT,
     STRING,
     TEXT,
     ByteTemplate,
     is_text,
-    value_end,
+    make_template,
 )
 from ..protocol.http_body import SIZE_LINES, size_line, whole_chunk
 from ..upstream.connection import ChunkTaker
 from .event_edits import Edit, apply_edits
+from .varying_values import TIMINGS, USAGE, find_values
 
 # As numbers: `in` takes bytes for a number first, and fails at that, at ten times the cost.
 _LF: Final = 0x0A
+_CR: Final = 0x0D
 _QUOTE: Final = 0x22
-_MINUS: Final = 0x2D
-_ZERO: Final = 0x30
-_NINE: Final = 0x39
-_COLON: Final = 0x3A
-_OPENING_BRACKET: Final = 0x5B
 _BACKSLASH: Final = 0x5C
-_CLOSING_BRACKET: Final = 0x5D
-_OPENING_BRACE: Final = 0x7B
-_CLOSING_BRACE: Final = 0x7D
-_SPACE: Final = 0x20
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
 _NEVER: Final = 1 << 40  # bytes that no event has
@@ -72,6 +62,7 @@ class ContentTemplate(ChunkTaker):
         "_counts",
         "_events_before",
         "_events_when_new",
+        "_grows",
         "_growth",
         "_has_counts",
         "_new_bare_tail",
@@ -120,6 +111,7 @@ class ContentTemplate(ChunkTaker):
         self._template: ByteTemplate | None = None
         self._usages = _NOTHING  # events with a usage, the newest last
         self._counts = _NOTHING  # of the newest
+        self._grows = False  # the last two of these are the ends of some whose counts grow
         self._events_when_new = 0  # passed when the template last changed
         self._specimens = 0  # that were learnt from
         self._events_before = 0  # passed before the last one
@@ -145,7 +137,7 @@ class ContentTemplate(ChunkTaker):
         """
         self._specimens += 1
         self._events_before = self.events
-        template = _make_template(event, payload_at, edits, document)
+        template = _template_of(event, payload_at, edits, document)
         if template is not None:
             self._template, self.is_learnt = template, True
             self._events_when_new = self.events
@@ -159,7 +151,9 @@ class ContentTemplate(ChunkTaker):
         holes, literals, news = len(template.kinds), template.literals, template.new_literals
         if template.kinds not in _USUAL:
             return
-        growth = sum(map(len, news)) - sum(map(len, literals))
+        growth = 0
+        for slot in range(len(news)):
+            growth += len(news[slot]) - len(literals[slot])
         if growth >= _LARGEST:
             return
         self._growth = growth
@@ -233,7 +227,7 @@ class ContentTemplate(ChunkTaker):
             other = other[at:]
             if not (other.isalnum() or is_text(other)):
                 return self._take_many(data)
-        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
+        if not text or _QUOTE in text or _LF in text or _CR in text or text[-1] == _BACKSLASH:
             if not text or not is_text(text):
                 return self._take_many(data)
         size += self._growth
@@ -251,12 +245,7 @@ class ContentTemplate(ChunkTaker):
     def _take_many(self, data: bytes) -> bytes:
         """Pass on as many chunks as match: one chunk for all of them."""
         parts: list[bytes] = []
-        at = 0
-        while True:
-            start, end = whole_chunk(data, at)
-            if not end or not self._pass(data, start, end, parts):
-                break
-            at = end + 2
+        at = self._pass_all(data, 0, parts, is_framed=True)
         if not at:
             return data
         passed, rest = b"".join(parts), data[at:]
@@ -273,69 +262,113 @@ class ContentTemplate(ChunkTaker):
         if not self.is_learnt:
             return None
         parts: list[bytes] = []
-        self.end = at
-        while self._pass(data, self.end, 0, parts):
-            pass
+        self.end = self._pass_all(data, at, parts, is_framed=False)
         return b"".join(parts) if parts else None
 
-    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
+    def _pass_all(self, data: bytes, at: int, parts: list[bytes], *, is_framed: bool) -> int:
+        """Add to `parts` what the client gets of the events from `at` on, as far as they match.
+
+        With `is_framed` each event is a chunk. Return where the last one ends.
+        """
+        are_texts = True
+        while at < len(data):
+            if are_texts:
+                end = self._pass_texts(data, at, parts, is_framed=is_framed)
+                are_texts = end >= at
+                if end == len(data):
+                    return end
+                at = max(at, end)
+            start, stop = whole_chunk(data, at) if is_framed else (at, 0)
+            if is_framed and not stop:
+                break
+            end = self._pass(data, start, stop, parts)
+            if not end:
+                break
+            at = end + 2 if is_framed else end
+        return at
+
+    def _pass_texts(self, data: bytes, at: int, parts: list[bytes], *, is_framed: bool) -> int:
+        """Do as `_pass_all` for events that have one or two texts, as `take` does for one of them.
+
+        Return -1, and pass nothing, if there may be other things than texts in between.
+        """
+        prefix, prefix_size, tail = self._prefix, self._prefix_size, self._bare_tail
+        between, between_size = self._between, self._between_size
+        texts: list[bytes] = []
+        others: list[bytes] = []
+        while True:
+            if is_framed:
+                start, end = whole_chunk(data, at)
+            else:
+                start, end = at, data.find(b"\n\n", at + prefix_size) + 2
+            first, last = start + prefix_size, end - self._tail_size
+            if first >= last or data[start:first] != prefix or data[last:end] != tail:
+                break
+            text = data[first:last]
+            if between:
+                text, _, other = text.partition(b'"')
+                if not text or other[:between_size] != between:
+                    break
+                others.append(other[between_size:])
+            texts.append(text)
+            at = end + 2 if is_framed else end
+        if texts:
+            if not _are_texts(texts) or (others and not _are_values(others)):
+                return -1
+            self.events += len(texts)
+            self._put_together(texts, others, parts)
+        return at
+
+    def _put_together(self, texts: list[bytes], others: list[bytes], parts: list[bytes]) -> None:
+        """Add to `parts` what the client gets of events with these texts."""
+        new_prefix, new_tail = self._new_prefix, self._new_bare_tail
+        inner = new_tail + new_prefix
+        parts.append(new_prefix)
+        if not others:
+            parts.append(inner.join(texts))
+        else:
+            new_between = self._new_between
+            for number in range(len(texts)):
+                if number:
+                    parts.append(inner)
+                parts.append(texts[number])
+                parts.append(new_between)
+                parts.append(others[number])
+        parts.append(new_tail)
+
+    def _pass(self, data: bytes, start: int, end: int, parts: list[bytes]) -> int:
         """Add to `parts` what the client gets of the event at `start`, if it matches.
 
-        It has to end at `end`, unless that is 0.
+        It has to end at `end`, unless that is 0. Return where it ends, 0 if it does not match.
         """
-        if self._prefix_size < _NEVER:
-            stop = end or data.find(b"\n\n", start + self._prefix_size) + 2
-            if self._pass_usual(data, start, stop, parts):
-                return True
         template = self._template
         if template is None:
-            return False
+            return 0
         matched = template.match(data, start)
-        if not matched:
-            # What differs from one event to the next will go on to; else it may stay for a while.
-            widen = self.events == self._events_when_new
-            matched = template.learn_from(data, start, widen=widen)
-            if not matched:
-                return False
-            self._events_when_new = self.events + 1
-            self._note_usual(template)
-        if end and matched != end:
-            return False
+        if not matched or (end and matched != end):
+            return 0
         if not has_text(template):  # some may count as content, others not
-            return False
+            return 0
         if self._has_counts and not self._keep_usage(data[start:matched], template):
-            return False
+            return 0
         template.put_together(parts)
         self.events += 1
-        self.end = matched
-        return True
+        return matched
 
-    def _pass_usual(self, data: bytes, start: int, end: int, parts: list[bytes]) -> bool:
-        """Do as `_pass` for an event with one or two texts, as `take` does for a single one."""
-        at, stop = start + self._prefix_size, end - self._tail_size
-        if at >= stop or data[start:at] != self._prefix or data[stop:end] != self._bare_tail:
-            return False
-        text, other, between = data[at:stop], b"", self._between
-        if between:
-            text, _, other = text.partition(b'"')
-            size = self._between_size
-            if other[:size] != between:
-                return False
-            other = other[size:]
-            if not (other.isalnum() or is_text(other)):
-                return False
-        if not text or _QUOTE in text or _LF in text or text[-1] == _BACKSLASH:
-            if not text or not is_text(text):
-                return False
-        parts.append(self._new_prefix)
-        parts.append(text)
-        if between:
-            parts.append(self._new_between)
-            parts.append(other)
-        parts.append(self._new_bare_tail)
-        self.events += 1
-        self.end = end
-        return True
+    def learn_like(self, event: bytes) -> bytes | None:
+        """Return what the client gets of a whole event that differs from all before in more values.
+
+        Events that differ in these pass from now on. None if it differs in anything else.
+        """
+        template = self._template
+        # What differs from one event to the next will go on to; else it may stay for a while.
+        widen = self.events == self._events_when_new
+        if template is None or template.learn_from(event, 0, widen=widen) != len(event):
+            return None
+        self._events_when_new = self.events + 1
+        self._note_usual(template)
+        parts: list[bytes] = []
+        return b"".join(parts) if self._pass(event, 0, len(event), parts) else None
 
     # Usage
 
@@ -345,9 +378,11 @@ class ContentTemplate(ChunkTaker):
             return False
         kinds, values = template.kinds, template.values
         counts = [values[slot] for slot in range(len(kinds)) if kinds[slot] == COUNT]
-        if self._usages and not _are_less(counts, self._counts):
+        if self._grows and not _are_less(counts, self._counts):
             self._usages[-1] = event
         elif len(self._usages) < MAX_USAGES:
+            # The first of some whose counts grow stays: a later one may look like one before it.
+            self._grows = bool(self._usages) and not _are_less(counts, self._counts)
             self._usages = [*self._usages, event]
         else:
             return False
@@ -357,10 +392,26 @@ class ContentTemplate(ChunkTaker):
     def take_usages(self) -> list[bytes]:
         """Return the events, in order, whose usages make up that of all that was passed.
 
-        Of events whose counts only grow that is the last one.
+        Of events whose counts only grow these are the first and the last one.
         """
         usages, self._usages = self._usages, _NOTHING
+        self._grows = False
         return usages
+
+
+def _are_texts(texts: list[bytes]) -> bool:
+    """Return whether each may stand inside a JSON string: looked at together, as most are plain."""
+    joined = b"\n".join(texts)
+    if _QUOTE not in joined and _CR not in joined and joined[-1] != _BACKSLASH:
+        if joined.count(b"\n") == len(texts) - 1 and joined.find(b"\\\n") < 0:
+            return True
+    return all(map(is_text, texts))
+
+
+def _are_values(values: list[bytes]) -> bool:
+    """Return whether each, which may be empty, may stand inside a JSON string."""
+    joined = b"".join(values)
+    return not joined or joined.isalnum() or all(map(is_text, values))
 
 
 def _are_less(counts: list[bytes], known: list[bytes]) -> bool:
@@ -382,7 +433,7 @@ def has_text(template: ByteTemplate) -> bool:
     return False
 
 
-def _make_template(
+def _template_of(
     event: bytes, payload_at: int, edits: list[Edit], document: dict[str, Any]
 ) -> ByteTemplate | None:
     """Return what others like an event have in common; None if it says more than its text."""
@@ -393,11 +444,11 @@ def _make_template(
         return None
     has_counts = _has_counts(document)
     values = [
-        (start, end, kind, kind == TEXT and end > start)
+        (start, end, kind, kind == COUNT or (kind == TEXT and end > start))
         for start, end, kind, where, _ in found
         if has_counts or (where != USAGE and where != TIMINGS)
     ]
-    template = ByteTemplate(event, values, edits)
+    template = make_template(event, values, edits)
     passed: list[bytes] = []
     # Nothing is taken for granted.
     if template.learn_from(event, 0) != len(event) or TEXT not in template.kinds:
@@ -428,114 +479,3 @@ def _has_counts(document: dict[str, Any]) -> bool:
     else:
         return False
     return type(count) is int and count > 0
-
-
-# Where in an event a value stands. Of what is in OTHER none may differ.
-_OUTSIDE: Final = 0
-TOP: Final = 1
-_CHOICES: Final = 2
-_CHOICE: Final = 3
-_DELTA: Final = 4
-_LOGPROBS: Final = 5
-USAGE: Final = 6
-TIMINGS: Final = 7  # llama.cpp's, in place of a usage
-_OTHER: Final = 8
-_INSIDE: Final = {
-    (TOP, b"choices"): _CHOICES,
-    (TOP, b"usage"): USAGE,
-    (TOP, b"timings"): TIMINGS,
-    (_CHOICE, b"delta"): _DELTA,
-    (_CHOICE, b"logprobs"): _LOGPROBS,
-}
-# Members of the event from which the scanner learns something.
-_READ: Final = frozenset(
-    (b"model", b"object", b"type", b"error", b"base_resp", b"x_groq", b"timings")
-)
-_NO_CONTENT: Final = frozenset([name.encode() for name in NO_CONTENT])
-
-
-Found = tuple[int, int, int, int, bytes]
-"""Where a value begins and ends, its kind, in what it stands, and under which name."""
-
-
-def find_values(event: bytes, at: int, *, usages: tuple[bytes, ...] = ()) -> list[Found] | None:
-    """Where in an event values stand that may differ; None if its names may be others than seem.
-
-    The event has been parsed, from `at` on. Of its members those in `usages` are one value each.
-    """
-    found: list[Found] = []
-    outer: list[int] = []
-    where, name, size = _OUTSIDE, b"", len(event)
-    # By hand: it is compiled, and a stream's first events have to be cheap, too.
-    while at < size:
-        byte, start = event[at], at
-        at += 1
-        if byte == _QUOTE:
-            start += 1
-            at = value_end(event, start, TEXT) + 1
-            if _is_colon_next(event, at):
-                name = event[start : at - 1]
-                if _BACKSLASH in name:
-                    return None
-            elif (kind := _string_kind(where, name)) >= 0:
-                found.append((start, at - 1, kind, where, name))
-        elif byte == _OPENING_BRACE and where == TOP and name in usages:
-            at = value_end(event, start, OBJECT)
-            if at < 0:
-                return None
-            found.append((start, at, OBJECT, where, name))
-        elif byte == _OPENING_BRACE or byte == _OPENING_BRACKET:
-            outer.append(where)
-            where = _inside(where, name, byte)
-            if byte == _OPENING_BRACKET and where == _LOGPROBS:
-                end = value_end(event, at, NUMBERS)
-                if at < end and event[end] == _CLOSING_BRACKET:
-                    found.append((at, end, NUMBERS, where, name))
-                    at = end
-        elif byte == _CLOSING_BRACE or byte == _CLOSING_BRACKET:
-            where = outer.pop()
-        elif byte == _MINUS or _ZERO <= byte <= _NINE:
-            at = value_end(event, start, NUMBER)
-            if at < 0:
-                return None
-            kind = _number_kind(where, name)
-            if kind >= 0 and (kind == NUMBER or value_end(event, start, COUNT) == at):
-                found.append((start, at, kind, where, name))
-    return found
-
-
-def _is_colon_next(event: bytes, at: int) -> bool:
-    while event[at] == _SPACE:
-        at += 1
-    return event[at] == _COLON
-
-
-def _inside(where: int, name: bytes, bracket: int) -> int:
-    """Where the values stand that are within an object or array of this name."""
-    if where == _OUTSIDE:
-        return TOP
-    if where == _CHOICES:
-        return _CHOICE if bracket == _OPENING_BRACE else _OTHER
-    return where if where >= _DELTA else _INSIDE.get((where, name), _OTHER)
-
-
-def _string_kind(where: int, name: bytes) -> int:
-    """The kind of a string that may differ; -1 if it may not."""
-    if where == _DELTA:
-        return -1 if name in _NO_CONTENT else TEXT
-    if where == _CHOICE and name == b"text":
-        return TEXT
-    return STRING if where == _LOGPROBS or (where == TOP and name not in _READ) else -1
-
-
-def _number_kind(where: int, name: bytes) -> int:
-    """The kind of a number that may differ; -1 if it may not."""
-    if where == USAGE:
-        return NUMBER if b"cost" in name else COUNT
-    if where == TIMINGS:
-        return COUNT if name[-2:] == b"_n" else NUMBER
-    if where == TOP:
-        return -1 if name in _READ else NUMBER
-    if where == _DELTA:
-        return -1 if name == b"error" else NUMBER
-    return NUMBER if where == _LOGPROBS or (where == _CHOICE and name == b"index") else -1

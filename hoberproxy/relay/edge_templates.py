@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ..dialects.chat import content_of, is_usage_event
-from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate
+from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate, make_template
 from ..protocol.json_bytes import load_json
-from .content_template import TOP, Found, find_values, has_text
+from .content_template import has_text
 from .event_edits import Edit, apply_edits
+from .varying_values import TOP, Found, find_values
 
 MAX_EVENTS: Final = 8  # of a server's streams under one slug: for who asks for usage, and who not
 MAX_SERVERS: Final = 256  # and slugs: models behind wildcards are named by clients
@@ -61,7 +62,7 @@ class KnownEvent:
         self.wants_usage = wants_usage  # what the client gets depends on it
         self.model = model  # the upstream's name for it; "" if it has none
         self.content: ByteTemplate | None = None
-        self.is_opening = False  # behind content it would be taken for some, unread
+        self.is_opening = False  # behind content it is left to the template of that
         self.finish_reason, self.has_content = content_of(document)
         self.is_usage = is_usage_event(document)
         self.raw_id = b""
@@ -204,7 +205,7 @@ def _make_known(
         (start, end, kind, where != TOP or kind == OBJECT or name in _OWN)
         for start, end, kind, where, name in found
     ]
-    template = ByteTemplate(event, values, edits)
+    template = make_template(event, values, edits)
     model = document.get("model")
     known = KnownEvent(
         template, found, document, model if isinstance(model, str) else "", wants_usage

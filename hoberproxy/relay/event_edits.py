@@ -1,8 +1,8 @@
-"""What the client sees otherwise of an event: the catalog's name for `model`, no `usage` of null.
+"""Finds and makes the edits of an event: the catalog's slug for `model`, and no `usage` of null.
 
-An edit is a span of bytes and what stands in its place. Only members of the object itself are
-edited, never those of an object within it. That a span is one of these is proved by counting, by
-brackets, or by a scan of all members; where it can't be, nothing is edited.
+An edit is a span of bytes and the bytes to put in its place. Only members of the event's own object
+are edited, never those of an object within it. Counted names or a scan of all members prove which
+it is; without a proof nothing is edited.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import orjson
 
-from ..protocol.json_bytes import scan_members
+from ..protocol.json_bytes import load_json, model_member, scan_members
 from ..protocol.sse import Data
 
-Edit = tuple[int, int, bytes]  # where it begins and ends, and the new bytes
+Edit = tuple[int, int, bytes]  # the span's beginning and end, and the new bytes
 
 MODEL_VALUE_AT: Final = len(b'"model":')
 _MODEL: Final = b'"model"'
@@ -27,8 +27,58 @@ _BRACE: Final = 0x7B
 _BACKSLASH: Final = 0x5C
 
 
+class Editor:
+    """Finds the edits of one stream's events.
+
+    `slug` is the model's name for the client, as JSON; `model` is the upstream's name for it, ""
+    until an event has had one.
+    """
+
+    __slots__ = ("_wants_usage", "model", "slug")
+
+    def __init__(self, slug: str, *, wants_usage: bool) -> None:
+        self.slug = model_member(slug)[MODEL_VALUE_AT:]  # orjson's own keeps 4 KB, however short
+        self.model = ""
+        self._wants_usage = wants_usage
+
+    def note_model(self, raw: bytes) -> None:
+        """Keep the upstream's first name for the model, `raw` as JSON."""
+        if not self.model:
+            self.model = decode_string(raw)
+
+    def find_edits(self, payload: bytes, document: dict[str, Any]) -> list[Edit]:
+        """Return the edits of an event's JSON, whose value is `document`."""
+        if may_escape_names(payload):
+            return self._scan_edits(payload)
+        edits: list[Edit] = []
+        names = payload.count(b'"model"')
+        if names:
+            start, end = find_model(payload, document) if names == 1 else (0, 0)
+            if not end:
+                return self._scan_edits(payload)
+            self.note_model(payload[start:end])
+            edits.append((start, end, self.slug))
+        usages = payload.count(b'"usage"') if not self._wants_usage else 0
+        if usages == 1 and document.get("usage", True) is not None:
+            usages = 0  # it is an object, or not the object's own
+        if usages:
+            start, end = find_null_usage(payload)
+            if not end:
+                return self._scan_edits(payload)
+            edits += cut_member(payload, start, end)
+            edits.sort()
+        return edits
+
+    def _scan_edits(self, payload: bytes) -> list[Edit]:
+        edits = scan_edits(payload, self.slug, wants_usage=self._wants_usage)
+        for start, end, new in edits:
+            if new:
+                self.note_model(payload[start:end])
+        return edits
+
+
 def apply_edits(event: bytes, edits: list[Edit]) -> bytes:
-    """`event` with all `edits` made, which are in order and apart from each other."""
+    """Return `event` with all `edits` made, which are in order and do not overlap."""
     if not edits:
         return event
     parts: list[bytes] = []
@@ -41,7 +91,7 @@ def apply_edits(event: bytes, edits: list[Edit]) -> bytes:
 
 
 def may_escape_names(payload: bytes) -> bool:
-    r"""Whether a name such as `model` or `error` may be written with escapes in it.
+    r"""Return whether a name such as `model` or `error` may be written with escapes in it.
 
     Lower-case letters are \u0061 to \u007a and the underscore is \u005f; é and CJK are others.
     """
@@ -56,46 +106,25 @@ def may_escape_names(payload: bytes) -> bool:
     )
 
 
-def is_in_object_itself(payload: bytes, start: int, end: int) -> bool:
-    """Whether the member at `start` to `end` of an object is one of its own; False if not sure.
+def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int]:
+    """Return the span of the value of member `model`; (0, 0) if not sure.
 
-    It is if no other bracket was opened before it, or none is closed behind it but the object's.
-    Brackets and backslashes in strings make this unsure, never wrong: a quote that no backslash
-    stands before can't be within a string.
-    """
-    count = payload.count
-    if start and payload[start - 1] == _BACKSLASH:
-        return False
-    if not count(b"[", 0, start) and count(b"{", 0, start) == 1 and not count(b"\\", 0, start):
-        return True
-    return (
-        count(b"}", end) == 1
-        and not count(b"]", end)
-        and not count(b"{", end)
-        and not count(b"[", end)
-    )
-
-
-def find_model(payload: bytes, document: dict[str, Any]) -> tuple[int, int, int]:
-    """Where the member is that names the model, its value, and its end; zeros if not sure.
-
-    A search in place of a scan, for JSON that was parsed to `document` and has no escaped names.
+    This is a search, faster than a scan, for JSON with the value `document` and no escaped names.
     """
     model = document.get("model")
     if isinstance(model, str) and model.isascii() and payload.count(_MODEL) == 1:
         value = orjson.dumps(model)
-        start = payload.find(_MODEL)
-        value_start = start + MODEL_VALUE_AT
-        if payload[value_start : value_start + 1] == b" ":  # the two usual writers of JSON
-            value_start += 1
-        end = value_start + len(value)
-        if payload[value_start:end] == value:
-            return start, value_start, end
-    return 0, 0, 0
+        start = payload.find(_MODEL) + MODEL_VALUE_AT
+        if payload[start : start + 1] == b" ":  # the two usual writers of JSON
+            start += 1
+        end = start + len(value)
+        if payload[start:end] == value:
+            return start, end
+    return 0, 0
 
 
 def find_null_usage(payload: bytes) -> tuple[int, int]:
-    """Where the one `usage` of null is, on whatever level; (0, 0) if there isn't exactly one."""
+    """Return the span of a `usage` of null, on any level; (0, 0) unless there is exactly one."""
     if payload.count(_USAGE) == 1:
         for member in _NULL_USAGES:
             place = payload.find(member)
@@ -105,10 +134,10 @@ def find_null_usage(payload: bytes) -> tuple[int, int]:
 
 
 def cut_member(payload: bytes, start: int, end: int) -> list[Edit]:
-    """The edits that take out a member and one comma.
+    """Return the edits that take out the member at `start` to `end`, and one comma.
 
-    It is the comma before it, with the whitespace between them; if the member is the object's
-    first one, the comma behind it.
+    It is the comma before the member, with the white space between; for the first member of the
+    object it is the comma after it.
     """
     place = start - 1
     while place >= 0 and payload[place] in _WHITE:
@@ -126,11 +155,11 @@ def cut_member(payload: bytes, start: int, end: int) -> list[Edit]:
 
 
 def scan_edits(payload: bytes, slug: bytes, *, wants_usage: bool) -> list[Edit]:
-    """All edits of an object that `load_json` takes; `slug` is the model's name as JSON."""
+    """Return all edits of an object that `load_json` takes; `slug` is the new name as JSON."""
     edits: list[Edit] = []
     members = scan_members(payload)
-    is_kept = False  # any member so far
-    drops_comma = False  # that which stands before the next member
+    is_kept = False  # any member so far stays
+    drops_comma = False  # the comma before the next member is taken out
     for number in range(len(members)):
         member = members[number]
         if drops_comma and number:
@@ -151,14 +180,14 @@ def scan_edits(payload: bytes, slug: bytes, *, wants_usage: bool) -> list[Edit]:
 
 
 def place_edits(data: Data, edits: list[Edit]) -> list[Edit]:
-    """The same edits in the bytes of the event, of which `data` is the data."""
+    """Return `edits` of the payload of `data` as edits of the event around it."""
     if len(data.starts) == 1:
         offset = data.starts[0]
         return [(start + offset, end + offset, new) for start, end, new in edits]
     placed: list[Edit] = []
     for start, end, new in edits:
         at = start
-        while at < end:  # a member may go over several lines, a string can't
+        while at < end:  # a member may be on several lines, a string cannot
             line_end = data.payload.find(b"\n", at, end)
             stop = end if line_end < 0 else line_end
             if at < stop:
@@ -166,3 +195,17 @@ def place_edits(data: Data, edits: list[Edit]) -> list[Edit]:
                 placed.append((first, first + stop - at, new))
             at = stop + 1
     return placed
+
+
+def parse_json(payload: bytes) -> Any:
+    """Return the value of an event's JSON; None if `payload` is no JSON."""
+    try:
+        return load_json(payload)
+    except ValueError:
+        return None
+
+
+def decode_string(raw: bytes) -> str:
+    """Return the text of a JSON string; "" if `raw` is no JSON string."""
+    value = parse_json(raw)
+    return value if isinstance(value, str) else ""

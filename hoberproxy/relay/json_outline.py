@@ -1,17 +1,16 @@
-"""The outline of JSON that is too long to be kept: what a chunk says besides its text.
+"""Builds the outline of JSON that is too long to be held: what it says besides its texts.
 
-It is JSON as well, of bounded size whatever it is the outline of. Texts are cut, arrays but for
-the choices keep their first element, what is nested deep or comes when room is short is left out;
-usage, errors and finish reasons have room kept for them. So the code that reads whole events reads
-it too.
+An outline is JSON of a bounded size, so the code that reads whole events can read it. Texts are cut
+short, and of arrays other than `choices` the first element is kept. What is nested deep, or comes
+when there is little room, is left out; for usage, errors and finish reasons some room is reserved.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-_ROOM: Final = 12 * 1024  # for all; behind it, for what matters alone
-_LAST_ROOM: Final = 24 * 1024
+_ROOM: Final = 12 * 1024  # bytes after which only members in _MATTER are kept
+_LAST_ROOM: Final = 24 * 1024  # bytes after which nothing is kept
 _TEXT_BYTES: Final = 1024
 _SHORT_BYTES: Final = 64
 _LEVELS: Final = 10
@@ -20,7 +19,7 @@ _MEMBERS: Final = 64  # of an object
 _BACKSLASH: Final = 0x5C
 _BRACKET: Final = 0x5B
 
-# What an object or array is to the answer.
+# The roles of an object or array in an answer.
 OTHER: Final = 0
 TOP: Final = 1
 CHOICES: Final = 2
@@ -35,9 +34,10 @@ _MATTER: Final = frozenset(
 
 
 class Outline:
-    """Built by a reader that says what it comes upon, in order.
+    """An outline that a reader builds, by a call for each thing in the JSON in its order.
 
-    `keeps_value` is asked before each value; what is not kept the reader skips and doesn't tell of.
+    Before each value the reader calls `keeps_member` or `keeps_element`. Of a value that is not
+    kept it adds nothing.
     """
 
     __slots__ = (
@@ -55,29 +55,29 @@ class Outline:
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
-        self._kinds: list[int] = []  # the opening brackets
-        self._roles: list[int] = []
-        self._counts: list[int] = []  # of values kept
+        self._kinds: list[int] = []  # the brackets of the open objects and arrays, and their
+        self._roles: list[int] = []  # … roles, and
+        self._counts: list[int] = []  # … numbers of values kept
         self._key = self._raw_key = b""  # the last name
-        self.role = OTHER  # of the innermost object or array
-        self.has_error = False  # an error was found that says something
+        self.role = OTHER  # of the innermost open object or array
+        self.has_error = False  # there is an error that is neither null nor empty
 
     @property
     def depth(self) -> int:
-        """How many objects and arrays are open."""
+        """The number of open objects and arrays."""
         return len(self._kinds)
 
     @property
     def kind(self) -> int:
-        """The bracket of the innermost; 0 if nothing is open."""
+        """The bracket of the innermost open object or array; 0 if none is open."""
         return self._kinds[-1] if self._kinds else 0
 
     def text(self) -> bytes:
-        """The whole of it; only of use when nothing is open any more."""
+        """Return the outline, which is JSON once no object or array is open."""
         return b"".join(self._parts)
 
     def keeps_member(self, raw: bytes, name: bytes) -> bool:
-        """Whether the value that follows this name is kept; `raw` is the name as it is written."""
+        """Return whether to keep the value of member `name`; `raw` is the name as written."""
         matters = name in _MATTER or self.role == USAGE or b"usage" in name
         if not self._has_room(matters):
             return False
@@ -87,7 +87,7 @@ class Outline:
         return True
 
     def keeps_element(self) -> bool:
-        """Whether the next element of the array is kept; if not, those behind it aren't either."""
+        """Return whether to keep the array's next element; if not, no later one is kept."""
         most = _CHOICES if self.role == CHOICES else _MEMBERS if self.role == USAGE else 1
         return self._counts[-1] < most and self._has_room(self.role == CHOICES)
 
@@ -95,7 +95,7 @@ class Outline:
         return len(self._kinds) < _LEVELS and self._size < (_LAST_ROOM if matters else _ROOM)
 
     def open(self, bracket: int) -> None:
-        """An object or array begins, which is kept."""
+        """Add the beginning of an object or array."""
         role = self._role_of_next()
         self._begin_value()
         self._add(b"[" if bracket == _BRACKET else b"{")
@@ -105,24 +105,24 @@ class Outline:
         self.role = role
 
     def close(self) -> None:
-        """The innermost object or array ends."""
+        """Add the end of the innermost open object or array."""
         self._add(b"]" if self._kinds.pop() == _BRACKET else b"}")
         self._roles.pop()
         self._counts.pop()
         self.role = self._roles[-1] if self._roles else OTHER
 
     def add_string(self, raw: bytes) -> None:
-        """A string, without its quotes, as far as `text_limit` goes."""
+        """Add a string, `raw` without its quotes and at most `text_limit` bytes of it."""
         self._begin_value()
         self._add(b'"%b"' % raw)
 
     def note_text(self) -> None:
-        """The string that is read, and kept, is not empty: known before its end."""
+        """Take note, before its end, that the string which is to be added is not empty."""
         if self.role == ERROR or (self.role == TOP and self._key == b"error"):
             self.has_error = True
 
     def add_scalar(self, raw: bytes) -> None:
-        """A number or literal."""
+        """Add a number, true, false or null."""
         self._begin_value()
         self._add(raw)
         if self.role == ERROR and raw != b"null":
@@ -130,7 +130,7 @@ class Outline:
 
     @property
     def text_limit(self) -> int:
-        """How many bytes of the next string are kept."""
+        """The number of bytes of the next string that are kept."""
         return _TEXT_BYTES if self._size < _ROOM else _SHORT_BYTES
 
     def _begin_value(self) -> None:
@@ -166,7 +166,7 @@ class Outline:
 
 
 def clip(raw: bytes, limit: int) -> bytes:
-    """The inside of a JSON string cut to `limit` bytes, and not within an escape or a character."""
+    """Return at most `limit` bytes of a JSON string's inside; no escape or character is cut."""
     if len(raw) <= limit:
         return raw
     cut = raw[:limit]

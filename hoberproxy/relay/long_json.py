@@ -1,10 +1,11 @@
-"""JSON too long to be held, an event's or a body: edited and read on its way to the client.
+"""Edits and reads JSON that is too long to be held, an event's or a body's, while it passes.
 
-Theory of operation. `LongEvent` walks the lines of an event and hands what is data to `LongObject`,
-which walks the tokens: of what the outline (relay/json_outline.py) keeps each one, of all else as
-much at a step as a pattern takes. Nothing steps through a string. Held back are a name of the model
-and, for who did not ask for usage, a member until it is known not to be a `usage` of null; both
-bounded. What is no JSON passes as it is from the place on where that shows.
+Theory of operation. `LongEvent` walks the lines of an event and feeds their data to `LongObject`,
+which walks the tokens of the JSON. Of what the outline (relay/json_outline.py) keeps, each token is
+a step; of all else a step is as much as a pattern matches. The inside of a string is never walked
+byte by byte. Two things are held back, up to a limit: the value of `model`; and, for a client that
+did not request usage, a member until it is known not to be a `usage` of null. Where the bytes turn
+out to be no JSON, the rest passes unchanged.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..protocol.json_bytes import load_json
 from ..protocol.sse import BOM, DONE
 from .json_outline import Outline, clip
 
-_HELD_BYTES: Final = 4096  # no name of a model is longer
+_HELD_BYTES: Final = 4096  # of a member, or of a value of `model`
 _NAME_BYTES: Final = 256
 _SCALAR_BYTES: Final = 64
 _LINE_BYTES: Final = 4096  # of a line that is no data
@@ -37,9 +38,10 @@ _FILL: Final = rb'[^"\[\]{}]*+'  # numbers, literals, commas, colons, whitespace
 
 
 def _walk_pattern() -> re.Pattern[bytes]:
-    """Matches what fills a container, and behind it a run of brackets that may be empty.
+    """Return a pattern of the content of an array or object up to the next bracket or quote.
 
-    Small containers are a part of what fills it, so that many of them cost few steps.
+    The brackets, as many as stand side by side, are its group. Small arrays and objects are a part
+    of the content, so that many of them take few steps.
     """
     string = rb'"[^"]*+"%b' % _FILL  # escapes are hidden
     inner = rb"[\[{]%b(?>(?:%b)*)[\]}]%b" % (_FILL, string, _FILL)
@@ -67,36 +69,37 @@ _BROKEN: Final = 12  # it is no JSON
 
 
 class LongObject:
-    """One JSON object, its bytes fed in pieces; `out` gets them as they are to be passed on.
+    """Edits and reads one JSON object, fed in pieces; the edited bytes are appended to `out`.
 
-    `slug` is the model's name as JSON. Bytes behind the object pass as they are.
+    `slug` is the model's name for the client, as JSON. Bytes after the object pass unchanged.
     """
 
     def __init__(self, slug: bytes, out: list[bytes], *, wants_usage: bool) -> None:
         self.out = out
         self.outline = Outline()
-        self.model: bytes | None = None  # the last one's raw JSON, if it isn't longer than we hold
+        self.model: bytes | None = None  # the last value of `model` as JSON, unless it is too long
         self.state = _START
         self.is_complete = False  # the object has ended
         self._slug = slug
         self._drops_null = not wants_usage
         self._escape = False  # the last run ended in an unpaired backslash
-        self._string: list[bytes] = []  # a name, string or number, as far as it is kept
-        self._string_room = 0
-        self._is_kept = True  # the value that is read goes to the outline
-        self._depth = 0  # while skipping
-        self._is_in_string = False
-        self._model_parts: list[bytes] = []  # a name of the model, as far as it came
+        self._string: list[bytes] = []  # the current name, string or number, as far as it is kept
+        self._string_room = 0  # bytes more of it that are kept; below 0: it is longer
+        self._is_kept = True  # the current value goes to the outline
+        self._depth = 0  # arrays and objects that are open within the one that is skipped
+        self._is_in_string = False  # while skipping
+        self._model_parts: list[bytes] = []  # the value of `model`, as far as it has come
         self._model_bytes = 0
-        # Of the object's own members:
+        # Of the members of the object itself:
         self._name = b""
         self._is_any_kept = False
-        # What waits for its member to be known: bytes, and whether they go with the member.
+        # Bytes held until their member is known, each with whether it is taken out together with
+        # the member; bytes of lines that are no data are not.
         self._held: list[tuple[bytes, bool]] = []
         self._held_bytes = 0
         self._is_holding = False
-        self._is_dropping = False  # what is held now goes with the member
-        self._sent = 0  # where in this run the output has come to
+        self._is_of_member = False  # the next bytes to be held are taken out with the member
+        self._sent = 0  # the place in the current run up to which bytes were passed on or held
 
     def feed(self, run: bytes) -> None:
         """Walk through the next bytes of the data."""
@@ -109,7 +112,7 @@ class LongObject:
         self._send(run, len(run))
 
     def end_line(self) -> None:
-        """The line ends here: for JSON that is whitespace."""
+        """Take note that a line of data ends here, which is white space to JSON."""
         if self.state == _IN_SCALAR:
             self._end_scalar()
         elif self.state in (_IN_NAME, _IN_STRING, _IN_MODEL):
@@ -118,17 +121,17 @@ class LongObject:
             self._break()
 
     def feed_eof(self) -> None:
-        """Nothing follows: let go of what is held."""
+        """Take note that nothing follows, and pass on what is held."""
         if self.state != _END:
             self._break()
         self._release()
 
     def pass_aside(self, data: bytes) -> None:
-        """Pass on what is no data, in its place."""
-        self._put(data, goes=False)
+        """Pass on `data`, which stands here and is no part of the JSON."""
+        self._put(data, is_of_member=False)
 
     def document(self) -> Any:
-        """Return the outline's JSON; None as long as the object is not complete."""
+        """Return the value of the outline; None while the object is not complete."""
         if not self.is_complete:
             return None
         try:
@@ -146,38 +149,38 @@ class LongObject:
     # Output
 
     def _send(self, run: bytes, end: int) -> None:
-        """Pass on what comes before `end`, or hold it."""
+        """Pass on, or hold, the bytes of `run` up to `end` that were not sent yet."""
         if self._sent < end:
-            self._put(run[self._sent : end], goes=self._is_dropping)
+            self._put(run[self._sent : end], is_of_member=self._is_of_member)
             self._sent = end
 
-    def _put(self, data: bytes, *, goes: bool) -> None:
+    def _put(self, data: bytes, *, is_of_member: bool) -> None:
         if not self._is_holding:
             self.out.append(data)
             return
-        self._held.append((data, goes))
+        self._held.append((data, is_of_member))
         self._held_bytes += len(data)
         if self._held_bytes > _HELD_BYTES:
             self._release()
 
-    def _hold(self, *, goes: bool) -> None:
-        self._is_holding = True
-        self._is_dropping = goes
+    def _hold_member(self) -> None:
+        """Hold the bytes of a member from here on, until it is known what it is."""
+        self._is_holding = self._is_of_member = True
 
     def _release(self) -> None:
         """Pass on all that is held."""
         self.out += [data for data, _ in self._held]
-        self._let_go()
+        self._stop_holding()
 
     def _drop(self) -> None:
-        """Pass on of what is held that which doesn't go with its member."""
-        self.out += [data for data, goes in self._held if not goes]
-        self._let_go()
+        """Take out the held member: pass on only the held bytes that are not part of it."""
+        self.out += [data for data, is_of_member in self._held if not is_of_member]
+        self._stop_holding()
 
-    def _let_go(self) -> None:
+    def _stop_holding(self) -> None:
         self._held.clear()
         self._held_bytes = 0
-        self._is_holding = self._is_dropping = False
+        self._is_holding = self._is_of_member = False
 
     def _break(self) -> None:
         self.state = _BROKEN
@@ -186,7 +189,7 @@ class LongObject:
             self.out += self._model_parts
         self._model_parts.clear()
 
-    # The walk: each step from an offset in the run to the next, never beyond its end
+    # The walk: each step goes from one offset in a run to a later one, at most to its end
 
     def _step(self, run: bytes, plain: bytes, at: int) -> int:
         state = self.state
@@ -231,7 +234,7 @@ class LongObject:
             return at
         if self._drops_null and self.outline.depth == 1:
             self._send(run, at)
-            self._hold(goes=True)
+            self._hold_member()
         self._collect(_NAME_BYTES)
         self.state = _IN_NAME
         return at + 1
@@ -314,7 +317,7 @@ class LongObject:
         self._sent = end
         if self._model_bytes <= _HELD_BYTES:
             self._model_parts.append(run[at:end])
-        elif was_held:  # too long for a name: its bytes are dropped as they come
+        elif was_held:  # too long to be held: its further bytes are dropped
             self._model_parts.clear()
             self.out.append(self._slug)
         if close < 0:
@@ -332,7 +335,7 @@ class LongObject:
         found = _SCALAR_END.match(plain, at)
         end = found.end() if found is not None else at
         self._gather(run, at, end)
-        if end < len(plain):  # at the end of a run it may go on in the next
+        if end < len(plain):  # else it may continue in the next run
             if self._is_holding:
                 self._send(run, end)
             self._end_scalar()
@@ -369,8 +372,8 @@ class LongObject:
         self.state = _NAME
         if self._drops_null and self.outline.depth == 1:
             self._send(run, at)
-            if self._is_any_kept:  # this comma goes with the next member, if that goes
-                self._hold(goes=True)
+            if self._is_any_kept:  # this comma is taken out if the next member is
+                self._hold_member()
             else:
                 self._sent = at + 1
         return at + 1
@@ -387,14 +390,14 @@ class LongObject:
             self.is_complete = True
         return at + 1
 
-    # What is kept of a token, and what isn't
+    # What is kept of a token, and what is skipped
 
     def _collect(self, room: int) -> None:
         self._string.clear()
         self._string_room = room
 
     def _gather(self, run: bytes, start: int, end: int) -> None:
-        """Keep what there is room for, and a few bytes more, by which a longer one is known."""
+        """Keep what there is room for, and one byte more, so that a longer token is known."""
         if self._string_room < 0:
             return
         self._string.append(run[start : min(end, start + self._string_room + 1)])
@@ -414,7 +417,7 @@ class LongObject:
         assert found  # it matches the empty string
         start, end = found.span(1)
         if start == end:
-            if end < len(plain):  # a quote: the string goes on in the next run
+            if end < len(plain):  # a quote without its end: the string continues in the next run
                 self._is_in_string = True
                 return end + 1
             return end
@@ -425,7 +428,7 @@ class LongObject:
         if self._depth > 0:
             return end
         end += self._depth  # the run of brackets may close outer ones too
-        if self._is_kept:  # the rest of an array: its end is the outline's too
+        if self._is_kept:  # it was the rest of an array, whose end goes to the outline
             self.state = _AFTER
             return end - 1
         self._end_value()
@@ -433,14 +436,14 @@ class LongObject:
 
 
 def hide_escapes(data: bytes) -> bytes:
-    """`data` with every escaped backslash and quote made "__": offsets stay as they are."""
+    """Return `data` with "__" for every escaped backslash and quote: no offset changes."""
     if _BACKSLASH not in data:
         return data
     return data.replace(b"\\\\", b"__").replace(b'\\"', b"__")
 
 
 def _decode(raw: bytes) -> bytes:
-    """The text of a string without its quotes; as it is if that is no JSON."""
+    """Return the text of a JSON string, `raw` without its quotes; `raw` if it is none."""
     try:
         name = load_json(b'"%b"' % raw)
     except ValueError:
@@ -449,47 +452,47 @@ def _decode(raw: bytes) -> bytes:
 
 
 class LongEvent:
-    """One event, its bytes fed in pieces that end with it at the latest.
+    """Edits and reads one event, fed in pieces of which none reaches beyond its end.
 
-    `slug` is the model's name as JSON. Once `has_error` is set nothing more is returned: a failure
-    follows, and the upstream's words are not for the client. Ask for `document` and the others
-    after `feed_eof`.
+    `slug` is the model's name for the client, as JSON. Once `has_error` is set nothing more is
+    returned: a failure follows, and the upstream's text must not reach the client. The properties
+    are valid after `feed_eof`.
     """
 
     def __init__(self, slug: bytes, *, wants_usage: bool) -> None:
         self._out: list[bytes] = []
         self._json = LongObject(slug, self._out, wants_usage=wants_usage)
-        self._line = b""  # the beginning of a line, or one that is no data, as far as it is kept
-        self._is_data = False  # in the value of a `data` line
-        self._is_first = True
-        self._is_known = False  # what the line is
-        self._payload = b""  # its first bytes
+        self._line = b""  # the current line, unless it is data, as far as it is kept
+        self._is_data = False  # the current line is data
+        self._is_first = True  # the current line is the event's first
+        self._is_known = False  # enough of the current line has come to know whether it is data
+        self._payload = b""  # the first bytes of the event's data
         self.has_data = False
         self.has_error = False
-        self.is_error_event = False  # it has the line `event: error`
-        self.failure: StreamFailure | None = None  # … or one that tells an error
+        self.is_error_event = False  # there was a line `event: error`
+        self.failure: StreamFailure | None = None  # of a line `error: …`
 
     @property
     def is_done(self) -> bool:
-        """It says [DONE]; the rest of it was comments."""
+        """Whether the event's data is [DONE]; all else in it was comments."""
         return self._payload == DONE
 
     @property
     def model(self) -> bytes:
-        """The upstream's name for the model as raw JSON; empty without one that was held."""
+        """The upstream's name for the model as JSON; empty if there was none or a too long one."""
         return self._json.model or b""
 
     @property
     def document(self) -> Any:
-        """The outline of its data; None if that is no JSON object."""
+        """The value of the outline of the event's data; None if the data is no JSON object."""
         return self._json.document() if self._json.state == _END else None
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next piece; returns what can be sent now."""
+        """Take the next piece; return the bytes to send now."""
         at, size = 0, len(data)
         lf = cr = -1
         while at < size:
-            if lf < at:  # searched for once a line, lest a piece of many lines cost its square
+            if lf < at:  # once a line: else a piece of many lines would be searched again and again
                 lf = data.find(b"\n", at)
                 lf = size if lf < 0 else lf
             if cr < at:
@@ -505,7 +508,7 @@ class LongEvent:
         return self._take()
 
     def feed_eof(self) -> bytes:
-        """The event has ended; returns what was still held."""
+        """Take note that the event has ended; return the bytes still to send."""
         self._end_line()
         self._json.feed_eof()
         return self._take()

@@ -1,7 +1,7 @@
-"""Does a stream go on, or does its upstream only keep the connection open?
+"""Finds out whether a stream has content, or whether its upstream only keeps it open.
 
-Looked at now and then (exchange/attempt.py), not with each event: comments and events without
-content keep an upstream from being idle for ever.
+Comments and events without content would keep an upstream from ever being idle. exchange/attempt.py
+has a stream looked at from time to time, not with each event.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ..protocol.sse import blank_line_end, parse_event
 
 
 def has_progress(events: bytes) -> bool:
-    """Whether whole events, as they are passed on, have any content or a finish reason."""
+    """Return whether whole `events`, as the client gets them, have content or a finish reason."""
     has_cr = b"\r" in events
     start = 0
     while start < len(events):

@@ -1,8 +1,8 @@
-"""The answer of a model server on its way to the client: as a stream, or as a body.
+"""Relays the answer of a model server to the client, as a stream or as a body.
 
 A relay takes the payload of one response (`Receiver` in upstream/connection.py), feeds the core
 (relay/scanner.py, relay/completion.py), writes downstream, and reports to its attempt how it ended.
-Framing is the connection's, time limits are the attempt's. Nothing here waits.
+Framing is left to the connection, time limits to the attempt. Nothing here waits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .completion import (
     read_completion,
     serialize_as_stream,
 )
-from .edit_finder import decode_string
+from .event_edits import decode_string
 from .long_json import LongObject
 from .progress import has_progress
 from .scanner import StreamScanner
@@ -37,33 +37,33 @@ STREAM_LIMIT_BYTES: Final = 8 * 1024 * 1024  # of a body to be made into a strea
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Reporter(Receiver):
-    """Receives the head of an answer, then is told by a relay what becomes of the rest.
+    """The attempt as its relay sees it: receives the head of an answer, then the relay's reports.
 
-    `finish` and `fail` end it.
+    Each relay calls `finish`, `fail` or `refuse` last.
     """
 
     def open_answer(self, *, is_stream: bool) -> None:
-        """Content is about to be written: start the answer, nothing is retried from here on."""
+        """Start the answer, whose first content is about to be written; no retry follows."""
         raise NotImplementedError
 
     def note_opened(self, *, is_stream: bool) -> None:
-        """The first content was written: now is the time for what can wait."""
+        """Do what could wait until the first content was written."""
         raise NotImplementedError
 
     def seal(self, following: int) -> None:
-        """The last bytes of the answer, so many, are about to be written: account for it first."""
+        """Account for the answer, whose last `following` bytes are about to be written."""
         raise NotImplementedError
 
     def note_progress(self) -> None:
-        """Content has come since the stream is watched."""
+        """Take note that a stream has had content since it is watched."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """The answer was passed on to its end."""
+        """Take note that the answer was passed on to its end."""
         raise NotImplementedError
 
     def fail(self, error: UpstreamError) -> None:
-        """The answer broke."""
+        """Fail with `error`: no more of the answer is passed on."""
         raise NotImplementedError
 
     def send_answer(self, body: bytes) -> None:
@@ -71,20 +71,20 @@ class Reporter(Receiver):
         raise NotImplementedError
 
     def refuse(self, body: bytes) -> None:
-        """The upstream answered with another status than 200, and this body."""
+        """Fail for an answer with another status than 200, and this `body`."""
         raise NotImplementedError
 
     def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
-        """An error for this attempt in its phase; `is_invalid`: not what was agreed on."""
+        """Return an error in the attempt's phase; `is_invalid` if the answer breaks the rules."""
         raise NotImplementedError
 
     def reported(self, message: str, document: object) -> UpstreamError:
-        """An error for this attempt that the upstream itself reports in `document`, with a 200."""
+        """Return the error that the upstream itself reports in `document`, with status 200."""
         raise NotImplementedError
 
 
 class Relay(Receiver):
-    """One attempt, one answer: a Receiver that has its head already."""
+    """Relays the answer of one attempt, whose head has come before."""
 
     def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
         self._attempt = attempt
@@ -97,40 +97,40 @@ class Relay(Receiver):
         self.give_up(self._attempt.broken(loss.value, is_invalid=loss is Loss.MALFORMED))
 
     def give_up(self, error: UpstreamError) -> None:
-        """The rest is lost or late: fail with `error`, or make do with what has come."""
+        """End an answer whose rest is lost or late: fail with `error`, unless enough has come."""
         self._attempt.fail(error)
 
     def outcome(self) -> Outcome:
-        """What the answer has told so far."""
+        """Return what the answer has said of itself so far."""
         return Outcome()
 
 
 class StreamRelay(Relay):
-    """SSE in, SSE out."""
+    """Relays a stream of events."""
 
     def __init__(self, attempt: Reporter, answer: ResponseBody, scanner: StreamScanner) -> None:
         super().__init__(attempt, answer)
         self._scanner = scanner
         self._is_open = False
         self._is_watched = False
-        self._unsent = b""  # of the last piece: it goes with the end
-        self._taker: ChunkTaker | None = None  # where the response takes chunks framed already
+        self._unsent = b""  # the last piece, which is sent together with the end
+        self._taker: ChunkTaker | None = None  # if the answer has a sink for chunks
 
     @property
     def is_at_boundary(self) -> bool:
-        """The client has whole events only: one of our own may follow."""
+        """Whether the client has whole events only, so that an event of the proxy may follow."""
         return self._scanner.is_at_boundary
 
     @property
     def may_insert_line(self) -> bool:
-        """The client has whole events only, and no half of a line end either."""
+        """Whether the client has whole events only, and whole line ends."""
         return self._scanner.is_at_boundary and not self._scanner.may_end_line
 
     def on_body(self, data: bytes) -> ChunkTaker | None:
         scanner = self._scanner
         out = scanner.feed(data)
         if scanner.is_done:
-            self._finish(out)  # whenever the framing ends
+            self._finish(out)  # without a wait for the end of the framing
             return None
         if out:
             self._write(out)
@@ -142,7 +142,7 @@ class StreamRelay(Relay):
         return self._taker if scanner.is_ready_for_template else None
 
     def watch(self) -> None:
-        """Look for content in what comes, until there is some; nothing may pass beside us."""
+        """Look for content in what comes, until there is some; no ChunkTaker may take any of it."""
         self._is_watched = True
 
     def _has_progress(self, out: bytes) -> bool:
@@ -160,8 +160,8 @@ class StreamRelay(Relay):
 
     def on_end(self) -> None:
         scanner = self._scanner
-        # The last event may lack its blank line. It passes if it ends the answer; else it may be
-        # cut as well, and our error event behind it would be read as a part of it.
+        # The last event may lack its blank line. It is passed on only if it ends the answer: else
+        # it may be cut, and a client would read the error event after it as a part of it.
         out = scanner.feed_eof()
         if not scanner.is_finished or scanner.failure is not None:
             self._write_unsent()
@@ -190,7 +190,7 @@ class StreamRelay(Relay):
         )
 
     def _finish(self, out: bytes) -> None:
-        """The answer ends with `out`, if it had any content."""
+        """End the answer with `out`; fail if it had no content."""
         if not self._scanner.has_content or not (self._scanner.is_finished or self._is_open):
             self._attempt.fail(self._attempt.broken("the stream ended before any content"))
         else:
@@ -233,11 +233,11 @@ class StreamRelay(Relay):
 
 
 class BodyRelay(Relay):
-    """A JSON body in; out as it is, or as a stream where the client asked for one.
+    """Relays a JSON body, as a stream where the client requested one (`as_stream`).
 
-    Collected and checked up to COLLECT_LIMIT_BYTES. A longer body is passed on in pieces, and if
-    it breaks then the connection is cut, since its status is spent. One to be made into a stream
-    is collected up to STREAM_LIMIT_BYTES.
+    A body of up to COLLECT_LIMIT_BYTES is collected, checked and sent whole. A longer one is passed
+    on in pieces: if it breaks, the client's connection is cut, for the status has been sent. One to
+    be made into a stream is collected up to STREAM_LIMIT_BYTES.
     """
 
     _bytes = 0
@@ -253,7 +253,7 @@ class BodyRelay(Relay):
         as_stream: bool,
         wants_usage: bool,
     ) -> None:
-        self._attempt = attempt  # not by super(): one is made with every request
+        self._attempt = attempt  # not by super(), a call more for every request
         self._answer = answer
         self._slug = slug
         self._as_stream = as_stream
@@ -290,7 +290,7 @@ class BodyRelay(Relay):
             self._send(data)
 
     def _send(self, body: bytes) -> None:
-        """A body that has come to its end: check it, and send it whole."""
+        """Check a whole body, and send it."""
         try:
             completion = parse_completion(body, self._slug)
         except CompletionError as exc:
@@ -367,14 +367,14 @@ class BodyRelay(Relay):
             self._attempt.fail(self._attempt.broken("the body is not complete", is_invalid=True))
 
     def _write(self) -> None:
-        """Send what the long body has given so far."""
+        """Send what the edited body has so far."""
         data = b"".join(self._collected)
         self._collected.clear()
         if data:
             self._answer.write(data)
 
 
-# Lines of an event up to its data, which begin no JSON and no HTML, and the empty line behind.
+# A whole event with data, or with a line `error: …`: JSON and HTML begin with no such line.
 _match_error_event: Final = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*+(?>(?:(?!data:|error:)[a-z]*+:[^\r\n]*+[\r\n]++)*)"
     rb"(?:data|error):[^\r\n]*+(?>(?:(?:\r\n?|\n)[a-z]*+:[^\r\n]*+)*)(?:\r\n\r\n|\n\n|\r\r)"
@@ -382,7 +382,7 @@ _match_error_event: Final = re.compile(
 
 
 class RefusalReader(Relay):
-    """The body of an answer other than 200, for the message in it; a broken one is as good."""
+    """Reads the body of an answer with another status than 200; a part of one will do."""
 
     def __init__(self, attempt: Reporter, answer: ResponseBody) -> None:
         super().__init__(attempt, answer)
@@ -390,13 +390,13 @@ class RefusalReader(Relay):
 
     def on_body(self, data: bytes) -> None:
         self._collected += data
-        # An event says all there is: some servers leave the body of such a stream open.
+        # Nothing follows a whole event: some servers leave the body of such a stream open.
         if len(self._collected) > MAX_BODY_BYTES or _match_error_event(self._collected):
             self.on_end()
 
     @property
     def has_begun(self) -> bool:
-        """Some of the body has come."""
+        """Whether a byte of the body has come."""
         return bool(self._collected)
 
     def on_end(self) -> None:

@@ -1,20 +1,22 @@
-"""What passes through of a stream of events, and what is learnt from it on the way.
+"""Edits the events of a stream for the client, and reads usage, errors and its end from them.
 
 The scanner takes the payload of an upstream's SSE response in pieces of any size and returns the
-bytes to pass on: the same bytes, but for the top-level `model` of each event, which becomes the
-catalog's slug, and what is there because we asked for usage, which a client that did not ask does
-not get: the usage event, and a `usage` of null on other ones.
+bytes to pass on. They are the same bytes, but for the top-level `model` of each event, which
+becomes the catalog's slug, and for what the upstream sends only because the proxy requests usage:
+a client that did not request it gets neither the usage event nor a `usage` of null on others.
 
-Theory of operation. Until the first content everything is held back, so that another endpoint can
-still be tried, and every event is parsed that is not as in earlier streams
-(relay/edge_templates.py). After it bytes flow: events that differ from one before in their text and
-a few values pass by comparison (relay/content_template.py, which has them even before framing is
-walked), the last ones if they are as in earlier streams, other whole events in which nothing is
-unusual pass together (`_pass_whole`, a handful of C calls for however many), the rest one by one
-(`_pass_event`). Only an unfinished event is held, up to HOLD_LIMIT_BYTES; a longer one flows and is
-read on its way (relay/long_json.py). Which way an event goes must not be seen in what passes: where
-the bytes are cut decides on the way alone, and what an event may be too long for is decided by its
-length.
+Theory of operation. Until the first content all events are held back, so that another endpoint can
+still be tried. Each is parsed, unless an earlier stream began alike (relay/edge_templates.py).
+From the first content on, an event takes the first of these ways that is open to it:
+
+- it differs from an earlier event in its text and a few values: it is compared, not parsed
+  (relay/content_template.py, mostly before its framing is walked)
+- an earlier stream ended alike: the same (relay/edge_templates.py)
+- it is whole: it is parsed (`_pass_event`)
+- it is longer than HOLD_LIMIT_BYTES: it is edited and read while it passes (relay/long_json.py)
+
+Only an unfinished event is held. All ways give the same bytes and the same facts: where the bytes
+are cut decides which way an event takes, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,9 +34,8 @@ from ..dialects.stream_errors import (
 from ..dialects.usage import Usage, newest_usage
 from ..protocol.sse import DONE, Data, blank_line_end, parse_event
 from .content_template import ContentTemplate
-from .edge_templates import EdgeTemplates, KnownEvent
-from .edit_finder import Editor, parse_json
-from .event_edits import Edit, apply_edits, may_escape_names, place_edits
+from .edge_templates import MAX_EVENT_BYTES, EdgeTemplates, KnownEvent
+from .event_edits import Edit, Editor, apply_edits, parse_json, place_edits
 from .long_json import LongEvent
 
 HOLD_LIMIT_BYTES = 16 * 1024
@@ -45,42 +46,42 @@ _DONE_EVENT: Final = b"data: [DONE]\n\n"
 
 
 class StreamScanner:
-    """One response. Feed it pieces, send what it returns, read what it learnt.
+    """Scans the stream of one response: `feed` it pieces, and send what that returns.
 
-    `slug` is the name the client sees, `edges` what is known of how such streams begin and end.
-    Look at `failure` after each feed: once it is set, what that feed returned is the last that came
-    before the failure, and nothing more may be fed. What comes behind [DONE] is dropped.
+    `slug` is the model's name for the client; `edges` are templates of the first and last events of
+    such streams. Check `failure` after each `feed`: once it is set, nothing more may be fed, and
+    what that `feed` returned came before the failure. Bytes after [DONE] are dropped.
     """
 
     def __init__(self, slug: str, *, wants_usage: bool, edges: EdgeTemplates | None = None) -> None:
         self._editor = Editor(slug, wants_usage=wants_usage)
         self._wants_usage = wants_usage
         self._edges = edges
-        self._next_edge = 0  # what follows in other streams what came last
-        self._is_flowing = False  # there was content, and nothing but a tail is held
-        self._tail = b""  # an event not yet finished
+        self._next_edge = 0  # number of the template that matched next in an earlier stream
+        self._is_flowing = False  # there was content, and nothing but `_tail` is held
+        self._tail = b""  # the beginning of an unfinished event
         self._held: list[bytes] = []  # whole events before the first content
         self._held_bytes = 0
-        self._long: LongEvent | None = None  # an event longer than we hold
-        self._long_end = b""  # its last bytes, for a blank line cut in two
+        self._long: LongEvent | None = None  # an unfinished event that is too long to be held
+        self._long_end = b""  # its last bytes: the blank line at its end may be cut in two
         self._long_passed = False  # the client has a part of it
-        self._was_dropped = False  # the event that ended last
-        self._ended_in_cr = False  # … and its LF may be still to come
-        self._is_odd = False  # there was data that is no chunk
+        self._was_dropped = False  # the last whole event was not passed on
+        self._ended_in_cr = False  # the last whole event ended in CR, and an LF may follow
+        self._has_other_data = False  # there was data that is no JSON object
 
         self.template = ContentTemplate()
         self.failure: StreamFailure | None = None
         self.has_content = False
-        self.is_done = False  # [DONE] was seen
+        self.is_done = False  # [DONE] has come
         self.is_cut = False  # the body ended in the middle of an event
-        self._content_events = 0  # without the template's
-        self._usage: Usage | None = None  # without the template's
+        self._content_events = 0  # without those that the template passed
+        self._usage: Usage | None = None  # without that of events which the template passed
         self.finish_reason = ""
-        self._raw_id = b""  # the upstream's name for the answer, as it came
+        self._raw_id = b""  # the upstream's id of the answer, as it came
 
     @property
     def upstream_id(self) -> str:
-        """The upstream's name for the answer; "" if it has none."""
+        """The upstream's id of the answer; "" if it has none."""
         return self._raw_id.decode("utf-8", "replace")
 
     @property
@@ -90,32 +91,32 @@ class StreamScanner:
 
     @property
     def is_at_boundary(self) -> bool:
-        """What was passed on ends with a whole event."""
+        """Whether the bytes passed on so far end with a whole event."""
         return self._long is None or not self._long_passed
 
     @property
     def may_end_line(self) -> bool:
-        """The CR that was passed on last may be half of a line end: an LF may follow."""
+        """Whether the last byte passed on is a CR, so that an LF may complete its line end."""
         return self._ended_in_cr
 
     @property
     def holds_done(self) -> bool:
-        """What is held is [DONE], without the empty line that ends an event."""
+        """Whether the unfinished event is [DONE], without the empty line that ends an event."""
         return self._tail.rstrip() == b"data: [DONE]"
 
     @property
     def is_finished(self) -> bool:
-        """The stream said that its answer is complete, in one way or the other."""
+        """Whether the answer is complete, by [DONE] or by a finish reason."""
         return (self.is_done or bool(self.finish_reason)) and not self.is_cut
 
     @property
     def content_events(self) -> int:
-        """Events with content so far, as far as they were told apart."""
+        """The number of events with content so far; a few without any may be counted too."""
         return self._content_events + self.template.events
 
     @property
     def usage(self) -> Usage | None:
-        """What the stream said of its usage so far; None if nothing."""
+        """The usage that the stream has reported so far; None if none."""
         for event in self.template.take_usages():
             data = parse_event(event)
             document = parse_json(data.payload) if data is not None else None
@@ -125,11 +126,11 @@ class StreamScanner:
 
     @property
     def is_ready_for_template(self) -> bool:
-        """Nothing is held: what comes now may be taken by the template."""
+        """Whether the template may take the next bytes, since nothing is held before them."""
         return self._is_flowing and not self._tail and self.template.is_learnt
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next piece; returns what can be sent now."""
+        """Take the next piece of the payload; return the bytes to send now."""
         tail = self._tail
         if not self._is_flowing or (tail and _CR in tail):
             return self._feed_any(data)
@@ -153,24 +154,24 @@ class StreamScanner:
         return out[0] if len(out) == 1 else b"".join(out)
 
     def feed_eof(self) -> bytes:
-        """The body ended properly; returns what was still held.
+        """Take note that the body has ended properly; return the bytes still to send.
 
-        Some servers end without the last blank line: what they left is an event all the same.
+        Some servers omit the last blank line: what stands after the one before is an event, too.
         """
         out: list[bytes] = []
-        if self._long is not None:  # and it stays: what was passed on is no whole event
+        if self._long is not None:  # kept, for `is_at_boundary`: no blank line has ended it
             self._end_long(self._long, self._long.feed_eof(), out)
         elif self._tail:
             event, self._tail = self._tail, b""
             self._take_event(event, out)
             if self.failure is None and _is_cut(event):
                 self.is_cut, out = True, []
-        if self._is_odd and not self.has_content and self.failure is None:
+        if self._has_other_data and not self.has_content and self.failure is None:
             self.failure = _not_an_object()
         return self._release(out)
 
     def _feed_any(self, data: bytes) -> bytes:
-        """Any line ends, any cut, anything in the events."""
+        """Do as `feed`, whatever is held and whatever the line ends are."""
         if data:
             out: list[bytes] = []
             self._take(data, out)
@@ -210,16 +211,16 @@ class StreamScanner:
             self._keep(data, at)
 
     def _end_in_done(self, last: bytes, out: list[bytes]) -> None:
-        """Nothing follows; behind a CR an LF may be cut off, and changes nothing."""
+        """Complete a line end at the end of [DONE], for an LF after the CR is not waited for."""
         if self.is_done and last == b"\r":
             out.append(b"\n")
 
     def _is_over(self) -> bool:
-        """Whether what follows counts no more. A call: mypyc takes tests of attributes to hold."""
+        """Return whether further bytes are ignored (a method: see docs/mypyc.md)."""
         return self.is_done or self.failure is not None
 
     def _take_late_lf(self, data: bytes, out: list[bytes]) -> int:
-        """An event ended in CR; an LF right behind it is part of that line end, not a new line."""
+        """Take an LF after the CR that ended an event: it is no line of its own."""
         self._ended_in_cr = False
         if not data.startswith(b"\n"):
             return 0
@@ -229,7 +230,7 @@ class StreamScanner:
         return 1
 
     def _release(self, out: list[bytes]) -> bytes:
-        """What can go: nothing before the first content, then all that was held and is new."""
+        """Return the bytes to send: none before the first content, then those held and `out`."""
         if self.has_content:
             if self._held:
                 out = self._held + out
@@ -239,22 +240,27 @@ class StreamScanner:
         return b""
 
     def _keep(self, data: bytes, at: int) -> None:
-        """Keep what stands behind the last whole event."""
+        """Keep the bytes of `data` from `at` on, after the last whole event."""
         self._ended_in_cr = at == len(data) and at > 0 and data[-1] == _CR
         self._tail = data[at:]
 
     # Before the first content
 
     def _open(self, data: bytes, at: int, search_from: int, out: list[bytes]) -> int:
-        """Take whole events up to the first content, or to the limit; returns where it came to."""
+        """Take whole events up to the first content or the limit; return where the last ends."""
         has_cr = _CR in data
-        while (end := blank_line_end(data, max(at, search_from), has_cr=has_cr)) > 0:
-            if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
-                self.has_content = True  # it can't be held: from here on it counts as content
-                return at
-            before, event = len(out), data[at:end]
-            if self._take_known(event, 0, out) != len(event):
-                self._take_event(event, out)
+        while at < len(data):
+            before, end = len(out), at
+            if self._held_bytes + 2 * MAX_EVENT_BYTES <= OPENING_LIMIT_BYTES:
+                end = self._take_known(data, at, out)
+            if end == at:
+                end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
+                if end < 0:
+                    break
+                if self._held_bytes + _size(data, at, end) > OPENING_LIMIT_BYTES:
+                    self.has_content = True  # too much to be held: it counts as content
+                    return at
+                self._take_event(data[at:end], out)
             self._held_bytes += sum(map(len, out[before:]))
             at = end
             if self.has_content or self.is_done or self.failure is not None:
@@ -264,7 +270,7 @@ class StreamScanner:
         return at
 
     def _take_known(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """Take an event that is as in earlier streams, if one begins at `at`; return its end."""
+        """Take the event at `at` if an edge template matches it; return its end, else `at`."""
         if self._edges is None:
             return at
         known, end = self._edges.find(
@@ -293,10 +299,10 @@ class StreamScanner:
             known.put_together(out)
         return end
 
-    # Behind it
+    # From the first content on
 
     def _pass_known(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """Pass the last events of a stream as far as they are known; return where they end."""
+        """Pass events that edge templates match, and [DONE]; return where they end."""
         while True:
             if data[at : at + len(_DONE_EVENT)] == _DONE_EVENT:
                 self.is_done = True
@@ -310,54 +316,40 @@ class StreamScanner:
     def _flow(
         self, data: bytes, at: int, search_from: int, out: list[bytes], *, tried: int
     ) -> None:
-        """Pass all events that are whole, and keep or pass the beginning of the next one.
+        """Pass all whole events from `at` on, and keep or pass the beginning of the next one.
 
-        The one that begins at `tried` does not match the template.
+        No template matches the event that begins at `tried` (-1: none was tried).
         """
         template, size = self.template, len(data)
         has_cr = _CR in data
-        may_pass_whole = not has_cr  # tried once: it looks at all that is left
         while at < size:
-            end = at
             if at != tried:
                 passed = template.pass_events(data, at)
                 if passed is not None:
                     out.append(passed)
-                    end = at = template.end
+                    at = template.end
                 at = self._pass_known(data, at, out)
                 if self._is_over():
                     return
-                end = tried = at
+                tried = at
                 if at == size:
                     break
-            if may_pass_whole and not template.wants_specimen:
-                may_pass_whole = False
-                end = self._pass_whole(data, at, out)
-            if end == at:
-                end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
-                if end < 0:
-                    break
-                self._take_any(data, at, end, out)
-                if self._is_over():
-                    self._end_in_done(data[end - 1 : end], out)
-                    return
+            end = blank_line_end(data, max(at, search_from), has_cr=has_cr)
+            if end < 0:
+                break
+            passed = template.learn_like(data[at:end])
+            if passed is not None:
+                out.append(passed)
+                at = end
+                continue
+            self._take_any(data, at, end, out)
+            if self._is_over():
+                self._end_in_done(data[end - 1 : end], out)
+                return
             at = end
         self._keep(data, at)
         if len(self._tail) > HOLD_LIMIT_BYTES:
             self._start_long(out)
-
-    def _pass_whole(self, data: bytes, at: int, out: list[bytes]) -> int:
-        """All whole events that are left if they are plain content, and where they end."""
-        end = data.rfind(_LF_LF) + 2
-        if end < at + 2:
-            return at
-        whole = data[at:end]
-        if _says_more(whole) or (passed := self._editor.edit_like(whole)) is None:
-            return at
-        self._content_events += whole.count(_LF_LF)
-        self._was_dropped = False
-        out.append(passed)
-        return end
 
     def _take_any(self, data: bytes, at: int, end: int, out: list[bytes]) -> None:
         if _size(data, at, end) > HOLD_LIMIT_BYTES:
@@ -366,7 +358,7 @@ class StreamScanner:
         else:
             self._take_event(data[at:end], out)
 
-    # Events longer than we hold
+    # Events too long to be held
 
     def _start_long(self, out: list[bytes]) -> None:
         long = self._long = LongEvent(self._editor.slug, wants_usage=self._wants_usage)
@@ -381,7 +373,7 @@ class StreamScanner:
             out.append(passed)
 
     def _feed_long(self, long: LongEvent, data: bytes, at: int, out: list[bytes]) -> int:
-        """Pass on the rest of a long event; returns where that ends."""
+        """Pass on more of a long event, from `at` on; return where it or the data ends."""
         before = len(self._long_end)
         buffer = self._long_end + data[at:]
         end = blank_line_end(buffer, 0, has_cr=_CR in buffer)
@@ -394,7 +386,7 @@ class StreamScanner:
         self._long = None
         self._end_long(long, long.feed(data[at:end]) + long.feed_eof(), out)
         if self.failure is not None and self._long_passed:
-            self._long = long  # the client has a part of it
+            self._long = long  # for `is_at_boundary`: the client has a part of it
         if self._is_over():
             self._end_in_done(data[end - 1 : end], out)
         else:
@@ -402,16 +394,16 @@ class StreamScanner:
         return end
 
     def _end_long(self, long: LongEvent, passed: bytes, out: list[bytes]) -> None:
-        """Learn from a long event what is learnt from any, and pass the last of it."""
+        """Read a long event that has ended, and pass its last bytes unless it is a failure."""
         self._was_dropped = False
         try:
-            self._learn_long(long)
+            self._read_long(long)
         except StreamFailure as failure:
             self.failure = failure
         else:
             self._pass_part(passed, out)
 
-    def _learn_long(self, long: LongEvent) -> None:
+    def _read_long(self, long: LongEvent) -> None:
         if long.failure is not None:
             raise long.failure
         document = long.document
@@ -423,7 +415,7 @@ class StreamScanner:
             return
         events = self._content_events + 1
         if isinstance(document, dict):
-            self._learn(document)
+            self._read_document(document)
         self._content_events = events
         if long.model:
             self._editor.note_model(long.model)
@@ -441,48 +433,35 @@ class StreamScanner:
             out.append(passed)
 
     def _pass_event(self, event: bytes) -> bytes | None:
-        """One whole event as the client is to see it; None if it is not to see it."""
+        """Return a whole event as the client gets it; None if the client does not get it."""
         data = parse_event(event)
         if data is None:
             return event
         if data.error_line or data.is_error:
             _check_lines(data)
         payload = data.payload
-        if not payload:  # no client is told of an event without data
+        if not payload:  # clients ignore an event without data
             return event
         is_opening = not self.has_content
         if payload == DONE:
             self.is_done = True
             return event
-        document: Any = None
-        is_parsed = (
-            is_opening
-            or _says_more(payload)
-            or not payload.count(b'"choices"')
-            or may_escape_names(payload)
-        )
-        if is_parsed:
-            document = parse_json(payload)
-            if not isinstance(document, dict):
-                self._is_odd = True
-                _check_odd(document, payload, is_opening=is_opening)
-                return event
-            self._learn(document)
-        else:
-            self._content_events += 1
-            if self.template.wants_specimen:
-                document = parse_json(payload)
+        document = parse_json(payload)
+        if not isinstance(document, dict):
+            self._has_other_data = True
+            _check_other_data(document, payload, is_opening=is_opening)
+            return event
+        self._read_document(document)
         edits = self._editor.find_edits(payload, document)
         if edits:
             edits = place_edits(data, edits)
-        passed = apply_edits(event, edits)
-        if isinstance(document, dict) and _is_plain(event, data):
-            self._have_learnt(event, data.starts[0], edits, document, is_opening=is_opening)
-        if is_parsed and not self._wants_usage and is_usage_event(document):
+        if _is_plain(event, data):
+            self._teach_templates(event, data.starts[0], edits, document, is_opening=is_opening)
+        if not self._wants_usage and is_usage_event(document):
             return None
-        return passed
+        return apply_edits(event, edits)
 
-    def _have_learnt(
+    def _teach_templates(
         self,
         event: bytes,
         payload_at: int,
@@ -491,20 +470,20 @@ class StreamScanner:
         *,
         is_opening: bool,
     ) -> None:
-        """Have the templates learn from an event of one line."""
+        """Have the templates learn from an event with one line of data."""
         known: KnownEvent | None = None
         if self._edges is not None and (is_opening or not content_of(document)[1]):
             known = self._edges.learn_from(
                 event, payload_at, edits, document, wants_usage=self._wants_usage
             )
         if known is not None:
-            says_more = _says_more(known.template.without_values())
-            known.is_opening = not says_more and not known.has_content
+            is_content = known.has_content and not known.finish_reason
+            known.is_opening = is_content or not _says_more(known.template.without_values())
         if self.has_content and self.template.wants_specimen:
             if self.template.learn_from(event, payload_at, edits, document) and known is not None:
                 known.content = self.template.share(event)
 
-    def _learn(self, document: dict[str, Any]) -> None:
+    def _read_document(self, document: dict[str, Any]) -> None:
         failure = find_error(document)
         if failure is not None:
             raise failure
@@ -519,15 +498,14 @@ class StreamScanner:
 
 
 def _size(data: bytes, at: int, end: int) -> int:
-    """The length of an event, but for the last LF of a CRLF, which may come too late to count."""
+    """Return the length of an event, without the LF of a last CRLF, which may come later."""
     return end - at - (data[end - 2 : end] == b"\r\n")
 
 
 def _says_more(data: bytes) -> bool:
-    """Whether `data`, events after the first content, names a usage, an error or a finish reason.
+    """Return whether events after the first content have a usage, an error or a finish reason.
 
-    What says nothing is on every event of some servers: OpenAI puts `"usage":null` there once
-    usage is asked for.
+    Null is none of these: OpenAI has `"usage":null` on every event of a stream with usage.
     """
     count = data.count  # half the cost of `in`, which goes through the buffer protocol
     return (
@@ -549,13 +527,13 @@ def _says_more(data: bytes) -> bool:
 
 
 def _is_cut(event: bytes) -> bool:
-    """Whether an event that no empty line ends has a part of a JSON object as its data."""
+    """Return whether the data of an event that no empty line ends is a part of a JSON object."""
     data = parse_event(event)
     return data is not None and data.payload[:1] == b"{" and parse_json(data.payload) is None
 
 
 def _check_lines(data: Data) -> None:
-    """Raise the failure that the lines of an event tell, other than its data."""
+    """Raise the failure that an event reports by `event: error` or a line `error: …`."""
     if data.error_line:
         failure = error_field(data.error_line)
         if failure is not None:
@@ -567,11 +545,11 @@ def _check_lines(data: Data) -> None:
         raise find_error(document) or error_event(document)
 
 
-def _check_odd(document: Any, payload: bytes, *, is_opening: bool) -> None:
-    """Raise the failure that data other than an object tells, if it does.
+def _check_other_data(document: Any, payload: bytes, *, is_opening: bool) -> None:
+    """Raise the failure in data that is no JSON object, if there is one.
 
-    Before the first content there is time to wait for a better event; behind it, what names a usage
-    or a finish reason and can't be read is lost.
+    Before the first content, data without an error is passed over, for a better event may follow;
+    later a usage or a finish reason in it would be lost.
     """
     failure = find_error(document) if document is not None else find_broken_error(payload)
     if failure is not None:
@@ -585,7 +563,7 @@ def _not_an_object() -> StreamFailure:
 
 
 def _is_plain(event: bytes, data: Data) -> bool:
-    """Whether an event is one `data:` line and an empty one, both ended alike."""
+    """Return whether an event is one `data:` line and an empty one, with the same line end."""
     if len(data.starts) != 1 or data.starts[0] > len(b"data: "):
         return False
     end = event[data.starts[0] + len(data.payload) :]

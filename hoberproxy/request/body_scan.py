@@ -1,7 +1,7 @@
-"""The top-level members of a request's body, found at a bounded share of what orjson spends.
+"""Finds the top-level members of a request's body, at a bounded part of what its parse costs.
 
 The scan of protocol/json_bytes.py is fast where strings are long, and up to fifty times slower than
-orjson where they are short. Here orjson itself says where such a value ends: behind it stands a
+orjson where they are short. Here orjson itself says where such a value ends: after it stands a
 comma or a brace, and the error for that has its position; no object is made on the way to it.
 `Survey` counts how many values a body has before any of them is made.
 """
@@ -39,7 +39,7 @@ _ALL: Final = bytes(range(256))
 _PLAIN: Final = bytes(set(_ALL) - set(b'"\\[]{},'))
 _NO_VALUES: Final = bytes(set(_ALL) - set(b",[{"))
 _NO_STRINGS: Final = bytes(set(_ALL) - set(b'",[{'))
-# What may be escaped stays, so that only a quote behind a backslash is one that was escaped.
+# What may be escaped stays, so that only a quote after a backslash is one that was escaped.
 _NO_ESCAPES: Final = bytes(set(_ALL) - set(b'"\\,[{/bfnrtu'))
 
 _QUOTE: Final = 0x22
@@ -52,7 +52,7 @@ _match_scalar: Final = re.compile(rb'[^ \t\n\r,"\[\]{}]++').match
 _match_string: Final = re.compile(rb'"[^"\\]*+"').match
 _match_flat: Final = re.compile(rb'[\[{][^"\\\[\]{}]*+(?>(?:"[^"\\]*+"[^"\\\[\]{}]*+)*)[\]}]').match
 _match_colon: Final = re.compile(rb"[ \t\n\r]*+:").match
-_match_escapes: Final = re.compile(rb"\\*+[\x00-\xff]").match  # and one byte behind them
+_match_escapes: Final = re.compile(rb"\\*+[\x00-\xff]").match  # and one byte after them
 _TRAILING: Final = "unexpected content after document"  # orjson's words
 _loads: Final = orjson.loads
 
@@ -72,7 +72,7 @@ class RepeatedName(Exception):
 
 
 class TangledMembers(Exception):
-    """Names of top-level members stand below the top level so often that it hides their ends."""
+    """Names of top-level members occur below the top level too often to find where these end."""
 
 
 # Values
@@ -190,7 +190,7 @@ def _is_even(piece: bytes) -> bool:
 
 
 def _cut(data: bytes, end: int) -> int:
-    """Return a place at or behind `end` that is not within an escape."""
+    """Return a place at or after `end` that is not within an escape."""
     if end >= len(data):
         return len(data)
     found = _match_escapes(data, end - 1)
@@ -254,7 +254,7 @@ class _Search:
         return members
 
     def _behind_space(self, position: int) -> int:
-        """Return the place behind a long run of space; a pattern takes three times as long."""
+        """Return the place after a long run of space; a pattern takes three times as long."""
         data = self._data
         while data[position : position + _PIECE_BYTES].isspace():
             piece = data[position : position + _COUNTED_BYTES]
@@ -276,7 +276,7 @@ class _Search:
         return end if end is not None else self._long_end(start, following)
 
     def _long_end(self, start: int, following: str | None) -> int:
-        """Return the end of the value at `start` that has the member `following` behind it."""
+        """Return the end of the value at `start` that has the member `following` after it."""
         data = self._data
         stop = self._likely_stop(start, following)
         end = self._try(start, stop)
@@ -300,7 +300,7 @@ class _Search:
         return end_of_value(self._view, start, end)
 
     def _likely_stop(self, start: int, following: str | None) -> int:
-        """Return a place behind `start` where the member `following` may begin."""
+        """Return a place after `start` where the member `following` may begin."""
         data = self._data
         if following is None:
             return data.rfind(b"}")
@@ -334,7 +334,7 @@ def _before_comma(data: bytes, start: int, stop: int) -> int:
 
 
 def end_of_value(view: memoryview, start: int, stop: int) -> int:
-    """Return the offset one past the value at `start`, -1 if it ends behind `stop`."""
+    """Return the offset one past the value at `start`, -1 if it ends after `stop`."""
     try:
         _loads(view[start:stop])
     except orjson.JSONDecodeError as exc:
@@ -343,7 +343,7 @@ def end_of_value(view: memoryview, start: int, stop: int) -> int:
 
 
 def end_by_error(exc: orjson.JSONDecodeError, view: memoryview, start: int, stop: int) -> int:
-    """Return the end of the value at `start`, if `exc` says that more stands behind it.
+    """Return the end of the value at `start`, if `exc` says that more stands after it.
 
     `exc` is of `view` from `start` to `stop`; -1 if it says anything else.
     """

@@ -1,8 +1,8 @@
 """A chat request as values: its body, and the terms that stand around the messages in it.
 
-The rules that a body has to keep are request/checks.py's, what goes upstream is upstream/body.py's.
-What stands around the messages is the same for all requests of an app, as a rule:
-request/parse_cache.py finds it again.
+Leaves the rules of a body to request/checks.py, and what goes upstream to upstream/body.py. What
+stands around the messages is mostly the same in all requests of an app: request/parse_cache.py
+keeps it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ NO_PREFERENCES: Final = ProviderPreferences()
 
 
 class Terms:
-    """The checked content of a body beside its messages. Calls may share it: see parse_cache.py."""
+    """The checked content of a body without its messages; calls may share it (parse_cache.py)."""
 
     candidates: tuple[str, ...]  # slugs, `model` first, then `models`; suffixes included
     requested: tuple[str, ...]  # the first of these, fit for a record

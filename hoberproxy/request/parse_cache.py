@@ -1,11 +1,11 @@
-"""The parse cache: bodies that say the same around their messages, as most of an app's do.
+"""The parse cache: keeps the checked bytes around the messages of a body for later bodies.
 
-Model, parameters and tools are the same bytes in each request, before and behind the messages. A
-template keeps these bytes and the terms that they say. A body that begins and ends with them has
-something else in place of the messages; if that is one JSON value, it is the messages and nothing
-else, since where a value begins and ends does not depend on what stands around it (RFC 8259). So
-only the messages need be parsed and checked. A name given twice, or a member more, would not make
-one value.
+In most requests of an app model, parameters and tools are the same bytes, before and after the
+messages. A template keeps these bytes, and the terms that were read from them. A body that begins
+and ends with them has something else in place of the messages; if that is one JSON value, it is the
+messages and nothing else, since where a value begins and ends does not depend on what stands around
+it (RFC 8259). So only the messages need be parsed and checked. With a name given twice, or with a
+member more, there would be more than one value.
 
 Each key has separate templates: the time of an answer shows no client what another one sends.
 A template that is not used again is dropped within minutes, and members that are texts are not kept
@@ -40,7 +40,7 @@ _loads: Final = orjson.loads
 
 
 class _Template:
-    """The bytes before and behind the messages of a body, and the terms that they say."""
+    """The bytes before and after the messages of a body, and the terms read from them."""
 
     __slots__ = ("after", "before", "number", "size", "terms", "was_used")
 
@@ -155,7 +155,7 @@ class ParseCache:
                 self._templates[oldest] = templates
 
     def _remove_one(self, templates: list[_Template]) -> None:
-        """Drop the oldest of `templates`, first of those that were not used of late."""
+        """Drop the oldest of `templates` that were not used lately, else the oldest."""
         unused = [template for template in templates if not template.was_used]
         for template in templates:
             template.was_used = False

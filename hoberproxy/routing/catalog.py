@@ -224,7 +224,7 @@ class Prices:
 
 
 def parse_prices(text: str) -> Prices:
-    """Return the prices that wrote `text`. Raises ValueError or ArithmeticError for other texts."""
+    """Return the prices whose `text` this is. Raises ValueError or ArithmeticError for others."""
     pairs = dict(part.split("=", 1) for part in text.split())
     return Prices(**{name: Decimal(value) for name, value in pairs.items()})
 
@@ -296,7 +296,7 @@ class Catalog:
             slug.removesuffix("*"): model for slug, model in self._all.items() if model.is_wildcard
         }
         self._filled: dict[str, Model] = {}
-        self.standing: dict[str, Any] = {}  # plans that routing/router.py keeps, by slug
+        self.kept_plans: dict[str, Any] = {}  # those that routing/router.py keeps, by slug
 
     def find(self, slug: str) -> Model | None:
         """Return the entry of `slug`, else the longest wildcard's, filled in with the rest of it.

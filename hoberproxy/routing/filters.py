@@ -1,4 +1,4 @@
-"""Filters: which endpoints cannot serve a call, or not for this caller.
+"""Filters: they leave out of a plan the endpoints that cannot serve a call, or not for its caller.
 
 Each is made for one call, and only if it can remove anything.
 """

@@ -1,8 +1,8 @@
 """The health of endpoints: whether they fail, how soon they answer, how fast they write.
 
 A cooldown only moves an endpoint to the end of a plan, it never refuses: routing/order.py sorts by
-health, the exchange reports how attempts went. No clock and no chance: `now` (seconds of any
-monotonic clock) and `draw` (numbers in [0, 1)) are the caller's.
+health, the exchange reports how attempts went. No clock and no random numbers: the caller passes
+`now` (seconds of any monotonic clock) and `draw` (which returns numbers in [0, 1)).
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ class Health:
     """The state of all endpoints, each under (provider, upstream_model).
 
     Call `begin` when an attempt starts, then one of `observe_success`, `observe_failure` or
-    `abandon`. Endpoints that were not tried of late are forgotten: clients choose names behind a
-    wildcard, and could fill memory.
+    `abandon`. Endpoints that were not tried lately are forgotten: under a wildcard clients choose
+    the names, and could fill memory.
     """
 
     SIZE: ClassVar[int] = 4096
@@ -251,7 +251,7 @@ class Health:
         return not self._troubled
 
     def is_cooling(self, key: Key, now: float) -> bool:
-        """Return whether to try others first: the endpoint failed of late, and no trial is due."""
+        """Return whether to try others first: the endpoint has failed, and no trial is due yet."""
         state = self._states.get(key)
         # The first two tests settle nearly every request.
         return state is not None and state.cooling_until is not None and state.is_cooling(now)

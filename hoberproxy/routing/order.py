@@ -61,10 +61,10 @@ def _placed(
 
 
 def _drawn(offers: list[Offer], draw: Callable[[], float]) -> list[Offer]:
-    """Return `offers` as drawn by weight without replacement: 1 if not given, those of 0 last.
+    """Return `offers` in a random order by their weights, 1 if not given; those of 0 come last.
 
-    The first of exponential variables, each with its weight as rate, falls to each in proportion
-    to its weight; and so for the rest.
+    Each offer gets a random time, exponential with its weight as rate, and the earliest is first:
+    which one that is has a probability in proportion to its weight, and so for the rest.
     """
 
     def arrival(offer: Offer) -> tuple[bool, float]:
@@ -95,7 +95,7 @@ def _measured(offer: Offer, sort: str, health: Health, now: float) -> tuple[int,
     """Return a sort key by speed or latency, the best first.
 
     An endpoint that was not measured of late comes before the others, or it never would be; but
-    while one request tries it, it comes behind them, or all would.
+    while one request tries it, it comes after them, or all would.
     """
     key = offer[1].provider, offer[1].upstream_model
     if sort == "throughput":

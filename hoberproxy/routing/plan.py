@@ -52,7 +52,7 @@ class Plan:
     unknown: tuple[str, ...] = ()
 
     def after(self, position: int, refused: Container[str] = ()) -> int | None:
-        """Return the position of the step behind the failed one at `position`, None at the end.
+        """Return the position of the step after the failed one at `position`, None at the end.
 
         `refused` are the slugs whose endpoints would all say the same: the request is wrong for
         that model.

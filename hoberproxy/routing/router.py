@@ -1,8 +1,8 @@
 """The router: one pure function from a call to its plan.
 
 routing/filters.py leaves endpoints out, routing/order.py puts the rest in order; each place and
-each removal has its reason. No I/O and no clock; chance only as `draw`. Which step is tried when is
-decided in exchange/failover.py.
+each removal has its reason. No I/O and no clock; random numbers come from `draw` alone. Which step
+is tried when is decided in exchange/failover.py.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def make_plan(
     if health is None:
         health = _NO_OBSERVATIONS
     terms = call.terms
-    may_stand = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
-    if may_stand and (standing := _find_standing(call, catalog)) is not None:
-        return standing
+    may_be_kept = len(terms.candidates) == 1 and terms.provider is NO_PREFERENCES and health.is_calm
+    if may_be_kept and (kept := _find_kept(call, catalog)) is not None:
+        return kept
     plan = _work_out(call, catalog, health, now, draw)
-    if may_stand:
-        _keep_standing(terms.candidates[0], plan, catalog)
+    if may_be_kept:
+        _keep(terms.candidates[0], plan, catalog)
     return plan
 
 
@@ -98,7 +98,7 @@ def _work_out(
     return Plan(tuple(steps), tuple(removed), tuple(unknown))
 
 
-class _Standing:  # no tuple: see docs/mypyc.md
+class _KeptPlan:  # no tuple: see docs/mypyc.md
     """The plan of a model, kept for all calls that every one of its endpoints can serve.
 
     Lengths are in tokens; `abilities` are those that no endpoint denies.
@@ -129,19 +129,19 @@ class _Standing:  # no tuple: see docs/mypyc.md
         )
 
 
-def _find_standing(call: Call, catalog: Catalog) -> Plan | None:
-    standing: _Standing | None = catalog.standing.get(call.terms.candidates[0])
-    return standing.plan if standing is not None and standing.serves(call) else None
+def _find_kept(call: Call, catalog: Catalog) -> Plan | None:
+    kept: _KeptPlan | None = catalog.kept_plans.get(call.terms.candidates[0])
+    return kept.plan if kept is not None and kept.serves(call) else None
 
 
-def _keep_standing(slug: str, plan: Plan, catalog: Catalog) -> None:
+def _keep(slug: str, plan: Plan, catalog: Catalog) -> None:
     """Keep `plan` for later calls if it depends on nothing but the config."""
     model = catalog.find(slug)
     if model is None or plan.removed or any(step.reason != "config" for step in plan.steps):
         return
-    if len(catalog.standing) >= catalog.CACHE_SIZE:
-        catalog.standing.clear()
-    catalog.standing[slug] = _Standing(
+    if len(catalog.kept_plans) >= catalog.CACHE_SIZE:
+        catalog.kept_plans.clear()
+    catalog.kept_plans[slug] = _KeptPlan(
         plan,
         min(_known(each.context_length, model.context_length) for each in model.endpoints),
         min(_known(each.max_output) for each in model.endpoints),

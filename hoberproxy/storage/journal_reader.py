@@ -67,7 +67,7 @@ class Batch:
 
 
 class Segment:
-    """One segment of any process, read from the entry behind the last one that is stored."""
+    """One segment of any process, read from the entry after the last one that is stored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -98,7 +98,7 @@ class Segment:
         return int.from_bytes(self.generation[4:], "little")
 
     def refresh(self) -> None:
-        """Read the head; begin behind the last stored entry if the segment is used again."""
+        """Read the head; begin after the last stored entry if the segment is used again."""
         if not self.is_own or self._map is None:
             return
         generation, ended = HEAD.unpack_from(self._map, HEAD_PLACE)

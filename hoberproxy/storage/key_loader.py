@@ -1,7 +1,7 @@
-"""The thread that keeps a keyring as the store has it, and has a journal's segments ready.
+"""The thread that keeps the keyring up to date with the store, and prepares a journal's segments.
 
-The loop never waits for a disk: whatever process changed a key, this thread puts it into the
-keyring, and it allocates the segments that the loop's thread appends to.
+The loop never waits for a disk: this thread puts into the keyring each key that any process has
+changed, and allocates the segments to which the loop's thread appends.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Store(Records, Keys, Protocol):
         """Return the key with this id or hint, or this very key; StoreError unless it is one."""
 
     def revoke_key(self, id_or_hint: str) -> KeyRow:
-        """Revoke a key for good; one revoked before keeps its time."""
+        """Revoke a key permanently; one revoked before keeps its time."""
 
     def update_key(self, id_or_hint: str, changes: Mapping[str, Any]) -> KeyRow:
         """Change a key's `label`, `expires`, `models`, or limits by their names in KeyLimits."""

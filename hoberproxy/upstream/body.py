@@ -36,7 +36,7 @@ _Change = tuple[bytes | None, bytes | None] | None
 
 
 class _Prepared:
-    """What stands before and behind an upstream body's messages, and the rules it was made by.
+    """The bytes before and after the messages of an upstream body, and the rules they follow.
 
     `injected` are the names of members that are the proxy's and not the client's.
     """
@@ -235,7 +235,7 @@ def _head(name: str) -> bytes:
 
 
 def _adapt_roles(call: Call, roles: dict[str, str]) -> bytes:
-    """The messages with other roles; all else in them keeps its bytes.
+    """Return the messages with other roles; all else in them keeps its bytes.
 
     A short text is read message by message, and only up to the last role: a developer's message
     stands first. In a long one the members are searched for: if there are as many as messages have

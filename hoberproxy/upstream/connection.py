@@ -29,7 +29,7 @@ MAX_INTERIM_ANSWERS: Final = 16
 OPENING_CHUNKS: Final = 3
 # Seconds in which the close of a kept connection that crossed our request arrives: a round trip.
 STALE_WITHIN: Final = 5.0
-MAX_UNWANTED_BYTES: Final = 64 * 1024  # behind an answer's end, within its framing
+MAX_UNWANTED_BYTES: Final = 64 * 1024  # after an answer's end, within its framing
 
 
 class State(Enum):
@@ -383,7 +383,7 @@ class UpstreamConnection:
             receiver.on_end()
 
     def _let_go(self, *, is_exact: bool) -> None:
-        """Go back to the owner if `is_exact`, so that no byte came behind the answer; or close."""
+        """Go back to the owner if `is_exact`, so that no byte came after the answer; or close."""
         head, transport = self._response, self._transport
         assert head is not None and transport is not None
         self._body = self._taker = None

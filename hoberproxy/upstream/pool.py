@@ -17,7 +17,7 @@ from ..timer_wheel import Wheel
 from .connection import ConnectionOwner, UpstreamConnection
 from .connector import Connector
 
-END_WAIT: Final = 2.0  # seconds for the framing of an answer to end behind its [DONE]
+END_WAIT: Final = 2.0  # seconds for the framing of an answer to end after its [DONE]
 
 
 class Pool(ConnectionOwner):

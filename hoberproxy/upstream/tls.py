@@ -1,4 +1,4 @@
-"""TLS between a socket and the connection to a model server.
+"""Does TLS between a socket and the connection to a model server.
 
 Carries bytes to OpenSSL and back, by the standard library's `ssl.SSLObject`. It replaces the loop's
 own TLS, which allocates 256 KB for each connection and for each read, and takes an event through
@@ -161,15 +161,15 @@ class Tls:
             self._transport.abort()
 
     def is_closing(self) -> bool:
-        """Whether no more can be sent."""
+        """Return whether no more can be sent."""
         return self._transport is None or self._transport.is_closing()
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that the peer has yet to take."""
+        """Return the number of bytes that the peer has yet to take."""
         return 0 if self._transport is None else self._transport.get_write_buffer_size()
 
     def is_reading(self) -> bool:
-        """Whether more is read."""
+        """Return whether more is read."""
         return self._transport is not None and self._transport.is_reading()
 
     def pause_reading(self) -> None:

@@ -83,14 +83,14 @@ async def test_over_the_maximum_a_request_is_rejected_and_others_go_on(
     answer = await late.read_answer()
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert answer.headers["retry-after"] == "1"
-    assert len(proxy.gateway.exchanges) == 1
+    assert len(proxy.context.exchanges) == 1
     slow = await proxy.connect()
     slow.send(chat(proxy.key, framing="content-length: 5000"))  # only a part of it comes
     answer = await slow.read_answer()
     assert (answer.status, answer.headers["connection"]) == (503, "close")
-    assert len(proxy.gateway.exchanges) == 1
+    assert len(proxy.context.exchanges) == 1
     await running.aclose()
-    await wait_until(lambda: not proxy.gateway.exchanges)
+    await wait_until(lambda: not proxy.context.exchanges)
     late.send(chat(proxy.key))
     assert (await late.read_answer()).status == 200
 
@@ -112,7 +112,7 @@ async def test_strangers_take_no_room_of_callers(
     for _ in range(3):
         caller.send(chat(proxy.key))
         assert (await caller.read_answer()).status == 200
-    assert len(proxy.gateway.exchanges) == 1
+    assert len(proxy.context.exchanges) == 1
     assert [record.status for record in proxy.records].count(401) == 20
 
 
@@ -241,7 +241,7 @@ async def begin(proxy: Proxy, size: int, announced: int = 1_000_000) -> RawClien
 
 async def test_bodies_of_all_clients_have_a_bound_together(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(max_body_memory=2 * MIB, max_body_bytes=MIB)
-    bodies = proxy.gateway.bodies
+    bodies = proxy.context.bodies
     await begin(proxy, 900_000)
     other = await begin(proxy, 900_000)
     # What counts is what has come, whatever a head announces.
@@ -265,16 +265,16 @@ async def test_a_whole_body_for_which_there_is_no_room_keeps_its_connection(
 ) -> None:
     proxy = await start_proxy(max_body_memory=MIB, max_body_bytes=MIB)
     client = await proxy.connect()
-    proxy.gateway.bodies.hold(MIB - 10)
+    proxy.context.bodies.hold(MIB - 10)
     client.send(chat(proxy.key))
     answer = await client.read_answer()
     assert (answer.status, answer.json()["error"]["code"]) == (503, "overloaded")
     assert "connection" not in answer.headers
-    assert proxy.gateway.bodies.held == MIB - 10
-    proxy.gateway.bodies.hold(10 - MIB)
+    assert proxy.context.bodies.held == MIB - 10
+    proxy.context.bodies.hold(10 - MIB)
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    assert proxy.gateway.bodies.held == 0
+    assert proxy.context.bodies.held == 0
 
 
 async def test_a_body_is_held_until_the_first_content_and_no_longer(
@@ -288,13 +288,13 @@ async def test_a_body_is_held_until_the_first_content_and_no_longer(
     client.send(request)
     await upstream.wait_for_requests(1)
     size = len(request.partition(b"\r\n\r\n")[2])
-    assert proxy.gateway.bodies.held == size
+    assert proxy.context.bodies.held == size
     upstream.release("first")
-    await wait_until(lambda: proxy.gateway.bodies.held == 0)
-    assert proxy.gateway.exchanges
+    await wait_until(lambda: proxy.context.bodies.held == 0)
+    assert proxy.context.exchanges
     upstream.release("rest")
     assert (await client.read_answer()).body.endswith(b"data: [DONE]\n\n")
-    assert proxy.gateway.bodies.held == 0
+    assert proxy.context.bodies.held == 0
 
 
 async def test_a_body_that_is_counted_afterwards_is_held_to_the_end(
@@ -310,10 +310,10 @@ async def test_a_body_that_is_counted_afterwards_is_held_to_the_end(
     client = await proxy.connect()
     client.send(chat(proxy.key, {**QUESTION, "stream": True}))
     assert await client.read_line() == b"HTTP/1.1 200 OK\r\n"
-    assert proxy.gateway.bodies.held > 0
+    assert proxy.context.bodies.held > 0
     upstream.release("rest")
     await proxy.wait_for_records(1)
-    assert proxy.gateway.bodies.held == 0
+    assert proxy.context.bodies.held == 0
 
 
 async def leave(client: RawClient, upstream: ScriptedUpstream) -> None:
@@ -359,18 +359,18 @@ async def test_bytes_are_released_however_a_request_ends(
         chunks = b"5\r\nhello\r\nzz\r\n"
         client.send(chat(proxy.key, b"", framing="transfer-encoding: chunked"))
         await client.drain(chunks[:10])
-        await wait_until(lambda: proxy.gateway.bodies.held > 0)
+        await wait_until(lambda: proxy.context.bodies.held > 0)
         client.send(chunks[10:])
     else:
         length = "content-length: 9000" if kind != b"large" else "transfer-encoding: chunked"
         client.send(chat(proxy.key, b"", framing=length))
         part = b"1388\r\n" + b" " * 5000 + b"\r\n" if kind == b"large" else b" " * 5000
         await client.drain(part)
-        await wait_until(lambda: proxy.gateway.bodies.held > 0)
+        await wait_until(lambda: proxy.context.bodies.held > 0)
         client.send(b"ffff\r\n" + b" " * 9000 if kind == b"large" else b"")
     await finish(client, upstream)
     await proxy.wait_for_records(1)
-    assert proxy.gateway.bodies.held == 0
+    assert proxy.context.bodies.held == 0
 
 
 async def test_a_body_of_single_bytes_takes_few_objects(
@@ -379,11 +379,11 @@ async def test_a_body_of_single_bytes_takes_few_objects(
     proxy = await start_proxy()
     body = json.dumps(QUESTION).encode()
     client = await begin(proxy, 0, len(body))
-    await wait_until(lambda: len(proxy.gateway.exchanges) == 1)
+    await wait_until(lambda: len(proxy.context.exchanges) == 1)
     (connection,) = proxy.server._connections
     for place in range(len(body) - 1):
         client.send(body[place : place + 1])
-        await wait_until(lambda place=place: proxy.gateway.bodies.held == place + 1)  # type: ignore[misc]
+        await wait_until(lambda place=place: proxy.context.bodies.held == place + 1)  # type: ignore[misc]
         assert len(connection._pieces) == 1
     client.send(body[-1:])
     assert (await client.read_answer()).status == 200

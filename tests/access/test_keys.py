@@ -1,4 +1,4 @@
-"""Keys: their form, their checksum, and what a caller without a good one is told."""
+"""Keys: their form, their checksum, and the error for a caller without a valid one."""
 
 from __future__ import annotations
 

@@ -493,7 +493,7 @@ def test_the_history_of_an_earlier_day_is_of_that_day() -> None:
     assert (cells[DAY_REQUESTS], cells[TOTAL_SPENT]) == (1, 4)
 
 
-# What is told
+# Header lines
 
 
 def limit_headers(cells: list[int], limits: KeyLimits, now_ms: int) -> list[tuple[bytes, bytes]]:
@@ -527,8 +527,8 @@ def test_within_the_last_second_the_wait_is_in_milliseconds() -> None:
     cells, limits = fresh(), KeyLimits(tokens_per_minute=10)
     ask(cells, limits)
     for left, text in ((1001, b"2s"), (1000, b"1s"), (999, b"999ms"), (1, b"1ms"), (0, b"0ms")):
-        told = dict(limit_headers(cells, limits, NOW + MINUTE_MS - left))
-        assert told[b"x-ratelimit-reset-tokens"] == text
+        fields = dict(limit_headers(cells, limits, NOW + MINUTE_MS - left))
+        assert fields[b"x-ratelimit-reset-tokens"] == text
 
 
 def test_after_the_minute_the_whole_limit_is_left() -> None:

@@ -96,7 +96,7 @@ def test_empty_values_are_a_dash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "word"),
     [
         pytest.param("llama3.2:3b", "llama3.2:3b", id="plain"),
         pytest.param("a b", '"a b"', id="a space is quoted"),
@@ -112,9 +112,9 @@ def test_empty_values_are_a_dash() -> None:
         pytest.param("x" * 300, f'"{"x" * 128}"', id="too long is cut"),
     ],
 )
-def test_foreign_text_cannot_forge_a_human_line(text: str, shown: str) -> None:
-    assert f" model={shown} provider=" in format_human(record(slug=text))
-    assert f" key={shown} in=" in format_human(record(key_label=text))
+def test_foreign_text_cannot_forge_a_human_line(text: str, word: str) -> None:
+    assert f" model={word} provider=" in format_human(record(slug=text))
+    assert f" key={word} in=" in format_human(record(key_label=text))
 
 
 @given(st.text(alphabet=st.characters(), max_size=40))

@@ -246,7 +246,7 @@ def test_answers_that_broke_teach_nothing(accounts: Accounts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "counted"),
+    ("reported", "counted"),
     [
         pytest.param(Usage(0, 0), (100, 30), id="nothing but zeros"),
         pytest.param(Usage(80, 0, 64, 0, 8), (80, 30), id="no tokens of a text"),
@@ -254,15 +254,15 @@ def test_answers_that_broke_teach_nothing(accounts: Accounts) -> None:
     ],
 )
 def test_a_count_that_cannot_be_is_estimated_and_the_other_kept(
-    accounts: Accounts, told: Usage, counted: tuple[int, int]
+    accounts: Accounts, reported: Usage, counted: tuple[int, int]
 ) -> None:
     one = record(status=200, events=30)
-    fill(accounts, one, told)
+    fill(accounts, one, reported)
     assert (one.prompt_tokens, one.completion_tokens) == counted
     assert (one.has_usage, one.estimated) == (False, True)
     assert (one.cached_tokens, one.cache_write_tokens) == (
-        told.cached_tokens,
-        told.cache_write_tokens,
+        reported.cached_tokens,
+        reported.cache_write_tokens,
     )
     assert one.cost == (counted[0] + 2 * counted[1]) * 10**6
 

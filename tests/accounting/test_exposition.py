@@ -52,12 +52,12 @@ def test_each_family_has_its_name_in_the_text_form(family: Any) -> None:
     labels = ["x"] * len(family.labels)
     value: Any = [1.0] * (len(family.buckets) + 2) if family.buckets else 1
     text = render({family.name: [[labels, value]]}).decode()
-    (shown,) = text_string_to_metric_families(text)
-    assert shown.name == f"hoberproxy_{family.name}"
-    assert shown.type == family.kind
-    names = {sample.name for sample in shown.samples}
+    (metric,) = text_string_to_metric_families(text)
+    assert metric.name == f"hoberproxy_{family.name}"
+    assert metric.type == family.kind
+    names = {sample.name for sample in metric.samples}
     if family.kind == "histogram":
-        counts = [s.value for s in shown.samples if s.name.endswith("_bucket")]
+        counts = [s.value for s in metric.samples if s.name.endswith("_bucket")]
         assert counts == sorted(counts) and counts[-1] == len(family.buckets) + 1
     elif family.kind == "counter":
         assert names == {f"hoberproxy_{family.name}_total"}

@@ -329,7 +329,7 @@ def test_stored_entries_of_a_dead_owner_are_not_read_again(
 def test_an_unlocked_segment_of_a_living_owner_is_not_taken(
     journal: Journal, journals: Journals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end of a request that was opened there may be told in another."""
+    """The end of a request that was opened there may be in another one."""
     monkeypatch.setattr(journal_module, "SEGMENT_BYTES", 4096)
     journal.open(["req_1", 0])
     first = journal._current

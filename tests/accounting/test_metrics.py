@@ -110,10 +110,12 @@ def test_whole_answers_without_usage_are_counted_and_no_others() -> None:
     left = record(**guessed, status=CLIENT_CLOSED, code="client_closed")
     broken = record(**guessed, code="upstream_error")
     empty = record(**guessed | {"completion_tokens": 0})
-    told = record(prompt_tokens=9, completion_tokens=5, has_usage=True)
-    samples = scrape(metrics_of(left, broken, empty, told))
+    reported = record(prompt_tokens=9, completion_tokens=5, has_usage=True)
+    samples = scrape(metrics_of(left, broken, empty, reported))
     assert not named(samples, "hoberproxy_usage_missing_total")
-    samples = scrape(metrics_of(left, broken, empty, told, record(**guessed), record(**guessed)))
+    samples = scrape(
+        metrics_of(left, broken, empty, reported, record(**guessed), record(**guessed))
+    )
     missing = of("hoberproxy_usage_missing_total", model="a/b", provider="east")
     assert samples[missing] == 2
 
@@ -152,10 +154,10 @@ def test_invented_slugs_share_labels() -> None:
     catalog = Catalog([Model("a/b", endpoint), Model("open/*", (Endpoint("east", "*"),))])
     slugs = [f"made/up-{number}" for number in range(100)]
     slugs += [f"open/{number}" for number in range(100)]
-    asked = [record(slug="", provider="", requested=(slug,), status=404) for slug in slugs]
+    unknown = [record(slug="", provider="", requested=(slug,), status=404) for slug in slugs]
     served = [record(slug=slug, first_content=1.0, prompt_tokens=1) for slug in slugs]
     samples = scrape(
-        metrics_of(*asked, *served, record(slug="", requested=()), label=catalog.label)
+        metrics_of(*unknown, *served, record(slug="", requested=()), label=catalog.label)
     )
     models = {dict(labels)["model"] for _, labels in samples if "model" in dict(labels)}
     assert models == {"other", "open/*"}

@@ -73,7 +73,7 @@ class Processes:
     keys: int = 0
 
     def new_key(self, limits: KeyLimits) -> Caller:
-        """One that has used nothing. The file has room for 8192: it is made anew at times."""
+        """One that has used nothing. The file has room for 8192: it is made again at times."""
         if self.keys % 4000 == 0:
             self.close()
             (self.folder / "limits").unlink(missing_ok=True)

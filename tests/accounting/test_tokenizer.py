@@ -145,7 +145,7 @@ async def counted(proxy: Proxy, body: dict[str, Any], key: str = "") -> Record:
     client = await proxy.connect()
     client.send(chat(key or proxy.key, body))
     assert (await client.read_answer()).status == 200
-    store = Store(proxy.gateway.config.records.file)
+    store = Store(proxy.context.config.records.file)
     found: list[Record] = []
 
     def is_amended() -> bool:
@@ -190,12 +190,12 @@ async def test_a_count_amends_what_the_key_has_used_in_the_windows_of_the_call(
     tokenizer: None, start_proxy: StartProxy, upstream: ScriptedUpstream, words_in: int
 ) -> None:
     proxy = await start_proxy(change=to_be_counted)
-    store = Store(proxy.gateway.config.records.file)
+    store = Store(proxy.context.config.records.file)
     limits = KeyLimits(tokens_per_minute=100_000, budget=PICO, concurrency=2)
     key, _ = store.create_key("x", limits=limits)
     store.close()
-    await wait_until(lambda: proxy.gateway.keyring.count > 1)
-    caller = proxy.gateway.keyring.authenticate(b"Bearer " + key.encode(), 0.0)
+    await wait_until(lambda: proxy.context.keyring.count > 1)
+    caller = proxy.context.keyring.authenticate(b"Bearer " + key.encode(), 0.0)
     upstream.add(json_response(200, completion("a b c", usage=None)))
     messages = [{"role": "user", "content": "x " * words_in}]
     record = await counted(proxy, {"model": SLUG, "messages": messages, "max_tokens": 9}, key)
@@ -203,7 +203,7 @@ async def test_a_count_amends_what_the_key_has_used_in_the_windows_of_the_call(
     assert used == words_in + TOKENS_PER_MESSAGE + TOKENS_PER_REPLY + 3
 
     def cells(later: float) -> list[int]:
-        return proxy.gateway.accounts.counters(caller, record.started + later)
+        return proxy.context.accounts.counters(caller, record.started + later)
 
     await wait_until(lambda: cells(0)[MINUTE_TOKENS] == used)
     assert cells(0)[TOTAL_SPENT] == cells(0)[DAY_SPENT] == used * 10**6

@@ -46,11 +46,11 @@ async def fetch(proxy: Proxy, path: str, key: str | None = None) -> ClientAnswer
 
 
 async def new_key(proxy: Proxy, **options: Any) -> str:
-    store = Store(proxy.gateway.config.records.file)
+    store = Store(proxy.context.config.records.file)
     key, _ = store.create_key("another", **options)
     store.close()
-    count = proxy.gateway.keyring.count
-    await wait_until(lambda: proxy.gateway.keyring.count > count)
+    count = proxy.context.keyring.count
+    await wait_until(lambda: proxy.context.keyring.count > count)
     return key
 
 

@@ -23,7 +23,7 @@ PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
 
 @pytest.fixture
 async def context(proxy: Proxy) -> ServerContext:
-    return proxy.gateway
+    return proxy.context
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def client_with_origins(
 ) -> Callable[..., Awaitable[Client]]:
     async def make(*origins: str) -> Client:
         proxy = await start_proxy(cors_origins=origins)
-        return await aiohttp_client(make_app(proxy.gateway))
+        return await aiohttp_client(make_app(proxy.context))
 
     return make
 
@@ -282,7 +282,7 @@ async def test_bad_heads_and_connections_are_counted(proxy: Proxy) -> None:
 
 async def test_a_server_s_snapshot_has_its_state_at_that_moment(start_proxy: StartProxy) -> None:
     proxy = await start_proxy(change=lambda config: replace(config, log=LogSettings()))
-    context, journal = proxy.gateway, proxy.server._journal
+    context, journal = proxy.context, proxy.server._journal
     (await proxy.connect()).send(chat(proxy.key))
     await proxy.wait_for_records(1)
     await wait_until(lambda: journal.depth == 0)

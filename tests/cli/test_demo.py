@@ -129,7 +129,7 @@ def test_a_stop_sequence_ends_the_answer_before_it(stop: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "choice", "called"),
+    ("prompt", "choice", "called"),
     [
         ("What is the weather in Paris?", None, "get_weather"),
         ("What is the weather in Paris?", "none", None),
@@ -139,8 +139,8 @@ def test_a_stop_sequence_ends_the_answer_before_it(stop: Any) -> None:
     ],
     ids=["asked for", "forbidden", "not asked for", "required", "named"],
 )
-def test_a_tool_is_called_when_it_is(asked: str, choice: Any, called: str | None) -> None:
-    reply = reply_to(asked, tools=[CLOCK, WEATHER], tool_choice=choice)
+def test_a_tool_is_called_when_it_is(prompt: str, choice: Any, called: str | None) -> None:
+    reply = reply_to(prompt, tools=[CLOCK, WEATHER], tool_choice=choice)
     assert (reply.tool_call.name if reply.tool_call else None) == called
     assert reply.finish_reason == ("tool_calls" if called else "stop")
 

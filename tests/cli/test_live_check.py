@@ -1,4 +1,4 @@
-"""`check --live`: what each column says of which answers, and what is never told."""
+"""`check --live`: what each column says of which answers, and what it never prints."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ from tests.support.scripted import (
 )
 
 KEY = "sk-secret-of-the-provider"
-TEXT = "words of the upstream"  # in every refusal here, in most with the key: neither may be told
+TEXT = (
+    "words of the upstream"  # in every refusal here, in most with the key: neither may be printed
+)
 # [DONE] and the end of the framing in one write, so that the connection is free for what is next.
 STREAM = [*sse(*stream_events(4), pace=0.02)[:-3], Send(chunk(DONE) + LAST_CHUNK)]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "ok", "arguments": "{}"}}
@@ -69,7 +71,7 @@ def said(text: str, finish_reason: str = "stop") -> Script:
 
 
 def able(seen: SeenRequest) -> Script:
-    """A model that can do all that is asked."""
+    """Answer as a model that can do everything."""
     if seen.method == "GET":
         return json_response(200, {"data": [{"id": "listed-model"}]})
     body = seen.json()
@@ -97,13 +99,13 @@ def config_of(providers: list[Provider], *models: Model) -> Config:
 
 
 async def reports_of(config: Config, *, limit: float = WAIT, concurrency: int = 8) -> list[Report]:
-    """All reports, none of which tells a key or an upstream's text."""
+    """All reports, none of which has a key or an upstream's text."""
     reports = await check_endpoints(
         config, limit=limit, concurrency=concurrency, on_progress=lambda done, total: None
     )
-    told = "\n".join(" ".join((*report.cells, *report.problems)) for report in reports)
-    assert KEY not in told
-    assert TEXT not in told
+    printed = "\n".join(" ".join((*report.cells, *report.problems)) for report in reports)
+    assert KEY not in printed
+    assert TEXT not in printed
     return reports
 
 
@@ -112,7 +114,7 @@ async def report_of(upstream: ScriptedUpstream, limit: float = WAIT, **settings:
     return report
 
 
-# What is asked
+# Requests
 
 
 async def test_three_requests_are_asked_in_the_form_of_real_ones() -> None:
@@ -159,17 +161,17 @@ async def test_no_more_endpoints_are_asked_at_a_time_than_allowed(concurrency: i
     assert len(upstream.requests) == 15
 
 
-async def test_progress_is_told_after_each_endpoint() -> None:
-    told = []
+async def test_progress_is_reported_after_each_endpoint() -> None:
+    progress = []
     async with ScriptedUpstream(default=able) as upstream:
         providers = [provider(upstream.port, name) for name in ("one", "two", "three")]
         await check_endpoints(
             config_of(providers),
             limit=WAIT,
             concurrency=8,
-            on_progress=lambda *args: told.append(args),
+            on_progress=lambda *args: progress.append(args),
         )
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert progress == [(1, 3), (2, 3), (3, 3)]
 
 
 # What the columns say
@@ -200,9 +202,9 @@ async def test_the_demo_model_can_do_all() -> None:
 @pytest.mark.parametrize(
     ("stream", "usage", "tokens"),
     [
-        pytest.param(sse(*stream_events(4), pace=0.02), "yes", 3, id="usage told"),
+        pytest.param(sse(*stream_events(4), pace=0.02), "yes", 3, id="usage reported"),
         pytest.param(sse(*stream_events(4, usage=None), pace=0.02), "no", 4, id="events counted"),
-        pytest.param(sse(*stream_events(4, usage=(0, 0)), pace=0.02), "no", 4, id="zeros told"),
+        pytest.param(sse(*stream_events(4, usage=(0, 0)), pace=0.02), "no", 4, id="zeros reported"),
     ],
 )
 async def test_speed_is_told_from_the_usage_or_the_events(
@@ -410,15 +412,15 @@ async def wildcard_report(upstream: ScriptedUpstream, pattern: str = "*") -> Rep
 
 
 @pytest.mark.parametrize(
-    ("pattern", "asked"),
+    ("pattern", "tried"),
     [
         pytest.param("*", "first", id="the first"),
         pytest.param("acme/*", "acme/second", id="the first with the prefix"),
         pytest.param("acme/*:free", "acme/third:free", id="the first with prefix and suffix"),
     ],
 )
-async def test_of_a_wildcard_the_first_listed_model_that_fits_is_asked(
-    pattern: str, asked: str
+async def test_of_a_wildcard_the_first_listed_model_that_fits_is_tried(
+    pattern: str, tried: str
 ) -> None:
     ids = ["first", "acme/", "acme/second", "acme/third:free"]
     listing = json_response(200, {"data": [{"id": 5}, "x", *({"id": each} for each in ids)]})
@@ -428,7 +430,7 @@ async def test_of_a_wildcard_the_first_listed_model_that_fits_is_asked(
     listed, *others = upstream.requests
     assert (listed.method, listed.path) == ("GET", "/v1/models")
     assert listed.headers["authorization"] == f"Bearer {KEY}"
-    assert [seen.json()["model"] for seen in others] == [asked] * 3
+    assert [seen.json()["model"] for seen in others] == [tried] * 3
 
 
 @pytest.mark.parametrize(

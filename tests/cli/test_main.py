@@ -229,11 +229,11 @@ def test_a_key_is_shown_once_listed_by_its_hint_and_revoked(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["keys", "create", "--label", "laptop"]) == 0
-    shown = capsys.readouterr()
-    key = shown.out.strip()
+    printed = capsys.readouterr()
+    key = printed.out.strip()
     assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}", key)
-    key_id = shown.err.split()[0]
-    assert "printed only this once" in shown.err
+    key_id = printed.err.split()[0]
+    assert "printed only this once" in printed.err
 
     assert main(["keys", "list"]) == 0
     listing = capsys.readouterr().out
@@ -259,15 +259,15 @@ def test_the_key_alone_is_on_standard_output(
 
 
 @pytest.mark.parametrize(
-    ("expires", "shown"), [("2000-01-01", "expired"), ("30d", "active"), ("12h", "active")]
+    ("expires", "state"), [("2000-01-01", "expired"), ("30d", "active"), ("12h", "active")]
 )
 def test_a_key_may_expire(
-    config: Path, expires: str, shown: str, capsys: pytest.CaptureFixture[str]
+    config: Path, expires: str, state: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["keys", "create", "--label", "guest", "--expires", expires]) == 0
     main(["keys", "list"])
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.endswith(shown)
+    assert line.endswith(state)
     assert "never" not in line
 
 
@@ -556,10 +556,10 @@ def test_the_printed_lines_work_as_they_are(quickstart: Running) -> None:
     assert printed.returncode == 0, printed.stderr
     assert "10" in printed.stdout
 
-    (shown,) = re.findall(r"Usage so far: +(.+)", quickstart.output.read_text())
+    (command,) = re.findall(r"Usage so far: +(.+)", quickstart.output.read_text())
 
     def used() -> str:
-        return run(["bash", "-c", shown]).stdout
+        return run(["bash", "-c", command]).stdout
 
     wait_until(lambda: "hober/demo" in used() and f" {requests} " in used().splitlines()[1])
 
@@ -570,20 +570,20 @@ def test_what_a_killed_one_has_answered_is_in_its_records_after_the_next_start(
     text = quickstart.output.read_text()
     key = re.search(r"hb_test_\w{39}", text)
     assert key is not None and not all_below(quickstart.process.pid), "it is one process"
-    asked = set()
+    ids = set()
     for _ in range(20):
         body = b'{"model": "hober/demo", "messages": [{"role": "user", "content": "Count to 3"}]}'
         headers = {"authorization": f"Bearer {key[0]}", "content-type": "application/json"}
         request = urllib.request.Request(f"{quickstart.url}/v1/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            asked.add(answer.headers["x-request-id"])
+            ids.add(answer.headers["x-request-id"])
     quickstart.process.kill()
     quickstart.process.wait(PATIENCE)
     with serving(folder, "--listen", "127.0.0.1:0") as again:
         wait_until(lambda: "Ctrl-C stops" in again.output.read_text())
         exported = run([*MODULE, "export"]).stdout.splitlines()
     found = [json.loads(line)["id"] for line in exported]
-    assert set(found) == asked and len(found) == len(asked)
+    assert set(found) == ids and len(found) == len(ids)
 
 
 def test_it_has_nobody_to_ask_and_says_what_cannot_be_done(quickstart: Running) -> None:
@@ -641,8 +641,8 @@ def test_usage_piped_into_head_ends_without_a_complaint(records: None) -> None:
 def created(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, str]:
     """A new key and its id."""
     assert main(["keys", "create", "--label", "team", *options]) == 0
-    shown = capsys.readouterr()
-    return shown.out.strip(), shown.err.split()[0]
+    printed = capsys.readouterr()
+    return printed.out.strip(), printed.err.split()[0]
 
 
 LIMITS = ("--rpm", "60", "--tpm", "100000", "--rpd", "1000", "--concurrency", "4")
@@ -654,12 +654,12 @@ def test_a_key_is_made_with_limits_and_shows_them(
 ) -> None:
     _, key_id = created(capsys, *LIMITS, *MONEY)
     assert main(["keys", "show", key_id]) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
         "rpm 60, tpm 100000, rpd 1000, concurrency 4, 5.00 USD a month, "
         "models deepseek/* openai/*\n"
-    ) in shown
-    assert "0.00 USD today" in shown
+    ) in printed
+    assert "0.00 USD today" in printed
 
 
 def test_an_update_changes_and_takes_away(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -703,9 +703,9 @@ def test_a_rotation_prints_the_new_key_and_until_when_the_old_one_works(
 ) -> None:
     old, key_id = created(capsys)
     assert main(["keys", "rotate", key_id, "--grace", "2h"]) == 0
-    shown = capsys.readouterr()
-    assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}\n", shown.out) and shown.out.strip() != old
-    assert "the old key works until" in shown.err
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"hb_live_[0-9A-Za-z]{39}\n", printed.out) and printed.out.strip() != old
+    assert "the old key works until" in printed.err
     main(["keys", "show", key_id])
     assert "old key    works until" in capsys.readouterr().out
     assert main(["keys", "rotate", key_id, "--grace", "a while"]) == 1

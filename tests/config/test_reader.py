@@ -885,7 +885,7 @@ def test_any_type_in_any_place_is_a_config_error_or_fits(data: st.DataObject) ->
 
 
 def known_names(section: str) -> list[str]:
-    """What the reader knows in a table, as told to whoever writes an unknown name there."""
+    """What the reader knows in a table, as the advice for an unknown name lists it."""
     text = {
         "server": server("zzzzzzzz = 1"),
         "keys": "[keys]\nzzzzzzzz = 1\n" + PROVIDER + MODEL,
@@ -952,14 +952,14 @@ def test_the_example_has_every_setting_of_the_proxy_itself(section: str) -> None
     assert set(tables[section]) == set(documented(section))
 
 
-def shown(value: object) -> str:
+def as_documented(value: object) -> str:
     """A default as the documentation shows it."""
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     if isinstance(value, float):
         return f"`{value:g}`"
     if isinstance(value, tuple):
-        return shown(value[0]) if value else "`[]`"
+        return as_documented(value[0]) if value else "`[]`"
     return f'`"{value}"`' if isinstance(value, str | Address) else f"`{value}`"
 
 
@@ -969,4 +969,6 @@ def test_documented_defaults_are_those_of_the_code(section: str) -> None:
     for field in dataclasses.fields(SECTIONS[section]):
         row = rows.get(field.name, "")
         if field.default not in (dataclasses.MISSING, None) and row.startswith("`"):
-            assert row.startswith("`{}`" if field.name == "headers" else shown(field.default))
+            assert row.startswith(
+                "`{}`" if field.name == "headers" else as_documented(field.default)
+            )

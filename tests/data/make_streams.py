@@ -44,24 +44,24 @@ class Maker:
         return "-".join(self.digest(size) for size in (8, 4, 4, 4, 12))
 
     def texts(self, count: int) -> Iterator[str]:
-        """Tokens; one in twelve stands in JSON with an escape."""
+        """Return `count` tokens; one in twelve stands in JSON with an escape."""
         for _ in range(count):
             yield self.random.choice(ESCAPED if self.random.random() < 1 / 12 else PLAIN)
 
     def phrases(self, count: int) -> Iterator[str]:
-        """Several tokens at once, as providers send that collect them."""
+        """Return texts of several tokens, as of providers that collect them."""
         for _ in range(count):
             yield "".join(self.texts(self.random.randrange(2, 12)))
 
     def arguments(self, count: int) -> Iterator[str]:
-        """A tool's arguments, which are JSON, in `count` pieces."""
+        """Return a tool's arguments, which are JSON, in `count` pieces."""
         yield from ('{"', "path", '":"', "notes", "/today", ".md", '","', "text", '":"')
         for text in self.texts(count - 10):
             yield json.dumps(text, ensure_ascii=False)[1:-1]
         yield '"}'
 
     def clock(self, token: float = 0.03) -> int:
-        """`created` of a server that reads its clock for each event."""
+        """Return `created` as of a server that reads its clock for each event."""
         self.now += self.random.uniform(0.5, 1.5) * token
         return int(self.now)
 
@@ -72,13 +72,13 @@ class Maker:
 
 
 def event(document: Document) -> bytes:
-    """An event as most servers write it: JSON without spaces, UTF-8 as it is."""
+    """Return an event as most servers write it: JSON without spaces, UTF-8 as it is."""
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     return b"data: %b\n\n" % text.encode()
 
 
 def go_event(document: Document) -> bytes:
-    """The same by Go's encoder, which escapes what HTML would take for its own."""
+    """Return an event as Go's encoder writes it, which escapes `<`, `>` and `&`."""
     raw = event(document)
     for sign in b"<>&":
         raw = raw.replace(bytes((sign,)), b"\\u%04x" % sign)
@@ -92,7 +92,7 @@ def counts(prompt: int, completion: int, **more: Any) -> Document:
 
 
 def counts_as_vllm(prompt: int, completion: int, **more: Any) -> Document:
-    """The same in the order in which vLLM, SGLang and Mistral write it."""
+    """Return the counts in the order in which vLLM, SGLang and Mistral write them."""
     usage = {"prompt_tokens": prompt, "total_tokens": prompt + completion}
     return usage | {"completion_tokens": completion} | more
 
@@ -103,7 +103,7 @@ def counts_as_vllm(prompt: int, completion: int, **more: Any) -> Document:
 def _openai(
     maker: Maker, deltas: Iterator[Document], finish: str = "stop", *, logprobs: bool = False
 ) -> Iterator[bytes]:
-    """`deltas` within OpenAI's events, with include_usage; padded as it does by default."""
+    """Return `deltas` within OpenAI's events, with usage, and padded as OpenAI does by default."""
     head = {
         "id": f"chatcmpl-{maker.letters(29)}",
         "object": "chat.completion.chunk",
@@ -143,7 +143,7 @@ def _contents(maker: Maker, count: int) -> Iterator[Document]:
 
 
 def _tool_calls(maker: Maker, calls: int, count: int) -> Iterator[Document]:
-    """Calls of tools at once; only the first event of each has its identifier."""
+    """Return the deltas of several tool calls; only the first of each has its identifier."""
     for index in range(calls):
         call: Document = {"index": index, "id": f"call_{maker.letters(24)}", "type": "function"}
         call["function"] = {"name": "write_file", "arguments": ""}

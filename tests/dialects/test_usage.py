@@ -130,9 +130,9 @@ def stream_of(form: Form) -> bytes:
     """Text, and the form where its server has it: with the last choice, or an event of its own."""
     text, stop = event(chunk({"content": "hello"})), chunk({}, "stop")
     if form.place is on_top:
-        last = event(stop) + event(form.place(chunk({}) | {"choices": []}, form.told))
+        last = event(stop) + event(form.place(chunk({}) | {"choices": []}, form.usage))
     else:
-        last = event(form.place(stop, form.told))
+        last = event(form.place(stop, form.usage))
     return text + last + b"data: [DONE]\n\n"
 
 
@@ -142,7 +142,7 @@ def test_every_preset_has_a_form() -> None:
 
 @every_form
 def test_a_form_is_read_in_a_body(form: Form) -> None:
-    body = form.place(completion(usage=None), form.told)
+    body = form.place(completion(usage=None), form.usage)
     parsed = parse_completion(json.dumps(body).encode(), "a/b")
     assert parsed.usage == usage_of(form)
 
@@ -218,7 +218,7 @@ def test_of_choices_that_tell_their_own_all_answers_count_and_one_prompt() -> No
     whole = Usage(7, 14, 4, 3)
     assert read_usage({"choices": [None, {"usage": None}, *choices]}) == whole
     usage = None
-    for choice in [*choices, choices[0]]:  # the last once more: what it told before is replaced
+    for choice in [*choices, choices[0]]:  # the last once more: what it reported before is replaced
         usage = newest_usage(usage, {"choices": [choice]})
     assert usage == whole
     assert newest_usage(usage, {"choices": [], "usage": PLAIN | {"completion_tokens": 20}}) == (
@@ -370,9 +370,9 @@ def test_whatever_is_told_no_part_is_more_than_its_whole(usage: dict[str, Any]) 
 def test_wherever_the_parts_are_counted_the_same_comes_out(
     fresh: int, cached: int, written: int, plain: int, reasoned: int, in_prompt: bool, in_text: bool
 ) -> None:
-    """One answer told in the four ways: parts in their wholes or beside them."""
+    """One answer reported in four ways: parts in their wholes or beside them."""
     aside = cached + written
-    told = {
+    usage = {
         "prompt_tokens": fresh + aside * in_prompt,
         "completion_tokens": plain + reasoned * in_text,
         "total_tokens": fresh + aside + plain + reasoned,
@@ -382,16 +382,20 @@ def test_wherever_the_parts_are_counted_the_same_comes_out(
     expected = Usage(fresh + aside, plain + reasoned, cached, reasoned, written)
     if not in_prompt and aside == reasoned and in_text:
         return  # the rest may be either; it is taken for reasoning, the dearer
-    assert parse_usage(told) == expected
+    assert parse_usage(usage) == expected
 
 
 @given(SMALL, SMALL, st.integers(0, 3 * MAX_UNLISTED), SMALL, SMALL)
 def test_what_a_total_holds_is_counted(
     prompt: int, completion: int, total: int, cached: int, reasoned: int
 ) -> None:
-    told = PLAIN | {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
-    told |= {"cached_tokens": cached, "completion_tokens_details": {"reasoning_tokens": reasoned}}
-    read = parse_usage(told)
+    usage = PLAIN | {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": total,
+    }
+    usage |= {"cached_tokens": cached, "completion_tokens_details": {"reasoning_tokens": reasoned}}
+    read = parse_usage(usage)
     assert read is not None
     if 0 < total - prompt - completion <= MAX_UNLISTED:
         assert read.prompt_tokens + read.completion_tokens == total

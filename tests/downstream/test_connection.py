@@ -280,7 +280,7 @@ async def test_a_pipelined_request_waits_until_the_stream_before_it_has_ended(
     client = await proxy.connect()
     client.send(chat(proxy.key, STREAMED) + chat(proxy.key))
     await upstream.wait_for_requests(1)
-    await wait_until(lambda: proxy.gateway.exchanges != set())
+    await wait_until(lambda: proxy.context.exchanges != set())
     assert len(upstream.requests) == 1
     upstream.release("rest")
     assert (await client.read_answer()).body.endswith(b"data: [DONE]\n\n")
@@ -297,7 +297,7 @@ async def test_requests_that_begin_while_the_client_is_behind_with_reading_are_s
     client.send(chat(proxy.key) * 20)
     # An answer was written over the watermark, and the next request waits.
     await wait_until(lambda: connection_of(proxy).is_paused and connection_of(proxy)._buffer)
-    await asyncio.sleep(4 * proxy.gateway.wheel.tick)  # the stall limit must not count from zero
+    await asyncio.sleep(4 * proxy.context.wheel.tick)  # the stall limit must not count from zero
     for _ in range(20):
         answer = await client.read_answer()
         assert (answer.status, len(answer.body) > 1_000_000) == (200, True)
@@ -695,7 +695,7 @@ async def test_an_ambiguous_head_is_answered_400_and_goes_nowhere(
     assert_refused(await client.read_answer())
     assert await client.read_rest() == b""
     assert upstream.requests == []
-    assert proxy.gateway.bad_heads == 1
+    assert proxy.context.bad_heads == 1
 
 
 @both_handlers
@@ -998,7 +998,7 @@ async def test_who_is_refused_by_the_head_is_not_waited_for(
     client = await proxy.connect()
     client.send(request + part)
     assert_refused(await client.read_answer(), status, code)
-    assert not proxy.gateway.exchanges
+    assert not proxy.context.exchanges
     assert connection_of(proxy)._pieces == []
     assert await client.read_rest() == b""
     (record,) = proxy.records
@@ -1016,14 +1016,14 @@ async def test_a_local_request_that_is_refused_is_not_waited_for(start_proxy: St
         client.send(request)
         answer = await client.read_answer()
         assert (answer.status, answer.headers["connection"]) == (status, "close")
-    assert not proxy.gateway.exchanges
+    assert not proxy.context.exchanges
     assert len(proxy.records) == 2
 
 
 async def test_a_request_that_comes_while_draining_is_not_waited_for(proxy: Proxy) -> None:
     client = await proxy.connect()
     assert await client.is_open()
-    proxy.gateway.is_draining = proxy.gateway.is_stopping = True
+    proxy.context.is_draining = proxy.context.is_stopping = True
     client.send(chat(proxy.key, b"", framing="content-length: 5000"))
     assert_refused(await client.read_answer(), 503, "draining")
 
@@ -1050,7 +1050,7 @@ async def test_a_stranger_with_an_endless_body_is_gone_after_a_bounded_time(
         (401, "close") if request_to == "chat" else (200, None)
     )
     await wait_until(lambda: not proxy.server._connections)  # although the client stays
-    assert not proxy.gateway.exchanges
+    assert not proxy.context.exchanges
 
 
 # More connections than files
@@ -1060,7 +1060,7 @@ async def test_connections_that_wait_longest_make_room_for_new_ones(
     proxy: Proxy, upstream: ScriptedUpstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     upstream.add([sse_head(), Stall()])
-    proxy.gateway.room.limit = 6
+    proxy.context.room.limit = 6
     running = await proxy.connect()
     running.send(chat(proxy.key, STREAMED))
     await upstream.wait_for_requests(1)
@@ -1070,19 +1070,19 @@ async def test_connections_that_wait_longest_make_room_for_new_ones(
         if number == 1:
             clients[1].send(b"GET /v1/mo")  # a part of a head is no request either
         await wait_until(lambda number=number: len(proxy.server._connections) == number + 2)  # type: ignore[misc]
-        await asyncio.sleep(2 * proxy.gateway.wheel.tick)  # by which the waits are told apart
+        await asyncio.sleep(2 * proxy.context.wheel.tick)  # by which the waits are distinguished
     new = await proxy.connect()
     assert await clients[0].read_rest() == b""
     assert await new.is_open()
     newer = await proxy.connect()
     assert await clients[1].read_rest() == b""
     assert all([await client.is_open() for client in (*clients[2:], new, newer)])
-    assert len(proxy.gateway.exchanges) == 1
+    assert len(proxy.context.exchanges) == 1
     assert caplog.text.count("closed 1 waiting connections") == 1  # and no more for a while
 
 
 async def test_a_burst_of_connections_that_say_nothing_leaves_room(proxy: Proxy) -> None:
-    proxy.gateway.room.limit = 20
+    proxy.context.room.limit = 20
     most = 0
     for _ in range(100):
         await proxy.connect()
@@ -1097,7 +1097,7 @@ async def test_where_all_connections_are_busy_a_new_one_is_refused(
     proxy: Proxy, upstream: ScriptedUpstream
 ) -> None:
     upstream.add([Stall()])
-    proxy.gateway.room.limit = 1
+    proxy.context.room.limit = 1
     running = await proxy.connect()
     running.send(chat(proxy.key))
     await upstream.wait_for_requests(1)
@@ -1106,8 +1106,8 @@ async def test_where_all_connections_are_busy_a_new_one_is_refused(
     assert (answer.status, answer.headers["connection"]) == (503, "close")
     assert answer.json()["error"]["code"] == "overloaded"
     assert await late.read_rest() == b""
-    assert proxy.gateway.refused_connections == 1
-    assert len(proxy.gateway.exchanges) == 1
+    assert proxy.context.refused_connections == 1
+    assert len(proxy.context.exchanges) == 1
 
 
 # A client that leaves
@@ -1140,7 +1140,7 @@ async def test_a_client_that_leaves_before_its_request_is_whole_costs_nothing(
     client.send_eof()
     assert await client.read_rest() == b""
     await wait_until(lambda: not proxy.server._connections)
-    assert not proxy.gateway.exchanges
+    assert not proxy.context.exchanges
     assert upstream.requests == []
 
 
@@ -1187,7 +1187,7 @@ async def test_every_chat_request_ends_in_one_record_and_nothing_else_does(
         assert record.is_failure is (status not in (200, 499))
         assert (record.key_id == "") is (status == 401), "whose key it was stands in all others"
     assert len({record.id for record in proxy.records}) == len(requests)
-    assert not proxy.gateway.exchanges
+    assert not proxy.context.exchanges
 
 
 # Sockets
@@ -1205,7 +1205,7 @@ async def test_no_segment_waits_for_another_on_either_leg(
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     downstream = connection_of(proxy)._transport
-    (kept,) = proxy.gateway.upstreams["scripted"].pool._idle
+    (kept,) = proxy.context.upstreams["scripted"].pool._idle
     assert downstream is not None
     assert kept._transport is not None
     assert no_delay(downstream.get_extra_info("socket"))
@@ -1220,13 +1220,13 @@ async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_le
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
     downstream = connection_of(proxy)._transport
-    (kept,) = proxy.gateway.upstreams["scripted"].pool._idle
+    (kept,) = proxy.context.upstreams["scripted"].pool._idle
     assert downstream is not None
     assert kept._transport is not None
     unsent = downstream.get_extra_info("socket")
     unread = kept._transport.get_extra_info("socket")
     assert unsent.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == UNSENT_BYTES
-    # Linux doubles what it is told, and keeps to its own maximum.
+    # Linux doubles the size it is given, and keeps to its own maximum.
     assert unread.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) <= 2 * UNREAD_BYTES
 
 

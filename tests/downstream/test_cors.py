@@ -237,8 +237,8 @@ async def test_apps_and_extensions_may_ask_and_send_any_field_of_a_key(
 ) -> None:
     proxy = await start_proxy(cors_origins=(origin,))
     client = await proxy.connect()
-    asked = "access-control-request-headers: x-api-key,api-key,authorization"
-    client.send(get("/v1/chat/completions", f"origin: {origin}", asked, method="OPTIONS"))
+    requested = "access-control-request-headers: x-api-key,api-key,authorization"
+    client.send(get("/v1/chat/completions", f"origin: {origin}", requested, method="OPTIONS"))
     answer = await client.read_answer()
     assert answer.headers["access-control-allow-headers"] == "x-api-key,api-key,authorization"
     assert answer.headers["access-control-allow-origin"] == origin

@@ -20,7 +20,7 @@ ProxyTo = Callable[..., AbstractAsyncContextManager[Proxy]]
 
 @pytest.fixture
 def proxy_to(tmp_path: Path) -> ProxyTo:
-    """Starts a proxy in front of upstreams, which become the providers a, b, c in that order."""
+    """Start a proxy in front of upstreams, which become the providers a, b, c in that order."""
 
     @asynccontextmanager
     async def start(
@@ -42,7 +42,7 @@ def proxy_to(tmp_path: Path) -> ProxyTo:
 
 @pytest.fixture(autouse=True)
 def nothing_failed_unseen(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """An exception in a callback only reaches the log: no test may pass over one."""
+    """Fail a test in which a callback raised an exception, which only reaches the log."""
     yield
     failed = [each for each in caplog.get_records("call") if each.levelno >= logging.ERROR]
     assert not failed, [each.getMessage() for each in failed]

@@ -1,7 +1,7 @@
-"""The whole proxy in this process, and a client that sees every byte of what it answers.
+"""Runs the whole proxy in this process or as a program, with a client that sees every byte.
 
-The upstream is tests/support/scripted.py's. The client's reading of HTTP is its own, so that a
-fault of the package's framing cannot hide itself.
+The upstream is that of tests/support/scripted.py. The client reads HTTP by code of its own, so that
+a fault in the package's framing is seen.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ QUESTION = [{"role": "user", "content": "hi"}]
 
 
 def chat(*, stream: bool = False, model: str = SLUG, **more: Any) -> dict[str, Any]:
-    """A request's body."""
+    """Return a request's body."""
     return {"model": model, "messages": QUESTION, "stream": stream, **more}
 
 
 def as_client_sees(
     events: Iterable[bytes], *, usage: bool = False, name: str = UPSTREAM_MODEL, slug: str = SLUG
 ) -> bytes:
-    """What the contract makes of an upstream's events, found by parsing each of them."""
+    """Return an upstream's events as the client gets them, found by parsing each of them."""
     return b"".join(
         event.replace(b'"model":"%b"' % name.encode(), b'"model":"%b"' % slug.encode())
         for event in events
@@ -64,13 +64,13 @@ def as_client_sees(
 
 
 def is_usage_event(event: bytes) -> bool:
-    """The event that `include_usage` adds."""
+    """Return the event that `include_usage` adds."""
     payload = event.removeprefix(b"data: ").strip()
     return payload.startswith(b"{") and json.loads(payload).get("choices") == []
 
 
 def error_event_of(body: bytes) -> dict[str, Any]:
-    """The one error event a broken stream ends with; asserts that it is the last and the only."""
+    """Return the error event that ends a broken stream; assert that it is the last and only one."""
     *before, last, rest = b"\n".join(
         line for line in body.split(b"\n") if not line.startswith(b":")
     ).split(b"\n\n")
@@ -126,7 +126,7 @@ class Client:
             await self.writer.drain()
 
     async def read_head(self) -> tuple[int, list[tuple[str, str]]]:
-        """Status and headers of the next response, interim ones skipped."""
+        """Read status and headers of the next response; interim ones are skipped."""
         head = (await self._read_through(b"\r\n\r\n")).decode("latin-1")
         status_line, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
         status = int(status_line.split(" ")[1])
@@ -136,7 +136,7 @@ class Client:
         return status, [(name.lower(), value) for name, value in fields]
 
     async def read_reply(self) -> Reply:
-        """The next response to its end, or as far as it came."""
+        """Read the next response to its end, or as far as it comes."""
         status, fields = await self.read_head()
         headers = dict(fields)
         body = bytearray()
@@ -155,12 +155,12 @@ class Client:
         return Reply(status, fields, bytes(body), is_complete)
 
     async def read_chunk(self) -> bytes:
-        """The next chunk of a body; empty at its end."""
+        """Read the next chunk of a body; b"" at its end."""
         size = int((await self._read_through(b"\r\n")).split(b";")[0], 16)
         return (await self._read_exactly(size + 2))[:-2]
 
     async def read_until(self, mark: bytes) -> bytes:
-        """Chunks of a body until `mark` has come."""
+        """Read chunks of a body until `mark` has come."""
         body = bytearray()
         while mark not in body:
             piece = await self.read_chunk()
@@ -169,7 +169,7 @@ class Client:
         return bytes(body)
 
     async def is_closed_by_peer(self) -> bool:
-        """Wait for the end of the connection; False if bytes come first."""
+        """Wait for the end of the connection; return False if bytes come first."""
         return not self._buffer and await self._more() == b""
 
     def close(self) -> None:
@@ -214,7 +214,7 @@ class Client:
 
 @asynccontextmanager
 async def connected(port: int) -> AsyncIterator[Client]:
-    """A client of the proxy at `port`, cut off at the end."""
+    """Connect a client to the proxy at `port`; it is cut off at the end."""
     async with asyncio.timeout(WAIT):
         client = Client(*await asyncio.open_connection("127.0.0.1", port))
     try:
@@ -224,7 +224,7 @@ async def connected(port: int) -> AsyncIterator[Client]:
 
 
 def request_bytes(body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> bytes:
-    """A whole request; `headers` are lines."""
+    """Return a whole request; `headers` are lines."""
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [
         f"POST {path} HTTP/1.1",
@@ -244,16 +244,16 @@ class Proxy:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        gateway = server._context
-        assert gateway is not None
-        self.gateway = gateway
+        context = server._context
+        assert context is not None
+        self.context = context
         self.port = server.addresses[0].port
         self.url = f"http://127.0.0.1:{self.port}"
         self.records: list[Record] = []
-        gateway.on_closed = self.records.append
+        context.on_closed = self.records.append
 
     async def wait_for_record(self, count: int = 1) -> Record:
-        """Wait until `count` requests have ended; returns the last of their records."""
+        """Wait until `count` requests have ended; return the last of their records."""
         await eventually(lambda: len(self.records) >= count)
         assert len(self.records) == count, "one record for each request"
         return self.records[-1]
@@ -262,17 +262,17 @@ class Proxy:
         return connected(self.port)
 
     async def post(self, body: Any, path: str = CHAT, headers: Iterable[str] = ()) -> Reply:
-        """One request on a connection of its own."""
+        """Send one request on a new connection; return the reply."""
         async with self.connect() as client:
             await client.ask(body, path, headers)
             return await client.read_reply()
 
     def pool_of(self, provider: str) -> Any:
-        return self.gateway.upstreams[provider].pool
+        return self.context.upstreams[provider].pool
 
 
 async def eventually(holds: Callable[[], Any]) -> Any:
-    """Wait until a condition holds; returns its value."""
+    """Wait until a condition holds; return its value."""
     async with asyncio.timeout(WAIT):
         while not (value := holds()):  # noqa: ASYNC110  # what is waited for has no event
             await asyncio.sleep(0.002)
@@ -280,7 +280,7 @@ async def eventually(holds: Callable[[], Any]) -> Any:
 
 
 def provider_for(upstream: ScriptedUpstream | str, name: str = "a", **changes: Any) -> Provider:
-    """A provider's config for an upstream or a URL."""
+    """Return a provider for an upstream or a URL."""
     url = upstream if isinstance(upstream, str) else upstream.base_url
     scheme, host, port, path = parse_base_url(url)
     provider = Provider(name, scheme, host, port, path, api_key=UPSTREAM_KEY, limits=LIMITS)
@@ -292,7 +292,7 @@ def provider_for(upstream: ScriptedUpstream | str, name: str = "a", **changes: A
 def make_config(
     folder: Path, *providers: Provider, models: Iterable[Model] | None = None, **server: Any
 ) -> Config:
-    """SLUG at all providers in order, unless `models` says otherwise; `server` are its settings."""
+    """Return a config with SLUG at all providers, or `models`; `server` has settings."""
     if models is None:
         models = [model_at(SLUG, *(provider.name for provider in providers))]
     settings = ServerSettings(
@@ -317,7 +317,7 @@ def model_at(slug: str, *providers: str) -> Model:
 
 @asynccontextmanager
 async def running(config: Config) -> AsyncIterator[Proxy]:
-    """The proxy, and afterwards the proof that it let go of everything."""
+    """Run the proxy; assert at the end that no request, timer or connection is left."""
     server = Server(config, await listen(config))
     await server.start()
     proxy = Proxy(server)
@@ -328,10 +328,10 @@ async def running(config: Config) -> AsyncIterator[Proxy]:
         server.stop()  # a second time: now
         async with asyncio.timeout(WAIT):
             await server.wait_closed()
-    assert not proxy.gateway.exchanges, "no request may outlive its connection"
-    pools = [upstream.pool for upstream in proxy.gateway.upstreams.values()]
+    assert not proxy.context.exchanges, "no request may outlive its connection"
+    pools = [upstream.pool for upstream in proxy.context.upstreams.values()]
     await eventually(lambda: sum(pool.open for pool in pools) == 0)
-    assert len(proxy.gateway.wheel) <= 1, "only the pools' sweep may still wait"
+    assert len(proxy.context.wheel) <= 1, "only the pools' sweep may still wait"
 
 
 # The program, as an operator starts it
@@ -384,28 +384,28 @@ class Program:
             return await client.read_reply()
 
     async def wait(self) -> int:
-        """Wait for its end; returns the exit code."""
+        """Wait for the program's end; return the exit code."""
         async with asyncio.timeout(WAIT):
             return await self.process.wait()
 
     async def kill(self) -> None:
-        """Kill all of its processes."""
+        """Kill all processes of the program."""
         for pid in (self.process.pid, *all_below(self.process.pid)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         await self.wait()
 
     def workers(self) -> list[int]:
-        """Process ids of all workers, old ones among them."""
+        """Return the process ids of all workers, old ones among them."""
         return children_of(self.process.pid, running=WORKER)
 
     def resident_bytes(self) -> int:
-        """The physical memory of its workers now."""
+        """Return the physical memory of the workers."""
         statms = [Path(f"/proc/{pid}/statm").read_text() for pid in self.workers()]
         return sum(int(statm.split()[1]) for statm in statms) * resource.getpagesize()
 
     def stored(self) -> list[tuple[int, str, int, int]]:
-        """Status, code, completion tokens and events of the records in its store."""
+        """Return status, code, completion tokens and events of the records in the store."""
         with closing(sqlite3.connect(self.records_file)) as database:
             statement = "SELECT status, code, completion_tokens, events FROM records ORDER BY id"
             return database.execute(statement).fetchall()
@@ -420,9 +420,9 @@ async def running_program(
     keys: bool = False,
     endpoint: str = "",
 ) -> AsyncIterator[Program]:
-    """`python -m hoberproxy serve`; `server` and `endpoint` are lines of these tables.
+    """Run `python -m hoberproxy serve`; `server` and `endpoint` are lines of these tables.
 
-    `keys`: clients need one.
+    With `keys` clients need one.
     """
     config = folder / "hoberproxy.toml"
     text = PROGRAM_CONFIG.format(

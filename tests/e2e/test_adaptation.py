@@ -51,11 +51,11 @@ async def test_the_rules_are_seen_on_the_wire_and_nothing_else_has_changed(
         set=(("top_k", b"40"), ("temperature", b"1.0")),
         roles=(("developer", "system"),),
     )
-    told = b'{"role": "developer", "content":"\\u00e9 developer"}'
+    message = b'{"role": "developer", "content":"\\u00e9 developer"}'
     body = (
         b'{ "model":"%b", "max_tokens":5 ,"logit_bias":{"1":2},"temperature":0.10,'
         b'"messages": [%b,{"role":"user","content":"developer"}], "seed" : 1.0e3,"n":null}'
-    ) % (SLUG.encode(), told)
+    ) % (SLUG.encode(), message)
     async with ScriptedUpstream(BODY) as upstream, proxy_to(upstream, models=models) as proxy:
         assert (await proxy.post(body)).status == 200
     assert upstream.requests[0].json() == {
@@ -129,7 +129,7 @@ async def test_an_option_of_ours_that_is_refused_is_left_out_unseen_and_from_the
 async def test_it_is_no_failure_of_the_endpoint(proxy_to: ProxyTo) -> None:
     async with ScriptedUpstream(REFUSED, STREAM) as upstream, proxy_to(upstream) as proxy:
         await proxy.post(chat(stream=True))
-        (health,) = proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+        (health,) = proxy.context.health.snapshot(proxy.context.loop.time())
     assert (health.failures_in_a_row, health.failure_rate, health.is_cooling) == (0, 0.0, False)
 
 
@@ -213,7 +213,7 @@ async def test_what_is_not_about_an_option_of_ours_goes_to_the_client(
         reply = await proxy.post(chat(stream=True, **fields))
     assert reply.status in (400, 413)
     assert len(upstream.requests) == 1
-    assert not proxy.gateway.refused_options
+    assert not proxy.context.refused_options
 
 
 async def learn(proxy: Proxy, upstream: ScriptedUpstream) -> None:

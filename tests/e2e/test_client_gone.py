@@ -86,7 +86,7 @@ async def test_leaving_during_the_upload_calls_no_upstream(proxy_to: ProxyTo, le
     async with ScriptedUpstream() as upstream, proxy_to(upstream) as proxy:
         async with proxy.connect() as client:
             await client.send(request_bytes(chat(stream=True))[:-10])
-            await eventually(lambda: proxy.gateway.exchanges)
+            await eventually(lambda: proxy.context.exchanges)
             await leave_by(client, leave)
             record = await proxy.wait_for_record()
         assert upstream.connections == 0

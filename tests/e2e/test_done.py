@@ -142,7 +142,7 @@ async def test_a_connection_lost_behind_done_is_no_failure(proxy_to: ProxyTo, en
         assert (await proxy.post(chat(stream=True))).is_complete
         upstream.release("go")
         assert await is_over(proxy)
-        assert proxy.gateway.health.is_calm
+        assert proxy.context.health.is_calm
 
 
 @pytest.mark.parametrize("before", [[], [ROLE], [b": a comment\n\n"]], ids=["", "role", "comment"])

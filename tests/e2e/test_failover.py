@@ -1,4 +1,4 @@
-"""An endpoint fails: what is tried next, what the client is told, what is recorded."""
+"""An endpoint fails: what is tried next, what the client gets, what is recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records on a disk that is full: requests go on, the loss is told, and ends when there is room."""
+"""Records on a full disk: requests go on, and the log reports a loss, which ends with new room."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .test_workers import Service, scrape_at, service
 
 # Makes records of 8 kB, so that a segment of the journal is full after 500 requests.
 OTHERS = [f"test/{number:02}{'x' * 249}" for number in range(32)]
-ROOM_BYTES = 48 << 20  # for what a start allocates, and all that is asked here
+ROOM_BYTES = 48 << 20  # for what a start allocates, and all requests of these tests
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def mounted(folder: Path) -> Iterator[Disk]:
         pytest.skip("needs unshare and nsenter, of util-linux")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as keeper:
-        told, errors = keeper.stdout, keeper.stderr
-        assert told is not None and errors is not None
-        if told.readline() != "mounted\n":
+        output, errors = keeper.stdout, keeper.stderr
+        assert output is not None and errors is not None
+        if output.readline() != "mounted\n":
             pytest.skip(f"nothing can be mounted without being root: {errors.read().strip()}")
         enter = ("nsenter", "--target", str(keeper.pid), "--user", "--mount")
         yield Disk((*enter, "--preserve-credentials"), Path(f"/proc/{keeper.pid}/root{folder}"))
@@ -75,21 +75,21 @@ def mounted(folder: Path) -> Iterator[Disk]:
 
 @dataclass
 class Proxy:
-    """One that has its records on `disk`, and the ids of all that a client asked of it."""
+    """A proxy with its records on `disk`, and the ids of all requests that it has answered."""
 
     running: Service
     client: Client
     disk: Disk
     folder: Path
     metrics_port: int
-    asked: list[str] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
 
     async def ask(self, count: int) -> None:
         for _ in range(count):
             await self.client.ask(chat(models=OTHERS))
             reply = await self.client.read_reply()
             assert reply.status == 200
-            self.asked.append(reply.headers["x-request-id"])
+            self.ids.append(reply.headers["x-request-id"])
 
     async def fill_journal(self) -> None:
         """Ask until a record has found no room."""
@@ -103,7 +103,7 @@ class Proxy:
         return self.disk.recorded(self.folder)
 
     def segments(self) -> int:
-        """Those of the journals: a spare one in each process, and one in use where asked."""
+        """Return the number of journal segments: a spare one in each process, and those in use."""
         return len(list((self.disk.root / "records.db-requests").glob(f"*{SEGMENT}")))
 
 
@@ -134,7 +134,7 @@ def start_proxy(tmp_path: Path, disk: Disk, unused_tcp_port: int) -> StartProxy:
             proxy = Proxy(running, client, disk, tmp_path, unused_tcp_port)
             await proxy.ask(1)
             if not is_full:
-                await eventually(lambda: proxy.recorded() >= Counter(proxy.asked))
+                await eventually(lambda: proxy.recorded() >= Counter(proxy.ids))
                 # Room that is being allocated when the disk gets full would be given back.
                 await eventually(lambda: proxy.segments() == workers + 1)
             yield proxy
@@ -150,18 +150,18 @@ async def test_on_a_full_disk_requests_go_on_and_records_follow_when_there_is_ro
         await proxy.fill_journal()
         await proxy.ask(10)
         assert await proxy.count("records_lost_total") == 0
-        assert await proxy.count("records_queued") > len(proxy.asked) - 10
-        for told in ("no journal: a crash now would lose requests", "records wait in the journals"):
-            await proxy.running.logged(told)
-            assert proxy.running.log().count(told) == 1
+        assert await proxy.count("records_queued") > len(proxy.ids) - 10
+        for line in ("no journal: a crash now would lose requests", "records wait in the journals"):
+            await proxy.running.logged(line)
+            assert proxy.running.log().count(line) == 1
         disk.free()
         await proxy.running.logged("the journal has room again")
         await proxy.running.logged("records are written again")
         await proxy.ask(1)
-        await eventually(lambda: proxy.recorded() == Counter(proxy.asked))
+        await eventually(lambda: proxy.recorded() == Counter(proxy.ids))
         proxy.running.send(signal.SIGTERM)
         assert await proxy.running.wait() == 0
-    assert proxy.recorded() == Counter(proxy.asked)
+    assert proxy.recorded() == Counter(proxy.ids)
     assert not list((disk.root / "records.db-requests").iterdir())
 
 
@@ -184,7 +184,7 @@ async def test_records_for_which_an_ending_worker_has_no_disk_are_lost_counted_a
     recorded = proxy.recorded()
     assert set(recorded.values()) == {1}
     # Of one of those that are lost the beginning had found room.
-    assert lost > 0 and len(proxy.asked) + 1 - len(recorded) in (lost, lost - 1)
+    assert lost > 0 and len(proxy.ids) + 1 - len(recorded) in (lost, lost - 1)
 
 
 async def test_a_start_on_a_full_disk_serves_and_journals_are_stored_later(
@@ -199,4 +199,4 @@ async def test_a_start_on_a_full_disk_serves_and_journals_are_stored_later(
     async with start_proxy(2, is_full=True) as again:
         await again.ask(10)
         disk.free()
-        await eventually(lambda: again.recorded() == Counter(proxy.asked + again.asked))
+        await eventually(lambda: again.recorded() == Counter(proxy.ids + again.ids))

@@ -1,4 +1,4 @@
-"""Who failed of late is asked last, and never not at all; what is no failure does not count."""
+"""An endpoint that has failed is tried last, but still tried; what is no failure does not count."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def providers_of(proxy: Proxy, count: int) -> str:
 
 
 def health_of(proxy: Proxy, provider: str = "a") -> EndpointHealth:
-    states = proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+    states = proxy.context.health.snapshot(proxy.context.loop.time())
     return next(state for state in states if state.provider == provider)
 
 
@@ -200,13 +200,13 @@ async def test_a_failed_trial_is_unseen_and_cools_for_longer(proxy_to: ProxyTo) 
         ScriptedUpstream(default=GOOD) as second,
         proxy_to(first, second) as proxy,
     ):
-        proxy.gateway.draw = lambda: 0.5  # no jitter
+        proxy.context.draw = lambda: 0.5  # no jitter
         assert await providers_of(proxy, 3) == "bbb"
         await until_cooled(proxy)
         assert await providers_of(proxy, 2) == "bb"
         assert len(first.requests) == 4
-        ends = proxy.gateway.health.cooldown_ends(A)
-        assert ends is not None and ends - proxy.gateway.loop.time() > 0.15
+        ends = proxy.context.health.cooldown_ends(A)
+        assert ends is not None and ends - proxy.context.loop.time() > 0.15
 
 
 @pytest.mark.usefixtures("short_cooldown")
@@ -273,9 +273,9 @@ async def test_many_failures_at_once_are_one_outage(proxy_to: ProxyTo) -> None:
         ScriptedUpstream(default=GOOD) as second,
         proxy_to(first, second) as proxy,
     ):
-        asked = [asyncio.ensure_future(proxy.post(chat())) for _ in range(20)]
+        requests = [asyncio.ensure_future(proxy.post(chat())) for _ in range(20)]
         await first.wait_for_requests(20)
         first.release("fail")
-        replies = await asyncio.gather(*asked)
+        replies = await asyncio.gather(*requests)
         assert health_of(proxy).cooldown <= health.FIRST_COOLDOWN * (1 + health.JITTER)
     assert {reply.status for reply in replies} == {200}

@@ -1,7 +1,7 @@
 """Every way an upstream can fail, for streams and bodies, with and without another way, as a table.
 
 A row says what the client sees, what is recorded and how many calls were made. The same failure is
-shown to the official client, which must raise.
+given to the official client, which must raise.
 """
 
 from __future__ import annotations
@@ -89,19 +89,19 @@ class Row:
 
     @property
     def is_final(self) -> bool:
-        """The client is told not to try again although we tried once only."""
+        """Whether `x-should-retry: false` is sent although only one endpoint was tried."""
         return 400 <= self.status < 500 and self.status != 429
 
 
-def status(number: int, *headers: tuple[str, str], body: Any = None, **told: Any) -> Row:
+def status(number: int, *headers: tuple[str, str], body: Any = None, **expected: Any) -> Row:
     if body is None:
         body = {"error": {"message": THEIRS, "code": number}}
-    return Row(json_response(number, body, *headers), theirs=number, **told)
+    return Row(json_response(number, body, *headers), theirs=number, **expected)
 
 
 def limited(*headers: tuple[str, str], wait: tuple[int, int] | None = None) -> Row:
-    told: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded"}
-    return status(429, *headers, retry_after_ms=wait, **told)
+    expected: dict[str, Any] = {"status": 429, "code": "rate_limit_exceeded"}
+    return status(429, *headers, retry_after_ms=wait, **expected)
 
 
 def page(number: int) -> Script:
@@ -313,7 +313,7 @@ async def test_with_nothing_else_to_try_the_client_is_told_and_the_sdk_raises(
         reply = await proxy.post(chat(stream=stream))
         record = await proxy.wait_for_record()
         assert len(seen) == (row.script is not None)
-        proxy.gateway.health = Health()  # what it has learnt is test_health.py's
+        proxy.context.health = Health()  # what it has learnt is test_health.py's
         with pytest.raises(openai.APIError) as caught:
             await ask_by_sdk(proxy, stream=stream)
         await proxy.wait_for_record(2)
@@ -323,7 +323,7 @@ async def test_with_nothing_else_to_try_the_client_is_told_and_the_sdk_raises(
     if isinstance(caught.value, openai.APIStatusError):
         assert caught.value.status_code == row.status
     else:
-        assert row.status == 200, "only a stream that has begun is told without a status"
+        assert row.status == 200, "only a stream that has begun is reported without a status"
 
 
 @EACH

@@ -92,12 +92,12 @@ async def test_answers_without_a_maximum_overrun_a_budget_by_one_of_them_at_most
     ):
         for _ in range(12):  # the usual answer is short from here on
             assert (await ask(program, key, max_tokens=1)).status == 200
-        asked = [asyncio.create_task(ask(program, key)) for _ in range(24)]
+        requests = [asyncio.create_task(ask(program, key)) for _ in range(24)]
         await eventually(
-            lambda: sum(task.done() for task in asked) + len(upstream.requests) == 12 + 24
+            lambda: sum(task.done() for task in requests) + len(upstream.requests) == 12 + 24
         )
         upstream.release("go")
-        replies = await asyncio.gather(*asked)
+        replies = await asyncio.gather(*requests)
         assert sorted(reply.status for reply in replies) == [200, *[402] * 23]
         assert (await ask(program, key)).status == 402
         await eventually(lambda: spent(tmp_path) == (12 + LONG) * TOKEN)

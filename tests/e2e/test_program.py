@@ -167,5 +167,5 @@ async def test_killed_processes_leave_a_readable_store(tmp_path: Path) -> None:
             assert (await again.post(chat(stream=True))).is_complete
             again.process.send_signal(signal.SIGTERM)
             assert await again.wait() == 0
-        # The stream that was cut is told of by the journal, as lost.
+        # The stream that was cut is in the journal, and recorded as lost.
         assert sorted(status for status, *_ in again.stored()) == [0, 200, 200]

@@ -337,12 +337,12 @@ async def test_after_a_reload_to_another_file_the_old_writer_stays_for_the_old_w
             config.write_text(config.read_text().replace("records.db", "others.db"))
             running.send(signal.SIGHUP)
             await running.logged("config reloaded")
-            asked = 0
+            requests = 0
             async with asyncio.timeout(WAIT):
                 # An old worker may still accept a connection that came with the reload.
                 while not stored_in(tmp_path / "others.db"):
                     assert (await running.post(chat())).status == 200
-                    asked += 1
+                    requests += 1
                     await asyncio.sleep(0.5)  # in which a record gets into the store
             assert old in writers(running)
             upstream.release("go")
@@ -351,7 +351,7 @@ async def test_after_a_reload_to_another_file_the_old_writer_stays_for_the_old_w
         assert len(writers(running)) == 1
         by_old = stored_in(tmp_path / "records.db")
         assert by_old >= 1, "the stream's"
-        await eventually(lambda: stored_in(tmp_path / "others.db") == asked + 1 - by_old)
+        await eventually(lambda: stored_in(tmp_path / "others.db") == requests + 1 - by_old)
 
 
 def stored_in(file: Path) -> int:

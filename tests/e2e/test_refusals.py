@@ -110,7 +110,7 @@ async def test_a_429_within_a_200_cools_falls_over_and_is_told(
         served = await proxy.post(chat(stream=stream))
         await proxy.wait_for_record()
         cooled = [
-            each.is_cooling for each in proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+            each.is_cooling for each in proxy.context.health.snapshot(proxy.context.loop.time())
         ]
         refused = await proxy.post(chat(stream=stream))
         record = await proxy.wait_for_record(2)
@@ -392,7 +392,7 @@ async def test_a_client_can_not_have_an_endpoint_cooled_by_words_that_are_quoted
             for _ in range(4):
                 reply = await proxy.post(chat(user=quoted))
                 assert reply.status in (502, 503)
-            (health,) = proxy.gateway.health.snapshot(proxy.gateway.loop.time())
+            (health,) = proxy.context.health.snapshot(proxy.context.loop.time())
             assert health.is_cooling is is_cooling
 
 

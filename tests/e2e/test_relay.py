@@ -196,9 +196,9 @@ async def test_a_usage_of_null_is_for_who_asked_for_usage(proxy_to: ProxyTo) -> 
     stream = [*null, *EVENTS[-2:]]
     async with ScriptedUpstream(default=sse(*stream)) as upstream, proxy_to(upstream) as proxy:
         plain = await proxy.post(chat(stream=True))
-        asked = await proxy.post(chat(stream=True, stream_options={"include_usage": True}))
+        reply = await proxy.post(chat(stream=True, stream_options={"include_usage": True}))
     assert plain.body == as_client_sees(EVENTS)
-    assert asked.body == as_client_sees(stream, usage=True)
+    assert reply.body == as_client_sees(stream, usage=True)
 
 
 async def test_events_pass_as_they_come(proxy_to: ProxyTo) -> None:
@@ -327,7 +327,7 @@ async def test_a_completion_in_answer_to_a_stream_becomes_a_stream(proxy_to: Pro
         proxy_to(upstream) as proxy,
     ):
         reply = await proxy.post(chat(stream=True))
-        asked = await proxy.post(chat(stream=True, **WITH_USAGE))
+        with_usage = await proxy.post(chat(stream=True, **WITH_USAGE))
         record = await proxy.wait_for_record(2)
     assert reply.headers["content-type"].startswith("text/event-stream")
     first, done, rest = reply.body.split(b"\n\n")
@@ -338,7 +338,7 @@ async def test_a_completion_in_answer_to_a_stream_becomes_a_stream(proxy_to: Pro
     assert document["choices"][0]["delta"]["content"] == "hello"
     assert document["choices"][0]["finish_reason"] == "stop"
     assert "usage" not in document
-    assert json.loads(asked.body.split(b"\n\n")[1][6:])["usage"] == WHOLE["usage"]
+    assert json.loads(with_usage.body.split(b"\n\n")[1][6:])["usage"] == WHOLE["usage"]
     assert (record.prompt_tokens, record.streamed) == (7, True)
 
 
@@ -643,21 +643,21 @@ async def test_a_request_pipelined_behind_an_unread_answer_is_not_cut(proxy_to: 
     ):
         client.writer.transport.pause_reading()
         (connection,) = proxy.server._connections
-        asked = 0
+        requests = 0
         while not connection.is_paused:  # the sockets' buffers take some megabytes
             await client.ask(chat())
-            asked += 1
-            await proxy.wait_for_record(asked)
+            requests += 1
+            await proxy.wait_for_record(requests)
             await asyncio.sleep(0)
         await client.ask(chat())
         await asyncio.sleep(0.15)  # some turns of the wheel, far fewer than the limit
         client.writer.transport.resume_reading()
-        for _ in range(asked + 1):
+        for _ in range(requests + 1):
             reply = await client.read_reply()
             assert len(reply.body) == len(body) - len(UPSTREAM_MODEL) + len(SLUG)
 
 
-async def test_a_broken_large_event_is_told_after_a_blank_line(proxy_to: ProxyTo) -> None:
+async def test_a_broken_large_event_is_reported_after_a_blank_line(proxy_to: ProxyTo) -> None:
     steps = [*sse(*EVENTS[:3])[:-1], Send(chunk(b'data: {"x":"' + b"y" * 40_000)), Close()]
     async with ScriptedUpstream(steps) as upstream, proxy_to(upstream, limits=SOON) as proxy:
         reply = await proxy.post(chat(stream=True))

@@ -59,16 +59,16 @@ LARGE = json_response(200, json.dumps(completion("x" * 900_000)).encode())
 
 
 async def ask_without_reading(proxy: Proxy, client: Client) -> int:
-    """Ask one by one until the proxy has more to write than goes out; returns how often."""
+    """Ask one by one until the proxy has more to write than goes out; return how often."""
     client.writer.transport.pause_reading()
     (connection,) = proxy.server._connections
-    asked = 0
+    requests = 0
     while not connection.is_paused:
         await client.ask(chat())
-        asked += 1
-        await proxy.wait_for_record(asked)
+        requests += 1
+        await proxy.wait_for_record(requests)
         await asyncio.sleep(0)
-    return asked
+    return requests
 
 
 # A client that does not read
@@ -119,14 +119,14 @@ async def test_a_request_behind_unread_answers_is_sent_when_they_are_read(
         proxy_to(upstream, limits=limits) as proxy,
         proxy.connect() as client,
     ):
-        asked = await ask_without_reading(proxy, client)
+        requests = await ask_without_reading(proxy, client)
         upstream.add(sse(*EVENTS))
         await client.ask(chat(stream=True))
         await asyncio.sleep(
             2 * limits.first_content
-        )  # beyond the upstream's limit, which has not been asked yet
+        )  # beyond the upstream's limit, which has had no request yet
         client.writer.transport.resume_reading()
-        for _ in range(asked):
+        for _ in range(requests):
             await client.read_reply()
         assert (await client.read_reply()).body == as_client_sees(EVENTS)
 
@@ -292,7 +292,7 @@ async def test_a_body_in_tiny_chunks_costs_about_its_size(proxy_to: ProxyTo) -> 
         assert len(connection._pieces) < 100
 
 
-@pytest.mark.parametrize("models", [[], [OTHER_SLUG]], ids=["told", "fallen over"])
+@pytest.mark.parametrize("models", [[], [OTHER_SLUG]], ids=["reported", "failed over"])
 async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
     proxy_to: ProxyTo, models: list[str]
 ) -> None:
@@ -304,7 +304,7 @@ async def test_an_upstreams_code_is_shown_to_the_client_and_not_recorded(
     ):
         reply = await proxy.post(chat(models=models))
         record = await proxy.wait_for_record()
-        metrics = proxy.gateway.metrics
+        metrics = proxy.context.metrics
     assert THEIRS not in repr(record)
     assert THEIRS not in repr(vars(metrics) if hasattr(metrics, "__dict__") else metrics)
     assert record.failures[0].code == "invalid_value"

@@ -1,4 +1,4 @@
-"""The routing fields of a request as a client sees them: who is asked, in which order, why nobody.
+"""The routing fields of a request as a client sees them: which endpoints are tried, in which order.
 
 Every upstream fails where the order is looked at: the error of the last then names all before it.
 """
@@ -68,12 +68,12 @@ class Market:
         return await self.proxy.post(chat(**fields), path)
 
     async def order(self, **fields: Any) -> str:
-        """Who was asked, as letters, by a request that all of them failed."""
+        """Return which providers were tried, as letters, by a request that all of them failed."""
         reply = await self.ask(**fields)
         assert reply.status == 502, reply.body
-        told = reply.error["metadata"]
-        names = [each["provider"] for each in told.get("previous_errors", ())]
-        return "".join([*names, told["provider"]])
+        metadata = reply.error["metadata"]
+        names = [each["provider"] for each in metadata.get("previous_errors", ())]
+        return "".join([*names, metadata["provider"]])
 
     @property
     def calls(self) -> list[int]:
@@ -82,7 +82,7 @@ class Market:
 
 @pytest.fixture
 def market(proxy_to: ProxyTo) -> Any:
-    """Starts the upstreams, all answering alike unless told otherwise, and a proxy for them."""
+    """Starts upstreams, which answer alike unless a test says otherwise, and a proxy for them."""
 
     @asynccontextmanager
     async def start(
@@ -99,7 +99,7 @@ def market(proxy_to: ProxyTo) -> Any:
     return start
 
 
-# Who is asked, in which order
+# Which endpoints are tried, in which order
 
 ORDERS: dict[str, tuple[dict[str, Any], str]] = {
     "without a preference by the config": ({}, "abc"),
@@ -242,7 +242,7 @@ async def test_weights_share_the_requests_and_zero_is_for_falling_over_only(
     weights = {"a": 1.0, "b": 3.0, "c": 0.0}
     endpoints = tuple(replace(each, weight=weights[each.provider]) for each in MODELS[0].endpoints)
     async with market(models=[Model(SLUG, endpoints)]) as there:
-        there.proxy.gateway.draw = iter([*draws, *[0.5] * 9]).__next__
+        there.proxy.context.draw = iter([*draws, *[0.5] * 9]).__next__
         assert await there.order() == order
 
 
@@ -257,15 +257,15 @@ async def test_a_preference_stands_over_weights(market: Any) -> None:
 
 async def test_no_more_attempts_are_made_than_the_config_allows(market: Any) -> None:
     async with market() as there:
-        config = there.proxy.gateway.config
-        there.proxy.gateway.config = replace(config, routing=RoutingSettings(max_attempts=2))
+        config = there.proxy.context.config
+        there.proxy.context.config = replace(config, routing=RoutingSettings(max_attempts=2))
         assert await there.order(models=[OTHER_SLUG]) == "ab"
 
 
 async def test_no_attempt_begins_after_the_time_for_all_of_them(market: Any) -> None:
     async with market(slow_then(FAILING, 0.15)) as there:
-        config = there.proxy.gateway.config
-        there.proxy.gateway.config = replace(config, routing=RoutingSettings(attempts_timeout=0.1))
+        config = there.proxy.context.config
+        there.proxy.context.config = replace(config, routing=RoutingSettings(attempts_timeout=0.1))
         assert await there.order() == "a"
 
 
@@ -337,7 +337,7 @@ async def test_a_wrong_preference_is_refused_before_anybody_is_asked(market: Any
     assert (reply.status, reply.error["param"]) == (400, "provider.sort")
 
 
-# What is told of those that failed
+# What the client gets of those that failed
 
 KINDS: list[Script] = [
     FAILING,
@@ -353,9 +353,9 @@ async def test_previous_errors_hold_numbers_and_our_words_only(market: Any, path
         reply = await there.ask(path, stream=True, models=[OTHER_SLUG])
         record = await there.proxy.wait_for_record()
     assert THEIRS.encode() not in reply.body
-    told = reply.error["metadata"]["previous_errors"]
-    assert all(type(each.pop("milliseconds")) is int for each in told)
-    assert told == [
+    previous = reply.error["metadata"]["previous_errors"]
+    assert all(type(each.pop("milliseconds")) is int for each in previous)
+    assert previous == [
         {"provider": "a", "status": 500, "code": "upstream_error", "phase": "head"},
         {"provider": "b", "status": 429, "code": "rate_limit_exceeded", "phase": "head"},
         {"provider": "c", "status": 200, "code": "upstream_error", "phase": "opening"},

@@ -251,18 +251,18 @@ async def test_a_name_is_looked_up(proxy_to: ProxyTo) -> None:
 
 
 class NameService:
-    """The loop, but for its answers about names."""
+    """A loop whose look-ups of names give `answer`, or never end."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, answer: Any) -> None:
         self._loop = loop
         self._answer = answer
-        self.asked = 0
+        self.lookups = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loop, name)
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
-        self.asked += 1
+        self.lookups += 1
         if self._answer is None:
             await asyncio.sleep(3600)
         raise self._answer
@@ -287,7 +287,7 @@ async def test_a_name_that_is_not_found_is_a_failure_to_connect(
         replies = await asyncio.gather(*[proxy.post(chat()) for _ in range(3)])
         await proxy.wait_for_record(3)
         if answer is None:
-            assert names.asked == 1, "one look-up at a time"
+            assert names.lookups == 1, "one look-up at a time"
     assert [reply.status for reply in replies] == [status] * 3
     assert {record.phase for record in proxy.records} == {"connect"}
     assert b"model-server" not in replies[0].body

@@ -1,4 +1,4 @@
-"""How servers tell usage, from their bytes to the record, its cost, the metrics and the log."""
+"""How servers report usage, from their bytes to the record, its cost, the metrics and the log."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ ZEROS = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
 USAGE = {"prompt_tokens": 70, "completion_tokens": 5, "total_tokens": 75}
 
 
-def stream_with(*before: Document, told: Document | None = None, place: Any = on_top) -> Script:
-    """A stream that tells usage `before` its first text and behind its last."""
+def stream_with(*before: Document, usage: Document | None = None, place: Any = on_top) -> Script:
+    """Make a stream that reports usage `before` its first text and behind its last."""
     role, *texts, stop, done = stream_events(3, usage=None)
     finish = json.loads(stop.removeprefix(b"data: "))
     early = [event(finish | {"choices": [], "usage": usage}) for usage in before]
-    if told is None:
+    if usage is None:
         late = [stop]
     elif place is on_top:
-        late = [stop, event(on_top(finish | {"choices": []}, told))]
+        late = [stop, event(on_top(finish | {"choices": []}, usage))]
     else:
-        late = [event(place(finish, told))]
+        late = [event(place(finish, usage))]
     return sse(role, *early, *texts, *late, done)
 
 
-def body_with(told: Document | None, place: Any = on_top) -> Script:
+def body_with(usage: Document | None, place: Any = on_top) -> Script:
     body = completion(usage=None)
-    return json_response(200, body if told is None else place(body, told))
+    return json_response(200, body if usage is None else place(body, usage))
 
 
 def counts_of(record: Record) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ def usage_missing(proxy: Proxy) -> list[Any]:
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 async def test_every_form_of_usage_is_recorded_and_priced(proxy_to: ProxyTo, form: Form) -> None:
-    scripts = stream_with(told=form.told, place=form.place), body_with(form.told, form.place)
+    scripts = stream_with(usage=form.usage, place=form.place), body_with(form.usage, form.place)
     async with ScriptedUpstream(*scripts) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
         for stream in (True, False):
             reply = await proxy.post(chat(stream=stream))
@@ -79,7 +79,7 @@ async def test_every_form_of_usage_is_recorded_and_priced(proxy_to: ProxyTo, for
 
 
 @pytest.mark.parametrize(
-    ("before", "told"),
+    ("before", "usage"),
     [
         pytest.param([ZEROS], USAGE, id="zeros first"),
         pytest.param([USAGE | {"completion_tokens": 0}], USAGE, id="the prompt first"),
@@ -87,9 +87,9 @@ async def test_every_form_of_usage_is_recorded_and_priced(proxy_to: ProxyTo, for
     ],
 )
 async def test_zeros_beside_numbers_change_nothing(
-    proxy_to: ProxyTo, before: list[Document], told: Document
+    proxy_to: ProxyTo, before: list[Document], usage: Document
 ) -> None:
-    script = stream_with(*before, told=told)
+    script = stream_with(*before, usage=usage)
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
         await proxy.post(chat(stream=True))
         record = await proxy.wait_for_record()
@@ -98,7 +98,7 @@ async def test_zeros_beside_numbers_change_nothing(
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "body"])
 @pytest.mark.parametrize(
-    "told",
+    "usage",
     [
         pytest.param(None, id="none"),
         pytest.param(ZEROS, id="zeros"),
@@ -108,9 +108,9 @@ async def test_zeros_beside_numbers_change_nothing(
     ],
 )
 async def test_usage_that_cannot_be_is_estimated_counted_and_said_once(
-    proxy_to: ProxyTo, caplog: pytest.LogCaptureFixture, told: Document | None, stream: bool
+    proxy_to: ProxyTo, caplog: pytest.LogCaptureFixture, usage: Document | None, stream: bool
 ) -> None:
-    script = stream_with(told=told) if stream else body_with(told)
+    script = stream_with(usage=usage) if stream else body_with(usage)
     async with (
         ScriptedUpstream(script, script) as upstream,
         proxy_to(upstream, models=[PRICED]) as proxy,
@@ -161,16 +161,16 @@ async def test_zeros_of_an_answer_without_text_are_its_usage(proxy_to: ProxyTo) 
 
 
 @pytest.mark.parametrize(
-    ("told", "counts"),
+    ("usage", "counts"),
     [
-        pytest.param(USAGE | {"cached_tokens": 60}, (70, 5, 60), id="told"),
+        pytest.param(USAGE | {"cached_tokens": 60}, (70, 5, 60), id="reported"),
         pytest.param(ZEROS, None, id="zeros"),
     ],
 )
 async def test_a_body_too_long_to_be_collected_is_no_different(
-    proxy_to: ProxyTo, told: Document, counts: tuple[int, ...] | None
+    proxy_to: ProxyTo, usage: Document, counts: tuple[int, ...] | None
 ) -> None:
-    body = completion("x" * 1_200_000, usage=None) | {"usage": told}
+    body = completion("x" * 1_200_000, usage=None) | {"usage": usage}
     script = json_response(200, body)
     async with ScriptedUpstream(script) as upstream, proxy_to(upstream, models=[PRICED]) as proxy:
         await proxy.post(chat())

@@ -95,7 +95,7 @@ async def service(
     installed: Path | None = None,
     within: Sequence[str] = (),
 ) -> AsyncIterator[Service]:
-    """It must have ended by itself, or it is told to.
+    """Start the service, and end it unless it has ended.
 
     `within`: a command that runs commands.
     """
@@ -277,7 +277,7 @@ async def test_a_running_stream_goes_on_and_new_requests_meet_the_new_config(
         running.send(number)
         await running.logged("config reloaded")
         assert set(before).isdisjoint(set(running.workers()) - set(before))
-        # A worker that is told to leave has its part of the queue of new connections for a moment.
+        # A worker that is leaving has its part of the queue of new connections for a moment.
         for _ in range(100):
             if (await running.post(chat(model=OTHER_SLUG))).status == 200:
                 break
@@ -479,7 +479,7 @@ async def test_other_paths_of_the_metrics_listener_are_404(tmp_path: Path) -> No
 
 
 class Load:
-    """Requests on kept connections, until told to end; everything but a whole answer is noted."""
+    """Requests on kept connections, until stopped; everything but a whole answer is noted."""
 
     def __init__(self, port: int) -> None:
         self.port = port

@@ -29,13 +29,13 @@ BODY_BYTES = 5 * 1024 * 1024
 
 
 def caller_of(proxy: Proxy, key: str) -> Caller:
-    return proxy.gateway.keyring.authenticate(b"Bearer " + key.encode(), time.time())
+    return proxy.context.keyring.authenticate(b"Bearer " + key.encode(), time.time())
 
 
 def counted(proxy: Proxy, key: str) -> tuple[list[int], int]:
     """The counters that a request changes, and calls under way."""
     caller = caller_of(proxy, key)
-    cells = proxy.gateway.accounts.counters(caller, time.time())
+    cells = proxy.context.accounts.counters(caller, time.time())
     shared = proxy.server._shared_limits
     running = shared._count_running(shared._slots[caller.key_id], KeyLimits(concurrency=10**6))
     places = (MINUTE_REQUESTS, DAY_REQUESTS, MINUTE_TOKENS, MINUTE_HELD, TOTAL_SPENT)
@@ -137,7 +137,7 @@ async def test_however_a_body_ends_its_place_is_given_back(
     key = await new_key(proxy, limits=EVERY_LIMIT)
     client = await proxy.connect()
     client.send(request_of(key))
-    await wait_until(lambda: proxy.gateway.exchanges)
+    await wait_until(lambda: proxy.context.exchanges)
     if not is_timed:
         assert counted(proxy, key) == ONE_HEAD
     await end(client)
@@ -173,7 +173,7 @@ async def test_a_key_with_one_place_is_refused_a_second_body(
 ) -> None:
     key = await new_key(proxy, limits=KeyLimits(10, concurrency=1))
     first = await begin(proxy, key)
-    await wait_until(lambda: proxy.gateway.exchanges)
+    await wait_until(lambda: proxy.context.exchanges)
     second = await proxy.connect()
     second.send(chat(key, QUESTION, *expect)[: -len(LENGTH)])  # not a byte of its body comes
     answer = await second.read_answer()
@@ -215,7 +215,7 @@ async def test_a_used_up_limit_rejects_before_the_body_comes(
 async def test_a_client_that_goes_on_sending_still_reads_the_error(proxy: Proxy) -> None:
     key = await new_key(proxy, limits=ONE_PLACE)
     first = await begin(proxy, key)
-    await wait_until(lambda: proxy.gateway.exchanges)
+    await wait_until(lambda: proxy.context.exchanges)
     second = await proxy.connect()
     await second.drain(chat(key, b"x" * BODY_BYTES))
     assert (await second.read_answer()).status == 429
@@ -233,7 +233,7 @@ async def test_a_key_with_one_place_holds_one_body(
     for client, request in zip(clients, requests, strict=True):
         client.send(request[: 64 * 1024])
     await proxy.wait_for_records(119)
-    assert len(proxy.gateway.exchanges) == 1
+    assert len(proxy.context.exchanges) == 1
     kept = sum(len(piece) for each in proxy.server._connections for piece in each._pieces)
     assert kept <= 64 * 1024
     (served,) = set(range(120)) - {int(record.client_request_id) for record in proxy.records}
@@ -249,7 +249,7 @@ async def test_a_call_that_runs_keeps_its_place_until_it_ends(
     upstream._default = [AwaitRelease("go"), *json_response(200, completion())]
     key = await new_key(proxy, limits=ONE_PLACE)
     first = await begin(proxy, key)
-    await wait_until(lambda: proxy.gateway.exchanges)
+    await wait_until(lambda: proxy.context.exchanges)
     first.send(chat(key)[-5:])
     await upstream.wait_for_requests(1)
     second = await begin(proxy, key)

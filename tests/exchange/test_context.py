@@ -11,7 +11,7 @@ from tests.conftest import Proxy, make_config
 
 
 async def test_ids_of_requests_are_all_different_and_of_one_form(proxy: Proxy) -> None:
-    ids = [proxy.gateway.new_request_id() for _ in range(1000)]
+    ids = [proxy.context.new_request_id() for _ in range(1000)]
     assert len(set(ids)) == 1000
     assert {len(each) for each in ids} == {len("req_") + 16 + 8}
 
@@ -27,7 +27,7 @@ def test_the_shortest_of_all_limits_is_known(tmp_path: Path) -> None:
 
 
 async def test_refused_options_add_up_and_the_oldest_endpoint_is_forgotten(proxy: Proxy) -> None:
-    context = proxy.gateway
+    context = proxy.context
     for number in range(MAX_LEARNT):
         context.learn_refused(("scripted", str(number)), frozenset(("seed",)))
     context.learn_refused(("scripted", "0"), frozenset(("user",)))

@@ -44,7 +44,7 @@ class Begun(Sent):
 
     def __init__(self, proxy: Proxy, key: str | None = None) -> None:
         super().__init__()
-        self.context = proxy.gateway
+        self.context = proxy.context
         self.slow = SlowClient()
         head = parse_request_head(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n"
@@ -63,8 +63,8 @@ class Begun(Sent):
 
 def assert_let_go(proxy: Proxy) -> None:
     """Nothing of any exchange is left."""
-    assert not proxy.gateway.exchanges
-    assert proxy.gateway.bodies.held == 0
+    assert not proxy.context.exchanges
+    assert proxy.context.bodies.held == 0
     assert len(proxy.records) == 1, "one record for each request"
 
 
@@ -73,7 +73,7 @@ async def test_it_authenticates_parses_routes_connects_relays_and_accounts(
 ) -> None:
     begun = Begun(proxy)
     assert begun.exchange.admit() is not None
-    assert proxy.gateway.exchanges == {begun.exchange}
+    assert proxy.context.exchanges == {begun.exchange}
     assert begun.exchange.key_label == "test"
     begun.exchange.run(BODY)
     await wait_until(lambda: begun.answer.is_ended)
@@ -88,7 +88,7 @@ async def test_it_authenticates_parses_routes_connects_relays_and_accounts(
 async def test_who_is_not_known_is_refused_once_it_is_run(proxy: Proxy) -> None:
     begun = Begun(proxy, "sk-hober-unknown")
     assert begun.exchange.admit() is None
-    assert not proxy.gateway.exchanges and not begun.transport.writes
+    assert not proxy.context.exchanges and not begun.transport.writes
     begun.exchange.run(b"", close=True)
     assert begun.status == 401
     assert b"connection: close" in begun.head
@@ -99,7 +99,7 @@ Change = Callable[[Proxy, Admitted], Admitted]
 CHANGES: dict[str, Change] = {
     "a key was changed": lambda proxy, known: known._replace(keyring_version=-1),
     "the config is another": lambda proxy, known: known._replace(
-        config=replace(proxy.gateway.config)
+        config=replace(proxy.context.config)
     ),
     "the key has expired": lambda proxy, known: known._replace(
         caller=replace(known.caller, expires=time.time() - 1.0)
@@ -169,7 +169,7 @@ async def test_a_large_body_is_read_in_steps_between_which_a_client_may_leave(
 ) -> None:
     begun = Begun(proxy)
     begun.run(LARGE)
-    assert proxy.gateway.bodies.held == len(LARGE)
+    assert proxy.context.bodies.held == len(LARGE)
     begun.exchange.abandon()
     assert_let_go(proxy)
     other = Begun(proxy)
@@ -190,7 +190,7 @@ async def test_it_fails_in_the_form_that_is_still_possible(
     begun.run(STREAMED)
     await upstream.wait_for_requests(1)
     if is_begun:
-        begun.exchange._write_comment(proxy.gateway.wheel.now)
+        begun.exchange._write_comment(proxy.context.wheel.now)
     begun.exchange.fail(DRAINING)
     assert begun.status == status
     assert b"draining" in begun.body and begun.body.endswith(b"0\r\n\r\n") is is_begun
@@ -205,14 +205,14 @@ async def test_deadlines_bring_comments_and_cut_a_client_that_reads_nothing(
     upstream.add([Stall()])
     begun = Begun(proxy)
     begun.run(STREAMED)
-    now = proxy.gateway.wheel.now
+    now = proxy.context.wheel.now
     due = begun.exchange.on_deadline(now + 1.0)
     assert due is not None and now + 4.0 <= due <= now + 6.0
     begun.exchange.on_deadline(now + 5.5)
     assert b": HOBER PROCESSING" in begun.body
     begun.slow.is_paused, begun.slow.unread = True, 100
     begun.exchange.pause()
-    paused = proxy.gateway.wheel.now
+    paused = proxy.context.wheel.now
     begun.slow.unread = 50
     assert begun.exchange.on_deadline(paused + 20.5) is not None, "it has read something"
     assert begun.exchange.on_deadline(paused + 41.5) is None

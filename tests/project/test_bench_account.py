@@ -27,24 +27,24 @@ def test_a_quick_run_measures_every_proxy(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(output.read_bytes())
-    assert set(told["targets"]) == set(TARGETS)
-    for each in told["targets"].values():
+    result = json.loads(output.read_bytes())
+    assert set(result["targets"]) == set(TARGETS)
+    for each in result["targets"].values():
         assert len(each["rounds"]) == 1 and each["least"] > 0
-    assert told["journal_by_micro"] > 0
-    assert told["settings"]["workers"] == 2
+    assert result["journal_by_micro"] > 0
+    assert result["settings"]["workers"] == 2
     assert "its figures mean nothing" in done.stdout
     assert "hb_live_" not in output.read_text() + done.stdout
 
 
 def test_leasts_are_compared_and_the_spread_is_that_of_single_rounds() -> None:
     values = {NO_KEY: [50.0, 60.0, 40.0], PLAIN_KEY: [51.0] * 3, LIMITED: [70.0, 55.0, 56.0]}
-    told = summarize(values, 6.5)
-    assert told["keys_and_limits"] == {"of_leasts": 15.0, "least": -5.0, "most": 20.0}
-    assert told["together"] == 21.5
-    shown = render(told, parse_options(["--rounds", "3"]))
-    assert "keys and limits: 15.0 µs, least to least of 3 rounds with 4 workers" in shown
-    assert "together 21.5 µs; the bar is 20" in shown
+    result = summarize(values, 6.5)
+    assert result["keys_and_limits"] == {"of_leasts": 15.0, "least": -5.0, "most": 20.0}
+    assert result["together"] == 21.5
+    text = render(result, parse_options(["--rounds", "3"]))
+    assert "keys and limits: 15.0 µs, least to least of 3 rounds with 4 workers" in text
+    assert "together 21.5 µs; the bar is 20" in text
 
 
 @pytest.mark.parametrize("option", ["--workers", "--rounds", "--requests", "--connections"])

@@ -99,22 +99,22 @@ def test_cpu_and_memory_are_of_the_server_while_all_streams_are_open(quick: Any)
         assert each["events"] > 0
         assert each["cpu_us_per_event"] > 0
         assert each["kb_per_stream"] > 0
-    told = {each["least"] for each in part["results"] if each["measure"] == "cpu_event"}
-    assert told == {each["cpu_us_per_event"] for each in steady}
+    leasts = {each["least"] for each in part["results"] if each["measure"] == "cpu_event"}
+    assert leasts == {each["cpu_us_per_event"] for each in steady}
 
 
 def test_the_report_holds_all_that_is_needed_to_repeat_the_run(quick: Any) -> None:
-    told = quick[1]
-    assert told["command"].startswith("python -m bench.side_by_side --quick --rounds 1")
-    assert told["machine"].keys() >= {"cpu", "cores", "kernel", "versions", "load_average"}
-    assert told["machine"]["versions"].keys() >= {"python", "hoberproxy", "uvloop"}
-    assert report.form_of_proxy(told) == ("compiled" if IS_COMPILED else "pure Python")
-    assert told["date"][:2] == "20"
-    assert set(told["peers"]) == set(TARGETS) - {DIRECT}
+    result = quick[1]
+    assert result["command"].startswith("python -m bench.side_by_side --quick --rounds 1")
+    assert result["machine"].keys() >= {"cpu", "cores", "kernel", "versions", "load_average"}
+    assert result["machine"]["versions"].keys() >= {"python", "hoberproxy", "uvloop"}
+    assert report.form_of_proxy(result) == ("compiled" if IS_COMPILED else "pure Python")
+    assert result["date"][:2] == "20"
+    assert set(result["peers"]) == set(TARGETS) - {DIRECT}
     if HAS_NGINX:
-        assert told["peers"][REFERENCE][0].isdigit()
+        assert result["peers"][REFERENCE][0].isdigit()
     else:
-        assert REFERENCE in told["missing"]
+        assert REFERENCE in result["missing"]
 
 
 def test_no_key_gets_into_the_report(quick: Any) -> None:
@@ -128,8 +128,8 @@ def test_a_quick_run_says_that_its_figures_mean_nothing(quick: Any) -> None:
 
 
 def test_a_result_file_can_be_shown_again(quick: Any) -> None:
-    shown = run_module("report", str(quick[2]))
-    assert shown.stdout == quick[0]
+    printed = run_module("report", str(quick[2]))
+    assert printed.stdout == quick[0]
     table = run_module("report", "--markdown", str(quick[2])).stdout
     assert "| json, CPU per request |" in table
     assert f"`{quick[1]['command']}`" in table
@@ -492,8 +492,8 @@ def test_the_readme_shows_the_results_that_are_kept() -> None:
     files = sorted((ROOT / "bench" / "results").glob("*.json"))
     kept = [json.loads(file.read_bytes()) for file in files]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    told = readme.partition(report.README_START)[2].partition(report.README_END)[0]
-    assert told == report.markdown(kept), "make bench-readme"
+    block = readme.partition(report.README_START)[2].partition(report.README_END)[0]
+    assert block == report.markdown(kept), "make bench-readme"
     picture = ROOT / report.PICTURE
     assert picture.read_text(encoding="utf-8") == chart.svg(kept), "make bench-readme"
 
@@ -519,11 +519,11 @@ def test_every_micro_benchmark_runs(module: str, case: Any) -> None:
 def test_cold_lines_are_those_of_a_call_without_what_emptying_the_cache_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    told = {("path:x", 4): (9_000, 50_000), ("path:x", 24): (59_000, 150_000)}
-    told |= {(micro.NOTHING, 4): (1_000, 2_000), (micro.NOTHING, 24): (1_200, 62_000)}
+    counted = {("path:x", 4): (9_000, 50_000), ("path:x", 24): (59_000, 150_000)}
+    counted |= {(micro.NOTHING, 4): (1_000, 2_000), (micro.NOTHING, 24): (1_200, 62_000)}
 
     def run(command: list[str]) -> str:
-        code, data = told[command[-2], int(command[-1])]
+        code, data = counted[command[-2], int(command[-1])]
         return f"==1== LLi misses:  {code:,}\n==1== LLd misses:  {data:,}  (1 rd + 2 wr)\n"
 
     monkeypatch.setattr(micro, "_run", run)

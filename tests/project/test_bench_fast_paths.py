@@ -107,8 +107,8 @@ def test_a_ratio_is_of_the_same_turn_and_its_median_is_told() -> None:
 
 
 def test_the_command_that_is_told_has_no_folder_of_this_machine() -> None:
-    told = describe_command(["--folder", "/a/copy", "--beside", "old=/b/other", "--turns", "3"])
-    assert told == "python -m bench.fast_paths --folder copy --beside old=other --turns 3"
+    command = describe_command(["--folder", "/a/copy", "--beside", "old=/b/other", "--turns", "3"])
+    assert command == "python -m bench.fast_paths --folder copy --beside old=other --turns 3"
 
 
 def test_another_version_is_a_variant_of_its_own(tmp_path: Path) -> None:
@@ -132,10 +132,12 @@ def test_variants_run_side_by_side(tmp_path: Path) -> None:
         timeout=2 * WAIT,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "run.json").read_bytes())
-    assert {load: set(variants) for load, variants in told["turns"].items()} == {
+    report = json.loads((tmp_path / "run.json").read_bytes())
+    assert {load: set(variants) for load, variants in report["turns"].items()} == {
         "json": {FULL, AGAIN, "admitted"},
         "burst": {FULL, AGAIN, "edges"},
     }
-    assert all(us > 0 for each in told["turns"].values() for turns in each.values() for us in turns)
+    assert all(
+        us > 0 for each in report["turns"].values() for turns in each.values() for us in turns
+    )
     assert "edges" in done.stdout

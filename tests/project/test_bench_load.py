@@ -345,9 +345,9 @@ def test_what_is_not_whole_is_told_by_its_class(
 ) -> None:
     raw = damage(RAW)
     assert raw != RAW
-    with pytest.raises(checks.AnswerError) as told:
+    with pytest.raises(checks.AnswerError) as caught:
         check([raw[at : at + step] for at in range(0, len(raw), step)])
-    assert told.value.kind == kind
+    assert caught.value.kind == kind
 
 
 def test_another_servers_stream_is_counted_by_what_its_deltas_hold() -> None:
@@ -369,9 +369,9 @@ def test_another_servers_stream_is_counted_by_what_its_deltas_hold() -> None:
 def test_an_answer_in_one_piece_is_looked_at_too(body: bytes, kind: str) -> None:
     answer = checks.Answer(False, None, 3)
     answer.feed(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-    with pytest.raises(checks.AnswerError) as told:
+    with pytest.raises(checks.AnswerError) as caught:
         answer.finish()
-    assert told.value.kind == kind
+    assert caught.value.kind == kind
 
 
 # The command

@@ -1,4 +1,4 @@
-"""The bench's mock upstream answers as model servers do, and goes wrong as it is told.
+"""The bench's mock upstream answers as model servers do, and fails as a request says.
 
 Nothing here asserts on speed.
 """
@@ -56,7 +56,7 @@ async def connected(
 
 
 async def exchange(port: int, raw: bytes, **options: Any) -> bytes:
-    """All bytes that come until the mock closes, which it is asked for."""
+    """All bytes that come until the mock closes, by request."""
     async with connected(port, **options) as (reader, writer):
         writer.write(raw.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
         return await reader.read()
@@ -244,7 +244,7 @@ async def test_a_stall_is_silent_until_the_client_leaves(port: int) -> None:
         await reader.readuntil(b"@")
         assert (await stats(port))["streams_open"] == 1
         writer.close()
-        while (await stats(port))["streams_open"]:  # noqa: ASYNC110  # told over HTTP only
+        while (await stats(port))["streams_open"]:  # noqa: ASYNC110  # reported over HTTP only
             await asyncio.sleep(0.001)
 
 
@@ -294,10 +294,10 @@ async def test_another_path_is_not_found(port: int) -> None:
 async def test_stats_count_and_begin_anew_when_asked(port: int) -> None:
     for _ in range(2):
         await exchange(port, request({"events": 3, "pace": 0.001}, stream=True))
-    told = await stats(port, "?reset=1")
-    counts = {name: told[name] for name in ("requests", "streams_open", "events")}
+    reported = await stats(port, "?reset=1")
+    counts = {name: reported[name] for name in ("requests", "streams_open", "events")}
     assert counts == {"requests": 2, "streams_open": 0, "events": 6}
-    assert told["late_us"]["count"] == 6 and told["late_us"]["max"] > 0
+    assert reported["late_us"]["count"] == 6 and reported["late_us"]["max"] > 0
     assert (await stats(port))["events"] == 0
 
 
@@ -313,7 +313,7 @@ async def test_a_busy_loop_shows_as_lateness(port: int) -> None:
 async def test_a_reader_that_stops_holds_its_stream_up_and_no_other(port: int) -> None:
     async with connected(port, limit=2**14) as (reader, writer):
         writer.write(request({"events": 40_000, "event_bytes": 400}, stream=True))
-        while not (await stats(port))["blocked"]:  # noqa: ASYNC110  # told over HTTP only
+        while not (await stats(port))["blocked"]:  # noqa: ASYNC110  # reported over HTTP only
             await asyncio.sleep(0.001)
         other = await exchange(port, request({"events": 2}, stream=True))
         assert other.endswith(b"0\r\n\r\n")

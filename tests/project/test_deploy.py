@@ -103,21 +103,21 @@ def test_ten_thousand_streams_have_their_sockets() -> None:
 
 
 def test_the_config_needs_no_more_than_its_key() -> None:
-    asked: list[str] = []
+    paths: list[str] = []
     config = parse_config(
         (DEPLOY / "hoberproxy.toml").read_text(),
         environ={},
-        read_file=lambda path: asked.append(path) or "sk-x",  # type: ignore[func-returns-value]
+        read_file=lambda path: paths.append(path) or "sk-x",  # type: ignore[func-returns-value]
     )
-    assert asked == ["/run/credentials/hoberproxy.service/key_openai"]
+    assert paths == ["/run/credentials/hoberproxy.service/key_openai"]
     assert Path(config.records.file).parent == Path("/var/lib/hoberproxy")
 
 
 def test_what_is_commented_out_in_the_config_shows_defaults_as_the_example_does() -> None:
     text = (DEPLOY / "hoberproxy.toml").read_text()
-    shown = re.findall(r"(?m)^#(\w+ = [^#\n]*[^#\s])", text.partition("[providers")[0])
-    assert shown
-    assert all(f"#{setting}\n" in read_example() for setting in shown)
+    settings = re.findall(r"(?m)^#(\w+ = [^#\n]*[^#\s])", text.partition("[providers")[0])
+    assert settings
+    assert all(f"#{setting}\n" in read_example() for setting in settings)
 
 
 def test_users_and_folders_are_taken_by_systemd(tmp_path: Path) -> None:

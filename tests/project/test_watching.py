@@ -62,7 +62,7 @@ def samples() -> dict[str, set[str]]:
 
 
 def expressions() -> Iterator[str]:
-    """All of the dashboard's, as they are asked."""
+    """Return all queries of the dashboard."""
     for panel in json.loads(DASHBOARD.read_text())["panels"]:
         for target in panel.get("targets", []):
             expression = target["expr"]

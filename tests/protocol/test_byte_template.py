@@ -19,6 +19,7 @@ from hoberproxy.protocol.byte_template import (
     TEXT,
     ByteTemplate,
     Value,
+    make_template,
     value_end,
 )
 
@@ -119,13 +120,13 @@ def test_values_of_json_end_where_json_ends_them(value: Any) -> None:
 
 
 def test_a_specimen_matches_itself_at_any_place() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     assert template.match(b"before" + SPECIMEN + b"behind", 6) == 6 + len(SPECIMEN)
     assert (template.values, passed(template)) == ([b"Hi"], SPECIMEN)
 
 
 def test_only_the_values_of_holes_may_differ() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     other = SPECIMEN.replace(b"Hi", b"a longer text")
     assert template.match(other, 0) == len(other)
     assert passed(template) == other
@@ -135,13 +136,13 @@ def test_only_the_values_of_holes_may_differ() -> None:
 
 @pytest.mark.parametrize("end", range(len(SPECIMEN)))
 def test_a_part_does_not_match(end: int) -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     assert template.match(SPECIMEN[:end], 0) == 0
     assert template.learn_from(SPECIMEN[:end], 0) == 0
 
 
 def test_a_value_that_differs_is_a_hole_from_then_on() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     for number in range(2, 5):
         other = SPECIMEN.replace(b"c-1", b"c-%d" % number)
         assert (template.match(other, 0) == 0) is (number == 2)
@@ -152,7 +153,7 @@ def test_a_value_that_differs_is_a_hole_from_then_on() -> None:
 
 
 def test_a_value_that_may_stay_for_a_while_is_no_hole_but_the_new_value() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     other = SPECIMEN.replace(b"c-1", b"another")
     assert template.learn_from(other, 0, widen=False) == len(other)
     assert template.kinds == bytes((TEXT,))
@@ -161,14 +162,14 @@ def test_a_value_that_may_stay_for_a_while_is_no_hole_but_the_new_value() -> Non
 
 
 def test_a_count_that_differs_is_a_hole_in_any_case() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     other = SPECIMEN.replace(b"7", b"8")
     assert template.learn_from(other, 0, widen=False) == len(other)
     assert template.kinds == bytes((COUNT, TEXT))
 
 
 def test_what_differs_elsewhere_is_not_learnt_from() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     assert template.learn_from(SPECIMEN.replace(b'"n":7', b'"n":null'), 0) == 0
     assert template.match(SPECIMEN, 0) == len(SPECIMEN)
 
@@ -176,14 +177,14 @@ def test_what_differs_elsewhere_is_not_learnt_from() -> None:
 def test_edits_are_made_in_all_that_matches() -> None:
     start = SPECIMEN.index(b'"n"')
     edits = [(0, 1, b"<"), (start, start + 3, b'"number"')]
-    template = ByteTemplate(SPECIMEN, VALUES, edits)
+    template = make_template(SPECIMEN, VALUES, edits)
     other = SPECIMEN.replace(b"c-1", b"c-22").replace(b"Hi", b"Ho ho")
     assert template.learn_from(other, 0) == len(other)
     assert passed(template) == b"<" + other[1:].replace(b'"n"', b'"number"')
 
 
 def test_a_copy_has_values_of_its_own_and_holes_in_common() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     other = SPECIMEN.replace(b"c-1", b"c-2")
     copy = template.copy_for(other)
     assert copy is not None
@@ -197,7 +198,7 @@ def test_a_copy_has_values_of_its_own_and_holes_in_common() -> None:
 
 
 def test_a_template_that_has_forgotten_its_values_can_be_copied() -> None:
-    template = ByteTemplate(SPECIMEN, VALUES)
+    template = make_template(SPECIMEN, VALUES)
     template.forget_values()
     assert template.match(SPECIMEN, 0) == 0
     copy = template.copy_for(SPECIMEN)

@@ -12,10 +12,17 @@ from hoberproxy.protocol.http_head import (
     MAX_RESPONSE_HEAD_BYTES,
     HeadError,
     ResponseHead,
+    find_head_end,
     parse_request_head,
     parse_response_head,
 )
-from hoberproxy.protocol.known_heads import RepeatedHead, ResponseHeads, repeated_head
+from hoberproxy.protocol.known_heads import (
+    LEARNT,
+    UNKNOWN,
+    RepeatedHead,
+    ResponseHeads,
+    repeated_head,
+)
 from tests.protocol.test_http_head import response
 
 ANSWER = (
@@ -41,7 +48,8 @@ taught = pytest.mark.parametrize("earlier", TAUGHT.values(), ids=TAUGHT.keys())
 
 def facts(head: ResponseHead) -> list[object]:
     own = [head.status, head.headers, head.kind, head.length, head.keep_alive, head.keepalive_hint]
-    return [*own, *(head.get(name) for name, _ in head.headers)]
+    media = [head.content_type, head.content_encoding]
+    return [*own, *media, *(head.get(name) for name, _ in head.headers)]
 
 
 def assert_read_as_plainly(heads: ResponseHeads, raw: bytes) -> None:
@@ -148,6 +156,44 @@ def test_what_has_varied_once_may_vary_again() -> None:
     assert heads.find(other) == len(other)
 
 
+@pytest.mark.parametrize("odd", [b"", b"a\tb", b"\xe9t\xe9"], ids=["empty", "tab", "not ASCII"])
+def test_a_head_is_known_by_its_other_values_where_one_is_odd(odd: bytes) -> None:
+    heads = ResponseHeads()
+    answers = [
+        ANSWER.replace(b"application/json\r\n", b"application/json\r\nX-Odd: %b\r\n" % odd).replace(
+            b"one", b"%d" % number
+        )
+        for number in range(3)
+    ]
+    for raw in answers[:2]:
+        read_head(heads, raw)
+    assert heads.find(answers[2]) == len(answers[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (b"Transfer-Encoding", b"chunked Chunked CHUNKED gzip"),
+        (b"Connection", b"keep-alive upgrade close"),
+        (b"Keep-Alive", b"timeout=1 timeout=2 timeout=3"),
+        (b"Content-Type", b"text/event-stream text/plain application/json"),
+        (b"Content-Encoding", b"identity gzip br"),
+    ],
+)
+def test_a_field_that_says_how_the_answer_is_read_is_read_each_time_it_changes(
+    name: bytes, values: bytes
+) -> None:
+    heads = ResponseHeads()
+    for value in values.split():
+        assert_read_as_plainly(heads, response(b"X-Request-ID: one", name + b": " + value))
+
+
+def test_of_a_name_that_stands_twice_each_value_is_kept() -> None:
+    heads = ResponseHeads()
+    for number in range(4):
+        assert_read_as_plainly(heads, response(b"X: one", b"Y: two", b"X: %d" % number))
+
+
 def test_a_known_head_is_found_when_all_of_it_is_there() -> None:
     heads = ResponseHeads()
     for raw in (ANSWER, ANOTHER):
@@ -197,6 +243,58 @@ def test_any_change_of_a_head_is_read_as_by_the_plain_parser(
     assert_read_as_plainly(heads, response(*lines))
 
 
+FIELDS = {
+    b"X-One": b"one",
+    b"Content-Length": b"5",
+    b"Transfer-Encoding": None,
+    b"Connection": b"keep-alive",
+    b"Content-Type": b"application/json",
+    b"Content-Encoding": None,
+    b"Keep-Alive": b"timeout=7",
+    b"X-Two": b"two",
+}
+CHUNKED = FIELDS | {b"Content-Length": None, b"Transfer-Encoding": b"chunked"}
+PLAIN_ODD = b"1 17 007 -1 1,1 chunked Chunked gzip close text/html a:b :".split()
+SPACED_ODD = [b"", b" ", b" a", b"a ", b"a\t", b"\ta", b"a\tb", b"1 2", b"a\r\n b"]
+BROKEN_ODD = [b"a\rb", b"a\nb", b"\r", b"\n", b"\xe9", b"\0", b"\x7f", b"a\r\nX: y", b"a\r\n\r\n"]
+LONG_ODD = [b"9" * digits for digits in (15, 16, 17)]
+HOSTILE = st.sampled_from([*PLAIN_ODD, *SPACED_ODD, *BROKEN_ODD, *LONG_ODD]) | st.text(
+    "ab1 \t\r\n:,", max_size=5
+).map(str.encode)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.sampled_from(list(FIELDS)), st.none() | HOSTILE, max_size=3),
+        min_size=2,
+        max_size=8,
+    ),
+    st.sampled_from([FIELDS, CHUNKED]),
+    st.sampled_from([b":", b": ", b":\t"]),
+)
+def test_heads_with_hostile_values_are_read_as_by_the_plain_parser_and_only_when_all_is_there(
+    changes: list[dict[bytes, bytes | None]], usual: dict[bytes, bytes | None], colon: bytes
+) -> None:
+    heads = ResponseHeads()
+    for change in changes:
+        fields = usual | change
+        lines = [name + colon + value for name, value in fields.items() if value is not None]
+        raw = response(*lines)
+        raw = raw[: find_head_end(raw)]
+        assert_read_as_plainly(heads, raw)
+        assert {heads.find(raw[:size]) for size in range(len(raw))} == {0}
+        assert heads.find(raw + b"7\r\n\r\n") in (0, len(raw))
+
+
+def test_of_a_server_that_sends_no_head_twice_few_are_learnt_from() -> None:
+    heads = ResponseHeads()
+    for number in range(UNKNOWN + 2):
+        counted = ANSWER.replace(b"timeout=7", b"timeout=7, max=%d" % number)
+        assert heads.find(counted) == 0
+        heads.parse(counted)
+        assert (heads.find(counted) > 0) is (number % UNKNOWN < LEARNT)
+
+
 # A request's head on a kept connection
 
 ASKED = (
@@ -244,3 +342,15 @@ def test_a_head_of_which_something_is_missing_is_not_found_yet() -> None:
 def test_a_head_without_a_length_is_not_kept(line: bytes) -> None:
     raw = ASKED.replace(b"Content-Length: 5\r\n", line)
     assert repeated_head(parse_request_head(raw), raw) is None
+
+
+@given(HOSTILE, st.sampled_from([b":", b": ", b":\t"]))
+def test_the_same_head_is_found_only_with_the_length_that_the_parser_reads(
+    value: bytes, colon: bytes
+) -> None:
+    asked = ASKED.replace(b"Content-Length: ", b"content-length" + colon)
+    known = repeated(asked)
+    again = asked.replace(b"length" + colon + b"5", b"length" + colon + value)
+    if end := known.find(again + b"{}"):
+        assert (end, known.length) == (len(again), parse_request_head(again).length)
+    assert {known.find(again[:size]) for size in range(len(again))} == {0}

@@ -114,7 +114,7 @@ def test_a_serialized_event_parses_to_its_payload(payload: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "told"),
+    ("event", "line"),
     [
         (b"error: no\n\n", b"no"),
         (b'error:{"code":500}\r\ndata: x\r\n\r\n', b'{"code":500}'),
@@ -125,9 +125,9 @@ def test_a_serialized_event_parses_to_its_payload(payload: bytes) -> None:
         (b"errors: no\n\n", None),
     ],
 )
-def test_a_line_that_tells_an_error_is_no_data(event: bytes, told: bytes | None) -> None:
+def test_a_line_that_reports_an_error_is_no_data(event: bytes, line: bytes | None) -> None:
     found = parse_event(event)
-    assert ((found and found.error_line) or None) == told
+    assert ((found and found.error_line) or None) == line
     if found is not None and b"data" not in event:
         assert (found.payload, found.starts) == (b"", ())
 

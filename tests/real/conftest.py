@@ -20,7 +20,7 @@ def model_port() -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def direct_url(model_port: int) -> str:
-    """The model server itself, without the proxy."""
+    """Return the URL of the model server itself, without the proxy."""
     return f"http://127.0.0.1:{model_port}"
 
 

@@ -80,7 +80,7 @@ class RunningProxy:
 
 
 def run_command(*arguments: str) -> str:
-    """Run the installed `hoberproxy` command to its end; returns its output."""
+    """Run the installed `hoberproxy` command to its end; return its output."""
     done = subprocess.run(
         [_command(), *arguments], stdout=subprocess.PIPE, text=True, check=True, timeout=START_LIMIT
     )

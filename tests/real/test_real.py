@@ -162,7 +162,7 @@ def test_usage_that_was_not_asked_for_does_not_come(client: OpenAI) -> None:
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 def test_a_tool_is_called(client: OpenAI, streamed: bool) -> None:
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": SLUG,
         "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
         "tools": [WEATHER],
@@ -170,10 +170,10 @@ def test_a_tool_is_called(client: OpenAI, streamed: bool) -> None:
         "max_tokens": 60,
     }
     if streamed:
-        with client.chat.completions.stream(**asked) as stream:
+        with client.chat.completions.stream(**options) as stream:
             choice: Any = stream.get_final_completion().choices[0]
     else:
-        choice = client.chat.completions.create(**asked).choices[0]
+        choice = client.chat.completions.create(**options).choices[0]
     assert choice.finish_reason == "tool_calls"
     call = choice.message.tool_calls[0].function
     assert (call.name, json.loads(call.arguments)) == ("get_weather", {"city": "Paris"})
@@ -268,19 +268,19 @@ TOOL_BODY = {"messages": [{"role": "user", "content": "The weather in Paris?"}],
 BODIES = {"text": {"messages": QUESTION}, "a tool call": TOOL_BODY}
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["usage asked", "usage not asked"])
+@pytest.mark.parametrize("wants_usage", [True, False], ids=["usage asked", "usage not asked"])
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_the_streams_bytes_are_the_model_servers(
-    proxy: RunningProxy, direct_url: str, body: dict[str, Any], asked: bool
+    proxy: RunningProxy, direct_url: str, body: dict[str, Any], wants_usage: bool
 ) -> None:
     body = {**body, **REPEATABLE, **NO_CACHE, "stream": True}
     with_usage = {**body, "stream_options": {"include_usage": True}}
     _, direct = post(direct_url, {**with_usage, "model": UPSTREAM_MODEL})
     headers, relayed = post(
-        proxy.url, {**(with_usage if asked else body), "model": SLUG}, proxy.key
+        proxy.url, {**(with_usage if wants_usage else body), "model": SLUG}, proxy.key
     )
     wanted = events_of(direct)
-    if not asked:
+    if not wants_usage:
         wanted = [event for event in wanted if b'"choices":[]' not in event]
     assert len(wanted) > 5
     assert events_of(relayed) == wanted

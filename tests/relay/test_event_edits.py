@@ -15,7 +15,6 @@ from hoberproxy.relay.event_edits import (
     cut_member,
     find_model,
     find_null_usage,
-    is_in_object_itself,
     may_escape_names,
     place_edits,
     scan_edits,
@@ -60,27 +59,13 @@ def test_a_scan_edits_the_members_of_the_object_itself(
 
 
 @given(OBJECTS, SEPARATORS)
-def test_a_proof_by_brackets_is_never_wrong(
-    document: dict[str, Any], separators: tuple[str, str]
-) -> None:
-    raw = json.dumps(document, separators=separators, ensure_ascii=False).encode()
-    edits = scan_edits(raw, SLUG, wants_usage=False)
-    for member in (b'"model":"m"', b'"model": "m"', b'"usage":null', b'"usage": null'):
-        start = raw.find(member)
-        if start >= 0 and is_in_object_itself(raw, start, start + len(member)):
-            end = start + len(member)
-            assert any(first < end <= max(last, end) and last >= end for first, last, _ in edits)
-
-
-@given(OBJECTS, SEPARATORS)
 def test_a_search_finds_what_a_scan_finds(
     document: dict[str, Any], separators: tuple[str, str]
 ) -> None:
     raw = json.dumps(document, separators=separators, ensure_ascii=False).encode()
-    start, value_start, end = find_model(raw, document)
+    start, end = find_model(raw, document)
     if end:
-        assert raw[start:].startswith(b'"model"')
-        assert (value_start, end, SLUG) in scan_edits(raw, SLUG, wants_usage=True)
+        assert (start, end, SLUG) in scan_edits(raw, SLUG, wants_usage=True)
     start, end = find_null_usage(raw)
     if end and document.get("usage", 0) is None:
         cut = apply_edits(raw, cut_member(raw, start, end))

@@ -35,36 +35,36 @@ HEAD = sse_head().data
 
 
 class Attempt(Reporter):
-    """Keeps what it is told, and how many writes there were by then."""
+    """Keeps the reports of a relay, each with the number of writes before it."""
 
     def __init__(self, sent: Sent) -> None:
         self._sent = sent
         self.connection: UpstreamConnection | None = None
-        self.told: list[tuple[str, int]] = []
+        self.reports: list[tuple[str, int]] = []
         self.sealed: list[int] = []  # bytes that were to follow
 
-    def _tell(self, what: str) -> None:
-        self.told.append((what, len(self._sent.transport.writes)))
+    def _report(self, what: str) -> None:
+        self.reports.append((what, len(self._sent.transport.writes)))
 
     def open_answer(self, *, is_stream: bool) -> None:
         assert is_stream
-        self._tell("open")
+        self._report("open")
         self._sent.answer.start(200, SSE)
 
     def note_opened(self, *, is_stream: bool) -> None:
-        self._tell("opened")
+        self._report("opened")
 
     def seal(self, following: int) -> None:
-        self._tell("seal")
+        self._report("seal")
         self.sealed.append(following)
 
     def finish(self) -> None:
-        self._tell("finish")
+        self._report("finish")
         if self.connection is not None and self.connection.receiver is not None:
             self.connection.await_end()  # as attempts do
 
     def fail(self, error: UpstreamError) -> None:
-        self._tell(f"fail: {error}")
+        self._report(f"fail: {error}")
 
     def broken(self, message: str, *, is_invalid: bool = False) -> UpstreamError:
         return UpstreamError(
@@ -91,7 +91,9 @@ class Relayed:
     @property
     def is_over(self) -> bool:
         """Return whether the relay has reported how it ended."""
-        return bool(self.attempt.told) and self.attempt.told[-1][0].startswith(("finish", "fail"))
+        return bool(self.attempt.reports) and self.attempt.reports[-1][0].startswith(
+            ("finish", "fail")
+        )
 
     @property
     def transport(self) -> FakeTransport:
@@ -122,7 +124,7 @@ def test_the_last_piece_of_a_stream_and_its_end_are_one_write() -> None:
     last = as_seen(OPENING + REST)[len(as_seen(OPENING)) :]
     assert last.endswith(DONE)
     assert relayed.transport.writes[1:] == [chunk(last) + LAST_CHUNK]
-    assert relayed.attempt.told == [("open", 0), ("opened", 1), ("seal", 1), ("finish", 2)]
+    assert relayed.attempt.reports == [("open", 0), ("opened", 1), ("seal", 1), ("finish", 2)]
     assert relayed.attempt.sealed == [len(last)]
     assert relayed.sent.client.ends == [True]
 
@@ -132,7 +134,7 @@ def test_a_stream_that_comes_whole_leaves_whole() -> None:
     relayed.relay.on_whole(b"".join(OPENING + REST))
     assert len(relayed.transport.writes) == 1
     assert relayed.payload == as_seen(OPENING + REST)
-    assert relayed.attempt.told == [("open", 0), ("seal", 0), ("opened", 1), ("finish", 1)]
+    assert relayed.attempt.reports == [("open", 0), ("seal", 0), ("opened", 1), ("finish", 1)]
 
 
 def test_wherever_the_last_piece_begins_the_client_gets_the_same() -> None:
@@ -144,7 +146,7 @@ def test_wherever_the_last_piece_begins_the_client_gets_the_same() -> None:
         relayed.relay.on_last(last)
         relayed.relay.on_end()
         assert relayed.payload == as_seen(OPENING + REST), cut
-        assert relayed.attempt.told[-1][0] == "finish", cut
+        assert relayed.attempt.reports[-1][0] == "finish", cut
         assert relayed.sent.body.endswith(LAST_CHUNK), cut
 
 
@@ -170,10 +172,10 @@ def test_what_came_before_a_failure_in_the_last_piece_goes_out_first(last: bytes
     relayed = Relayed()
     relayed.relay.on_body(b"".join(OPENING))
     relayed.relay.on_last(REST[0] + last)
-    if not relayed.attempt.told[-1][0].startswith("fail"):
+    if not relayed.attempt.reports[-1][0].startswith("fail"):
         relayed.relay.on_end()
     assert relayed.payload == as_seen([*OPENING, REST[0]])
-    assert relayed.attempt.told[2:] == [(f"fail: {why}", 2)]
+    assert relayed.attempt.reports[2:] == [(f"fail: {why}", 2)]
     assert not relayed.sent.answer.is_ended
 
 
@@ -182,7 +184,7 @@ def test_half_an_event_behind_the_finish_reason_is_a_broken_answer() -> None:
     whole = [*OPENING, *REST[:-1]]
     relayed.relay.on_body(b"".join([*whole, b'data: {"cut']))
     relayed.relay.on_end()
-    assert relayed.attempt.told[-1][0] == "fail: the stream ended in the middle of its answer"
+    assert relayed.attempt.reports[-1][0] == "fail: the stream ended in the middle of its answer"
     assert relayed.payload == as_seen(whole)
 
 
@@ -192,7 +194,7 @@ def test_a_stream_whose_only_piece_breaks_off_after_content_has_been_answered() 
     relayed.relay.on_end()
     assert relayed.payload == as_seen(OPENING)
     why = "fail: the stream ended in the middle of its answer"
-    assert relayed.attempt.told == [("open", 0), ("opened", 1), (why, 1)]
+    assert relayed.attempt.reports == [("open", 0), ("opened", 1), (why, 1)]
 
 
 class Chooser(Receiver):
@@ -264,7 +266,7 @@ async def test_done_ends_the_answer_wherever_the_rest_of_the_framing_is_cut() ->
         assert (pool.open, pool.idle) == (1, 0), cut
         connection.data_received(body[cut:])
         assert relayed.payload == as_seen(events), cut
-        assert [what for what, _ in relayed.attempt.told].count("finish") == 1, cut
+        assert [what for what, _ in relayed.attempt.reports].count("finish") == 1, cut
         assert relayed.sent.body.endswith(LAST_CHUNK), cut
         assert relayed.sent.body.count(LAST_CHUNK) == 1, cut
         assert pool.idle == 1, cut
@@ -277,5 +279,5 @@ async def test_what_is_held_goes_before_a_failure_that_was_read_with_it() -> Non
     connection.data_received(HEAD + b"".join(map(chunk, events[:2])))
     connection.data_received(b"".join(map(chunk, events[2:4])) + b"no chunk\r\n")
     assert relayed.payload == as_seen(events[:4])
-    assert relayed.attempt.told[-1][0].startswith("fail")
+    assert relayed.attempt.reports[-1][0].startswith("fail")
     assert pool.idle == 0

@@ -51,7 +51,7 @@ asked_or_not = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Seen:
-    """All that can be told from outside after a whole stream."""
+    """All that a scanner has passed on and reports after a whole stream."""
 
     output: bytes
     failure: tuple[bool, int | None] | None
@@ -454,10 +454,10 @@ def test_what_is_no_json_passes_unharmed_after_content(payload: bytes) -> None:
 @all_dialects
 def test_only_what_is_there_for_usage_depends_on_who_asked(dialect: str) -> None:
     data = DIALECTS[dialect]
-    asked, not_asked = (scan([data], wants_usage=wants) for wants in (True, False))
-    assert replace(asked, output=b"") == replace(not_asked, output=b"")
-    left = re.sub(rb'data: [^\n]*"choices":\[\][^\n]*"usage":\{[^\n]*\n\n', b"", asked.output)
-    assert not_asked.output == without_null(left)
+    with_usage, without_usage = (scan([data], wants_usage=wants) for wants in (True, False))
+    assert replace(with_usage, output=b"") == replace(without_usage, output=b"")
+    left = re.sub(rb'data: [^\n]*"choices":\[\][^\n]*"usage":\{[^\n]*\n\n', b"", with_usage.output)
+    assert without_usage.output == without_null(left)
 
 
 @pytest.mark.parametrize(
@@ -821,7 +821,7 @@ def test_one_event_of_more_than_64_kb_flows_before_it_ends() -> None:
     assert scanner.upstream_model == "upstream-name"
 
 
-# Failures told in the stream
+# Failures reported in the stream
 
 
 FAILURES = {

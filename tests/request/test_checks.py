@@ -506,7 +506,7 @@ def test_null_in_provider_preferences_is_absent() -> None:
     assert call.terms.provider == ProviderPreferences()
 
 
-# Large bodies, which are not written anew to see how they are written
+# Large bodies, which are not written again to see how they are written
 
 LONG = "word " * 10_000
 

@@ -138,7 +138,7 @@ BODIES: dict[str, Callable[[int], bytes]] = {
     "stream options": lambda size: member(b'0,"stream_options":{"x":%b}' % array(b'""')(size)),
     "no end": lambda size: member(array(b"[]")(size))[:-1],
 }
-# Costs as much again: the role is written anew.
+# Costs as much again: the role is written again.
 ROLES: dict[str, Callable[[int], bytes]] = {
     "developers": lambda size: (
         b'{"model":"a/b","messages":[%b]}'
@@ -289,7 +289,7 @@ def test_a_large_body_is_read_in_steps_none_longer_than_a_parse(name: str) -> No
 def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
     body = BODIES[name](size)
 
-    def told(read: Callable[[], Call]) -> object:
+    def result_of(read: Callable[[], Call]) -> object:
         try:
             call = read()
         except RequestError as error:
@@ -305,7 +305,7 @@ def test_what_is_read_in_steps_says_the_same(name: str, size: int) -> None:
                 call: Call = end.value
                 return call
 
-    assert told(in_steps) == told(lambda: ParseCache().read(body, "key"))
+    assert result_of(in_steps) == result_of(lambda: ParseCache().read(body, "key"))
 
 
 async def test_a_large_body_arrives_as_it_was_sent(
@@ -340,7 +340,7 @@ async def test_others_are_served_between_steps_and_none_is_taken_for_who_has_lef
             taken += 1
             yield
 
-    monkeypatch.setattr(proxy.gateway.parse_cache, "read_in_steps", endless)
+    monkeypatch.setattr(proxy.context.parse_cache, "read_in_steps", endless)
     client, other = await proxy.connect(), await proxy.connect()
     client.send(chat(proxy.key, {**QUESTION, "x": "a" * STEPPED_BYTES}))
     await asyncio.wait_for(begun.wait(), WAIT)

@@ -238,7 +238,7 @@ async def test_a_proxy_forgets_what_is_not_asked_for_again(
     monkeypatch.setattr("hoberproxy.process.server.POOL_SWEEP", 0.02)
     monkeypatch.setattr("hoberproxy.process.server.PARSE_CACHE_SWEEP", 2)
     proxy = await start_proxy()
-    cache = proxy.gateway.parse_cache
+    cache = proxy.context.parse_cache
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200

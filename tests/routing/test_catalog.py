@@ -218,9 +218,9 @@ def test_prices_are_exact_and_without_exponent(per_million: str, per_token: str)
 
 @given(st.decimals(0, 9999999, places=12))
 def test_a_million_tokens_cost_what_the_config_says(price: Decimal) -> None:
-    shown = Catalog([priced((str(price), "1"))]).listing()[0]["pricing"]["prompt"]
-    assert Decimal(shown) * 1_000_000 == price
-    assert "e" not in shown.lower()
+    listed = Catalog([priced((str(price), "1"))]).listing()[0]["pricing"]["prompt"]
+    assert Decimal(listed) * 1_000_000 == price
+    assert "e" not in listed.lower()
 
 
 @pytest.mark.parametrize(

@@ -100,12 +100,12 @@ def test_failures_of_long_ago_do_not_add_up_with_one_of_now() -> None:
     assert not health.is_cooling(KEY, later)
 
 
-@pytest.mark.parametrize("asked", [1.0, 30.0, LONGEST_RETRY_AFTER])
-def test_what_an_upstream_asks_for_begins_at_once(asked: float) -> None:
+@pytest.mark.parametrize("seconds", [1.0, 30.0, LONGEST_RETRY_AFTER])
+def test_what_an_upstream_asks_for_begins_at_once(seconds: float) -> None:
     health = Health()
-    fail(health, 10.0, retry_after=asked)
-    assert health.is_cooling(KEY, 10.0 + asked - 0.01)
-    assert not health.is_cooling(KEY, 10.0 + asked)
+    fail(health, 10.0, retry_after=seconds)
+    assert health.is_cooling(KEY, 10.0 + seconds - 0.01)
+    assert not health.is_cooling(KEY, 10.0 + seconds)
 
 
 def test_what_an_upstream_asks_for_is_bounded() -> None:

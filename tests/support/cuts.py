@@ -1,4 +1,4 @@
-"""Bytes as a socket may bring them: cut anywhere."""
+"""Cuts bytes into pieces, as they may come from a socket."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from itertools import pairwise
 
 
 def cut_at(raw: bytes, cuts: Iterable[int]) -> list[bytes]:
-    """`raw` in pieces that end at each of `cuts`; one that stands twice gives an empty piece."""
+    """Return `raw` in pieces that end at each of `cuts`; a cut given twice makes an empty piece."""
     edges = [0, *sorted(min(at, len(raw)) for at in cuts), len(raw)]
     return [raw[start:end] for start, end in pairwise(edges)]

@@ -1,8 +1,8 @@
-"""What becomes of a stream, read as plainly as can be: the contract that the scanner is held to.
+"""Reads a whole stream in the plainest way: the scanner has to give the same bytes and facts.
 
-The whole stream is at hand. It is split into lines, each event's data is put together and parsed,
-and what the client sees is put together anew. Nothing here is fast, and nothing of the package is
-used but the readers of usage and of errors.
+The stream is split into lines, each event's data is joined and parsed, and the client's bytes are
+joined again. Nothing here is fast, and of the package only the readers of usage and of errors are
+used.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _load(data: bytes | None) -> Any:
 def _read_event(
     event: Event, reading: Reading, slug: str, wants_usage: bool, is_long: bool
 ) -> bytes:
-    """The event as the client sees it, what it says added to `reading`."""
+    """Return the event as the client gets it, and add its facts to `reading`."""
     if _is_error_by_its_lines(event):
         reading.failure = (True, _status(_load(event.data)))
         for name, value in event.names:
@@ -186,7 +186,7 @@ def _is_error(document: dict[str, Any]) -> bool:
 
 
 def _status(document: Any) -> int | None:
-    """The status of an error: of the document, else of one of its choices."""
+    """Return the status of an error, in the document or in one of its choices."""
     found = read_error(document).status
     if found is None and isinstance(document, dict):
         for choice in document.get("choices") or []:
@@ -210,7 +210,7 @@ def _read_choices(document: dict[str, Any], reading: Reading) -> None:
 
 
 def _edit(event: Event, document: dict[str, Any], slug: str, wants_usage: bool) -> bytes:
-    """The event with the slug as its model, and without a `usage` of null where none was asked."""
+    """Return the event with `slug` as its model, without a `usage` of null if usage is unwanted."""
     assert event.data is not None
     places: dict[int, bytes] = {}  # what is in place of single bytes of the event
     text = event.data.decode("latin-1")  # one character a byte
@@ -245,7 +245,7 @@ def _drop(event: Event, places: dict[int, bytes], start: int, end: int) -> None:
 
 
 def top_level(text: str) -> Iterator[tuple[str, int, int, int]]:
-    """Names of an object's own members, where they begin, and the spans of their values."""
+    """Return the names of an object's own members, their beginnings, and their values' spans."""
     position = text.index("{") + 1
     while match := re.compile(r'[\s,]*(?=")').match(text, position):
         begin = match.end()

@@ -1,4 +1,4 @@
-"""Processes of this machine as Linux's /proc tells of them.
+"""Facts about the processes of this machine, from Linux's /proc.
 
 A process can end between the opening of its file and the reading: then open(2) says ENOENT or
 read(2) says ESRCH. Both mean here that it is gone.
@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it runs: one that has ended and was not waited for does not."""
+    """Return whether a process runs; one that has ended and was not waited for does not."""
     fields = _read(pid, "stat").rpartition(")")[2].split()
     return bool(fields) and fields[0] != "Z"
 
 
 def children_of(pid: int, running: str = "") -> list[int]:
-    """Process ids of what any of its threads started, with `running` in the command line."""
+    """Return the ids of the children of a process, those with `running` in the command line."""
     children = []
     for task in _names(pid, "task"):
         children += map(int, _read(pid, f"task/{task}/children").split())
@@ -26,7 +26,7 @@ def children_of(pid: int, running: str = "") -> list[int]:
 
 
 def all_below(pid: int) -> set[int]:
-    """Its children and theirs, all the way down."""
+    """Return the ids of the children of a process, of their children, and so on."""
     found = set()
     for child in children_of(pid):
         found |= {child, *all_below(child)}
@@ -34,12 +34,12 @@ def all_below(pid: int) -> set[int]:
 
 
 def mapped_by(pid: int) -> str:
-    """The files in its memory, among more."""
+    """Return the text of /proc/PID/maps, which names the files that a process has mapped."""
     return _read(pid, "maps")
 
 
 def open_files(pid: int) -> set[str]:
-    """What its descriptors lead to, as in `socket:[12345]`."""
+    """Return what the descriptors of a process lead to, such as `socket:[12345]`."""
     links = set()
     for name in _names(pid, "fd"):
         with suppress(FileNotFoundError, ProcessLookupError):
@@ -54,7 +54,7 @@ def _names(pid: int, folder: str) -> list[str]:
 
 
 def _read(pid: int, file: str) -> str:
-    """Its text, or none when the process is gone."""
+    """Return the text of a file in /proc/PID, "" if the process is gone."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/{file}").read_text()
     return ""

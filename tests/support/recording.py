@@ -1,4 +1,4 @@
-"""What one process of the proxy has of the account: a journal, the loader of keys, and a writer."""
+"""The parts that keep records in a process of the proxy: journal, loader of keys, and writer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def record(number: int) -> Record:
 
 
 class Process:
-    """Starts and ends these three in the order of server.py.
+    """Starts and ends these parts in the order of process/server.py.
 
-    `has_writer`: on a thread; otherwise there has to be another for the records to be written.
+    With `has_writer` the writer runs on a thread; else the test has to run another.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Process:
 
     @property
     def written(self) -> int:
-        """Its records that are in the store."""
+        """The number of the process's records that are in the store."""
         return self.journal.stored
 
     @property
     def depth(self) -> int:
-        """Its records that are not yet in the store."""
+        """The number of the process's records that are not yet in the store."""
         return self.journal.depth
 
     @property
@@ -58,7 +58,7 @@ class Process:
 
     @property
     def lost(self) -> int:
-        """Records given up by its journal or its writer."""
+        """The number of records that the journal or the writer has given up."""
         return self.journal.records_lost + self.writer.lost
 
     def start(self) -> None:
@@ -71,7 +71,7 @@ class Process:
             self.journal.seal(record)
 
     def close(self, timeout: float = FINISH_LIMIT) -> None:
-        """End all three."""
+        """End loader, journal and writer."""
         if not self._is_closed:
             self._is_closed = True
             self.journal.flush()

@@ -84,7 +84,7 @@ Step = Send | SendMany | Pause | AwaitRelease | Stall | Close | Reset
 Script = Sequence[Step]
 
 
-# What it saw
+# Requests that have come
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class SeenRequest:
     finished: asyncio.Event  # set when the script has run to its end: never, if the peer left
 
     def json(self) -> Any:
-        """The body, parsed."""
+        """Return the parsed body."""
         return json.loads(self.body)
 
 
@@ -141,23 +141,23 @@ class ScriptedUpstream:
 
     @property
     def base_url(self) -> str:
-        """With /v1, as in a provider's config."""
+        """The URL with /v1, as in a provider's config."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{'https' if self._tls else 'http'}://{host}:{self.port}/v1"
 
     @property
     def connections(self) -> int:
-        """How many were ever accepted."""
+        """The number of connections accepted so far."""
         return len(self.opened)
 
     @property
     def open_connections(self) -> int:
-        """How many are open now."""
+        """The number of connections that are open now."""
         return sum(not connection.lost.is_set() for connection in self.opened)
 
     @property
     def ca_file(self) -> str:
-        """Path of the certificate authority to trust, with `tls=True`."""
+        """The path of the certificate authority to trust, with `tls=True`."""
         return _certificates()[1]
 
     # What the test does
@@ -167,11 +167,11 @@ class ScriptedUpstream:
         self._scripts.extend(scripts)
 
     def release(self, name: str) -> None:
-        """Let every script go on that waits, or comes to wait, at `AwaitRelease(name)`."""
+        """Let every script go on that waits, or will wait, at `AwaitRelease(name)`."""
         self._released[name].set()
 
     async def wait_for_requests(self, count: int = 1) -> SeenRequest:
-        """Wait until `count` requests have arrived; returns the last of them."""
+        """Wait until `count` requests have arrived; return the last of them."""
         async with asyncio.timeout(WAIT), self._arrived:
             await self._arrived.wait_for(lambda: len(self.requests) >= count)
         return self.requests[count - 1]
@@ -268,12 +268,12 @@ class Connection(asyncio.Protocol):
         self._task.cancel()
 
     def abort(self) -> None:
-        """Drop the connection and what it still does."""
+        """Cut the connection, and cancel its script."""
         self._transport.abort()
         self._task.cancel()
 
     async def wait_closed(self) -> None:
-        """Wait until nothing of it runs any more."""
+        """Wait until no task of the connection runs any more."""
         await self._closed.wait()
         await asyncio.wait([self._task])
 
@@ -368,23 +368,23 @@ DONE = b"data: [DONE]\n\n"
 
 
 def serialize_head(status: int, headers: Iterable[tuple[str, str]], reason: str = "") -> bytes:
-    """A response head; the reason phrase is empty, as h2 gateways leave it, unless given."""
+    """Return a response head; unless given, the reason is empty, as HTTP/2 gateways leave it."""
     lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in headers)]
     return "".join(f"{line}\r\n" for line in [*lines, ""]).encode("latin-1")
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of the chunked framing (RFC 9112, 7.1)."""
+    """Return one chunk of the chunked framing (RFC 9112, 7.1)."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def event(value: object) -> bytes:
-    """One SSE event around a JSON value."""
+    """Return one SSE event around a JSON value."""
     return b"data: %b\n\n" % json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def sse_head(*headers: tuple[str, str], chunked: bool = True) -> Send:
-    """The head of a stream; without chunked framing the body lasts until the end of file."""
+    """Return the head of a stream; without chunked framing the body ends with the connection."""
     framing = ("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")
     return Send(serialize_head(200, [("Content-Type", "text/event-stream"), framing, *headers]))
 
@@ -399,7 +399,7 @@ def sse(
     complete: bool = True,
     close: bool = False,
 ) -> list[Step]:
-    """A stream: `packed` events in an HTTP chunk, `per_write` of those in a write.
+    """Return a stream: `packed` events in an HTTP chunk, `per_write` of those in a write.
 
     `pace` is the pause between writes, in seconds. `complete=False` closes without the last
     chunk: a cut stream. `close` closes after a complete one, without having said so: llama.cpp's
@@ -422,7 +422,7 @@ def sse(
 def json_response(
     status: int, value: object, *headers: tuple[str, str], close: bool = False
 ) -> list[Step]:
-    """A JSON answer with its length; `bytes` are sent as they are. `close` says so and does it."""
+    """Return a JSON answer with its length (bytes are sent as they are); `close` closes after."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     fields = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers]
     if close:
@@ -432,7 +432,7 @@ def json_response(
 
 
 def dribble(script: Script, size: int = 1, pace: float = 0.0) -> list[Step]:
-    """The same script with every `Send` cut into writes of `size` bytes."""
+    """Return the script with every `Send` cut into writes of `size` bytes."""
     steps: list[Step] = []
     for step in script:
         if not isinstance(step, Send):
@@ -446,7 +446,7 @@ def dribble(script: Script, size: int = 1, pace: float = 0.0) -> list[Step]:
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What a realistic answer is made of; `usage` is (prompt tokens, completion tokens)."""
+    """The parts of a realistic answer; `usage` is (prompt tokens, completion tokens)."""
 
     model: str = "upstream-model"
     id: str = "chatcmpl-upstream-1"
@@ -456,13 +456,13 @@ class Words:
     extra: Mapping[str, Any] = field(default_factory=dict)  # further top-level members
 
     def envelope(self, kind: str) -> dict[str, Any]:
-        """The members that come before the choices."""
+        """Return the members that come before the choices."""
         base = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**base, **self.extra}
 
     @property
     def usage_object(self) -> dict[str, int] | None:
-        """OpenAI's usage object."""
+        """Return OpenAI's usage object."""
         if self.usage is None:
             return None
         prompt, completion = self.usage
@@ -476,7 +476,7 @@ class Words:
 def stream_events(
     count: int = 3, *, done: bool = True, null_usage: bool = False, **words: Any
 ) -> list[bytes]:
-    """Role, `count` content events, finish, usage with empty choices, `[DONE]`.
+    """Return events: role, `count` with content, finish, usage with empty choices, `[DONE]`.
 
     Keywords are those of `Words`. `null_usage` puts `"usage":null` on the others, as OpenAI does.
     """
@@ -497,7 +497,7 @@ def stream_events(
 
 
 def completion(text: str = "hello", **words: Any) -> dict[str, Any]:
-    """The object of an answer that is not streamed; keywords are those of `Words`."""
+    """Return the object of an answer that is no stream; keywords are those of `Words`."""
     say = Words(**words)
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": say.finish_reason}
@@ -510,7 +510,7 @@ def completion(text: str = "hello", **words: Any) -> dict[str, Any]:
 
 @contextmanager
 def refused_port() -> Iterator[int]:
-    """A loopback port that refuses connections: bound, so nobody else gets it, not listening."""
+    """Yield a loopback port that refuses connections: bound for this test, and not listening."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -518,7 +518,7 @@ def refused_port() -> Iterator[int]:
 
 @cache
 def _certificates() -> tuple[ssl.SSLContext, str]:
-    """A server context for this machine's names, and the file of the authority to trust."""
+    """Return a server context for this machine's names, and the file of the authority to trust."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost", "127.0.0.1", "::1").configure_cert(context)

@@ -1,4 +1,4 @@
-"""For tests: a store of records in memory, without file or lock, and writing records."""
+"""A store of records in memory, and a way to write records into any store, for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HAS_USAGE, ESTIMATED = COLUMNS.index("has_usage"), COLUMNS.index("estimated")
 
 
 class MemoryRecords:
-    """What `store.Records` asks for. `is_locked`: every write fails, as beside another's lock."""
+    """A `store.Records` in memory. While `is_locked` every write fails, as by another's lock."""
 
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}

@@ -1,4 +1,4 @@
-"""Programs that tests drive if they are here: installed, or unpacked by `make tools`."""
+"""Finds programs that tests drive: those installed, or those that `make tools` has unpacked."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PATH = os.pathsep.join(
 
 
 def find_tool(name: str) -> str | None:
-    """Its path, or None."""
+    """Return the path of the program `name`, None if it is not on this machine."""
     return shutil.which(name, path=PATH)
 
 
 def need_tool(name: str) -> str:
-    """Its path; the test is skipped without it."""
+    """Return the path of the program `name`; skip the test if it is not on this machine."""
     found = find_tool(name)
     if found is None:
         pytest.skip(f"{name} is not here (make tools)")

@@ -20,7 +20,7 @@ PRICES = Prices(
 )
 
 Document = dict[str, Any]
-Place = Callable[[Document, Document], Document]  # an event or a body, and what it tells
+Place = Callable[[Document, Document], Document]  # an event or a body, and its usage
 
 
 def on_top(document: Document, usage: Document) -> Document:
@@ -42,12 +42,12 @@ def as_timings(document: Document, usage: Document) -> Document:
 
 @dataclass(frozen=True)
 class Form:
-    """`servers` are names of presets, or of others that speak OpenAI's API."""
+    """A way to report usage; `servers` are names of presets, or of others with OpenAI's API."""
 
     servers: tuple[str, ...]
     what: str
     source: str
-    told: Document
+    usage: Document
     counts: tuple[int, int, int, int, int]
     cost: str
     place: Place = on_top
@@ -56,8 +56,8 @@ class Form:
         return f"{self.servers[0]}: {self.what}"
 
 
-def told(prompt: int, completion: int, total: int | None = None, **more: Any) -> Document:
-    """OpenAI's three counts, and `more`."""
+def usage_of(prompt: int, completion: int, total: int | None = None, **more: Any) -> Document:
+    """Return a usage object with OpenAI's three counts, and `more`."""
     total = prompt + completion if total is None else total
     return {
         "prompt_tokens": prompt,
@@ -81,7 +81,7 @@ FORMS = (
         ("openai",),
         "the cached part is in the prompt",
         "https://github.com/64bit/async-openai/issues/272",
-        told(2006, 300, **cached(1920), **reasoned(0)),
+        usage_of(2006, 300, **cached(1920), **reasoned(0)),
         (2006, 300, 1920, 0, 0),
         "0.003278",
     ),
@@ -89,7 +89,7 @@ FORMS = (
         ("openai",),
         "cache writes, from GPT-5.6 on",
         "https://github.com/mindroom-ai/mindroom/pull/2134",
-        told(2600, 100, **cached(2000, cache_write_tokens=400, audio_tokens=0), **reasoned(40)),
+        usage_of(2600, 100, **cached(2000, cache_write_tokens=400, audio_tokens=0), **reasoned(40)),
         (2600, 100, 2000, 40, 400),
         "0.0019",
     ),
@@ -97,7 +97,7 @@ FORMS = (
         ("anthropic",),
         "details are there and empty",
         "https://platform.claude.com/docs/en/api/openai-sdk",
-        told(18, 12, prompt_tokens_details={}, completion_tokens_details=None),
+        usage_of(18, 12, prompt_tokens_details={}, completion_tokens_details=None),
         (18, 12, 0, 0, 0),
         "0.000138",
     ),
@@ -105,7 +105,7 @@ FORMS = (
         ("fireworks", "cohere", "deepinfra", "cerebras", "together"),
         "three counts",
         "https://docs.stigg.io/documentation/ai-agents/providers/fireworks",
-        told(31, 14),
+        usage_of(31, 14),
         (31, 14, 0, 0, 0),
         "0.000171",
     ),
@@ -113,7 +113,7 @@ FORMS = (
         ("zai",),
         "the cached part is in the prompt",
         "https://github.com/langgenius/dify-plugin-sdks/issues/188",
-        told(15427, 139, **cached(170)),
+        usage_of(15427, 139, **cached(170)),
         (15427, 139, 170, 0, 0),
         "0.016664",
     ),
@@ -121,7 +121,7 @@ FORMS = (
         ("xai",),
         "details of every kind",
         "https://docs.x.ai/developers/advanced-api-usage/prompt-caching/usage-and-pricing",
-        told(
+        usage_of(
             125,
             48,
             **cached(98, text_tokens=125, audio_tokens=0, image_tokens=0),
@@ -134,7 +134,7 @@ FORMS = (
         ("vllm",),
         "details are null",
         "https://github.com/vllm-project/vllm/issues/18062",
-        told(15, 10, prompt_tokens_details=None),
+        usage_of(15, 10, prompt_tokens_details=None),
         (15, 10, 0, 0, 0),
         "0.000115",
     ),
@@ -142,7 +142,7 @@ FORMS = (
         ("vllm",),
         "a rate among the details",
         "https://github.com/vllm-project/vllm/pull/44475",
-        told(15, 10, **cached(8, cached_rate=0.5333)),
+        usage_of(15, 10, **cached(8, cached_rate=0.5333)),
         (15, 10, 8, 0, 0),
         "0.0001078",
     ),
@@ -150,7 +150,7 @@ FORMS = (
         ("sambanova",),
         "beside times and rates",
         "https://github.com/sambanova/ai-starter-kit/pull/560",
-        told(
+        usage_of(
             213,
             53,
             acceptance_rate=5,
@@ -166,7 +166,7 @@ FORMS = (
         ("openrouter",),
         "what it cost there, and what was written to a cache",
         "https://openrouter.ai/docs/use-cases/usage-accounting",
-        told(
+        usage_of(
             194,
             2,
             cost=0.95,
@@ -182,7 +182,9 @@ FORMS = (
         ("groq",),
         "in x_groq, with times",
         "https://raw.githubusercontent.com/groq/groq-typescript/HEAD/src/resources/completions.ts",
-        told(18, 12, queue_time=0.02, prompt_time=0.001, completion_time=0.01, total_time=0.011),
+        usage_of(
+            18, 12, queue_time=0.02, prompt_time=0.001, completion_time=0.01, total_time=0.011
+        ),
         (18, 12, 0, 0, 0),
         "0.000138",
         in_x_groq,
@@ -191,7 +193,7 @@ FORMS = (
         ("moonshot",),
         "in the choice that ends a stream, the cached part on usage itself",
         "https://github.com/earendil-works/pi/issues/2017",
-        told(1336, 31, cached_tokens=1280),
+        usage_of(1336, 31, cached_tokens=1280),
         (1336, 31, 1280, 0, 0),
         "0.000494",
         in_a_choice,
@@ -217,7 +219,7 @@ FORMS = (
         ("moonshot",),
         "the cached part in both spellings",
         "https://github.com/Bike4Mind/bike4mind/pull/1089",
-        told(2989, 40, cached_tokens=2989, **cached(2989)),
+        usage_of(2989, 40, cached_tokens=2989, **cached(2989)),
         (2989, 40, 2989, 0, 0),
         "0.0006989",
     ),
@@ -225,7 +227,7 @@ FORMS = (
         ("together", "omlx"),
         "the cached part on usage itself",
         "https://github.com/jundot/omlx/issues/919",
-        told(2215, 20, cached_tokens=2048),
+        usage_of(2215, 20, cached_tokens=2048),
         (2215, 20, 2048, 0, 0),
         "0.0005718",
     ),
@@ -233,7 +235,7 @@ FORMS = (
         ("deepseek",),
         "hits and misses of the cache",
         "https://github.com/QuantumNous/new-api/issues/406",
-        told(10, 9, prompt_cache_hit_tokens=6, prompt_cache_miss_tokens=4),
+        usage_of(10, 9, prompt_cache_hit_tokens=6, prompt_cache_miss_tokens=4),
         (10, 9, 6, 0, 0),
         "0.0000946",
     ),
@@ -241,7 +243,7 @@ FORMS = (
         ("deepseek",),
         "hits, and the details too",
         "https://docs.rs/crate/deepseek-sdk/0.7.0/source/src/chat/response.rs",
-        told(
+        usage_of(
             1100,
             40,
             prompt_cache_hit_tokens=1024,
@@ -256,7 +258,7 @@ FORMS = (
         ("mistral",),
         "the cached part in the details",
         "https://github.com/mistralai/client-ts/issues/240",
-        told(1013, 30, **cached(1008)),
+        usage_of(1013, 30, **cached(1008)),
         (1013, 30, 1008, 0, 0),
         "0.0004058",
     ),
@@ -264,7 +266,7 @@ FORMS = (
         ("mistral",),
         "the cached part in names that its API reference has as well",
         "https://github.com/vercel/ai/issues/14382",
-        told(1013, 30, num_cached_tokens=1008, prompt_token_details={"cached_tokens": 1008}),
+        usage_of(1013, 30, num_cached_tokens=1008, prompt_token_details={"cached_tokens": 1008}),
         (1013, 30, 1008, 0, 0),
         "0.0004058",
     ),
@@ -272,7 +274,7 @@ FORMS = (
         ("nvidia", "sglang"),
         "reasoning on usage itself",
         "https://github.com/sgl-project/sglang/pull/17156",
-        told(29, 105, prompt_tokens_details=None, reasoning_tokens=80),
+        usage_of(29, 105, prompt_tokens_details=None, reasoning_tokens=80),
         (29, 105, 0, 80, 0),
         "0.001079",
     ),
@@ -308,7 +310,7 @@ FORMS = (
         ("dashscope",),
         "an explicit cache",
         "https://github.com/nextlevelbuilder/goclaw/pull/1127",
-        told(
+        usage_of(
             6050,
             12,
             **cached(
@@ -325,7 +327,7 @@ FORMS = (
         ("litellm",),
         "Anthropic's names beside OpenAI's, the prompt holding all",
         "https://github.com/langchain-ai/langchain-litellm/issues/52",
-        told(
+        usage_of(
             2300,
             50,
             **cached(2000, cache_creation_tokens=200),
@@ -339,7 +341,7 @@ FORMS = (
         ("minimax",),
         "with characters",
         "https://docs.key4u.shop/api-29972380",
-        told(26, 223, total_characters=0, **reasoned(214)),
+        usage_of(26, 223, total_characters=0, **reasoned(214)),
         (26, 223, 0, 214, 0),
         "0.002256",
     ),
@@ -348,7 +350,7 @@ FORMS = (
         ("xai",),
         "reasoning beside the completion",
         "https://github.com/Wei-Shaw/sub2api/issues/5771",
-        told(10120, 1499, 14428, **cached(128), **reasoned(2809)),
+        usage_of(10120, 1499, 14428, **cached(128), **reasoned(2809)),
         (10120, 4308, 128, 2809, 0),
         "0.0530848",
     ),
@@ -356,7 +358,7 @@ FORMS = (
         ("xai",),
         "one token of text, and much reasoning",
         "https://github.com/vercel/ai/pull/12425",
-        told(12, 1, 399, **reasoned(386)),
+        usage_of(12, 1, 399, **reasoned(386)),
         (12, 387, 0, 386, 0),
         "0.003882",
     ),
@@ -364,7 +366,7 @@ FORMS = (
         ("gemini",),
         "reasoning, and no text",
         "https://github.com/router-for-me/CLIProxyAPI/issues/5733",
-        told(21, 0, 81, **reasoned(60)),
+        usage_of(21, 0, 81, **reasoned(60)),
         (21, 60, 0, 60, 0),
         "0.000621",
     ),
@@ -372,7 +374,7 @@ FORMS = (
         ("gemini",),
         "thoughts that only the total holds",
         "https://github.com/Clarifai/clarifai-python/pull/978",
-        told(20, 424, 1016),
+        usage_of(20, 424, 1016),
         (20, 996, 0, 0, 0),
         "0.00998",
     ),
@@ -380,7 +382,7 @@ FORMS = (
         ("perplexity",),
         "more reasoning than the total holds, which is billed",
         "https://github.com/bgeneto/open-webui-cost-tracker/issues/6",
-        told(108, 3256, citation_tokens=7299, num_search_queries=74, reasoning_tokens=73248),
+        usage_of(108, 3256, citation_tokens=7299, num_search_queries=74, reasoning_tokens=73248),
         (108, 76504, 0, 73248, 0),
         "0.765148",
     ),
@@ -388,7 +390,7 @@ FORMS = (
         ("gateways",),
         "Claude's cache beside the prompt, as the total says",
         "https://github.com/Helicone/helicone/pull/4655",
-        told(4, 20, 2324, cache_read_input_tokens=2000, cache_creation_input_tokens=300),
+        usage_of(4, 20, 2324, cache_read_input_tokens=2000, cache_creation_input_tokens=300),
         (2304, 20, 2000, 0, 300),
         "0.000779",
     ),
@@ -396,7 +398,7 @@ FORMS = (
         ("gateways",),
         "Claude's cache beside prompt and total",
         "https://github.com/future-agi/future-agi/pull/1122",
-        told(4, 20, cache_read_input_tokens=2000, cache_creation_input_tokens=300),
+        usage_of(4, 20, cache_read_input_tokens=2000, cache_creation_input_tokens=300),
         (2304, 20, 2000, 0, 300),
         "0.000779",
     ),
@@ -417,7 +419,9 @@ FORMS = (
         ("new-api",),
         "what was written to Claude's cache, inside the prompt",
         "https://github.com/QuantumNous/new-api/blob/main/dto/openai_response.go",
-        told(100, 20, prompt_tokens_details={"cached_tokens": 30, "cached_creation_tokens": 20}),
+        usage_of(
+            100, 20, prompt_tokens_details={"cached_tokens": 30, "cached_creation_tokens": 20}
+        ),
         (100, 20, 30, 0, 20),
         "0.000278",
     ),
@@ -425,7 +429,7 @@ FORMS = (
         ("bifrost",),
         "both parts of the cache under names of its own",
         "https://github.com/maximhq/bifrost/pull/1872",
-        told(
+        usage_of(
             *(100, 20),
             prompt_tokens_details={"cached_read_tokens": 30, "cached_write_tokens": 20},
         ),
@@ -436,7 +440,7 @@ FORMS = (
         ("bifrost",),
         "what was read and what was written together as cached",
         "https://github.com/maximhq/bifrost/issues/4816",
-        told(
+        usage_of(
             *(100, 20),
             prompt_tokens_details={
                 "cached_tokens": 50,
@@ -451,7 +455,7 @@ FORMS = (
         ("bifrost",),
         "nothing but written as cached",
         "https://github.com/maximhq/bifrost/issues/4816",
-        told(100, 20, prompt_tokens_details={"cached_tokens": 20, "cached_write_tokens": 20}),
+        usage_of(100, 20, prompt_tokens_details={"cached_tokens": 20, "cached_write_tokens": 20}),
         (100, 20, 0, 0, 20),
         "0.000305",
     ),
@@ -459,7 +463,7 @@ FORMS = (
         ("ollama",),
         "three counts, of llama.cpp's own",
         "https://github.com/ollama/ollama/pull/5371",
-        told(26, 298),
+        usage_of(26, 298),
         (26, 298, 0, 0, 0),
         "0.003006",
     ),

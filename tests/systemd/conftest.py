@@ -48,7 +48,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _copy_source(folder: Path) -> Path:
-    """The checkout as it would be one version on."""
+    """Copy the checkout, with the next version's number."""
     for name in ("hoberproxy", "bench"):
         ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
@@ -85,7 +85,7 @@ def upstream(machine: Machine) -> Iterator[Upstream]:
 
 @pytest.fixture(scope="session")
 def installed(machine: Machine, upstream: Upstream) -> Service:
-    """The service, installed and configured as deploy/README.md says, not yet started."""
+    """Install and configure the service as deploy/README.md says; it is not started."""
     service = Service(machine)
     service.install()
     service.configure(UPSTREAM_PORT)
@@ -94,7 +94,7 @@ def installed(machine: Machine, upstream: Upstream) -> Service:
 
 @pytest.fixture
 def service(installed: Service, upstream: Upstream) -> Service:
-    """The service, running, with the config it was installed with."""
+    """Have the service running, with the config it was installed with."""
     upstream.may_end.clear()
     installed.configure(UPSTREAM_PORT)
     installed.start()

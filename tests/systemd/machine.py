@@ -30,7 +30,7 @@ SHARED_ETC = ("os-release", "ld.so.cache", "nsswitch.conf", "login.defs")
 
 
 def why_not() -> str | None:
-    """Why no machine can be booted here; None if one can."""
+    """Return why no machine can be booted here; None if one can."""
     if sys.platform != "linux":
         return "this is not Linux"
     if os.geteuid() != 0:
@@ -46,14 +46,14 @@ def why_not() -> str | None:
 
 
 class Machine:
-    """A booted one. Made by `booted`."""
+    """A booted machine; `booted` makes it."""
 
     def __init__(self, root: Path, leader: int) -> None:
         self.root = root
         self._leader = leader
 
     def run(self, *command: str, timeout: float = WAIT, **environ: str) -> str:
-        """Run a command in it that must succeed; returns what it printed, errors included."""
+        """Run a command that must succeed; return what it printed, errors included."""
         ended = self.attempt(*command, timeout=timeout, **environ)
         assert ended.returncode == 0, f"{' '.join(command)}: {ended.returncode}\n{ended.stdout}"
         return ended.stdout
@@ -61,7 +61,7 @@ class Machine:
     def attempt(
         self, *command: str, timeout: float = WAIT, **environ: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in it that may fail."""
+        """Run a command that may fail."""
         environ = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8"} | environ
         return subprocess.run(
             [
@@ -79,15 +79,15 @@ class Machine:
         )
 
     def path(self, inside: str) -> Path:
-        """Where a file of it is outside."""
+        """Return the path outside of one of the machine's files."""
         return self.root / inside.removeprefix("/")
 
     def connect(self, port: int) -> socket.socket:
-        """A connection to a port of its loopback."""
+        """Connect to a port of the machine's loopback."""
         return self._in_network(lambda: socket.create_connection(("127.0.0.1", port), WAIT))
 
     def listen(self, port: int) -> socket.socket:
-        """A socket that listens on its loopback."""
+        """Return a socket that listens on the machine's loopback."""
         return self._in_network(lambda: socket.create_server(("127.0.0.1", port), backlog=64))
 
     def _in_network(self, make: Callable[[], socket.socket]) -> socket.socket:
@@ -106,7 +106,7 @@ class Machine:
 
 @contextmanager
 def booted(folder: Path, shared: Mapping[str, Path]) -> Iterator[Machine]:
-    """Boot one whose files are in `folder`; `shared` is seen in it, read-only, by path."""
+    """Boot a machine with its files in `folder`; it has `shared`, read-only, at the same path."""
     root = folder / "root"
     _lay_out(root)
     name = f"hoberproxy-test-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""The installed service, as an operator and a client meet it."""
+"""The installed service, as an operator and a client use it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Service:
     # As an operator
 
     def install(self, *options: str) -> str:
-        """Run install.sh of the checkout; returns what it printed."""
+        """Run install.sh of the checkout; return what it printed."""
         # Without a network pip finds there what it would fetch.
         return self.machine.run(
             INSTALL, *options, timeout=INSTALL_TIME, PIP_NO_INDEX="1", PIP_FIND_LINKS="/srv/wheels"
@@ -69,7 +69,7 @@ class Service:
         return self.machine.run("systemctl", *arguments)
 
     def start(self) -> None:
-        """Enable and start it; when this returns, clients are served."""
+        """Enable and start the service; when this returns, clients are served."""
         self.systemctl("enable", "--quiet", "--now", "hoberproxy.socket", "hoberproxy.service")
         assert self.show("ActiveState") == "active"
 
@@ -88,7 +88,7 @@ class Service:
         return int(self.show("MainPID"))
 
     def wait_until_started_again(self, before: int) -> None:
-        """Until another main process than the one before is active."""
+        """Wait until another main process than the one before is active."""
         self.wait_until(
             lambda: self.main_pid not in (0, before) and self.show("ActiveState") == "active",
             "started again",
@@ -119,7 +119,7 @@ class Service:
         return self._key
 
     def _takes_key(self) -> bool:
-        """For a whole second, in which the other workers read it, too."""
+        """Return whether the key works for a whole second, in which all workers read it."""
         end = time.monotonic() + 1.0
         while time.monotonic() < end:
             if self.ask() != 200:
@@ -128,18 +128,18 @@ class Service:
         return True
 
     def get(self, path: str, port: int = PORT) -> tuple[int, str]:
-        """Status and body."""
+        """Return status and body of a GET."""
         with self._request("GET", path, port) as response:
             return response.status, response.read().decode()
 
     def ask(self, model: str = SLUG) -> int:
-        """A short request's status."""
+        """Send a short request, and return its status."""
         with self._post(model=model) as response:
             print(response.read())  # shown if the test fails
             return response.status
 
     def stream(self) -> Stream:
-        """A stream that is under way."""
+        """Begin a stream."""
         return Stream(self._post(stream=True))
 
     def _post(self, **members: Any) -> http.client.HTTPResponse:
@@ -163,7 +163,7 @@ class Service:
 
 
 class Stream:
-    """An answer that comes event by event. Has had its first event when made."""
+    """An answer that comes event by event, of which the first has come already."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         assert response.status == 200, response.read()
@@ -172,7 +172,7 @@ class Stream:
         self.read_event()
 
     def read_event(self) -> str:
-        """The next event's data; empty at the end of the stream."""
+        """Read the next event's data; empty at the end of the stream."""
         while line := self._response.readline():
             if line.startswith(b"data: "):
                 self.events.append(line[6:].decode().strip())
@@ -184,7 +184,7 @@ class Stream:
         return all(self.read_event() not in ("", "[DONE]") for _ in range(events))
 
     def read_rest(self) -> list[str]:
-        """All events, when the stream has ended as its framing says."""
+        """Read all further events, to the end that the stream's framing says."""
         while self.read_event():
             pass
         self._response.close()

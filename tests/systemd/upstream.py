@@ -40,7 +40,7 @@ class _Server(ThreadingHTTPServer):
         self.upstream = upstream
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A proxy that is killed leaves its upstream: nothing to print."""
+        """Print nothing: a proxy that is killed leaves its upstream."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(_document("chat.completion", "message", message, "stop"))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def _answer(self, document: dict[str, Any]) -> None:
         data = json.dumps(document).encode()

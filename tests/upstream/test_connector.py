@@ -18,16 +18,16 @@ Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]
 
 
 class Connection:
-    """What is told to a connection, in order."""
+    """Records the calls of a connection, in order."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.is_over = asyncio.Event()
         self.transport: Any = None
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        self.told.append("made")
+        self.calls.append("made")
 
     def data_received(self, data: bytes) -> None: ...
 
@@ -39,7 +39,7 @@ class Connection:
     def resume_writing(self) -> None: ...
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.told.append("lost")
+        self.calls.append("lost")
         self.is_over.set()
 
 
@@ -48,28 +48,28 @@ def connector(port: int, ca_file: str | None = None) -> Connector:
     return Connector(provider, asyncio.get_running_loop())
 
 
-async def test_a_tls_connection_is_made_and_told_when_it_is_over() -> None:
+async def test_a_tls_connection_is_made_and_learns_of_its_end() -> None:
     connection = Connection()
     async with ScriptedUpstream(tls=True) as upstream:
         made = await connector(upstream.port, upstream.ca_file).connect(
             WAIT, cast(Any, lambda: connection)
         )
         assert cast(Any, made) is connection
-        assert connection.told == ["made"]
+        assert connection.calls == ["made"]
         connection.transport.abort()
         await asyncio.wait_for(connection.is_over.wait(), WAIT)
-    assert connection.told == ["made", "lost"]
+    assert connection.calls == ["made", "lost"]
 
 
 async def refused(answer: Handler, limit: float = WAIT) -> UpstreamError:
-    """How it fails to reach a server that does no more than `answer`; no connection is told of."""
+    """Return the failure to reach a server that does no more than `answer`."""
     connection = Connection()
     server = await asyncio.start_server(answer, "127.0.0.1")
     async with server:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(UpstreamError) as caught:
             await connector(port).connect(limit, cast(Any, lambda: connection))
-    assert "made" not in connection.told
+    assert "made" not in connection.calls
     return caught.value
 
 

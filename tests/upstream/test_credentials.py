@@ -192,7 +192,7 @@ def test_secrets_are_the_key_and_what_stands_in_such_headers() -> None:
 
 
 @pytest.mark.parametrize(
-    "shown",
+    "excerpt",
     [
         KEY,
         f"Bearer {KEY}",
@@ -223,9 +223,9 @@ def test_secrets_are_the_key_and_what_stands_in_such_headers() -> None:
         urlsafe_b64encode(f"x:{KEY}:y".encode()).decode(),
     ],
 )
-def test_a_text_that_shows_a_part_of_the_key_is_found(shown: str) -> None:
-    assert holds_secret(f"no: {shown} (see the docs)", (KEY,))
-    assert holds_secret(shown, ("other-0123456789", KEY))
+def test_a_text_with_a_part_of_the_key_is_found(excerpt: str) -> None:
+    assert holds_secret(f"no: {excerpt} (see the docs)", (KEY,))
+    assert holds_secret(excerpt, ("other-0123456789", KEY))
 
 
 @pytest.mark.parametrize(

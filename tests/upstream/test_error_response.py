@@ -35,7 +35,7 @@ def refuse(status: int, body: bytes = b"", **values: bytes) -> UpstreamError:
 
 
 @pytest.mark.parametrize(
-    ("status", "told", "type", "code"),
+    ("status", "client_status", "type", "code"),
     [
         (302, 502, "upstream_error", "upstream_error"),
         (400, 400, "invalid_request_error", "invalid_value"),
@@ -54,9 +54,11 @@ def refuse(status: int, body: bytes = b"", **values: bytes) -> UpstreamError:
         (529, 502, "upstream_error", "upstream_error"),
     ],
 )
-def test_the_status_a_client_is_told(status: int, told: int, type: str, code: str) -> None:
+def test_the_status_that_a_client_gets(
+    status: int, client_status: int, type: str, code: str
+) -> None:
     error = refuse(status)
-    assert (error.status, error.type, error.code, error.param) == (told, type, code, None)
+    assert (error.status, error.type, error.code, error.param) == (client_status, type, code, None)
     assert (error.upstream_status, error.phase) == (status, Phase.HEAD)
     assert "east" in error.message
 
@@ -83,8 +85,8 @@ SECRET_BODY = json.dumps(
 @pytest.mark.parametrize("status", [301, 401, 402, 403, 404, 405, 408, 429, 500, 503, 529])
 def test_the_upstreams_words_stay_here(status: int, body: bytes) -> None:
     error = refuse(status, body)
-    for told in (error.message, str(error), error.code, str(error.param), error.type):
-        assert "sk-" not in told
+    for text in (error.message, str(error), error.code, str(error.param), error.type):
+        assert "sk-" not in text
 
 
 # Forms of a body
@@ -227,8 +229,8 @@ def test_what_speaks_of_our_key_goes_to_another_endpoint_and_stays_here(
     assert (error.is_retryable, error.is_refusal) == (True, False)
     assert (error.status, error.type, error.code) == (502, "upstream_error", "upstream_error")
     assert error.upstream_status == status
-    told = f"{error.message} {error} {error.param} {serialize_error(error).decode()}"
-    assert not any(word in told for word in ("API key", "sk-", KEY[-4:], "balance"))
+    texts = f"{error.message} {error} {error.param} {serialize_error(error).decode()}"
+    assert not any(word in texts for word in ("API key", "sk-", KEY[-4:], "balance"))
 
 
 def test_without_a_key_of_ours_nothing_is_taken_for_it() -> None:
@@ -262,7 +264,7 @@ def without_code(error: object) -> object:
 
 
 @pytest.mark.parametrize(
-    ("status", "told", "is_retryable", "is_refusal"),
+    ("status", "client_status", "is_retryable", "is_refusal"),
     [
         (400, 400, False, True),
         (401, 502, True, False),
@@ -281,14 +283,14 @@ def without_code(error: object) -> object:
     ],
 )
 def test_a_status_within_a_200_means_what_it_says(
-    status: int | None, told: int, is_retryable: bool, is_refusal: bool
+    status: int | None, client_status: int, is_retryable: bool, is_refusal: bool
 ) -> None:
     error = broken()
     judge_document(error, "east", {"error": {"message": "why", "code": status}})
-    assert error.status == told
+    assert error.status == client_status
     assert (error.is_retryable, error.is_refusal) == (is_retryable, is_refusal)
     assert error.upstream_status == (status or 200)
-    assert ("why" in error.message) == (told in (400, 413, 422))
+    assert ("why" in error.message) == (client_status in (400, 413, 422))
 
 
 def test_after_the_first_content_only_the_record_is_told_the_status() -> None:
@@ -361,7 +363,7 @@ def of_status(status: int, name: str = "") -> UpstreamError:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "told"),
+    ("statuses", "chosen"),
     [
         ([400], 0),
         ([503], 0),
@@ -382,9 +384,9 @@ def of_status(status: int, name: str = "") -> UpstreamError:
     ],
     ids=str,
 )
-def test_which_of_several_errors_is_told(statuses: list[int], told: int) -> None:
+def test_which_of_several_errors_a_client_gets(statuses: list[int], chosen: int) -> None:
     errors = [of_status(status) for status in statuses]
-    assert choose_error(errors) is errors[told]
+    assert choose_error(errors) is errors[chosen]
 
 
 def test_our_own_troubles_with_a_400_are_told_last() -> None:

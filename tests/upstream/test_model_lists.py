@@ -82,7 +82,7 @@ async def slugs(proxy: Proxy) -> list[str]:
 
 
 def listed(proxy: Proxy, *names: str) -> Callable[[], bool]:
-    return lambda: proxy.gateway.model_lists.listed.get("scripted") == names
+    return lambda: proxy.context.model_lists.listed.get("scripted") == names
 
 
 async def test_models_behind_a_wildcard_are_listed_and_served(
@@ -171,7 +171,7 @@ async def test_a_list_is_kept_while_its_provider_has_none_to_give_and_then_repla
     upstream.add(models("kept"), bad, bad)
     proxy = await start(start_proxy, monkeypatch)
     await upstream.wait_for_requests(4)
-    assert proxy.gateway.model_lists.listed == {"scripted": ("kept",)}
+    assert proxy.context.model_lists.listed == {"scripted": ("kept",)}
     assert await slugs(proxy) == [SLUG, "any/kept"]
     upstream.release("end")
     await wait_until(listed(proxy, "late"))
@@ -198,7 +198,7 @@ async def test_a_provider_that_hangs_delays_neither_start_nor_requests_nor_the_e
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    await proxy.gateway.model_lists.aclose()
+    await proxy.context.model_lists.aclose()
     await upstream.wait_for_hangup()
 
 
@@ -246,8 +246,8 @@ async def test_the_page_is_made_once_for_many_who_ask(
     upstream._default = models("m")
     proxy = await start(start_proxy, monkeypatch, models_refresh=600.0)
     await wait_until(listed(proxy, "m"))
-    page = ModelsPage(proxy.gateway)
+    page = ModelsPage(proxy.context)
     assert page.body() is page.body()
     assert json.loads(page.body())["data"][1]["id"] == "any/m"
-    proxy.gateway.model_lists.listed = {}
+    proxy.context.model_lists.listed = {}
     assert len(json.loads(page.body())["data"]) == 1

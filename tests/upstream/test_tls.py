@@ -112,26 +112,26 @@ class Transport:
 
 
 class Connection:
-    """What an UpstreamConnection is told, in order."""
+    """Records the calls of an UpstreamConnection, in order."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self.pieces: list[bytes] = []
         self.lost: Exception | None = None
 
     def connection_made(self, transport: Any) -> None:
-        self.told.append("made")
+        self.calls.append("made")
 
     def data_received(self, data: bytes) -> None:
-        self.told.append("data")
+        self.calls.append("data")
         self.pieces.append(data)
 
     def eof_received(self) -> bool:
-        self.told.append("eof")
+        self.calls.append("eof")
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.told.append("lost")
+        self.calls.append("lost")
         self.lost = exc
 
     @property
@@ -182,7 +182,7 @@ def test_hands_are_shaken_however_the_bytes_are_cut(version: ssl.TLSVersion, siz
     with Link(version) as link:
         link.shake_hands(size)
         link.opened()
-        assert link.connection.told == ["made"]
+        assert link.connection.calls == ["made"]
         link.tls.write(b"a question")
         link.peer.take(link.transport.take())
         assert link.peer.got == b"a question"
@@ -235,20 +235,20 @@ def test_a_long_request_goes_out_in_pieces_and_whole(form: type[bytes | memoryvi
 def test_an_end_that_is_told_is_answered() -> None:
     with open_link() as link:
         link.receive(link.peer.say(b"the last") + link.peer.end())
-        assert link.connection.told == ["made", "data", "eof"]
+        assert link.connection.calls == ["made", "data", "eof"]
         assert link.connection.got == b"the last"
         assert link.transport.closed == "closed"
         link.peer.take(link.transport.take())
         assert link.peer.has_ended
         link.tls.connection_lost(None)
-        assert (link.connection.told[-1], link.connection.lost) == ("lost", None)
+        assert (link.connection.calls[-1], link.connection.lost) == ("lost", None)
         assert link.tls.is_closing()
 
 
 def test_an_end_of_the_socket_is_passed_on() -> None:
     with open_link() as link:
         assert link.tls.eof_received() is False
-        assert link.connection.told == ["made", "eof"]
+        assert link.connection.calls == ["made", "eof"]
 
 
 def test_forged_bytes_end_the_connection_and_are_not_handed_on() -> None:
@@ -256,7 +256,7 @@ def test_forged_bytes_end_the_connection_and_are_not_handed_on() -> None:
         wire = bytearray(link.peer.say(b"an answer"))
         wire[-1] ^= 1
         link.receive(bytes(wire))
-        assert link.connection.told == ["made"]
+        assert link.connection.calls == ["made"]
         assert link.transport.closed == "aborted"
         link.tls.connection_lost(None)  # as after an abort: no reason is given
         assert isinstance(link.connection.lost, ssl.SSLError), "not to be taken for a proper end"
@@ -267,7 +267,7 @@ def test_what_came_before_forged_bytes_is_handed_on() -> None:
         good, bad = link.peer.say(b"an answer"), bytearray(link.peer.say(b"another"))
         bad[-1] ^= 1
         link.receive(good + bytes(bad))
-        assert link.connection.told == ["made", "data"]
+        assert link.connection.calls == ["made", "data"]
         assert (link.connection.got, link.transport.closed) == (b"an answer", "aborted")
 
 
@@ -296,7 +296,7 @@ def refused(link: Link) -> Exception:
     with pytest.raises(OSError) as caught:
         link.opened()
     link.tls.abort()
-    assert link.connection.told == []
+    assert link.connection.calls == []
     return caught.value
 
 
@@ -334,7 +334,7 @@ def test_who_has_stopped_waiting_is_not_told() -> None:
             link.loop.run_until_complete(waiting)
         link.tls.abort()
         link.tls.connection_lost(None)
-        assert link.connection.told == []
+        assert link.connection.calls == []
 
 
 @pytest.mark.skipif(not hasattr(ssl, "OP_IGNORE_UNEXPECTED_EOF"), reason="OpenSSL 3 alone")
