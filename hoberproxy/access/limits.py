@@ -132,7 +132,7 @@ class Demand:
         return self.prompt_tokens + self.answer_tokens - flexible
 
 
-_NOTHING: Final = Demand(0, 0, True)  # of a call whose body has not come yet
+NO_DEMAND: Final = Demand(0, 0, True)  # of a call whose body has not come yet
 
 
 class Lease:
@@ -243,9 +243,7 @@ def admit(
     which matter only if the budget has no room for this one.
     """
     roll(cells, now_ms)
-    _check_requests(cells, limits, now_ms)
-    if limits.concurrency is not None and running >= limits.concurrency:
-        raise _too_many_calls(limits.concurrency)
+    _check_calls(cells, limits, now_ms, running)
     lease = _hold(cells, limits, now_ms, demand, held)
     cells[MINUTE_REQUESTS] += 1
     cells[DAY_REQUESTS] += 1
@@ -261,14 +259,12 @@ def enter(
     or held.
     """
     roll(cells, now_ms)
-    _check_requests(cells, limits, now_ms)
-    if limits.concurrency is not None and running >= limits.concurrency:
-        raise _too_many_calls(limits.concurrency)
+    _check_calls(cells, limits, now_ms, running)
     budget, tokens = limits.budget, limits.tokens_per_minute
     if budget is not None and spent_in(cells, limits.budget_period) - held >= budget:
-        raise _over_budget(cells, limits, budget, now_ms, _NOTHING, held)
+        raise _over_budget(cells, limits, budget, now_ms, NO_DEMAND, held)
     if tokens is not None and cells[MINUTE_TOKENS] - cells[MINUTE_HELD] >= tokens:
-        raise _over_tokens(cells, tokens, now_ms, _NOTHING)
+        raise _over_tokens(cells, tokens, now_ms, NO_DEMAND)
     cells[MINUTE_REQUESTS] += 1
     cells[DAY_REQUESTS] += 1
     return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], 0, 0, False)
@@ -331,14 +327,7 @@ def _hold(cells: Cells, limits: KeyLimits, now_ms: int, demand: Demand, held: in
     return Lease(cells[MINUTE_START], cells[DAY], cells[MONTH], tokens, cost)
 
 
-def _too_many_calls(limit: int) -> AccessError:
-    return _rejected(
-        f"{_count(limit, 'call')} of this key at once, got one more; wait for one to end",
-        BUSY_WAIT,
-    )
-
-
-def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
+def _check_calls(cells: Cells, limits: KeyLimits, now_ms: int, running: int) -> None:
     per_minute, per_day = limits.requests_per_minute, limits.requests_per_day
     if per_minute is not None and cells[MINUTE_REQUESTS] >= per_minute:
         raise _rejected(
@@ -351,6 +340,12 @@ def _check_requests(cells: Cells, limits: KeyLimits, now_ms: int) -> None:
             f"{_count(per_day, 'request')} a day (UTC) with this key, got one more; "
             "wait for the next day",
             _day_left(now_ms),
+        )
+    at_once = limits.concurrency
+    if at_once is not None and running >= at_once:
+        raise _rejected(
+            f"{_count(at_once, 'call')} of this key at once, got one more; wait for one to end",
+            BUSY_WAIT,
         )
 
 
@@ -433,7 +428,7 @@ def _over_tokens(cells: Cells, limit: int, now_ms: int, demand: Demand) -> Acces
     # Is there room earlier, at the end of a call that takes less than is held for it?
     if 0 < limit - (cells[MINUTE_TOKENS] - cells[MINUTE_HELD]) >= wanted:
         wait, advice = min(BUSY_WAIT, wait), _advice_to_wait(demand)
-    got = "one more request" if demand is _NOTHING else f"one that may take about {wanted} more"
+    got = "one more request" if demand is NO_DEMAND else f"one that may take about {wanted} more"
     return _rejected(f"{_count(limit, 'token')} a minute with this key, got {got}; {advice}", wait)
 
 

@@ -22,7 +22,6 @@ import time
 from contextlib import suppress
 from typing import Any, Final
 
-from .._mypyc import mypyc_attr
 from ..errors import UnavailableError
 from .admission import MAX_PROCESSES
 from .keys import Caller
@@ -140,52 +139,6 @@ class FileLock:
 # Limits
 
 
-@mypyc_attr(allow_interpreted_subclasses=True)
-class Limiter:
-    """Keeps the limits of keys. Times are unix seconds, money is in picodollars.
-
-    Callers without limits are not passed to it.
-    """
-
-    def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
-        """Admit a call, or raise AccessError; return None if nothing is to be settled."""
-        raise NotImplementedError
-
-    def enter(self, caller: Caller, now: float) -> Lease:
-        """Count a call whose body is still to come; pass the lease to `reserve` or `leave`.
-
-        Raises AccessError if no body could make it pass.
-        """
-        raise NotImplementedError
-
-    def reserve(self, caller: Caller, now: float, demand: Demand, entered: Lease) -> Lease | None:
-        """Hold what a call of `enter` may take; return what `admit` would.
-
-        Raises AccessError, and then `entered` is still to be given back by `leave`.
-        """
-        raise NotImplementedError
-
-    def leave(self, caller: Caller, lease: Lease) -> None:
-        """Take back the count of a call of `enter` for which nothing was reserved."""
-        raise NotImplementedError
-
-    def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
-        """End an admitted call, which took `tokens` and cost `spent`."""
-        raise NotImplementedError
-
-    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
-        """Add `tokens` and `spent`, which may be negative, to those of a settled call."""
-        raise NotImplementedError
-
-    def lines(self, caller: Caller, now: float) -> bytes:
-        """Return the x-ratelimit-* header lines of an answer to `caller`."""
-        raise NotImplementedError
-
-    def counters(self, caller: Caller, now: float) -> list[int]:
-        """Return a copy of the key's cells as of `now`, by their places in access/limits.py."""
-        raise NotImplementedError
-
-
 class _Slot:
     """The part of the file of one key."""
 
@@ -197,8 +150,12 @@ class _Slot:
         self.history: History | None = None  # the one that was compared last
 
 
-class SharedLimits(Limiter):
-    """The limits file, as one process uses it, on one thread. `close` frees what it holds."""
+class SharedLimits:
+    """Keeps the limits of keys in the file, as one process uses it, on one thread.
+
+    Times are unix seconds, money is in picodollars. Callers without limits are not passed to it.
+    `close` frees what it holds.
+    """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open or make the file at `path`. Raises OSError if that, or its locks, cannot be had."""
@@ -391,40 +348,46 @@ class SharedLimits(Limiter):
         columns = self._view[start : start + self._view[_PROCESSES_USED]].tolist()
         return sum(held for number, held in enumerate(columns) if held and self._is_alive(number))
 
-    # What Limiter describes
+    # Calls
 
     def admit(self, caller: Caller, now: float, demand: Demand) -> Lease | None:
-        limits = _limits_of(caller)
-        now_ms = int(now * 1000)
-        slot = self._slot_of(caller, now_ms)
-        cells = self._lock_slot(slot)
-        try:
-            running = self._count_running(slot, limits)
-            held = self._held_for(slot, cells, limits, demand.prompt_cost + demand.answer_cost)
-            lease = admit(cells, limits, now_ms, demand, running=running, held=held)
-            self._write(slot, cells)
-            self._add(slot, limits, 1, lease.cost)
-        finally:
-            slot.lock.unlock()
+        """Admit a call, or raise AccessError; return None if nothing is to be settled."""
+        lease = self._count_in(caller, now, demand)
         # Always, where calls in flight are counted, whatever the limits are when it ends.
-        return lease if limits.needs_settling else None
+        return lease if _limits_of(caller).needs_settling else None
 
     def enter(self, caller: Caller, now: float) -> Lease:
+        """Count a call whose body is still to come; pass the lease to `reserve` or `leave`.
+
+        Raises AccessError if no body could make it pass.
+        """
+        return self._count_in(caller, now, None)
+
+    def _count_in(self, caller: Caller, now: float, demand: Demand | None) -> Lease:
+        """Count a call, and hold what it may take if its `demand` is known."""
         limits = _limits_of(caller)
         now_ms = int(now * 1000)
         slot = self._slot_of(caller, now_ms)
         cells = self._lock_slot(slot)
         try:
             running = self._count_running(slot, limits)
-            held = self._held_for(slot, cells, limits, 0)
-            lease = enter(cells, limits, now_ms, running=running, held=held)
+            if demand is None:
+                held = self._held_for(slot, cells, limits, 0)
+                lease = enter(cells, limits, now_ms, running=running, held=held)
+            else:
+                held = self._held_for(slot, cells, limits, demand.prompt_cost + demand.answer_cost)
+                lease = admit(cells, limits, now_ms, demand, running=running, held=held)
             self._write(slot, cells)
-            self._add(slot, limits, 1, 0)
+            self._add(slot, limits, 1, lease.cost)
         finally:
             slot.lock.unlock()
         return lease
 
     def reserve(self, caller: Caller, now: float, demand: Demand, entered: Lease) -> Lease | None:
+        """Hold what a call of `enter` may take; return what `admit` would.
+
+        Raises AccessError, and then `entered` is still to be given back by `leave`.
+        """
         limits = _limits_of(caller)
         if limits.budget is None and limits.tokens_per_minute is None:
             entered.is_reserved = True
@@ -442,6 +405,7 @@ class SharedLimits(Limiter):
         return lease
 
     def leave(self, caller: Caller, lease: Lease) -> None:
+        """Take back the count of a call of `enter` for which nothing was reserved."""
         slot = self._slots[caller.key_id]
         cells = self._lock_slot(slot)
         try:
@@ -452,31 +416,34 @@ class SharedLimits(Limiter):
             slot.lock.unlock()
 
     def settle(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """End an admitted call, which took `tokens` and cost `spent`."""
+        self._settle(caller, lease, tokens, spent, -1)
+
+    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
+        """Add `tokens` and `spent`, which may be negative, to those of a settled call."""
+        self._settle(caller, lease.settled(), tokens, spent, 0)
+
+    def _settle(self, caller: Caller, lease: Lease, tokens: int, spent: int, calls: int) -> None:
         slot = self._slots[caller.key_id]
         cells = self._lock_slot(slot)
         try:
             settle(cells, lease, tokens=tokens, spent=spent)
             self._write(slot, cells)
-            self._add(slot, _limits_of(caller), -1, -lease.cost)
+            self._add(slot, _limits_of(caller), calls, -lease.cost)
         finally:
             slot.lock.unlock()
 
-    def amend(self, caller: Caller, lease: Lease, *, tokens: int, spent: int) -> None:
-        slot = self._slots[caller.key_id]
-        cells = self._lock_slot(slot)
-        try:
-            settle(cells, lease.settled(), tokens=tokens, spent=spent)
-            self._write(slot, cells)
-        finally:
-            slot.lock.unlock()
+    # What a key has left
 
     def lines(self, caller: Caller, now: float) -> bytes:
+        """Return the x-ratelimit-* header lines of an answer to `caller`."""
         slot = self._slots.get(caller.key_id)
         if slot is None or caller.limits is None:
             return b""
         return limit_lines(self._read(slot), caller.limits, int(now * 1000))
 
     def counters(self, caller: Caller, now: float) -> list[int]:
+        """Return a copy of the key's cells as of `now`, by their places in access/limits.py."""
         now_ms = int(now * 1000)
         cells = self._read(self._slot_of(caller, now_ms))
         roll(cells, now_ms)

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import IO, Any
 
 import orjson
 
@@ -190,12 +190,6 @@ def _json_loss(now: float, lost: int) -> bytes:
 # The log
 
 
-class HasFileno(Protocol):
-    """A stream on a file descriptor."""
-
-    def fileno(self) -> int: ...
-
-
 class AccessLog:
     """Writes lines to a descriptor, or a stream's descriptor, which the caller closes.
 
@@ -205,7 +199,7 @@ class AccessLog:
 
     def __init__(
         self,
-        sink: HasFileno | int,
+        sink: IO[Any] | int,
         format: str = "auto",
         *,
         sample: float = 1.0,

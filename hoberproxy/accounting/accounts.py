@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
 
 import orjson
 
 from ..access.keys import Caller
-from ..access.limits import Demand, Lease
-from ..access.shared_limits import Limiter
+from ..access.limits import NO_DEMAND, Demand, Lease
+from ..access.shared_limits import SharedLimits
 from ..dialects.outcome import Outcome
 from ..dialects.usage import Usage
 from ..protocol.text import clip_text
@@ -32,7 +31,6 @@ logger = logging.getLogger("hoberproxy.upstream")
 
 MAX_SILENT = 256  # endpoints that the log names: behind wildcards, clients name them
 MAX_PLANS = 256  # whose offers are remembered
-_NO_DEMAND: Final = Demand(0, 0, True)
 
 
 class _Offer:
@@ -52,10 +50,10 @@ class _Offer:
 class Accounts:
     """The accounts of one process, for use on the loop's thread."""
 
-    def __init__(self, journal: Journal, limiter: Limiter, assumed_output: int) -> None:
+    def __init__(self, journal: Journal, shared_limits: SharedLimits, assumed_output: int) -> None:
         """Assume `assumed_output` tokens for an answer that neither request nor endpoint limits."""
         self._journal = journal
-        self._limiter = limiter
+        self._shared_limits = shared_limits
         self._estimates = Estimates()
         self._assumed_output = assumed_output
         self._offers: dict[int, tuple[Plan, tuple[_Offer, ...]]] = {}  # by the plan's id
@@ -68,7 +66,7 @@ class Accounts:
         Raises AccessError where no body could make it pass. The lease goes to `open` and, if `open`
         is not called or raises, to `close`.
         """
-        return self._limiter.enter(caller, now) if caller.limits is not None else None
+        return self._shared_limits.enter(caller, now) if caller.limits is not None else None
 
     def open(
         self,
@@ -88,13 +86,13 @@ class Accounts:
         prompt, usual = self._estimates.of_call(step.endpoint.key, call.prompt_bytes)
         wish = call.terms.max_output
         if (limits := caller.limits) is not None:
-            demand = _NO_DEMAND
+            demand = NO_DEMAND
             if limits.budget is not None or limits.tokens_per_minute is not None:
                 demand = self._demand(plan, call.terms, prompt)
             if lease is None:
-                lease = self._limiter.admit(caller, now, demand)
+                lease = self._shared_limits.admit(caller, now, demand)
             else:
-                lease = self._limiter.reserve(caller, now, demand, lease)
+                lease = self._shared_limits.reserve(caller, now, demand, lease)
         if wish is not None and wish < usual:
             usual = wish
         self._journal.open_record(record, step.slug, step.endpoint, prompt, usual)
@@ -171,13 +169,9 @@ class Accounts:
                 self._estimates.learn(
                     key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
                 )
-        elif usage is not None:
-            usage = self._estimates.fill_gaps(
-                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
-            )
-        elif is_answered:
+        elif usage is not None or is_answered:
             usage = self._estimates.usage(
-                key, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
+                key, usage, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
             )
         else:
             record.cost = 0  # no upstream answered, so none charges
@@ -219,10 +213,10 @@ class Accounts:
         if lease is None:
             return
         if not lease.is_reserved:
-            self._limiter.leave(caller, lease)
+            self._shared_limits.leave(caller, lease)
             return
         tokens, spent = _used(record)
-        self._limiter.settle(caller, lease, tokens=tokens, spent=spent)
+        self._shared_limits.settle(caller, lease, tokens=tokens, spent=spent)
 
     def count(
         self,
@@ -246,7 +240,7 @@ class Accounts:
             self._journal.amend([name, prompt, completion, cost])
             if lease is not None:
                 more_tokens = prompt + completion - settled_tokens
-                self._limiter.amend(
+                self._shared_limits.amend(
                     caller, lease, tokens=more_tokens, spent=(cost or 0) - settled_cost
                 )
 
@@ -259,11 +253,11 @@ class Accounts:
 
     def counters(self, caller: Caller, now: float) -> list[int]:
         """Return what a caller has used of its limits, by the places in access/limits.py."""
-        return self._limiter.counters(caller, now)
+        return self._shared_limits.counters(caller, now)
 
     def limit_lines(self, caller: Caller, now: float) -> bytes:
         """Return the x-ratelimit-* lines of a head for a caller with limits."""
-        return self._limiter.lines(caller, now)
+        return self._shared_limits.lines(caller, now)
 
 
 def _adapted_output(terms: Terms, adaptation: Adaptation) -> tuple[int | None, int]:

@@ -51,29 +51,28 @@ class Estimates:
             per_token = float(BYTES_PER_TOKEN)
         return int(prompt_bytes / per_token + 0.5), int(ratios.answer + 0.5)
 
-    def usage(self, endpoint: Key, *, prompt_bytes: int, events: int, body_bytes: int) -> Usage:
-        """Estimate the usage of an answer of `events` content events, or of `body_bytes`."""
+    def usage(
+        self,
+        endpoint: Key,
+        known: Usage | None = None,
+        *,
+        prompt_bytes: int,
+        events: int,
+        body_bytes: int,
+    ) -> Usage:
+        """Estimate what is not `known` of an answer's usage, where a zero is not known either.
+
+        The answer has `events` content events, or `body_bytes`.
+        """
         ratios = self._of(endpoint)
         completion = events * ratios.per_event if events else body_bytes * ratios.per_byte
+        known = Usage() if known is None else known
         return Usage(
-            prompt_tokens=int(prompt_bytes / ratios.prompt_bytes + 0.5),
-            completion_tokens=int(completion + 0.5),
-            is_estimated=True,
-        )
-
-    def fill_gaps(
-        self, endpoint: Key, usage: Usage, *, prompt_bytes: int, events: int, body_bytes: int
-    ) -> Usage:
-        """Return `usage`, of an answer with a text, with an estimate in place of each zero."""
-        guess = self.usage(
-            endpoint, prompt_bytes=prompt_bytes, events=events, body_bytes=body_bytes
-        )
-        return Usage(
-            usage.prompt_tokens or guess.prompt_tokens,
-            usage.completion_tokens or guess.completion_tokens,
-            usage.cached_tokens,
-            usage.reasoning_tokens,
-            usage.cache_write_tokens,
+            known.prompt_tokens or int(prompt_bytes / ratios.prompt_bytes + 0.5),
+            known.completion_tokens or int(completion + 0.5),
+            known.cached_tokens,
+            known.reasoning_tokens,
+            known.cache_write_tokens,
             is_estimated=True,
         )
 

@@ -143,6 +143,11 @@ def resident_bytes() -> int:
         return 0
 
 
+def unlabelled(values: Mapping[str, float]) -> dict[str, list[Any]]:
+    """Return the part of a snapshot for families without labels, of one value each."""
+    return {name: [[[], value]] for name, value in values.items()}
+
+
 def merge(snapshots: Iterable[Snapshot], *, ended: bool = False) -> dict[str, list[Any]]:
     """Return the sum of all `snapshots`, without gauges if their processes have `ended`."""
     sums: dict[str, dict[tuple[str, ...], Value]] = {}

@@ -10,37 +10,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ..access.limits import PICO
 from ..errors import FailedAttempt
-from .exposition import FIRST_CONTENT_BUCKETS, GAP_BUCKETS, LAG_BUCKETS, REQUEST_BUCKETS
+from .exposition import (
+    FIRST_CONTENT_BUCKETS,
+    GAP_BUCKETS,
+    LAG_BUCKETS,
+    REQUEST_BUCKETS,
+    unlabelled,
+)
 from .record import CLIENT_CLOSED, Record
-
-__all__: Final = ["FIRST_CONTENT_BUCKETS", "Gauges", "Metrics"]
 
 TOKEN_KINDS: Final = ("prompt", "completion", "cached", "reasoning", "cache_write")
 
 _place: Final = bisect_left
-
-
-@dataclass(frozen=True, slots=True)
-class Gauges:
-    """The values of gauges at a scrape."""
-
-    streams_open: int
-    connections_open: int
-    upstream_connections: Mapping[str, tuple[int, int]]  # provider → idle, busy
-    records_queued: int
-    records_lost: int
-    journal_lost: int
-    log_lines_lost: int
-    resident_bytes: int = 0
-    body_bytes: int = 0
-    journals_unreadable: int = 0
-    bad_heads: int = 0
-    refused_connections: int = 0
 
 
 class _Histogram:
@@ -171,8 +156,8 @@ class Metrics:
         """Count that the loop was late for a timer by `seconds`."""
         self._lag.observe(max(seconds, 0.0))
 
-    def snapshot(self, gauges: Gauges) -> dict[str, list[Any]]:
-        """Return all counts and gauges as a snapshot (see exposition.py)."""
+    def snapshot(self) -> dict[str, list[Any]]:
+        """Return all counts as a snapshot (see exposition.py)."""
         return {
             "requests": [
                 [[*key, status], count]
@@ -190,35 +175,18 @@ class Metrics:
                 for key, series in self._series.items()
                 if series.cost
             ],
-            "attempts": [[[], self._attempts]],
             "failed_attempts": _samples(self._failed_attempts),
             "failovers": _samples(self._failovers),
             "first_content_seconds": self._histograms(lambda series: series.first_content),
             "request_seconds": self._histograms(lambda series: series.request),
             "event_gap_seconds": self._histograms(lambda series: series.gap),
             "loop_lag_seconds": [[[], self._lag.values]],
-            "bad_heads": [[[], gauges.bad_heads]],
-            "refused_connections": [[[], gauges.refused_connections]],
             "usage_missing": [
                 [list(key), series.without_usage]
                 for key, series in self._series.items()
                 if series.without_usage
             ],
-            "estimated_requests": [[[], self._estimated]],
-            "records_lost": [[[], gauges.records_lost]],
-            "journal_entries_lost": [[[], gauges.journal_lost]],
-            "journals_unreadable": [[[], gauges.journals_unreadable]],
-            "log_lines_lost": [[[], gauges.log_lines_lost]],
-            "requests_open": [[[], gauges.streams_open]],
-            "connections_open": [[[], gauges.connections_open]],
-            "body_bytes": [[[], gauges.body_bytes]],
-            "records_queued": [[[], gauges.records_queued]],
-            "resident_bytes": [[[], gauges.resident_bytes]],
-            "upstream_connections": [
-                [[provider, state], count]
-                for provider, counts in gauges.upstream_connections.items()
-                for state, count in zip(("idle", "busy"), counts, strict=True)
-            ],
+            **unlabelled({"attempts": self._attempts, "estimated_requests": self._estimated}),
         }
 
     def _histograms(self, of: Callable[[_Series], _Histogram | None]) -> list[Any]:

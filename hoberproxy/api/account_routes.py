@@ -26,8 +26,8 @@ from ..access.limits import (
     spent_in,
 )
 from ..accounting.record import CLIENT_CLOSED, Record
-from ..downstream.cors import is_local_host
-from ..errors import AccessError, RequestError, UnavailableError
+from ..downstream.cors import check_local_host
+from ..errors import RequestError, UnavailableError
 from ..exchange.context import ServerContext
 from ..storage.sqlite_records import open_store
 from ..storage.store import KeyUsage, Store, StoreError
@@ -73,7 +73,7 @@ class AccountPages:
             await asyncio.sleep(wait)
             record = await self._read(lambda store: _find(store, name, caller.key_id))
             if record is not None:
-                return _json({"data": generation_document(record)})
+                return json_response({"data": generation_document(record)})
         raise RequestError(
             "no finished request of this key has this id; it may still be running, or be too old",
             code="not_found",
@@ -88,19 +88,12 @@ class AccountPages:
         counters = None
         if caller.limits is not None:
             counters = self._context.accounts.counters(caller, time.time())
-        return _json({"data": key_document(caller, usage, counters)})
+        return json_response({"data": key_document(caller, usage, counters)})
 
     def _authenticate(self, request: web.Request) -> Caller:
         if self._context.config.keys.required:
             return self._context.keyring.authenticate_head(_Fields(request), time.time())
-        if not is_local_host(request.headers.get("Host", "").encode("latin-1", "replace")):
-            raise AccessError(
-                "this proxy runs without keys and answers only under an address or the name of "
-                "its own machine",
-                code="host_not_allowed",
-                status=403,
-                type="permission_error",
-            )
+        check_local_host(request.headers.get("Host", "").encode("latin-1", "replace"))
         return ANONYMOUS
 
     async def _read(self, read: Callable[[Store], T]) -> T:
@@ -138,7 +131,8 @@ def _find(store: Store, name: str, key_id: str) -> Record | None:
     return found
 
 
-def _json(document: Any) -> web.Response:
+def json_response(document: Any) -> web.Response:
+    """Return a response with `document` as JSON, by orjson."""
     return web.Response(body=orjson.dumps(document), content_type="application/json")
 
 

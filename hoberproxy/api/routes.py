@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from typing import Any
 from urllib.parse import unquote
 
 import orjson
@@ -26,7 +25,7 @@ from ..errors import (
 )
 from ..exchange.context import ServerContext
 from ..protocol.http_head import Headers
-from .account_routes import AccountPages
+from .account_routes import AccountPages, json_response
 
 logger = logging.getLogger("hoberproxy.server")
 
@@ -107,18 +106,18 @@ async def _show_model(request: web.Request) -> web.Response:
             code="model_not_found",
             param="model",
         )
-    return _json(entry)
+    return json_response(entry)
 
 
 async def _health(request: web.Request) -> web.Response:
-    return _json({"status": "ok"})
+    return json_response({"status": "ok"})
 
 
 async def _ready(request: web.Request) -> web.Response:
     # A worker that drains for its successor is part of a service that is ready.
     if request.app[CONTEXT].is_stopping:
         raise UnavailableError("shutting down", code="draining", retry_after=1.0)
-    return _json({"status": "ready"})
+    return json_response({"status": "ready"})
 
 
 async def _post_only(request: web.Request) -> web.Response:
@@ -226,7 +225,3 @@ def _cors(request: web.Request) -> dict[str, str]:
 
 def _decoded(fields: Headers) -> dict[str, str]:
     return {name.decode(): value.decode("latin-1") for name, value in fields}
-
-
-def _json(document: Any) -> web.Response:
-    return web.Response(body=orjson.dumps(document), content_type="application/json")

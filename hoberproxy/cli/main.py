@@ -207,12 +207,12 @@ async def _run_embedded(settings: ServerSettings) -> None:
     from ..accounting.journal_directory import count_living
     from ..process.listeners import Listeners
     from ..process.server import Server
-    from .quickstart import embedded_config, make_key, start_demo, welcome
+    from .demo import DemoModel
+    from .quickstart import embedded_config, make_key, welcome
 
-    demo, port = await start_demo()
-    listeners = Listeners()
+    demo, listeners = DemoModel(), Listeners()
     try:
-        config = embedded_config(port, os.environ, settings)
+        config = embedded_config(await demo.start(), os.environ, settings)
         key = make_key(config.records.file)  # before the start, which reads the keys
         await listeners.listen(settings.listen, lambda: count_living(config.records.file) > 0)
         server = Server(config, listeners)

@@ -22,7 +22,6 @@ from ..config.settings import (
 )
 from ..routing.catalog import Endpoint, Model, Prices, Provider
 from ..storage.sqlite_records import open_store
-from .demo import DemoModel
 
 DEMO_PROVIDER = "demo"
 DEMO_SLUG = "hober/demo"
@@ -115,9 +114,3 @@ def _absent_providers(config: Config) -> str:
     if not known:
         return ""
     return "more models: set " + ", ".join(known[:6]) + ", … and start again\n"
-
-
-async def start_demo() -> tuple[DemoModel, int]:
-    """Start the demo model; return it and its port."""
-    demo = DemoModel()
-    return demo, await demo.start()

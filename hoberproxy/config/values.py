@@ -135,7 +135,7 @@ def parse_slug(slug: str) -> str:
     if not is_visible(stem) or "*" in stem or len(slug) > MAX_SLUG_LENGTH:
         expected = f'visible ASCII, at most {MAX_SLUG_LENGTH}, "*" only in a "/*" at the end'
         raise InvalidValue(expected, "something else", 'write it like "deepseek/deepseek-chat"')
-    if slug.endswith(ROUTING_SUFFIXES):
+    if slug.endswith(tuple(ROUTING_SUFFIXES)):
         raise InvalidValue("a slug without routing suffix", f'"{slug}"', "clients add the suffix")
     if slug.startswith("hober/auto") or slug == "hober/*":
         raise InvalidValue(

@@ -36,14 +36,6 @@ class HandlerConnection(Protocol):
     """A client's connection, as a handler's transport sees it."""
 
     @property
-    def sink(self) -> Sink | None:
-        """Where answers go, None once the socket is lost."""
-
-    @property
-    def transport(self) -> asyncio.Transport | None:
-        """The socket's transport, None once the socket is lost."""
-
-    @property
     def max_body_bytes(self) -> int:
         """The limit of a request's body."""
 
@@ -75,6 +67,8 @@ class Handler(asyncio.Transport):
     def __init__(
         self,
         connection: HandlerConnection,
+        transport: asyncio.Transport,
+        sink: Sink,
         protocol: web.RequestHandler,
         head: RequestHead,
         body: BodyReader,
@@ -82,6 +76,8 @@ class Handler(asyncio.Transport):
     ) -> None:
         super().__init__()
         self._connection = connection
+        self._transport = transport
+        self._sink = sink
         self.protocol = protocol
         self.head = head
         self._body = body
@@ -125,9 +121,9 @@ class Handler(asyncio.Transport):
     # The transport of aiohttp
 
     def write(self, data: Any) -> None:
-        if not self._is_ended and (sink := self._connection.sink) is not None:
+        if not self._is_ended:
             self.is_answering = True
-            sink.write_aside(data)
+            self._sink.write_aside(data)
 
     def close(self) -> None:
         if self._is_ended:
@@ -142,12 +138,11 @@ class Handler(asyncio.Transport):
         self._connection.abort()
 
     def is_closing(self) -> bool:
-        transport = self._connection.transport
-        return self._is_ended or transport is None or transport.is_closing()
+        return self._is_ended or self._transport.is_closing()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        transport = self._connection.transport
-        return default if transport is None else transport.get_extra_info(name, default)
+        # Of a socket that is lost, uvloop's raises OSError.
+        return default if self._is_ended else self._transport.get_extra_info(name, default)
 
     def pause_reading(self) -> None:
         """Do nothing: a body is bounded, and that the client leaves must be seen."""
@@ -162,5 +157,4 @@ class Handler(asyncio.Transport):
         return False
 
     def get_write_buffer_size(self) -> int:
-        transport = self._connection.transport
-        return 0 if transport is None else transport.get_write_buffer_size()
+        return self._transport.get_write_buffer_size()

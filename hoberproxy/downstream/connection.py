@@ -423,12 +423,14 @@ class DownstreamConnection(Client):
     # Other requests, which aiohttp answers
 
     def _begin_bridge(self, head: RequestHead, rest: bytes) -> None:
+        transport, sink = self._transport, self._sink
+        assert transport is not None and sink is not None
         self._state = _HANDLER
         keep_alive = head.keep_alive and not self._context.is_draining
         body = body_reader(head)
         if head.expects_continue and not rest and not body.is_complete:
             self._write_continue()
-        self._bridge = Handler(self, self._handlers(), head, body, keep_alive)
+        self._bridge = Handler(self, transport, sink, self._handlers(), head, body, keep_alive)
         self._bridge.start()
         self._hold(self._bridge.feed(rest))
 
@@ -453,16 +455,6 @@ class DownstreamConnection(Client):
     def max_body_bytes(self) -> int:
         """The limit of any request's body."""
         return self._context.settings.max_body_bytes
-
-    @property
-    def transport(self) -> asyncio.Transport | None:
-        """The socket's transport, None once the socket is lost."""
-        return self._transport
-
-    @property
-    def sink(self) -> Sink | None:
-        """Where answers go, None once the socket is lost."""
-        return self._sink
 
     @property
     def unread_bytes(self) -> int:

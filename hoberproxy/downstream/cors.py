@@ -54,7 +54,12 @@ def check_local_request(head: RequestHead) -> None:
             code="unsupported_media_type",
             status=415,
         )
-    if not is_local_host(head.get(b"host")):
+    check_local_host(head.get(b"host"))
+
+
+def check_local_host(host: bytes | None) -> None:
+    """Refuse a Host field that is not of this machine, where there are no keys."""
+    if not is_local_host(host):
         raise AccessError(
             "this proxy runs without keys and answers only under an address or the name of its "
             "own machine; use http://127.0.0.1 or turn keys on",

@@ -172,7 +172,8 @@ def _endpoints(reports: Iterable[Report]) -> list[dict[str, Any]]:
     for report in reports:
         if report.get("state") != "draining":  # whose measurements are old
             for health in report.get("health", ()):
-                groups.setdefault((health["provider"], health["model"]), []).append(health)
+                key = health["provider"], health["upstream_model"]
+                groups.setdefault(key, []).append(health)
     return [
         {
             "provider": provider,

@@ -26,16 +26,11 @@ Message = dict[str, Any]
 class Channel(asyncio.Protocol):
     """One end of a channel. `on_message` gets each message, `on_lost` is called at the end."""
 
-    def __init__(
-        self,
-        on_message: Callable[[Message], None],
-        on_lost: Callable[[], None],
-        unread: bytes = b"",
-    ) -> None:
+    def __init__(self, on_message: Callable[[Message], None], on_lost: Callable[[], None]) -> None:
         self._on_message = on_message
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
-        self.unread = unread  # of a message that has not come to its end
+        self.unread = b""  # of a message that has not come to its end
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass

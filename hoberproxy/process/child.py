@@ -170,6 +170,16 @@ class Child:
             self.end.close()
 
 
+async def kill(children: Iterable[Child]) -> None:
+    """Kill `children` and wait for their ends."""
+    children = list(children)
+    for child in children:
+        child.state = State.DRAINING
+        child.signal(signal.SIGKILL)
+    for child in children:
+        await child.ended.wait()
+
+
 def back_off(failures: int) -> float:
     """Return seconds to wait before another try after `failures` in a row."""
     return min(FIRST_BACK_OFF * 2 ** min(failures - 1, 20), MAX_BACK_OFF) if failures else 0.0

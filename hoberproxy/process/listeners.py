@@ -66,7 +66,9 @@ class Listeners:
             return
         for address in addresses:
             if address not in self.clients:
-                self.clients[address] = await listen_for_clients(address, has_predecessor)
+                self.clients[address] = await bind_when_free(
+                    address, has_predecessor, "{}; choose another with --listen"
+                )
 
     def keep(self, addresses: Iterable[Address]) -> None:
         """Close the sockets for clients that are of no address of these."""
@@ -122,12 +124,13 @@ def bind(address: Address) -> list[socket.socket]:
 
 
 async def bind_when_free(
-    address: Address, has_predecessor: Callable[[], bool]
+    address: Address, has_predecessor: Callable[[], bool], words: str
 ) -> list[socket.socket]:
     """Call `bind` once nobody listens at the address any more.
 
     Waits for FREE_WITHIN seconds while `has_predecessor` says that processes of an earlier run are
-    still there; an address that is another program's is an error. Raises StartError.
+    still there; an address that is another program's is an error. Raises StartError, whose message
+    is `words` with the problem in place of "{}".
     """
     begun = time.monotonic()
     is_logged = False
@@ -136,11 +139,10 @@ async def bind_when_free(
             return bind(address)
         except StartError as error:
             waited = time.monotonic() - begun
-            if not _is_in_use(error) or waited >= FREE_WITHIN:
-                raise
-            is_ending = has_predecessor()
-            if not is_ending and waited >= FREE_AT_ONCE:
-                raise
+            may_wait = _is_in_use(error) and waited < FREE_WITHIN
+            is_ending = may_wait and has_predecessor()
+            if not may_wait or (not is_ending and waited >= FREE_AT_ONCE):
+                raise StartError(words.format(error)) from error
             if is_ending and not is_logged:
                 logger.warning(
                     "%s: processes of an earlier run are ending; trying for %g s",
@@ -149,27 +151,6 @@ async def bind_when_free(
                 )
                 is_logged = True
         await asyncio.sleep(TRY_INTERVAL)
-
-
-async def listen_for_clients(
-    address: Address, has_predecessor: Callable[[], bool]
-) -> list[socket.socket]:
-    """Listen for clients once the address is free. Raises StartError."""
-    try:
-        return await bind_when_free(address, has_predecessor)
-    except StartError as error:
-        raise StartError(f"{error}; choose another with --listen") from error
-
-
-async def listen_for_metrics(
-    address: Address, has_predecessor: Callable[[], bool]
-) -> list[socket.socket]:
-    """Listen for scrapers once the address is free. Raises StartError."""
-    try:
-        return await bind_when_free(address, has_predecessor)
-    except StartError as error:
-        advice = 'choose another, or "off", as server.metrics_listen'
-        raise StartError(f"metrics: {error}; {advice}") from error
 
 
 def _is_in_use(error: StartError) -> bool:

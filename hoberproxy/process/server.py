@@ -16,6 +16,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -33,10 +35,10 @@ from ..access.keys import Keyring
 from ..access.shared_limits import SharedLimits
 from ..accounting.access_log import AccessLog
 from ..accounting.accounts import Accounts
-from ..accounting.exposition import resident_bytes
+from ..accounting.exposition import resident_bytes, unlabelled
 from ..accounting.journal import Journal
 from ..accounting.journal_directory import journal_directory
-from ..accounting.metrics import Gauges, Metrics
+from ..accounting.metrics import Metrics
 from ..api.routes import make_app
 from ..config.settings import Address, Config
 from ..config.values import ConfigError
@@ -65,7 +67,10 @@ PARSE_CACHE_SWEEP = 600  # of these; templates that were not used since the last
 
 
 class Server(Timed):
-    """One process on one loop: `start`, then `wait_closed`; `stop` from a signal."""
+    """One process on one loop: `start`, then `wait_closed`; `stop` from a signal.
+
+    Make it on its loop. If `start` raises, call `aclose`.
+    """
 
     def __init__(
         self,
@@ -79,30 +84,38 @@ class Server(Timed):
         """Serve by `config` on the sockets in `listeners`.
 
         With `has_writer` a thread of this process writes the records; else another process must.
-        `workers` is how many processes share the machine's memory, this one among them.
+        `workers` is how many processes share the machine's memory, this one among them. Raises
+        StartError or ConfigError.
         """
+        _check_keys(config, listeners.addresses)
         self._config = config
         self._given = listeners
-        self._counts = counts
-        self._workers = workers
         self._heartbeat: asyncio.TimerHandle | None = None
-        self.on_beat: Callable[[], None] = notify_nobody
+        self.on_beat: Callable[[], None] = lambda: None  # called twice a second while it runs
         self._listeners: list[asyncio.Server] = []
-        self._runner: web.AppRunner | None = None
         self._connections: set[DownstreamConnection] = set()
         self._leave = asyncio.Event()
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
         self._sweeps = 0
-        self._context: ServerContext | None = None
-        self._shared_limits: SharedLimits | None = None
         records = config.records
         self._journal = Journal(journal_directory(records.file))
-        self._loader: KeyLoader | None = None
         self._writer: WriterThread | None = None
         if has_writer:
             self._writer = WriterThread(Writer(records.file, keep_days=records.keep_days))
-        self._ticker: Ticker | None = None
+        self._context = context = self._build(counts, workers)
+        self._loader = KeyLoader(records.file, context.keyring, self._journal)
+        self._ticker = Ticker(context.wheel, context.loop)
+        self._runner = web.AppRunner(
+            make_app(context),
+            access_log=None,
+            handle_signals=False,
+            # The check in front of aiohttp has its own limits; here only it must not be stricter.
+            max_line_size=MAX_REQUEST_HEAD_BYTES,
+            max_field_size=MAX_REQUEST_HEAD_BYTES,
+            # Seconds for the rest of a body that nobody needs; after these ours begin.
+            lingering_time=LINGER,
+        )
 
     @property
     def addresses(self) -> list[Address]:
@@ -110,16 +123,15 @@ class Server(Timed):
         return self._given.addresses
 
     async def start(self) -> None:
-        """Open the store, then accept. Raises StartError, StoreError or ConfigError."""
-        _check_keys(self._config, self.addresses)
-        self._context = context = self._build()
+        """Open the store, then accept. Raises StoreError."""
+        context, runner = self._context, self._runner
+        await runner.setup()
+        handlers = runner.server
+        assert handlers is not None, "set up above"
         if self._writer is not None:  # before the keys: what a dead process spent is spent
             self._writer.start()
-        self._loader = KeyLoader(self._config.records.file, context.keyring, self._journal)
         self._loader.start()
-        self._ticker = Ticker(context.wheel, context.loop)
         context.wheel.schedule(self, context.loop.time() + POOL_SWEEP)
-        handlers = await self._handlers(make_app(context))
         begin = partial(Exchange, context)
 
         def connection() -> Any:  # a Protocol by its methods
@@ -139,7 +151,7 @@ class Server(Timed):
                 listener = await loop.create_server(protocol, sock=each, backlog=BACKLOG)
             self._listeners.append(listener)
 
-    def _build(self) -> ServerContext:
+    def _build(self, counts: StreamCounts | None, workers: int) -> ServerContext:
         config, loop = self._config, asyncio.get_running_loop()
         wheel = Wheel(loop.time())
         upstreams = make_upstreams(config, loop, wheel)
@@ -159,58 +171,41 @@ class Server(Timed):
             ),
             metrics=Metrics(catalog.label),
             upstreams=upstreams,
-            admission=Admission(config.server.max_streams, self._counts),
-            bodies=BodyMemory(body_memory_limit(config.server, machine_memory(), self._workers)),
+            admission=Admission(config.server.max_streams, counts),
+            bodies=BodyMemory(body_memory_limit(config.server, machine_memory(), workers)),
             room=ConnectionRoom(connections_limit()),
         )
 
-    async def _handlers(self, app: web.Application) -> web.Server:
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            handle_signals=False,
-            # The check in front of aiohttp has its own limits; here only it must not be stricter.
-            max_line_size=MAX_REQUEST_HEAD_BYTES,
-            max_field_size=MAX_REQUEST_HEAD_BYTES,
-            # Seconds for the rest of a body that nobody needs; after these ours begin.
-            lingering_time=LINGER,
-        )
-        await runner.setup()
-        self._runner = runner
-        assert runner.server is not None, "set up above"
-        return runner.server
-
     def snapshot(self) -> dict[str, Any]:
         """Return the counts since the start and the gauges of now, as exposition.py merges them."""
-        context = self._context
-        assert context is not None, "started before"
-        return context.metrics.snapshot(self._gauges(context))
-
-    def _gauges(self, context: ServerContext) -> Gauges:
-        log, journal = context.access_log, self._journal
+        context, journal, log = self._context, self._journal, self._context.access_log
         writer = self._writer.writer if self._writer is not None else None
-        return Gauges(
-            streams_open=len(context.exchanges),
-            connections_open=len(self._connections),
-            upstream_connections={
-                name: (upstream.pool.idle, upstream.pool.open - upstream.pool.idle)
-                for name, upstream in context.upstreams.items()
-            },
-            records_queued=journal.depth,
-            records_lost=journal.records_lost + (writer.lost if writer is not None else 0),
-            journal_lost=journal.lost,
-            journals_unreadable=writer.unreadable if writer is not None else 0,
-            log_lines_lost=log.lost if log is not None else 0,
-            resident_bytes=resident_bytes(),
-            body_bytes=context.bodies.held,
-            bad_heads=context.bad_heads,
-            refused_connections=context.refused_connections,
-        )
+        values = {
+            "requests_open": len(context.exchanges),
+            "connections_open": len(self._connections),
+            "records_queued": journal.depth,
+            "records_lost": journal.records_lost + (writer.lost if writer is not None else 0),
+            "journal_entries_lost": journal.lost,
+            "journals_unreadable": writer.unreadable if writer is not None else 0,
+            "log_lines_lost": log.lost if log is not None else 0,
+            "resident_bytes": resident_bytes(),
+            "body_bytes": context.bodies.held,
+            "bad_heads": context.bad_heads,
+            "refused_connections": context.refused_connections,
+        }
+        connections = []
+        for name, upstream in context.upstreams.items():
+            idle, known = upstream.pool.idle, upstream.pool.open
+            connections += [[[name, "idle"], idle], [[name, "busy"], known - idle]]
+        return {
+            **context.metrics.snapshot(),
+            **unlabelled(values),
+            "upstream_connections": connections,
+        }
 
     def report(self) -> dict[str, Any]:
         """Return what `hoberproxy status` says of this process."""
         context = self._context
-        assert context is not None, "started before"
         return {
             "streams": len(context.exchanges),
             "connections": len(self._connections),
@@ -218,23 +213,11 @@ class Server(Timed):
             "events": context.metrics.events
             + sum(exchange.content_events for exchange in context.exchanges),
             "keys": Counter(exchange.key_label for exchange in context.exchanges),
-            "health": [
-                {
-                    "provider": each.provider,
-                    "model": each.upstream_model,
-                    "is_cooling": each.is_cooling,
-                    "cooldown": each.cooldown,
-                    "failure_rate": each.failure_rate,
-                    "first_content": each.first_content,
-                    "throughput": each.throughput,
-                }
-                for each in context.health.snapshot(context.loop.time())
-            ],
+            "health": [asdict(each) for each in context.health.snapshot(context.loop.time())],
         }
 
     def _beat(self, due: float) -> None:
         """Measure how late the loop is, flush the journal, give a sign of life; twice a second."""
-        assert self._context is not None, "started before"
         loop = self._context.loop
         self._context.metrics.observe_lag(loop.time() - due)
         self._journal.flush()
@@ -244,7 +227,6 @@ class Server(Timed):
 
     def on_deadline(self, now: float) -> float:
         """Sweep the pools, and now and then the parse cache of requests."""
-        assert self._context is not None
         self._sweeps += 1
         if self._sweeps % PARSE_CACHE_SWEEP == 0:
             self._context.parse_cache.forget_unused()
@@ -291,7 +273,6 @@ class Server(Timed):
         however long it idles before; otherwise a refusal, and only for a moment.
         """
         context = self._context
-        assert context is not None
         context.is_draining = True
         context.is_stopping = not is_handover
         context.model_lists.stop()
@@ -300,7 +281,7 @@ class Server(Timed):
         running = len(context.exchanges)
         if running:
             logger.info("draining: %d requests are running", running)
-        await self._wait_for_connections(context)
+        await self._wait_for_connections()
         context.is_stopping = context.is_stopping or bool(self._connections)
         for exchange in list(context.exchanges):
             exchange.fail(
@@ -312,8 +293,8 @@ class Server(Timed):
                 close=True,
             )
 
-    async def _wait_for_connections(self, context: ServerContext) -> None:
-        loop = asyncio.get_running_loop()
+    async def _wait_for_connections(self) -> None:
+        context, loop = self._context, self._context.loop
         begun = loop.time()
         deadline = begun + self._config.server.drain_timeout
         while (now := loop.time()) < deadline and not self._stop_now.is_set():
@@ -339,34 +320,28 @@ class Server(Timed):
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         context = self._context
-        if context is None:
-            return
         await context.model_lists.aclose()
-        await self._flush_connections(context)
-        if self._runner is not None:
-            await self._runner.cleanup()
-        if self._ticker is not None:
-            self._ticker.close()
+        await self._flush_connections()
+        await self._runner.cleanup()
+        self._ticker.close()
         for upstream in context.upstreams.values():
             await upstream.pool.aclose()
         context.accounts.shut()
         await asyncio.to_thread(self._close_records)
-        if self._shared_limits is not None:
-            self._shared_limits.close()
+        self._shared_limits.close()
         if context.access_log is not None:
             context.access_log.close()
 
     def _close_records(self) -> None:
         """Write what is left, or leave it to the writer's process."""
         self._journal.flush()
-        if self._loader is not None:
-            self._loader.close(FINISH_LIMIT)
+        self._loader.close(FINISH_LIMIT)
         self._journal.end()
         if self._writer is not None:
             self._writer.close()
         self._journal.close()
 
-    async def _flush_connections(self, context: ServerContext) -> None:
+    async def _flush_connections(self) -> None:
         """Give the last answers a moment to reach their clients."""
         for connection in list(self._connections):
             connection.close_if_idle()
@@ -399,23 +374,12 @@ class WriterThread:
             self._thread.join(limit + 1.0)
 
     def _run(self, opened: Future[None]) -> None:
-        try:
-            self.writer.open()
-        except BaseException as exc:
-            self.writer.close()
-            opened.set_exception(exc)
-            return
-        opened.set_result(None)
-        try:
-            while not self._wake.wait(self.writer.turn()):
+        with closing(self.writer) as writer:
+            writer.open()
+            opened.set_result(None)
+            while not self._wake.wait(writer.turn()):
                 pass
-            self.writer.finish(self._limit)
-        finally:
-            self.writer.close()
-
-
-def notify_nobody() -> None:
-    """Do nothing: no supervisor waits for signs of life."""
+            writer.finish(self._limit)
 
 
 def _check_keys(config: Config, addresses: Iterable[Address]) -> None:

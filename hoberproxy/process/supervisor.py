@@ -26,15 +26,25 @@ from typing import Any
 from .. import __version__
 from .._mypyc import describe_build
 from ..access.admission import MAX_PROCESSES, MAX_WORKERS
-from ..accounting.exposition import Snapshot, merge, render, resident_bytes
+from ..accounting.exposition import Snapshot, merge, render, resident_bytes, unlabelled
 from ..accounting.journal_directory import count_living
 from ..config.settings import Config
 from ..config.source import ConfigSource, read_source
 from ..config.values import ConfigError
 from .admin_socket import AdminSocket, admin_path, combine
 from .channel import LOG_FORMAT, Message
-from .child import STEADY, Child, State, back_off, pids_of, problems_of, reports_of, start_child
-from .listeners import Listeners, StartError, flat, listen_for_metrics, name_of
+from .child import (
+    STEADY,
+    Child,
+    State,
+    back_off,
+    kill,
+    pids_of,
+    problems_of,
+    reports_of,
+    start_child,
+)
+from .listeners import Listeners, StartError, bind_when_free, flat, name_of
 from .metrics_listener import MetricsListener
 from .systemd import Notifier, passed_by_systemd
 from .upgrade import (
@@ -123,7 +133,9 @@ class Supervisor:
         self._admin = AdminSocket(admin_path(self._config), self._answer_admin)
         await self._admin.start()
         if self._left is None:
-            self._announce()
+            self._send_ready()
+            for address in self._listeners.addresses:
+                print(f"{describe_build()} listens on http://{address}", flush=True)
         self._start_task(self._poll(), "poll")
         if self._notifier.watchdog is not None:
             self._start_task(self._feed_watchdog(self._notifier.watchdog), "watchdog")
@@ -157,36 +169,29 @@ class Supervisor:
         async with self._starting:  # a reload that is asked for meanwhile follows
             try:
                 await self._listeners.listen(self._config.server.listen, self._has_predecessor)
-                await self._bind_metrics(self._config)
+                await self._bind_metrics()
                 await self._start_writer()  # first: what dead processes spent is spent
                 await self._start_workers()
-            except StartError:
-                await self._give_up()
-                if not self._is_stopping:  # else it is no failure that it has not begun
+            except BaseException as error:
+                await kill(self._everyone)
+                self._listeners.close()
+                # If it is to stop, it is no failure that it has not begun.
+                if not (self._is_stopping and isinstance(error, StartError)):
                     raise
-            except BaseException:
-                await self._give_up()
-                raise
-
-    async def _give_up(self) -> None:
-        await self._kill(self._children)
-        await self._writers.kill()
-        self._listeners.close()
 
     def _has_predecessor(self) -> bool:
         """Return whether processes of an earlier run still serve, as after a kill."""
         return not self._is_stopping and count_living(self._config.records.file) > 0
 
-    def _announce(self) -> None:
-        self._send_ready(self._serving)
-        for address in self._listeners.addresses:
-            print(f"{describe_build()} listens on http://{address}", flush=True)
-
-    async def _bind_metrics(self, config: Config) -> None:
-        address = config.server.metrics_listen
+    async def _bind_metrics(self) -> None:
+        address = self._config.server.metrics_listen
         if address is None or self._listeners.metrics:
             return
-        self._listeners.metrics = await listen_for_metrics(address, self._has_predecessor)
+        self._listeners.metrics = await bind_when_free(
+            address,
+            self._has_predecessor,
+            'metrics: {}; choose another, or "off", as server.metrics_listen',
+        )
 
     async def _start_workers(self) -> list[Child]:
         """Start a new generation; end all of it and raise StartError if one worker cannot start."""
@@ -205,7 +210,7 @@ class Supervisor:
                 break
             is_late = time.monotonic() >= deadline
             if is_late or self._is_stopping or not all(child.was_killed for child in failed):
-                await self._kill(children)
+                await kill(children)
                 raise StartError(problems_of(failed))
             logger.error(
                 "killed while it started, another one starts: worker %s, by %s",
@@ -250,17 +255,9 @@ class Supervisor:
         )
         return child
 
-    async def _kill(self, children: Iterable[Child]) -> None:
-        """Kill `children`, which serve nobody yet, and wait for their ends."""
-        for child in children:
-            child.state = State.DRAINING
-            child.signal(signal.SIGKILL)
-        for child in list(children):
-            await child.ended.wait()
-
-    def _send_ready(self, children: list[Child]) -> None:
-        plural = "worker" if len(children) == 1 else "workers"
-        self._notifier.ready(f"{len(children)} {plural}, {__version__}")
+    def _send_ready(self) -> None:
+        number = len(self._serving)
+        self._notifier.ready(f"{number} {'worker' if number == 1 else 'workers'}, {__version__}")
 
     # Workers that end
 
@@ -311,7 +308,7 @@ class Supervisor:
                 if child.state is State.SERVING:
                     logger.info("worker %d serves", child.pid)
                     return
-                await self._kill([child])
+                await kill([child])
             self._failures += 1
             delay = back_off(self._failures + 1)
             logger.error("no new worker: %s; again in %.1f s", problems_of([child]), delay)
@@ -347,7 +344,7 @@ class Supervisor:
                     else:
                         await self._reload()
             finally:
-                self._send_ready(self._serving)
+                self._send_ready()
 
     @property
     def _serving(self) -> list[Child]:
@@ -498,10 +495,9 @@ class Supervisor:
             "workers": [
                 [[state.value], states[state.value]] for state in State if state is not State.ENDED
             ],
-            "worker_restarts": [[[], self.restarts]],
             "reloads": [[[result], count] for result, count in self._reloads.items()],
             "build_info": [[[__version__], 1]],
-            "resident_bytes": [[[], resident_bytes()]],
+            **unlabelled({"worker_restarts": self.restarts, "resident_bytes": resident_bytes()}),
         }
         return merge([self._ended, *(child.snapshot for child in self._everyone), own])
 
@@ -550,7 +546,7 @@ class Supervisor:
                     await child.ended.wait()
         except TimeoutError:
             logger.error("workers that did not end are killed: %s", pids_of(self._children))
-            await self._kill(self._children)
+            await kill(self._children)
         await self._writers.end()
         for task in list(self._tasks):
             task.cancel()

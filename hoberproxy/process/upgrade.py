@@ -17,7 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,33 +49,28 @@ class Handover:
 
 
 def save_handover(handover: Handover) -> int:
-    """Write the state and let its descriptors outlive an exec; return the state's own."""
+    """Write the state; return its descriptor, which outlives an exec."""
     listeners = handover.listeners
     state = {
-        "source": {
-            "text": handover.source.text,
-            "files": handover.source.files,
-            "listen": handover.source.listen,
-        },
+        "source": asdict(handover.source),
         "generation": handover.generation,
         "upgrades": handover.upgrades,
         "started": handover.started,
         "restarts": handover.restarts,
         "is_passed": listeners.is_passed,
         "clients": [
-            [address.host, address.port, [_keep(each) for each in sockets]]
+            [address.host, address.port, [each.fileno() for each in sockets]]
             for address, sockets in listeners.clients.items()
         ],
-        "metrics": [_keep(each) for each in listeners.metrics],
+        "metrics": [each.fileno() for each in listeners.metrics],
         "children": [_state_of(child) for child in handover.children],
         "writers": [_state_of(child) for child in handover.writers],
         "ended": handover.ended,
         "reloads": handover.reloads,
         "stream_counts": handover.stream_counts,
     }
-    os.set_inheritable(handover.stream_counts, True)
     number = os.memfd_create("hoberproxy", 0)
-    with os.fdopen(os.dup(number), "wb") as file:
+    with os.fdopen(number, "wb", closefd=False) as file:
         file.write(json.dumps(state).encode())
     return number
 
@@ -88,24 +83,19 @@ def _state_of(child: Child) -> dict[str, Any]:
         "slot": child.slot,
         "state": child.state.value,
         "started": child.started,
-        "channel": _keep(child.end),
+        "channel": child.end.fileno(),
         "unread": child.channel.unread.decode("latin-1"),
         "snapshot": child.snapshot,
     }
 
 
-def _keep(each: socket.socket) -> int:
-    each.set_inheritable(True)
-    return each.fileno()
-
-
-def keep_handover(handover: Handover) -> None:
-    """Let the descriptors of the state end with this program again: there was no exec."""
+def set_inheritable(handover: Handover, inheritable: bool) -> None:
+    """Let the descriptors that the state names outlive an exec, or no more if there was none."""
     listeners = handover.listeners
     ends = [child.end for child in (*handover.children, *handover.writers) if child.end]
     for each in (*flat(listeners.clients.values()), *listeners.metrics, *ends):
-        each.set_inheritable(False)
-    os.set_inheritable(handover.stream_counts, False)
+        each.set_inheritable(inheritable)
+    os.set_inheritable(handover.stream_counts, inheritable)
 
 
 def take_handover(environ: MutableMapping[str, str]) -> Handover | None:
@@ -222,6 +212,7 @@ def replace_program(handover: Handover) -> str:
     A signal must find either this program's handlers or the next one's: they are to be blocked.
     """
     number = save_handover(handover)
+    set_inheritable(handover, True)
     os.environ[STATE_VARIABLE] = str(number)
     python = installed_python()
     try:
@@ -229,5 +220,5 @@ def replace_program(handover: Handover) -> str:
     except OSError as exc:
         del os.environ[STATE_VARIABLE]
         os.close(number)
-        keep_handover(handover)
+        set_inheritable(handover, False)
         return f"{python}: {exc.strerror}"

@@ -19,6 +19,7 @@ import socket
 import sys
 
 from ..access.admission import STREAM_COUNTS_BYTES, StreamCounts
+from ..config.settings import Config
 from ..config.source import ConfigSource
 from ..config.values import ConfigError
 from ..storage.store import StoreError
@@ -59,7 +60,7 @@ class Worker:
         self._loop.add_signal_handler(signal.SIGTERM, self._server.stop)
         await self._loop.create_connection(lambda: self._channel, sock=self._end)
         self._channel.send("ready")
-        self._server.on_beat = self._send_alive
+        self._server.on_beat = lambda: self._channel.send("alive")
         await self._server.wait_closed()
         self._channel.send("bye", snapshot=self._server.snapshot())
         self._channel.close()
@@ -83,9 +84,6 @@ class Worker:
         if not self._server.is_leaving:
             logger.error("the supervisor is gone: draining")
         self._server.stop()
-
-    def _send_alive(self) -> None:
-        self._channel.send("alive")
 
 
 def check(source: bytes) -> int:
@@ -114,14 +112,7 @@ def main(channel: str) -> int:
         os.close(start["stream_counts"])
         logging.basicConfig(level=config.log.level.upper(), format=LOG_FORMAT)
         end.setblocking(False)
-        server = Server(
-            config,
-            listeners,
-            counts=counts,
-            has_writer=False,
-            workers=start["workers"],
-        )
-        run(lambda: _serve(server, end))
+        run(lambda: _serve(config, listeners, counts, start["workers"], end))
     except (StartError, StoreError) as error:
         return send_failed(end, [str(error)])
     except ConfigError as error:
@@ -140,5 +131,8 @@ def _listeners(numbers: list[int]) -> Listeners:
     return listeners
 
 
-async def _serve(server: Server, end: socket.socket) -> None:
+async def _serve(
+    config: Config, listeners: Listeners, counts: StreamCounts, workers: int, end: socket.socket
+) -> None:
+    server = Server(config, listeners, counts=counts, has_writer=False, workers=workers)
     await Worker(server, end).serve()

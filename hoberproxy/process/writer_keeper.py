@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable
 from itertools import count
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..accounting.exposition import Snapshot
 from ..config.settings import Config
-from .child import STEADY, Child, State, back_off, reports_of, start_child
+from .child import STEADY, Child, State, back_off, kill, reports_of, start_child
 from .listeners import StartError
 
 logger = logging.getLogger("hoberproxy.supervisor")
@@ -56,7 +55,7 @@ class Writers:
             if writer.state is State.SERVING:
                 break
             is_final = not writer.was_killed or tries == MAX_STARTS or self._is_ending
-            await self.kill([writer])
+            await kill([writer])
             if is_final:
                 problems = "; ".join(writer.problems)
                 raise StartError(problems or "the writer of records does not start")
@@ -155,16 +154,7 @@ class Writers:
                     await writer.ended.wait()
         except TimeoutError:
             logger.error("the writer is killed; the next start writes what is in the journals")
-            await self.kill()
-
-    async def kill(self, writers: Iterable[Child] | None = None) -> None:
-        """Kill `writers`, or all, and wait for their ends."""
-        ending = list(self.all if writers is None else writers)
-        for writer in ending:
-            writer.state = State.DRAINING
-            writer.signal(signal.SIGKILL)
-        for writer in ending:
-            await writer.ended.wait()
+            await kill(self.all)
 
     # Watching
 

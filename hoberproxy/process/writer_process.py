@@ -24,7 +24,7 @@ import time
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
-from ..accounting.exposition import resident_bytes
+from ..accounting.exposition import resident_bytes, unlabelled
 from ..storage.store import StoreError
 from ..storage.writer import Writer
 from .channel import (
@@ -127,11 +127,13 @@ class WriterProcess:
     def _state(self) -> dict[str, Any]:
         size = resident_bytes()
         return {
-            "snapshot": {
-                "records_lost": [[[], self._writer.lost]],
-                "journals_unreadable": [[[], self._writer.unreadable]],
-                "resident_bytes": [[[], size]],
-            },
+            "snapshot": unlabelled(
+                {
+                    "records_lost": self._writer.lost,
+                    "journals_unreadable": self._writer.unreadable,
+                    "resident_bytes": size,
+                }
+            ),
             "report": {
                 "resident_bytes": size,
                 "written": self._writer.written,

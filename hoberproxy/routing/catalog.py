@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Final
 # GET /v1/models the same across restarts and workers.
 DEFAULT_CREATED: Final = 1709000000
 MAX_SLUG_LENGTH: Final = 256
-ROUTING_SUFFIXES: Final = (":nitro", ":floor")  # of what clients ask for; no slug ends in one
+# How what clients ask for is sorted, by the end of its slug; no model's slug ends in one.
+ROUTING_SUFFIXES: Final = {":nitro": "latency", ":floor": "price"}
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # A price has up to 12 decimals per million tokens: in attodollars (1e-18 USD) a token's is whole.
 _PER_TOKEN: Final = 10**12
@@ -344,7 +345,7 @@ class Catalog:
                 rest = name.removeprefix(before).removesuffix(after)
                 slug = prefix + rest
                 is_whole = rest and len(name) == len(before) + len(rest) + len(after)
-                if not is_whole or slug.endswith(ROUTING_SUFFIXES):
+                if not is_whole or slug.endswith(tuple(ROUTING_SUFFIXES)):
                     continue
                 found = self._wildcard_of(slug)
                 if found is not None and found[0] is model and found[1] == rest:

@@ -15,7 +15,7 @@ from ..request.call import Call, ProviderPreferences
 from ..request.extensions import NO_CONTENT
 from .catalog import Endpoint, Model
 from .health import Key
-from .plan import Offer, Plan, Removal, Step
+from .plan import Offer, Plan, Removal
 
 # Prose has 4 to 5 bytes per token, code and other scripts fewer; none is known to have 6. So only
 # what is clearly too long is held back: the upstream counts better than we do.
@@ -42,11 +42,13 @@ def choose_filters(call: Call) -> list[tuple[str, Filter]]:
         filters.append(("price", _price_limit(wanted)))
     filters += [(extension, _without_extension(extension)) for extension in used_extensions(call)]
     if terms.needs_tools:
-        filters.append(("no_tools", _without_tools))
-    if terms.json_format is not None:
-        filters.append(_json_filter(call))
+        filters.append(("no_tools", _without("tools", "it takes no tools")))
+    if terms.json_format == "json_schema":
+        filters.append(("no_json_schema", _without("json_schema", "it takes no JSON schema")))
+    elif terms.json_format is not None:
+        filters.append(("no_json_mode", _without("json_mode", "it has no JSON mode")))
     if call.needs_images:
-        filters.append(("no_vision", _without_vision))
+        filters.append(("no_vision", _without("vision", "it takes no images")))
     else:  # the bytes of an image are no tokens
         filters.append(("context_length", _context_limit(call)))
     if terms.max_output is not None:
@@ -83,12 +85,6 @@ def apply_filters(
                     taken.add(key)
                     offers.append((model, endpoint))
     return offers
-
-
-def removed_fallback(step: Step) -> Removal:
-    endpoint = step.endpoint
-    words = "provider.allow_fallbacks is false"
-    return Removal(step.slug, endpoint.provider, endpoint.upstream_model, "fallbacks_off", words)
 
 
 def _only(providers: frozenset[str]) -> Filter:
@@ -135,26 +131,11 @@ def _without_extension(extension: str) -> Filter:
     return why_not
 
 
-def _without_tools(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no tools" if endpoint.abilities.tools is False else None
+def _without(ability: str, words: str) -> Filter:
+    def why_not(model: Model, endpoint: Endpoint) -> str | None:
+        return words if getattr(endpoint.abilities, ability) is False else None
 
-
-def _without_vision(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no images" if endpoint.abilities.vision is False else None
-
-
-def _json_filter(call: Call) -> tuple[str, Filter]:
-    if call.terms.json_format == "json_schema":
-        return "no_json_schema", _without_json_schema
-    return "no_json_mode", _without_json_mode
-
-
-def _without_json_mode(model: Model, endpoint: Endpoint) -> str | None:
-    return "it has no JSON mode" if endpoint.abilities.json_mode is False else None
-
-
-def _without_json_schema(model: Model, endpoint: Endpoint) -> str | None:
-    return "it takes no JSON schema" if endpoint.abilities.json_schema is False else None
+    return why_not
 
 
 def _context_limit(call: Call) -> Filter:

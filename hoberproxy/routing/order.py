@@ -26,10 +26,6 @@ def arrange(
     A cooling endpoint is last even if `order` names it: the client's order still holds among those
     that work. But with `allow_fallbacks` false nothing takes the place of a provider in `order`.
     """
-    if sort is None and not wanted.order:
-        steps = _plain_steps(offers, health, now)
-        if steps is not None:
-            return steps
     reason = sort or "config"
     if sort is not None:
         offers = _sorted(offers, sort, health, now)
@@ -43,20 +39,6 @@ def arrange(
     if not cooled and not wanted.order:
         return [Step(model.slug, endpoint, reason) for model, endpoint in offers]
     return _placed(offers, reason, wanted, cooled)
-
-
-def _plain_steps(offers: list[Offer], health: Health, now: float) -> list[Step] | None:
-    """Return steps in the config's order, which most requests get; None if that changes.
-
-    Weights and cooldowns change it.
-    """
-    steps = []
-    for model, endpoint in offers:
-        key = endpoint.key
-        if endpoint.weight is not None or health.is_cooling(key, now):
-            return None
-        steps.append(Step(model.slug, endpoint))
-    return steps
 
 
 def _placed(

@@ -15,23 +15,20 @@ from typing import Final
 from ..errors import RouteError
 from ..request.call import NO_PREFERENCES, Call
 from ..request.extensions import check_accepted, param_of
-from .catalog import Abilities, Catalog, Model
+from .catalog import ROUTING_SUFFIXES, Abilities, Catalog, Model
 from .filters import (
     BYTES_PER_TOKEN,
     MAX_NAMED,
     apply_filters,
     choose_filters,
     prompt_tokens,
-    removed_fallback,
     used_extensions,
 )
 from .health import Health, Key
 from .order import arrange
 from .plan import Plan, Removal, Step
 
-# Only these, and only at the end: another colon belongs to the slug ("llama3.2:3b"). The config
-# refuses slugs that end in one, so none is ever hidden.
-_SUFFIXES: Final = {":nitro": "latency", ":floor": "price"}
+# Of each of ROUTING_SUFFIXES. Another colon belongs to the slug ("llama3.2:3b").
 _SUFFIX_LENGTH: Final = 6
 # Virtual models over all others, and how they sort these.
 _VIRTUAL: Final = {
@@ -93,7 +90,10 @@ def _work_out(
         check_accepted(used_extensions(call), call.place_without_content, catalog.accepts, removing)
         raise _nothing_left(call, removed, unknown)
     if not terms.provider.allow_fallbacks:
-        removed += [removed_fallback(step) for step in steps[1:]]
+        words = "provider.allow_fallbacks is false"
+        removed += [
+            Removal(step.slug, *step.endpoint.key, "fallbacks_off", words) for step in steps[1:]
+        ]
         del steps[1:]
     return Plan(tuple(steps), tuple(removed), tuple(unknown))
 
@@ -173,7 +173,7 @@ def _look_up(candidate: str, catalog: Catalog) -> tuple[Iterable[Model] | None, 
 
 def _without_suffix(candidate: str) -> tuple[str, str | None]:
     """Return the slug of `candidate`, and how its suffix sorts."""
-    sort = _SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
+    sort = ROUTING_SUFFIXES.get(candidate[-_SUFFIX_LENGTH:])
     return (candidate if sort is None else candidate[:-_SUFFIX_LENGTH]), sort
 
 

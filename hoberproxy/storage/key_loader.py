@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import closing
 
 from ..access.keys import Caller, Keyring
 from ..accounting.journal import Journal
@@ -63,26 +64,14 @@ class KeyLoader:
     # The thread
 
     def _run(self, opened: Future[None]) -> None:
-        try:
-            store = open_store(self._path)
-        except BaseException as exc:
-            opened.set_exception(exc)
-            return
-        try:
+        with closing(open_store(self._path)) as store:
             self._journal.prepare()
             self._load(store)
             store.set_busy_timeout(BUSY_TIMEOUT)
-        except BaseException as exc:
-            store.close()
-            opened.set_exception(exc)
-            return
-        opened.set_result(None)
-        try:
+            opened.set_result(None)
             while not self._wake.wait(self._tick):
                 self._journal.prepare()
                 self._reload(store)
-        finally:
-            store.close()
 
     def _reload(self, store: Keys) -> None:
         if time.monotonic() < self._reload_at:
@@ -112,10 +101,19 @@ class KeyLoader:
 
 
 def start_thread(run: Callable[[Future[None]], None], name: str) -> threading.Thread:
-    """Start a thread and wait until `run` has set its future; raise the exception it was given."""
+    """Start a thread and wait until `run` has set its future; raise what it raises before."""
     opened: Future[None] = Future()
+
+    def report() -> None:
+        try:
+            run(opened)
+        except BaseException as exc:
+            if opened.done():
+                raise
+            opened.set_exception(exc)
+
     # A daemon: a disk that hangs must not keep the process from ending.
-    thread = threading.Thread(target=run, args=(opened,), name=name, daemon=True)
+    thread = threading.Thread(target=report, name=name, daemon=True)
     thread.start()
     opened.result()
     return thread

@@ -265,17 +265,8 @@ def _values(row: KeyRow) -> dict[str, Any]:
 
 
 def _parse_key(row: tuple[Any, ...]) -> KeyRow:
-    key_id, label, kind, hint, created, expires, revoked, old_until, models, *limits = row[:-1]
-    return KeyRow(
-        key_id=key_id,
-        label=label,
-        kind=kind,
-        hint=hint,
-        created=created,
-        expires=expires,
-        revoked=revoked,
-        old_until=old_until,
-        models=tuple(orjson.loads(models)),
-        limits=KeyLimits(*limits),
-        last_used=row[-1],
-    )
+    """Return the row of the columns in _COLUMNS, the limits, and the last use."""
+    values = dict(zip(_COLUMNS[1:], row[1:], strict=False))
+    values["models"] = tuple(orjson.loads(values["models"]))
+    limits = KeyLimits(*row[len(_COLUMNS) : -1])
+    return KeyRow(key_id=row[0], **values, limits=limits, last_used=row[-1])

@@ -308,7 +308,7 @@ class Writer:
         ended = [row_of(values) for values in remains.closed.values()]
         revised = [row_of(values) for values in remains.revised.values()]
         amendments, unfit = _each(lambda values: Amendment(**values), remains.amended)
-        lost, more_unfit = _each(_lost_row, remains.opened.values())
+        lost, more_unfit = _each(_make_lost_row, remains.opened.values())
         failed = unfit + more_unfit
         self._lose(failed, "ValueError")
         try:
@@ -342,15 +342,11 @@ def _each(make: Callable[[Values], Made], found: Iterable[Values]) -> tuple[list
     return made, unfit
 
 
-def _lost_row(values: Values) -> Row:
-    return make_row(_lost_record(values))
-
-
-def _lost_record(values: Values) -> Record:
-    """Return the record of a request of which only the beginning is known."""
+def _make_lost_row(values: Values) -> Row:
+    """Return the row of a request of which only the beginning is known."""
     price = values["price"]
     tokens = values["prompt_tokens"], values["completion_tokens"]
-    return Record(
+    record = Record(
         **{name: value for name, value in values.items() if name in COLUMNS}
         | {
             "requested": tuple(values["requested"]),
@@ -361,3 +357,4 @@ def _lost_record(values: Values) -> Record:
             "cost": parse_prices(price).cost(*tokens) if price is not None else None,
         }
     )
+    return make_row(record)

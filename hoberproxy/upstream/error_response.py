@@ -21,7 +21,7 @@ from .credentials import concerns_account, holds_secret, may_be_quoted
 MAX_BODY_BYTES: Final = 64 * 1024
 MAX_RETRY_AFTER: Final = 24 * 3600.0
 
-# What another endpoint of the same model may do better (api.md, "Routing fields").
+# What another endpoint of the same model may do better.
 _RETRYABLE_STATUSES: Final = frozenset((401, 402, 403, 404, 408, 429))
 _PASSED_STATUSES: Final = frozenset((400, 413, 422))
 _PASSED_CODES: Final = {400: "invalid_value", 413: "body_too_large", 422: "invalid_value"}

@@ -48,16 +48,13 @@ class _Listing(Receiver):
     def on_body(self, data: bytes) -> None:
         self._body += data
         if len(self._body) > MAX_BODY_BYTES:
-            self._end()
-
-    def on_end(self) -> None:
-        self._end()
+            self.on_end()
 
     def on_lost(self, loss: Loss) -> None:
         self._head = None  # a part of a list is none
-        self._end()
+        self.on_end()
 
-    def _end(self) -> None:
+    def on_end(self) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
 

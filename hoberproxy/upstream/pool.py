@@ -31,7 +31,6 @@ class Pool(ConnectionOwner):
         self._ending: dict[UpstreamConnection, float] = {}  # until when, in order
         self.end_wait = END_WAIT
         self.open = 0  # connections that exist, idle and busy
-        self._is_retired = False
         self.heads = ResponseHeads()
 
     @property
@@ -60,7 +59,7 @@ class Pool(ConnectionOwner):
         if keepalive_hint is not None:
             # A second early, lest a request and the peer's close cross on the way.
             keep = min(keep, keepalive_hint - 1.0)
-        if self._is_retired or keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
+        if keep <= 0 or len(self._idle) >= self.provider.max_idle_connections:
             connection.abort()
             return
         connection.idle_until = self.wheel.now + keep
@@ -75,10 +74,7 @@ class Pool(ConnectionOwner):
     def await_end(self, connection: UpstreamConnection) -> None:
         due = self.wheel.now + self.end_wait
         self._ending[connection] = due
-        if self._is_retired:
-            connection.abort()
-        else:
-            self.wheel.hasten(self, due)
+        self.wheel.hasten(self, due)
 
     def on_deadline(self, now: float) -> float | None:
         """Close the connections whose answers have not ended in time."""
@@ -96,25 +92,13 @@ class Pool(ConnectionOwner):
         for connection in expired:
             connection.abort()
 
-    def close_idle(self) -> None:
-        """Close every idle connection."""
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.abort()
-
-    def retire(self) -> None:
-        """Keep no connection from now on; requests that have this pool go on with it."""
-        self._is_retired = True
-        self.close_idle()
-        self.wheel.cancel(self)
-        for connection in list(self._ending):
-            connection.abort()
-
     def connect(self, limit: float) -> Coroutine[Any, Any, UpstreamConnection]:
         """Make a connection within `limit` seconds. Raises UpstreamError (phase connect)."""
         return self._connector.connect(limit, lambda: UpstreamConnection(self))
 
     def aclose(self) -> Coroutine[Any, Any, None]:
-        """Close idle connections, end a look-up under way, and keep lent connections no more."""
-        self.retire()
+        """Close all connections, of which none may be lent any more; end a look-up under way."""
+        self.wheel.cancel(self)
+        for connection in (*self._idle, *self._ending):
+            connection.abort()
         return self._connector.aclose()

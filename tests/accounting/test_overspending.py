@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import product
@@ -36,7 +36,7 @@ from hoberproxy.access.limits import (
     Lease,
     spent_in,
 )
-from hoberproxy.access.shared_limits import Limiter, SharedLimits
+from hoberproxy.access.shared_limits import SharedLimits
 from hoberproxy.accounting.accounts import Accounts
 from hoberproxy.accounting.journal import Journal
 from hoberproxy.dialects.usage import Usage
@@ -90,8 +90,9 @@ class Processes:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     folder = tmp_path_factory.mktemp("limits")
     journal = Journal(folder / "store.db-requests")
-    processes = Processes(folder, Accounts(journal, Limiter(), ASSUMED))
-    yield processes
+    with closing(SharedLimits(folder / "of-accounts")) as shared:
+        processes = Processes(folder, Accounts(journal, shared, ASSUMED))
+        yield processes
     processes.close()
     journal.close()
 

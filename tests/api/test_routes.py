@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from aiohttp import ClientResponse, web
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp import AiohttpClient
 
+from hoberproxy.accounting.exposition import FAMILIES
 from hoberproxy.api.routes import make_app
+from hoberproxy.config.settings import LogSettings
 from hoberproxy.exchange.context import ServerContext
-from tests.conftest import Proxy, StartProxy, chat, pure_only
+from tests.conftest import Proxy, StartProxy, chat, pure_only, wait_until
 
 Client = TestClient[web.Request, web.Application]
 PREFIXES = pytest.mark.parametrize("prefix", ["/v1", "", "/api/v1"])
@@ -251,6 +254,19 @@ async def test_chat_answers_carry_the_origin_as_well(start_proxy: StartProxy, ke
 
 # Metrics
 
+GAUGES = {
+    "requests_open": [[[], 0]],
+    "connections_open": [[[], 1]],
+    "records_queued": [[[], 0]],
+    "records_lost": [[[], 6]],
+    "journal_entries_lost": [[[], 8]],
+    "journals_unreadable": [[[], 0]],
+    "log_lines_lost": [[[], 7]],
+    "body_bytes": [[[], 5]],
+    "refused_connections": [[[], 9]],
+    "upstream_connections": [[["scripted", "idle"], 1], [["scripted", "busy"], 0]],
+}
+
 
 async def test_bad_heads_and_connections_are_counted(proxy: Proxy) -> None:
     chatter = await proxy.connect()
@@ -262,3 +278,20 @@ async def test_bad_heads_and_connections_are_counted(proxy: Proxy) -> None:
     assert [count for _, count in snapshot["requests"]] == [1]
     assert snapshot["bad_heads"] == [[[], 1]]
     assert snapshot["connections_open"] == [[[], 1]]
+
+
+async def test_a_server_s_snapshot_has_its_state_at_that_moment(start_proxy: StartProxy) -> None:
+    proxy = await start_proxy(change=lambda config: replace(config, log=LogSettings()))
+    context, journal = proxy.context, proxy.server._journal
+    (await proxy.connect()).send(chat(proxy.key))
+    await proxy.wait_for_records(1)
+    await wait_until(lambda: journal.depth == 0)
+    assert context.access_log is not None
+    context.access_log._failed, journal.lost, journal.records_lost = 7, 8, 6
+    context.refused_connections, context.bodies.held = 9, 5
+    snapshot = proxy.server.snapshot()
+    assert {name: snapshot[name] for name in GAUGES} == GAUGES
+    assert snapshot["resident_bytes"] > [[[], 1_000_000]]
+    # The rest is the supervisor's.
+    missing = {"build_info", "reloads", "worker_restarts", "workers"}
+    assert set(snapshot) == {family.name for family in FAMILIES} - missing

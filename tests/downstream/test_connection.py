@@ -327,8 +327,8 @@ async def test_what_is_kept_of_pipelined_bytes_is_bounded(
     await client.flood(8 * 1024 * 1024)  # is taken: reading never pauses
     connection = connection_of(proxy)
     assert len(connection._buffer) <= MAX_PIPELINED_BYTES
-    assert connection.transport is not None
-    assert connection.transport.is_reading()
+    assert connection._transport is not None
+    assert connection._transport.is_reading()
 
 
 async def test_a_client_that_leaves_after_pipelining_too_much_is_still_seen_to_leave(
@@ -1204,7 +1204,7 @@ async def test_no_segment_waits_for_another_on_either_leg(
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    downstream = connection_of(proxy).transport
+    downstream = connection_of(proxy)._transport
     (kept,) = proxy.context.upstreams["scripted"].pool._idle
     assert downstream is not None
     assert kept._transport is not None
@@ -1219,7 +1219,7 @@ async def test_what_the_system_holds_of_an_unread_stream_is_bounded_on_either_le
     client = await proxy.connect()
     client.send(chat(proxy.key))
     assert (await client.read_answer()).status == 200
-    downstream = connection_of(proxy).transport
+    downstream = connection_of(proxy)._transport
     (kept,) = proxy.context.upstreams["scripted"].pool._idle
     assert downstream is not None
     assert kept._transport is not None
@@ -1241,8 +1241,8 @@ async def test_reading_the_client_goes_on_while_it_reads_nothing_itself(
     await wait_until(lambda: any(c.is_paused for c in proxy.server._connections))
     connection = connection_of(proxy)
     assert connection._state is State.ANSWERING
-    assert connection.transport is not None
-    assert connection.transport.is_reading()
+    assert connection._transport is not None
+    assert connection._transport.is_reading()
     await client.aclose()  # and so its leaving is seen
     await upstream.wait_for_hangup()
     (record,) = await proxy.wait_for_records(1)
@@ -1290,11 +1290,11 @@ async def test_nothing_is_written_to_a_lost_connections_socket_whose_number_may_
         transport: Any = SocketTransport(ours)
         connection = DownstreamConnection(other._context, other._begin, other._handlers, set())
         connection.connection_made(transport)
-        sink = connection.sink
+        sink = connection._sink
         assert sink is not None
         sink.write(b"in time")
         assert theirs.recv(100) == b"in time"
         connection.connection_lost(None)
         sink.write(b"late")
         assert transport.writes == [b"late"]
-        assert connection.sink is None
+        assert connection._sink is None

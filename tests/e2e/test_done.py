@@ -26,7 +26,7 @@ from tests.support.scripted import (
 )
 
 from .conftest import ProxyTo
-from .harness import Proxy, as_client_sees, chat, eventually, provider_for
+from .harness import Proxy, as_client_sees, chat, eventually
 
 EVENTS = stream_events(3)
 ROLE = EVENTS[0]
@@ -177,17 +177,3 @@ async def test_nothing_is_waited_for_at_the_end_of_the_process(proxy_to: ProxyTo
             await proxy.post(chat(stream=True))
             assert proxy.pool_of("a").open == 1
         await upstream.wait_for_hangup()
-
-
-async def test_a_pool_that_a_reload_replaced_waits_for_no_end(proxy_to: ProxyTo) -> None:
-    script = [*chunked(*EVENTS[:2]), AwaitRelease("rest"), *chunked(*EVENTS[2:])[1:], Stall()]
-    async with ScriptedUpstream(script) as upstream, proxy_to(provider_for(upstream)) as proxy:
-        async with proxy.connect() as client:
-            await client.ask(chat(stream=True))
-            await client.read_head()
-            await client.read_until(b"word0")
-            proxy.pool_of("a").retire()
-            upstream.release("rest")
-            await client.read_until(DONE)
-            assert await client.read_chunk() == b""
-            assert await is_over(proxy)

@@ -18,7 +18,7 @@ from hoberproxy.accounting.journal_directory import SEGMENT
 from tests.support.scripted import ScriptedUpstream
 
 from .harness import Client, chat, eventually
-from .test_account import answer, ids_in
+from .test_records import answer, ids_in
 from .test_workers import Service, scrape_at, service
 
 # Makes records of 8 kB, so that a segment of the journal is full after 500 requests.

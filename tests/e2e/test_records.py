@@ -7,22 +7,82 @@ import os
 import random
 import signal
 import sqlite3
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.support.patience import WAIT
 from tests.support.processes import is_alive
-from tests.support.scripted import ScriptedUpstream
+from tests.support.scripted import (
+    Script,
+    ScriptedUpstream,
+    SeenRequest,
+    completion,
+    json_response,
+    sse,
+)
 
-from .harness import WRITER, chat, eventually
-from .test_account import KILLS, LOCKED, Seen, answer, ask_while_locked, ids_in
+from .harness import WRITER, Client, chat, connected, eventually
 from .test_status import command
-from .test_workers import WAITING, Service, begin_stream, finish_stream, service
+from .test_workers import EVENTS, WAITING, Service, begin_stream, finish_stream, service
 
+# `kill -9` at so many random moments; 50 where there is time.
+KILLS = int(os.environ.get("HOBERPROXY_TEST_KILLS", "5"))
+# For so many seconds the store is locked; 60 where there is time.
+LOCKED = float(os.environ.get("HOBERPROXY_TEST_LOCKED", "2"))
 Victims = Callable[[Service], list[int]]
+
+
+def answer(seen: SeenRequest) -> Script:
+    """A stream or a body, as was asked."""
+    return sse(*EVENTS) if seen.json()["stream"] else json_response(200, completion())
+
+
+def ids_in(folder: Path) -> Counter[str]:
+    with closing(sqlite3.connect(folder / "records.db")) as database:
+        return Counter(name for (name,) in database.execute("SELECT id FROM records"))
+
+
+@dataclass
+class Seen:
+    """What clients saw, by the ids of their requests."""
+
+    begun: set[str] = field(default_factory=set)
+    whole: set[str] = field(default_factory=set)
+
+    async def load(self, port: int, stream: bool) -> None:
+        """One request after the other on one connection, until that is cut."""
+        try:
+            async with connected(port) as client:
+                while True:
+                    await self.ask(client, stream)
+        except (OSError, EOFError):
+            pass
+
+    async def load_once(self, port: int) -> None:
+        """One request on a connection of its own, which must not fail."""
+        async with connected(port) as client:
+            await self.ask(client, True)
+
+    async def ask(self, client: Client, stream: bool) -> None:
+        await client.ask(chat(stream=stream))
+        status, headers = await client.read_head()
+        assert status == 200
+        fields = dict(headers)
+        name = fields["x-request-id"]
+        self.begun.add(name)
+        if stream:
+            await client.read_until(b"[DONE]\n\n")  # as SDKs do, which leave there
+            self.whole.add(name)
+            await client.read_chunk()
+        else:
+            await client._read_exactly(int(fields["content-length"]))
+            self.whole.add(name)
 
 
 def writers(running: Service) -> list[int]:
@@ -196,7 +256,7 @@ async def test_a_writer_whose_supervisor_was_killed_waits_for_the_last_record(
         (writer,) = writers(running)
         seen = Seen()
         async with running.connect() as client:
-            await seen.ask_once(client, stream=True)
+            await seen.ask(client, stream=True)
             os.kill(running.process.pid, signal.SIGKILL)
             await running.wait()
         await eventually(lambda: not is_alive(writer))
@@ -205,14 +265,44 @@ async def test_a_writer_whose_supervisor_was_killed_waits_for_the_last_record(
 
 
 @pytest.mark.timeout(LOCKED + 120)
-async def test_while_the_store_is_locked_no_worker_waits_and_all_records_come_later(
+async def test_while_the_store_is_locked_no_request_waits_and_all_records_come_later(
     tmp_path: Path,
 ) -> None:
+    seen = Seen()
+    answered = [0] * 6
+    is_over = False
+
+    async def load(running: Service, number: int) -> None:
+        async with running.connect() as client:
+            while not is_over:
+                await seen.ask(client, stream=number % 2 == 0)
+                answered[number] += 1
+                await asyncio.sleep(0.01)
+
     async with (
         ScriptedUpstream(default=answer) as upstream,
         service(tmp_path, upstream) as running,
     ):
-        await ask_while_locked(running.port, tmp_path)
+        async with asyncio.TaskGroup() as group:
+            for number in range(len(answered)):
+                group.create_task(load(running, number))
+            await eventually(lambda: ids_in(tmp_path))
+            path = tmp_path / "records.db"
+            with closing(sqlite3.connect(path, isolation_level=None)) as database:
+                database.execute("BEGIN IMMEDIATE")
+                stored = ids_in(tmp_path)
+                locked_until = time.monotonic() + LOCKED
+                while time.monotonic() < locked_until:
+                    wanted = min(answered) + 5
+                    await eventually(lambda wanted=wanted: min(answered) >= wanted)
+                assert ids_in(tmp_path) == stored
+                database.execute("ROLLBACK")
+            is_over = True
+        assert seen.begun == seen.whole
+        async with asyncio.timeout(WAIT):
+            while len(recorded := ids_in(tmp_path)) < len(seen.whole):  # noqa: ASYNC110  # a file
+                await asyncio.sleep(0.1)
+        assert set(recorded) == seen.whole and set(recorded.values()) == {1}
 
 
 async def test_a_process_with_a_writer_beside_a_service_takes_its_turn(tmp_path: Path) -> None:

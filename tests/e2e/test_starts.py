@@ -19,7 +19,7 @@ from tests.support.processes import all_below, children_of, is_alive
 from tests.support.scripted import ScriptedUpstream
 
 from .harness import WORKER, WRITER, Program, chat, connected
-from .test_account import KILLS
+from .test_records import KILLS
 from .test_status import command
 from .test_workers import GOOD, PATIENCE, WAITING, begin_stream, finish_stream, write_config
 

@@ -19,7 +19,8 @@ def test_messages_do_not_depend_on_where_the_bytes_were_cut(cut: int) -> None:
     channel = Channel(seen.append, lambda: None)
     channel.data_received(BYTES[:cut])
     # What was read of a message goes over to the program after an upgrade.
-    successor = Channel(seen.append, lambda: None, channel.unread)
+    successor = Channel(seen.append, lambda: None)
+    successor.unread = channel.unread
     successor.data_received(BYTES[cut:])
     assert seen == MESSAGES
 
