@@ -30,7 +30,15 @@ import orjson
 
 from .machine import Cores, choose_cores, describe_machine, raise_open_files
 from .peers import MODEL, PROXIES, Wiring, create_key
-from .processes import StartError, free_port, own_module, running, wait_listening, wait_quiet
+from .processes import (
+    StartError,
+    as_installed,
+    free_port,
+    own_module,
+    running,
+    wait_listening,
+    wait_quiet,
+)
 from .procfs import ProcessTree
 from .runner import Upstream, upstream
 
@@ -73,7 +81,8 @@ def started(
     config.write_text(text, encoding="utf-8")
     if name != NO_KEY:
         key = create_key(config, has_limits=name == LIMITED)
-    with running([*command, "--workers", str(workers)], log, core) as process:
+    command += ["--workers", str(workers)]
+    with running(command, log, core, variables=as_installed()) as process:
         wait_listening(process, port, log)
         wait_quiet(ProcessTree([process.pid]), 1 + workers)
         yield Server(name, port, process.pid, key)

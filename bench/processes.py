@@ -35,6 +35,11 @@ def own_module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"{__package__}.{name}", *arguments]
 
 
+def as_installed() -> dict[str, str]:
+    """Variables for a server of the package that its Python has, not of the one beside `bench`."""
+    return {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+
 def environment(**variables: str) -> dict[str, str]:
     """Ours, `variables`, and the way to this package for `python -m`."""
     parent = str(Path(__file__).parents[1])

@@ -25,6 +25,7 @@ from .mock_answers import Settings
 from .peers import MODEL, Peer, Wiring, create_key
 from .processes import (
     StartError,
+    as_installed,
     dead_port,
     free_port,
     own_module,
@@ -225,7 +226,7 @@ class Runner:
         command = target.peer.command(target.program, self._wiring(port))
         if target.peer.is_ours:
             self._renew_database(target.program)
-        with running(command, log, self._cores.server) as process:
+        with running(command, log, self._cores.server, variables=as_installed()) as process:
             wait_listening(process, port, log)
             tree = ProcessTree([process.pid])
             wait_quiet(tree)
