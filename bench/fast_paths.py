@@ -123,6 +123,7 @@ SWITCHES = {
         ("json", "tools"),
         {"ParseCache._fitting": "return None", "ParseCache._keep": "return None"},
     ),
+    "kept-plans": Switch("the plan of a model", ("json",), {"_find_kept": "return None"}),
     "locks": Switch(
         "locks of a file by the C library itself",
         ("limits",),

@@ -16,7 +16,7 @@ from typing import Any
 
 MAX_LINE_BYTES = 64 * 1024 * 1024  # a config with the files it names; a snapshot is kilobytes
 
-START_LIMIT = 30.0  # seconds to wait for the word to start
+FIRST_LIMIT = 300.0  # seconds to wait for the first message: a worker waits while the writer starts
 EXIT_CANNOT_START = 3
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s[%(process)d]: %(message)s"
 
@@ -111,14 +111,14 @@ def read_first_message(end: socket.socket) -> Message:
 def take_end(number: str) -> socket.socket:
     """Return this process's end of the channel, by the number of its descriptor.
 
-    It waits START_LIMIT at most. Signals that a terminal or an operator sends to all processes are
+    It waits FIRST_LIMIT at most. Signals that a terminal or an operator sends to all processes are
     ignored from now on: the supervisor says what is to happen.
     """
     for ignored in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(ignored, signal.SIG_IGN)
     end = socket.socket(fileno=int(number))
     end.set_inheritable(False)
-    end.settimeout(START_LIMIT)
+    end.settimeout(FIRST_LIMIT)
     return end
 
 

@@ -170,8 +170,7 @@ class Supervisor:
             try:
                 await self._listeners.listen(self._config.server.listen, self._has_predecessor)
                 await self._bind_metrics()
-                await self._start_writer()  # first: what dead processes spent is spent
-                await self._start_workers()
+                await self._start_generation()
             except BaseException as error:
                 await kill(self._everyone)
                 self._listeners.close()
@@ -193,8 +192,12 @@ class Supervisor:
             'metrics: {}; choose another, or "off", as server.metrics_listen',
         )
 
-    async def _start_workers(self) -> list[Child]:
-        """Start a new generation; end all of it and raise StartError if one worker cannot start."""
+    async def _start_generation(self) -> None:
+        """Start a writer and new workers; kill these and raise StartError if one cannot start.
+
+        Workers load their code while the writer starts, but serve only behind it: it reads what
+        dead processes have spent.
+        """
         if len(self._children) + self._count > MAX_PROCESSES:
             raise StartError(
                 f"expected at most {MAX_PROCESSES} workers at a time, got {self._count} beside "
@@ -202,6 +205,17 @@ class Supervisor:
             )
         self.generation += 1
         children = [await self._spawn() for _ in range(self._count)]
+        try:
+            await self._writers.start(self._config, self.generation)
+        except BaseException:
+            await kill(children)
+            raise
+        await self._have_serving(children)
+
+    async def _have_serving(self, children: list[Child]) -> None:
+        """Let `children` serve, others for those that are killed; else do as _start_generation."""
+        for child in children:
+            self._let_serve(child)
         deadline = time.monotonic() + START_LIMIT
         for tries in count(1):
             await self._settle(children, deadline)
@@ -218,9 +232,10 @@ class Supervisor:
                 failed[0].how_it_ended,
             )
             await asyncio.sleep(back_off(tries))
-            living = [child for child in children if child not in failed]
-            children = [*living, *[await self._spawn() for _ in failed]]
-        return children
+            others = [await self._spawn() for _ in failed]
+            for child in others:
+                self._let_serve(child)
+            children = [*(child for child in children if child not in failed), *others]
 
     async def _settle(self, children: list[Child], deadline: float) -> None:
         """Wait until all `children` serve or have ended, or the service is to stop."""
@@ -235,25 +250,31 @@ class Supervisor:
             await asyncio.gather(waits, stopped, return_exceptions=True)
 
     async def _spawn(self) -> Child:
-        groups = self._listeners.clients
-        wanted = groups if self._listeners.is_passed else self._config.server.listen
-        listening = [each.fileno() for each in flat(groups[address] for address in wanted)]
+        """Start a process that loads a worker's code and waits for `_let_serve`."""
         slot = min(set(range(MAX_PROCESSES)) - {child.slot for child in self._children})
-        passed = [*listening, self._stream_counts_file]
+        passed = [*self._listening(), self._stream_counts_file]
         child = start_child("worker", passed, generation=self.generation, slot=slot)
         self._children.append(child)
         await child.attach()
+        return child
+
+    def _listening(self) -> list[int]:
+        """Return the descriptors of the sockets that the config listens on."""
+        groups = self._listeners.clients
+        wanted = groups if self._listeners.is_passed else self._config.server.listen
+        return [each.fileno() for each in flat(groups[address] for address in wanted)]
+
+    def _let_serve(self, child: Child) -> None:
         child.channel.send(
             "start",
             text=self._source.text,
             files=self._source.files,
             listen=self._source.listen,
-            sockets=listening,
+            sockets=self._listening(),
             stream_counts=self._stream_counts_file,
-            slot=slot,
+            slot=child.slot,
             workers=self._count,
         )
-        return child
 
     def _send_ready(self) -> None:
         number = len(self._serving)
@@ -292,9 +313,6 @@ class Supervisor:
         """Add the last snapshot of a process that is gone to the counts of all."""
         self._ended = merge([self._ended, snapshot], ended=True)
 
-    async def _start_writer(self) -> Child:
-        return await self._writers.start(self._config, self.generation + 1)
-
     async def _replace(self, delay: float) -> None:
         while not self._is_stopping:
             await asyncio.sleep(delay)
@@ -302,6 +320,7 @@ class Supervisor:
                 if self._is_stopping or len(self._serving) >= self._count:
                     return  # a reload has brought new ones
                 child = await self._spawn()
+                self._let_serve(child)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(START_LIMIT):
                         await child.settled.wait()
@@ -361,8 +380,7 @@ class Supervisor:
             source, config = await asyncio.to_thread(self._load)
             await self._listeners.listen(config.server.listen, lambda: False)
             self._source, self._config = source, config
-            await self._start_writer()
-            await self._start_workers()
+            await self._start_generation()
         except (ConfigError, StartError) as error:
             self._source, self._config = before
             self._writers.keep(old_writers, self._config)

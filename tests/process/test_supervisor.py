@@ -59,11 +59,11 @@ async def test_no_worker_starts_that_would_find_no_room_in_what_workers_share(
     with pytest.raises(
         StartError, match=f"at most {MAX_PROCESSES} workers at a time, got 64 beside 65"
     ):
-        await supervising._start_workers()
+        await supervising._start_generation()
     assert not started
     del supervising._children[-1]
     with pytest.raises(StartError, match="begun"):
-        await supervising._start_workers()
+        await supervising._start_generation()
     assert started == ["worker"]
 
 
