@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -23,7 +23,7 @@ BUSY_TIMEOUT = 5.0  # seconds a call waits for another process's lock
 _ROW_MARKS = f"({', '.join('?' * len(COLUMNS))})"
 # SQLite takes 32,766 values a statement from 3.32 on. A few sizes only, so that every statement is
 # found prepared: preparing one of 37 rows costs as much as writing ten.
-_ROWS_PER_STATEMENT = (250, 50, 10, 1)
+_ROWS_PER_STATEMENT = (50, 10, 1)
 EXPORT_ROWS = 1000
 PURGE_ROWS = 2000  # a transaction of some milliseconds
 # How many of the newest records are searched for an upstream's id: an index on it would cost every
@@ -65,6 +65,15 @@ _SOURCES = f"""
 """
 
 
+def _parts(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Yield all `rows` in parts of the sizes that a statement may have."""
+    start = 0
+    for size in _ROWS_PER_STATEMENT:
+        while len(rows) - start >= size:
+            yield rows[start : start + size]
+            start += size
+
+
 def open_store(path: str | os.PathLike[str], *, busy_timeout: float = BUSY_TIMEOUT) -> Store:
     """Open the store at `path`, made and brought to the current schema if need be.
 
@@ -83,39 +92,42 @@ class SqliteStore(KeyTable):
         rows: Sequence[Row],
         revised: Sequence[Row] = (),
         amendments: Sequence[Amendment] = (),
+        give_way: Callable[[], object] | None = None,
     ) -> int:
         with self._mapped("write records to"):
             try:
-                return self._write(rows, revised, amendments)
+                return self._write(rows, revised, amendments, give_way)
             except _BAD_VALUE:
                 # A number beyond 64 bits or half a surrogate pair must not keep the others out.
                 return self._write(
                     [clean_row(row) for row in rows],
                     [clean_row(row) for row in revised],
                     amendments,
+                    give_way,
                 )
 
     def _write(
-        self, rows: Sequence[Row], revised: Sequence[Row], amendments: Sequence[Amendment]
+        self,
+        rows: Sequence[Row],
+        revised: Sequence[Row],
+        amendments: Sequence[Amendment],
+        give_way: Callable[[], object] | None,
     ) -> int:
         before = self._db.total_changes
         with self._transaction():
-            self._insert_rows(rows, "INSERT", "ON CONFLICT (id) DO NOTHING")
+            for part in _parts(rows):
+                self._insert(part, "INSERT", "ON CONFLICT (id) DO NOTHING")
+                if give_way is not None:
+                    give_way()
             new = self._db.total_changes - before
-            self._insert_rows(revised, "INSERT OR REPLACE")
+            for part in _parts(revised):
+                self._insert(part, "INSERT OR REPLACE")
             for each in amendments:
                 self._amend(each)
             self._reopen_days([*rows, *revised])
         return new
 
-    def _insert_rows(self, rows: Sequence[Row], verb: str, otherwise: str = "") -> None:
-        start = 0
-        for size in _ROWS_PER_STATEMENT:
-            while len(rows) - start >= size:
-                self._insert_part(rows[start : start + size], verb, otherwise)
-                start += size
-
-    def _insert_part(self, rows: Sequence[Row], verb: str, otherwise: str) -> None:
+    def _insert(self, rows: Sequence[Row], verb: str, otherwise: str = "") -> None:
         # Not executemany: that lets go of the GIL for each row, and beside a busy event loop may
         # wait 5 ms to have it back (measured: 450 µs a record instead of 70).
         self._db.execute(

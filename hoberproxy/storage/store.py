@@ -6,7 +6,7 @@ command of the shell, never on the event loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,8 +101,11 @@ class Records(Protocol):
         rows: Sequence[Row],
         revised: Sequence[Row] = (),
         amendments: Sequence[Amendment] = (),
+        give_way: Callable[[], object] | None = None,
     ) -> int:
         """Write all or none, in this order; return how many of `rows` were new.
+
+        `give_way` is called after each part of the rows, which takes about half a millisecond.
 
         A row whose id is there already is left alone, each of `revised` replaces the row with its
         id, and an amendment leaves an upstream's own counts alone: a batch can be written twice.

@@ -1,6 +1,6 @@
 """The writer: it moves records from the journals of all processes into the store.
 
-    journals ─► batch, up to 2,000 ─► store, one transaction ─► noted in the segments' heads
+    journals ─► batch, up to 500 ─► store, one transaction ─► noted in the segments' heads
                    └ locked, disk full: kept and tried again; later ones wait in the journals
 
 The process with the lock beside the records file is the one that writes. The kernel frees the lock
@@ -29,7 +29,8 @@ logger = logging.getLogger("hoberproxy.ledger")
 
 Made = TypeVar("Made")
 
-BATCH_SIZE = 2000
+BATCH_SIZE = 500
+PART_SIZE = 50  # records that are read without a break: some 0.2 ms
 TICK = 0.2  # seconds that a record waits at most
 MAX_BACK_OFF = 5.0
 # Short, for the writer tries again by itself, and must notice that it is to end.
@@ -85,6 +86,8 @@ class Writer:
         open_records: Callable[[str | os.PathLike[str]], Records] = open_store,
     ) -> None:
         self._path = path
+        # Whether others that wait for the core get it after each part of a batch.
+        self.gives_way = False
         self.keep_days = keep_days  # 0: forever
         self._batch_size = batch_size
         self._tick = tick
@@ -183,9 +186,14 @@ class Writer:
         return is_full
 
     def _read(self, segment: Segment, limit: int) -> None:
-        payloads = segment.read(limit)
-        if payloads:
+        while limit > 0 and (payloads := segment.read(min(limit, PART_SIZE))):
             self._lose(segment.parse(payloads, self._batch), "ValueError")
+            limit -= len(payloads)
+            self._give_way()
+
+    def _give_way(self) -> None:
+        if self.gives_way:
+            os.sched_yield()
 
     def _lose(self, count: int, reason: str) -> None:
         if count:
@@ -194,7 +202,7 @@ class Writer:
 
     def _write(self, batch: Batch) -> None:
         try:
-            self._records.write(batch.rows, batch.revised, batch.amendments)
+            self._records.write(batch.rows, batch.revised, batch.amendments, self._give_way)
             self.written += len(batch.rows)
         except StoreError:
             raise

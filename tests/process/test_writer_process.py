@@ -1,10 +1,8 @@
-"""The writer's process: at which priority its turns run."""
+"""The writer's process: when its turns give way to others on the core."""
 
 from __future__ import annotations
 
-import os
 import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,24 +10,25 @@ import pytest
 
 from hoberproxy.process import writer_process
 from hoberproxy.process.channel import read_first_message, serialize_message
-from hoberproxy.process.writer_process import NICENESS, WriterProcess
+from hoberproxy.process.writer_process import WriterProcess
 from tests.support.patience import WAIT
 
 
 class ScriptedWriter:
-    """Its turns ask for these pauses; notes the priority at which each has run."""
+    """Its turns return these pauses; notes of each whether it gives way."""
 
     lost = unreadable = written = 0
     is_active = True
+    gives_way = False
 
     def __init__(self, pauses: list[float], supervisor: socket.socket) -> None:
         self._pauses = pauses
         self._supervisor = supervisor
-        self.niceness: list[int] = []
+        self.gave_way: list[bool] = []
         self.is_finished = self.is_closed = False
 
     def turn(self) -> float:
-        self.niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        self.gave_way.append(self.gives_way)
         if len(self._pauses) == 1:
             self._supervisor.sendall(serialize_message("stop"))
         return self._pauses.pop(0)
@@ -61,14 +60,11 @@ def run(pauses: list[float], ends: tuple[socket.socket, socket.socket]) -> Scrip
     return writer  # type: ignore[no-any-return]
 
 
-def test_turns_run_at_low_priority(ends: tuple[socket.socket, socket.socket]) -> None:
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    writer = run([0.001] * 3, ends)
-    assert writer.niceness == [min(usual + NICENESS, 19)] * 3
-    assert os.getpriority(os.PRIO_PROCESS, 0) == usual, "another thread's"
+def test_turns_give_way(ends: tuple[socket.socket, socket.socket]) -> None:
+    assert run([0.001] * 3, ends).gave_way == [True] * 3
 
 
-def test_a_writer_that_falls_behind_runs_at_normal_priority_until_it_is_level(
+def test_a_writer_that_falls_behind_gives_way_to_none_until_it_is_level(
     ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
@@ -79,7 +75,5 @@ def test_a_writer_that_falls_behind_runs_at_normal_priority_until_it_is_level(
 
     monkeypatch.setattr(writer_process.time, "monotonic", tick)
     monkeypatch.setattr(writer_process, "BEHIND_AFTER", 2.5)
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
     writer = run([0.0, 0.0, 0.0, 0.0, 0.001, 0.001], ends)
-    low = min(usual + NICENESS, 19)
-    assert writer.niceness == [low, low, usual, usual, usual, low]
+    assert writer.gave_way == [True, True, False, False, False, True]

@@ -19,7 +19,7 @@ from hoberproxy.accounting.record import Record, Row
 from hoberproxy.routing.catalog import Endpoint, Prices
 from hoberproxy.storage.sqlite_records import SqliteStore as Store
 from hoberproxy.storage.store import StoreError
-from hoberproxy.storage.writer import BUSY_TIMEOUT, Writer
+from hoberproxy.storage.writer import BUSY_TIMEOUT, PART_SIZE, Writer
 from tests.support.patience import WAIT, wait_until
 from tests.support.recording import Process, record
 from tests.support.stores import write_records
@@ -68,6 +68,26 @@ def test_closing_writes_what_is_left(make: Callable[..., Process], path: Path) -
         process.put(record(number))
     process.close(PATIENCE)
     assert stored(path) == 1234
+
+
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_others_get_the_core_after_each_part_of_a_batch(
+    path: Path, monkeypatch: pytest.MonkeyPatch, gives_way: bool
+) -> None:
+    yields: list[int] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(1))
+    living = Process(path, has_writer=False)
+    living.journal.prepare()
+    for number in range(10 * PART_SIZE):
+        living.journal.seal(record(number))
+    writer = Writer(path)
+    writer.gives_way = gives_way
+    writer.open()
+    writer.turn()
+    assert stored(path) == 10 * PART_SIZE
+    assert len(yields) == (20 if gives_way else 0), "ten parts are read, and ten written"
+    writer.close()
+    living.close()
 
 
 def test_records_wait_while_the_store_is_locked_and_are_written_once(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hoberproxy.accounting.record import COLUMNS, STARTED, Record, Row, make_row
 from hoberproxy.storage.store import DAY, Amendment, Records, StoreError
@@ -26,6 +26,7 @@ class MemoryRecords:
         rows: Sequence[Row],
         revised: Sequence[Row] = (),
         amendments: Sequence[Amendment] = (),
+        give_way: Callable[[], object] | None = None,
     ) -> int:
         self._check()
         self.transactions += 1
