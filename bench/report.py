@@ -9,6 +9,7 @@ python -m bench.report --readme bench/results/*.json    both into the README
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,19 @@ def form_of_proxy(report: Report) -> str | None:
 # For the README
 
 
+def without_beside(report: Report) -> Report:
+    """Return a report without other versions of the proxy, which a README is not about."""
+    beside = re.findall(r"--beside[ =]'?([^ =]+)=", report.get("command", ""))
+    if not beside or "scenarios" not in report:
+        return report
+    peers = {name: each for name, each in report["peers"].items() if name not in beside}
+    scenarios = [
+        part | {"results": [each for each in part["results"] if each["target"] not in beside]}
+        for part in report["scenarios"]
+    ]
+    return report | {"peers": peers, "scenarios": scenarios}
+
+
 def markdown(reports: Sequence[Report]) -> str:
     """One row for each measure that has a bar; of a scenario in two files the later one counts."""
     compared = [each for each in reports if "scenarios" in each]
@@ -237,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.svg:
         print(svg(reports), end="")
     elif options.readme:
-        update_readme(reports, Path())
+        update_readme([without_beside(each) for each in reports], Path())
     else:
         for report in reports:
             if "scenarios" in report:
