@@ -7,6 +7,7 @@ Pure: result files in, SVG out. Every text of it is a name or a number of the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -51,9 +52,23 @@ def groups(reports: Iterable[Report]) -> list[Group]:
     return [group for part in scenarios_of(reports) for group in _groups_of(part)]
 
 
+def without_beside(report: Report) -> Report:
+    """Return a report without other versions of the proxy, which a README is not about."""
+    beside = re.findall(r"--beside[ =]'?([^ =]+)=", report.get("command", ""))
+    if not beside or "scenarios" not in report:
+        return report
+    peers = {name: each for name, each in report["peers"].items() if name not in beside}
+    scenarios = [
+        part | {"results": [each for each in part["results"] if each["target"] not in beside]}
+        for part in report["scenarios"]
+    ]
+    return report | {"peers": peers, "scenarios": scenarios}
+
+
 def scenarios_of(reports: Iterable[Report]) -> list[Report]:
     """Each scenario once, as the last report has it that does; some have none."""
-    parts = {part["name"]: part for report in reports for part in report.get("scenarios", ())}
+    kept = [without_beside(report) for report in reports]
+    parts = {part["name"]: part for report in kept for part in report.get("scenarios", ())}
     return list(parts.values())
 
 

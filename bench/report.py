@@ -9,14 +9,13 @@ python -m bench.report --readme bench/results/*.json    both into the README
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from .chart import scenarios_of, svg
+from .chart import scenarios_of, svg, without_beside
 from .scenarios import DIRECT, MEASURES, PROXY, PROXY_WITH_LOG, REFERENCE
 
 Report = dict[str, Any]
@@ -135,22 +134,9 @@ def form_of_proxy(report: Report) -> str | None:
 # For the README
 
 
-def without_beside(report: Report) -> Report:
-    """Return a report without other versions of the proxy, which a README is not about."""
-    beside = re.findall(r"--beside[ =]'?([^ =]+)=", report.get("command", ""))
-    if not beside or "scenarios" not in report:
-        return report
-    peers = {name: each for name, each in report["peers"].items() if name not in beside}
-    scenarios = [
-        part | {"results": [each for each in part["results"] if each["target"] not in beside]}
-        for part in report["scenarios"]
-    ]
-    return report | {"peers": peers, "scenarios": scenarios}
-
-
 def markdown(reports: Sequence[Report]) -> str:
     """One row for each measure that has a bar; of a scenario in two files the later one counts."""
-    compared = [each for each in reports if "scenarios" in each]
+    compared = [without_beside(each) for each in reports if "scenarios" in each]
     accounts = [each for each in reports if "keys_and_limits" in each]  # of bench.account
     head = ("", REFERENCE, PROXY, "with log and limits", "others", "bar")
     rows = [
@@ -251,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif options.svg:
         print(svg(reports), end="")
     elif options.readme:
-        update_readme([without_beside(each) for each in reports], Path())
+        update_readme(reports, Path())
     else:
         for report in reports:
             if "scenarios" in report:
