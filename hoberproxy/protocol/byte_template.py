@@ -88,7 +88,14 @@ class ByteTemplate:
 
     def match(self, data: bytes, at: int) -> int:
         """Return where the bytes end that begin at `at` and match; 0 if they do not."""
-        return self._walk(data, at, self.literals, self.kinds)
+        end = self._walk(data, at, self.literals, self.kinds)
+        if not end:
+            self.drop_values()
+        return end
+
+    def drop_values(self) -> None:
+        """Drop the values of the bytes that have matched last: they may be texts of an answer."""
+        self.values = [b""] * len(self.kinds)
 
     def learn_from(self, data: bytes, at: int, *, widen: bool = True) -> int:
         """Do as `match`, whichever values differ; later bytes match if they have the same ones.

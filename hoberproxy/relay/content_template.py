@@ -36,6 +36,7 @@ _QUOTE: Final = 0x22
 _BACKSLASH: Final = 0x5C
 
 _LARGEST: Final = 2048  # bytes of an event; twice as many, which it may grow to, have a line
+_MOST_TOGETHER: Final = 64  # texts that are checked together
 _NEVER: Final = 1 << 40  # bytes that no event has
 _NOTHING: Final[list[bytes]] = []  # for all streams
 _USUAL: Final = (bytes((TEXT,)), bytes((TEXT, TEXT)), bytes((TEXT, STRING)))
@@ -59,6 +60,7 @@ class ContentTemplate(ChunkTaker):
         "_bare_tail",
         "_between",
         "_between_size",
+        "_blank",
         "_body",
         "_counts",
         "_events_before",
@@ -77,6 +79,8 @@ class ContentTemplate(ChunkTaker):
         "_tail",
         "_tail_size",
         "_template",
+        "_together",
+        "_unlike",
         "_usages",
         "end",
         "events",
@@ -103,6 +107,8 @@ class ContentTemplate(ChunkTaker):
         self._tail = self._new_tail = b""  # behind it, with the CR LF behind the chunk
         self._tail_size = 0
         self._bare_tail = self._new_bare_tail = b""
+        self._blank = b"\n\n"  # with which the tail ends
+        self._together = _MOST_TOGETHER
         self._has_counts = False
         self._between = self._new_between = b""  # two texts
         self._between_size = 0
@@ -116,14 +122,18 @@ class ContentTemplate(ChunkTaker):
         self._grows = False  # the last two of these are the ends of some whose counts grow
         self._events_when_new = 0  # passed when the template last changed
         self._specimens = 0  # that were learnt from
+        self._unlike = 0  # whole events since the last one that did not match
         self._events_before = 0  # passed before the last one
 
     # Learning
 
     @property
     def wants_specimen(self) -> bool:
-        """Whether another event may be learnt from: few were, or the last one let many pass."""
-        if self._specimens < FIRST_SPECIMENS:
+        """Whether another event may be learnt from: few were, many passed since, or many did not.
+
+        Those that did not may be the usual ones, and the last specimen a rare one.
+        """
+        if self._specimens < FIRST_SPECIMENS or self._unlike >= WORTH_A_SPECIMEN:
             return True
         return self.events - self._events_before >= WORTH_A_SPECIMEN
 
@@ -138,6 +148,7 @@ class ContentTemplate(ChunkTaker):
         empty line; `document` is the value of the payload, and the scanner has read it.
         """
         self._specimens += 1
+        self._unlike = 0
         self._events_before = self.events
         template = _template_of(event, payload_at, edits, document)
         if template is not None:
@@ -162,6 +173,7 @@ class ContentTemplate(ChunkTaker):
         self._prefix, self._new_prefix = literals[0], news[0]
         self._prefix_size, self._tail_size = len(literals[0]), len(literals[-1])
         self._bare_tail, self._new_bare_tail = literals[-1], news[-1]
+        self._blank = b"\r\n\r\n" if literals[-1].endswith(b"\r\n\r\n") else b"\n\n"
         self._tail, self._new_tail = literals[-1] + b"\r\n", news[-1] + b"\r\n"
         is_pair = holes == 2
         # Without the quote that ends the first text.
@@ -277,9 +289,9 @@ class ContentTemplate(ChunkTaker):
             if are_texts:
                 end = self._pass_texts(data, at, parts, is_framed=is_framed)
                 are_texts = end >= at
-                if end == len(data):
-                    return end
-                at = max(at, end)
+                if end > at:
+                    at = end
+                    continue
             start, stop = whole_chunk(data, at) if is_framed else (at, 0)
             if is_framed and not stop:
                 break
@@ -290,7 +302,7 @@ class ContentTemplate(ChunkTaker):
         return at
 
     def _pass_texts(self, data: bytes, at: int, parts: list[bytes], *, is_framed: bool) -> int:
-        """Do as `_pass_all` for events that have one or two texts, as `take` does for one of them.
+        """Do as `_pass_all` for some events that have one or two texts, as `take` does for one.
 
         Return -1, and pass nothing, if there may be other things than texts in between.
         """
@@ -298,11 +310,12 @@ class ContentTemplate(ChunkTaker):
         between, between_size = self._between, self._between_size
         texts: list[bytes] = []
         others: list[bytes] = []
-        while True:
+        blank = self._blank
+        while len(texts) < self._together:
             if is_framed:
                 start, end = whole_chunk(data, at)
             else:
-                start, end = at, data.find(b"\n\n", at + prefix_size) + 2
+                start, end = at, data.find(blank, at + prefix_size) + len(blank)
             first, last = start + prefix_size, end - self._tail_size
             if first >= last or data[start:first] != prefix or data[last:end] != tail:
                 break
@@ -316,7 +329,9 @@ class ContentTemplate(ChunkTaker):
             at = end + 2 if is_framed else end
         if texts:
             if not _are_texts(texts) or (others and not _are_values(others)):
+                self._together = 1  # they are looked at again: not many times as many
                 return -1
+            self._together = min(2 * self._together, _MOST_TOGETHER)
             self.events += len(texts)
             self._put_together(texts, others, parts)
         return at
@@ -367,6 +382,7 @@ class ContentTemplate(ChunkTaker):
         # A value that differs in two events in a row is a hole; another may stay for a while.
         widen = self.events == self._events_when_new
         if template is None or template.learn_from(event, 0, widen=widen) != len(event):
+            self._unlike += 1
             return None
         self._events_when_new = self.events + 1
         self._note_usual(template)

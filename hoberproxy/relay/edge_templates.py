@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from ..dialects.chat import content_of, is_usage_event
-from ..protocol.byte_template import OBJECT, TEXT, ByteTemplate, make_template
+from ..protocol.byte_template import OBJECT, STRING, TEXT, ByteTemplate, make_template
 from ..protocol.json_bytes import load_json
 from .content_template import has_text
 from .event_edits import Edit, apply_edits
@@ -78,7 +78,7 @@ class KnownEvent:
         for slot, (kind, where, name) in enumerate(self._found):
             if kind == OBJECT:
                 self._usages.append((self.template.hole_of(slot), name.decode()))
-            elif where == TOP and name == b"id":
+            elif where == TOP and name == b"id" and kind == STRING:
                 self._id_hole = self.template.hole_of(slot)
 
     def learn_from(self, event: bytes) -> bool:
@@ -86,10 +86,19 @@ class KnownEvent:
         if self.template.learn_from(event, 0) != len(event):
             return False
         self._note_holes()
-        return self.match(event, 0) > 0
+        matches = self.match(event, 0) > 0
+        self.template.drop_values()
+        return matches
 
     def match(self, data: bytes, at: int) -> int:
         """Return where the event ends that begins at `at` and matches; 0 if none does."""
+        end = self._read(data, at)
+        if not end:
+            self.template.drop_values()
+        return end
+
+    def _read(self, data: bytes, at: int) -> int:
+        """Do as `match`, but leave the values where the event is refused."""
         template = self.template
         end = template.match(data, at)
         if not end or end - at > 2 * MAX_EVENT_BYTES:
@@ -116,7 +125,7 @@ class KnownEvent:
     def put_together(self, out: list[bytes]) -> None:
         """Append to `out` the event that has matched last, edited, and drop its values."""
         self.template.put_together(out)
-        self.template.values = [b""] * len(self.template.kinds)
+        self.template.drop_values()
 
 
 class EdgeTemplates:

@@ -129,7 +129,13 @@ def test_a_server_whose_events_always_differ_is_not_learnt_from_for_long() -> No
 
 
 def test_no_text_of_an_answer_is_kept_for_others() -> None:
-    edges = edges_of(stream(1, "a secret"), stream(2, "another secret"))
+    edges = edges_of(
+        stream(1, "a secret"),
+        stream(2, "another secret"),
+        stream(3, "a secret " * 4096),  # longer than what is known again
+        [*stream(4, "a secret")[:1], event({"content": "a secret"}, 4, error={"message": "no"})],
+        [*stream(5, "a secret")[:1], event({"content": "a secret"}, 5, service_tier="other")],
+    )
     for known in edges._events:
         for template in (known.template, known.content):
             if template is not None:

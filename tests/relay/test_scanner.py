@@ -1320,6 +1320,7 @@ OTHERS = {
     "the usage event": USAGE_EVENT,
     "usage beside a choice": text("b", usage=USAGE),
     "a tool call": event(chunk({"tool_calls": CALLS})),
+    "a text and a member more": event(chunk({"content": "b", "other": "c"})),
 }
 others = pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
 
