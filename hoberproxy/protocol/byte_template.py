@@ -103,14 +103,14 @@ class ByteTemplate:
         With `widen`, values that differ are holes from now on; a TEXT or COUNT is one in any case.
         """
         self.values = values = [b""] * len(self._kinds)
-        matches = self._walk(data, at, self._literals, self._kinds) > 0
-        if matches:
-            for slot, value in enumerate(values):
-                if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
-                    self.are_holes[slot] = True
-            self._join(data, at, values)
-        self.values = [b""] * len(self.kinds)
-        return self.match(data, at) if matches else 0
+        if not self._walk(data, at, self._literals, self._kinds):
+            self.drop_values()
+            return 0
+        for slot, value in enumerate(values):
+            if value != self._known[slot] and (widen or self._kinds[slot] in _ALWAYS):
+                self.are_holes[slot] = True
+        self._join(data, at, values)
+        return self.match(data, at)
 
     def without_values(self) -> bytes:
         """Return the specimen without its values."""

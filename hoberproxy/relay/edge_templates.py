@@ -92,35 +92,34 @@ class KnownEvent:
 
     def match(self, data: bytes, at: int) -> int:
         """Return where the event ends that begins at `at` and matches; 0 if none does."""
-        end = self._read(data, at)
-        if not end:
+        end = self.template.match(data, at)
+        if end and not self._read(data[at:end]):
             self.template.drop_values()
+            return 0
         return end
 
-    def _read(self, data: bytes, at: int) -> int:
-        """Do as `match`, but leave the values where the event is refused."""
+    def _read(self, event: bytes) -> bool:
+        """Read the values of `event`, which the template has matched; return False to refuse it."""
         template = self.template
-        end = template.match(data, at)
-        if not end or end - at > 2 * MAX_EVENT_BYTES:
-            return 0
+        if len(event) > 2 * MAX_EVENT_BYTES:
+            return False
         if TEXT in template.kinds and not has_text(template):
-            return 0
-        event = data[at:end]
+            return False
         if not event.isascii() and not _is_utf8(event):
-            return 0
+            return False
         values = template.values
         if self._id_hole >= 0:
             self.raw_id = values[self._id_hole]
             if _BACKSLASH in self.raw_id:
-                return 0
+                return False
         if self._usages:
             self.usage_document = {}
             for hole, name in self._usages:
                 try:
                     self.usage_document[name] = load_json(values[hole])
                 except ValueError:
-                    return 0
-        return end
+                    return False
+        return True
 
     def put_together(self, out: list[bytes]) -> None:
         """Append to `out` the event that has matched last, edited, and drop its values."""

@@ -23,8 +23,6 @@ _NULL_USAGES: Final = (b'"usage":null', b'"usage": null')
 _WHITE: Final = b" \t\n\r"
 _QUOTE: Final = 0x22
 _COMMA: Final = 0x2C
-_BRACE: Final = 0x7B
-_BACKSLASH: Final = 0x5C
 
 
 class Editor:

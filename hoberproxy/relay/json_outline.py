@@ -16,7 +16,6 @@ _SHORT_BYTES: Final = 64
 _LEVELS: Final = 10
 _CHOICES: Final = 128
 _MEMBERS: Final = 64  # of an object
-_BACKSLASH: Final = 0x5C
 _BRACKET: Final = 0x5B
 
 # The roles of an object or array in an answer.

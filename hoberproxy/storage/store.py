@@ -105,7 +105,7 @@ class Records(Protocol):
     ) -> int:
         """Write all or none, in this order; return how many of `rows` were new.
 
-        `give_way` is called after each part of the rows, which takes about half a millisecond.
+        `give_way` is called after each part of `rows`, which takes about half a millisecond.
 
         A row whose id is there already is left alone, each of `revised` replaces the row with its
         id, and an amendment leaves an upstream's own counts alone: a batch can be written twice.
